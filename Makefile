@@ -1,0 +1,55 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+JOBS   := jobs/summarize.yaml jobs/translate.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench lock clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/run.done  ## answer the bundled data with real models on an embedded Dask cluster
+	@$(BIN)/mas-batch fetch $(JOBS)
+	@for job in $(JOBS); do $(BIN)/mas-batch submit $$job || exit $$?; done
+
+test: $(VENV)/dev.done  ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.done  ## lint, types, layers, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+
+format: $(VENV)/dev.done  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.done  ## measure, as ratios side by side (some minutes)
+	$(BIN)/python benchmarks/throughput.py
+
+lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
+	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu -c requirements/constraints.txt -o requirements/run.lock pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd \
+		-c requirements/constraints.txt -c requirements/run.lock -o requirements/dev.lock pyproject.toml
+LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
+
+clean:  ## remove the environment and the runs (models stay in the cache)
+	rm -rf $(VENV) runs
+
+# The stamps make a second `make demo` do only what is missing.
+$(VENV)/run.done: requirements/run.lock pyproject.toml
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned requirements (torch is the large one)"
+	@$(PIP) -r requirements/run.lock
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+$(VENV)/dev.done: requirements/dev.lock $(VENV)/run.done
+	@echo "installing the tools for development"
+	@$(PIP) -r requirements/dev.lock
+	@touch $@

@@ -1,0 +1,88 @@
+"""Worker side: the plugin that keeps one model resident per worker."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from distributed import Worker, WorkerPlugin, get_worker
+
+from mas_batch.agents.spec import AgentSpec
+from mas_batch.engines import load_engine
+from mas_batch.engines.base import Engine
+from mas_batch.errors import RunError
+from mas_batch.models import fetch
+
+EXECUTOR = "mas-batch-agent"
+"""Tasks annotated with it run one at a time, off the event loop and off the task threads."""
+
+
+class AgentHost(WorkerPlugin):  # type: ignore[misc]
+    """Holds at most one engine. Set up again by Dask when the nanny restarts the worker.
+
+    Not an Actor: an actor's state is lost for ever with its worker.
+    """
+
+    name = "mas-batch-agent-host"
+
+    def setup(self, worker: Worker) -> None:
+        """Give the worker the one-thread executor that the model runs in."""
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._key = ""
+        self._family_id = ""
+        self.worker_name = str(worker.name)
+        worker.executors[EXECUTOR] = ThreadPoolExecutor(1, thread_name_prefix=EXECUTOR)
+        self._executors = worker.executors
+
+    def teardown(self, worker: Worker) -> None:
+        """Free the model; the worker lives on."""
+        executor = self._executors.pop(EXECUTOR, None)
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+        if self._lock.acquire(blocking=False):  # a running generation ends first, by itself
+            self._close()
+            self._lock.release()
+
+    def engine(self, spec: AgentSpec) -> tuple[Engine, str, float]:
+        """Return the resident engine, its family id, and the seconds of loading (0 if resident)."""
+        with self._lock:
+            if self._engine is not None and self._key == spec.engine_key:
+                return self._engine, self._family_id, 0.0
+            self._close()
+            start = time.perf_counter()
+            model = fetch(spec.agent.model)
+            self._engine = load_engine(spec.agent.engine, model, spec.engine_config)
+            self._key, self._family_id = spec.engine_key, model.family_id
+            return self._engine, self._family_id, time.perf_counter() - start
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine, self._key = None, ""
+
+
+def report(topic: str, task: str, facts: Mapping[str, Any]) -> None:
+    """Tell the submitting process what a task has done; call it after the commit.
+
+    Facts are JSON: what an engine says of itself need not be plain enough for Dask's comms.
+    """
+    worker = get_worker()
+    message = {"task": task, "worker": worker.address, "facts": json.dumps(facts, default=str)}
+    worker.log_event(topic, message)
+
+
+def current_host() -> AgentHost:
+    """Return the host of the worker that runs this task.
+
+    Raises:
+        RunError: the plugin is not registered there.
+    """
+    host = get_worker().plugins.get(AgentHost.name)
+    if not isinstance(host, AgentHost):
+        raise RunError(f"worker {get_worker().name} has no {AgentHost.name} plugin")
+    return host

@@ -1,0 +1,178 @@
+"""Worker side: the three tasks of a run. Each commits to storage before it reports.
+
+Texts travel through storage only; a task returns nothing and reports small facts as a Dask
+event (see `routing.dask` for why). The function names are what the Dask dashboard shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch import results
+from mas_batch.agents.answering import AgentProfile, answer_records, check_engine, prompt_hash
+from mas_batch.agents.host import current_host, report
+from mas_batch.agents.spec import AgentSpec
+from mas_batch.aggregate.merge import MergeSpec, merge_answers
+from mas_batch.aggregate.reductions import RUN_STATISTICS
+from mas_batch.engines.base import Sampling
+from mas_batch.job import Task
+from mas_batch.records import ANSWERS, Answer, Record
+from mas_batch.storage import Store
+from mas_batch.tasks import make_task
+
+
+@dataclass(frozen=True, slots=True)
+class RunRef:
+    """What every task of a run needs to know of it."""
+
+    store: Store
+    topic: str
+    """Of the Dask events by which tasks report."""
+    task: Task
+    merge: MergeSpec
+    passthrough: pa.Schema
+    keep_text: bool
+
+
+def load_agent(run: RunRef, spec: AgentSpec) -> None:
+    """Make the agent's model resident on this worker.
+
+    Raises:
+        ModelError, JobError: it cannot be loaded, or cannot do the task.
+    """
+    engine, family_id, load_s = current_host().engine(spec)
+    check_engine(make_task(run.task), engine)
+    facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
+    report(run.topic, "load_agent", facts)
+
+
+def answer_partition(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> None:
+    """Ask this worker's agent about every good record of the partition; commit the answers."""
+    name = results.answers_name(partition, spec.agent_id)
+    if run.store.exists(name):  # a twin of this task finished first
+        table, write_s = run.store.read_table(name), 0.0
+    else:
+        table = _ask(run, spec, partition, attempt)
+        start = time.perf_counter()
+        if not run.store.commit_table(name, table):
+            table = run.store.read_table(name)
+        write_s = time.perf_counter() - start
+    identity = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
+    report(run.topic, "answer_partition", {**identity, **_facts(table, write_s)})
+
+
+def _ask(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> pa.Table:
+    start = time.perf_counter()
+    host = current_host()
+    engine, family_id, _ = host.engine(spec)
+    loaded = time.perf_counter()
+    records = _good_records(run.store.read_table(results.staged_name(partition)))
+    read_s = time.perf_counter() - loaded
+    profile = _profile(run.task, spec, family_id)
+    answers = answer_records(records, make_task(run.task), engine, profile)
+    spent_s = time.perf_counter() - start
+    return _answers_table(
+        answers,
+        worker=host.worker_name,
+        attempt=attempt,
+        prompt_hash=prompt_hash(make_task(run.task), profile),
+        transfer_s=read_s,
+        processing_s=max(0.0, spent_s - read_s - sum(a.t_compute_s for a in answers)),
+    )
+
+
+def merge_partition(run: RunRef, partition: int, agents: Sequence[str]) -> None:
+    """Merge the committed answers of `agents`; commit results and failures of the partition."""
+    records = results.read_records(run.store, partition, run.passthrough)
+    tables = [run.store.read_table(results.answers_name(partition, agent)) for agent in agents]
+    answers = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+    merged, failures = merge_answers(records, answers, run.merge)
+    if not run.keep_text:
+        merged = merged.drop_columns(["text"])
+    num_results, num_failures = results.commit_results(run.store, partition, merged, failures)
+    facts = {"partition": partition, "num_results": num_results, "num_failures": num_failures}
+    report(run.topic, "merge_partition", facts)
+
+
+def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Any:
+    """Leaf of the statistics tree: count what is committed for these partitions."""
+    return RUN_STATISTICS.combine([_statistics(run, partition, agents) for partition in partitions])
+
+
+def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Any:
+    merged, failures = results.read_results(run.store, partition)
+    names = [results.answers_name(partition, agent) for agent in agents]
+    tables = [run.store.read_table(name) for name in names if run.store.exists(name)]
+    answers = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+    return RUN_STATISTICS.chunk(merged, failures, answers)
+
+
+def _profile(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
+    agent = spec.agent
+    return AgentProfile(
+        agent_id=agent.name,
+        family_id=family_id,
+        prompt=agent.prompt,
+        system=agent.system,
+        sampling=Sampling(
+            max_new_tokens=task.max_new_tokens,
+            temperature=agent.sampling.temperature,
+            top_p=agent.sampling.top_p,
+            top_k=agent.sampling.top_k,
+            num_beams=agent.sampling.num_beams,
+            num_samples=agent.samples,
+        ),
+        seed=agent.sampling.seed,
+    )
+
+
+def _good_records(table: pa.Table) -> list[Record]:
+    good = table.filter(pc.is_null(table["reason"]))
+    columns = good.select(["record_id", "text", "context"]).to_pylist()
+    return [Record(row["record_id"], row["text"], row["context"]) for row in columns]
+
+
+def _answers_table(
+    answers: Sequence[Answer],
+    *,
+    worker: str,
+    attempt: int,
+    prompt_hash: str,
+    transfer_s: float,
+    processing_s: float,
+) -> pa.Table:
+    """Build the rows to store; what the partition took as a whole is shared equally by its rows."""
+    share = 1 / max(1, len(answers))
+    common = {
+        "worker": worker,
+        "attempt": attempt,
+        "prompt_hash": prompt_hash,
+        "t_transfer_s": transfer_s * share,
+        "t_processing_s": processing_s * share,
+    }
+    return pa.Table.from_pylist(
+        [{**asdict(answer), **common} for answer in answers], schema=ANSWERS
+    )
+
+
+def _facts(table: pa.Table, write_s: float) -> dict[str, Any]:
+    def total(column: str) -> float:
+        return float(pc.sum(table[column]).as_py() or 0)
+
+    failed = table.num_rows - table["reason"].null_count
+    return {
+        "num_records": pc.count_distinct(table["record_id"]).as_py(),
+        "num_answers": table.num_rows - failed,
+        "num_failed": failed,
+        "prompt_tokens": int(total("prompt_tokens")),
+        "completion_tokens": int(total("completion_tokens")),
+        "compute_s": total("t_compute_s"),
+        "transfer_s": total("t_transfer_s") + write_s,
+        "processing_s": total("t_processing_s"),
+    }

@@ -1,0 +1,276 @@
+"""Several answers to one record become one: majority, weighted majority, mean.
+
+Everything here is exact or rounded in one fixed way, so that the outcome depends on which
+answers there are and on nothing else: weights are integers in `UNITS`, sums are of integers
+or by `math.fsum`, and ties are broken by rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mas_batch.aggregate.normalise import nfc_bytes
+
+UNITS = 10**9
+"""A weight of 1 in the integers that scores are added and compared in."""
+
+ACCURACY_RANGE = (0.01, 0.99)
+"""Accuracies are clipped to it: nobody's word is final, and log-odds stay finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """One valid answer to a record."""
+
+    agent_id: str
+    family_id: str
+    sample_id: int
+    key: str
+    """Answers agree when their keys are equal."""
+    shown: str
+    """The answer as given."""
+    value: float | None = None
+    finish_reason: str | None = None
+    num_parts: int | None = None
+
+    @property
+    def order(self) -> tuple[str, int]:
+        """Place among the ballots of a record, whoever came first."""
+        return (self.agent_id, self.sample_id)
+
+    @property
+    def voter(self) -> str:
+        """Name in the support: the agent, with the sample's number after its first."""
+        return f"{self.agent_id}#{self.sample_id}" if self.sample_id else self.agent_id
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The answers that agree, as one."""
+
+    answer: str
+    """Their most frequent form; among equals the one of smallest NFC bytes."""
+    score: int
+    """What candidates are compared by; its unit is the method's."""
+    weight: float
+    """The score in natural units, as shown in the support."""
+    max_weight: int
+    """Highest weight of one backer, in `UNITS`."""
+    backers: tuple[Ballot, ...]
+    """Ordered by agent and sample; never empty."""
+
+    @property
+    def rank(self) -> tuple[int, int, int, bytes, str]:
+        """Sort key, best first: score, number of model families, highest weight, bytes."""
+        families = len({ballot.family_id for ballot in self.backers})
+        return (-self.score, -families, -self.max_weight, nfc_bytes(self.answer), self.answer)
+
+    @property
+    def chosen(self) -> Ballot:
+        """The first backer whose words are the shown ones."""
+        return next(ballot for ballot in self.backers if ballot.shown == self.answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The merged answer to one record, and how far to trust it."""
+
+    answer: str
+    value: float | None
+    confidence: float | None
+    confidence_kind: str
+    margin: float | None
+    """Best minus second, in the confidence's unit; a missing second counts as 0."""
+    entropy: float
+    """Nats, over the shares of the support."""
+    support: tuple[Candidate, ...]
+    """Best first."""
+    tie: bool
+    """The best two have equal scores; the rule decided."""
+    chosen: Ballot
+    """The answer that is published, or for a mean the one closest to it."""
+
+
+def vote(ballots: Sequence[Ballot]) -> Verdict:
+    """Return the most frequent answer; the confidence is its share of the ballots."""
+    return _by_share(ballots, [UNITS] * len(ballots), "agreement")
+
+
+def weighted_linear(ballots: Sequence[Ballot], accuracies: Mapping[str, float]) -> Verdict:
+    """Return the answer of the highest sum of accuracies; the confidence is its share of all.
+
+    Raises:
+        KeyError: an agent has no accuracy.
+    """
+    weights = [to_units(clip_accuracy(accuracies[ballot.agent_id])) for ballot in ballots]
+    return _by_share(ballots, weights, "weight-share")
+
+
+def weighted_log_odds(
+    ballots: Sequence[Ballot], accuracies: Mapping[str, float], num_wrong: int | None
+) -> Verdict:
+    """Return the likeliest answer, were the agents independent and their errors uniform.
+
+    An agent of accuracy p adds ln(m·p / (1 - p)) to its answer, m being the number of wrong
+    answers it could have given; below chance it subtracts. Every sample adds it again: the
+    samples of an agent count as independent voters. The confidence is the softmax of the
+    scores over the answers that somebody gave, so a single candidate always has 1.
+
+    Args:
+        num_wrong: m; None where the answers are not a closed set, and then m is the number
+            of candidates less one, at least 1.
+
+    Source: Nitzan and Paroush, "Optimal decision rules in uncertain dichotomous choice
+    situations", 1982, for two classes; m is what Bayes' rule adds for more.
+
+    Raises:
+        KeyError: an agent has no accuracy.
+    """
+    wrong = num_wrong or max(1, len({ballot.key for ballot in ballots}) - 1)
+    weights = [to_units(log_odds(accuracies[b.agent_id], wrong)) for b in ballots]
+    support = rank_candidates(gather(ballots, weights))
+    shares = _softmax([candidate.weight for candidate in support])
+    margin = shares[0] - sum(shares[1:2])
+    return verdict(support, shares, shares[0], "softmax", margin)
+
+
+def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
+    """Return the weighted mean of the values; the confidence is its standard error.
+
+    A standard error is in the values' unit and smaller is better: it is not comparable with
+    other confidences. One answer has none. For equal weights it is s/√n; else the unbiased
+    variance for reliability weights, Σw(x-μ)² / (Σw - Σw²/Σw), is used for s².
+
+    Args:
+        weights: positive, one per ballot.
+
+    Raises:
+        ValueError: a ballot has no value.
+    """
+    values = [ballot.value for ballot in ballots if ballot.value is not None]
+    centre = _weighted_mean(values, weights)
+    support = rank_candidates(gather(ballots, [to_units(w) for w in weights]))
+    shares = _shares([candidate.score for candidate in support])
+    closest = min(range(len(values)), key=lambda i: (abs(values[i] - centre), ballots[i].order))
+    return Verdict(
+        answer=repr(centre),
+        value=centre,
+        confidence=_standard_error(values, weights, centre),
+        confidence_kind="standard_error",
+        margin=None,
+        entropy=_entropy(shares),
+        support=tuple(support),
+        tie=False,
+        chosen=ballots[closest],
+    )
+
+
+def clip_accuracy(accuracy: float) -> float:
+    """Keep an accuracy within `ACCURACY_RANGE`."""
+    low, high = ACCURACY_RANGE
+    return min(max(accuracy, low), high)
+
+
+def log_odds(accuracy: float, num_wrong: int) -> float:
+    """Return ln(m·p / (1 - p)) for the clipped accuracy p and m wrong alternatives."""
+    p = clip_accuracy(accuracy)
+    return math.log(num_wrong * p / (1 - p))
+
+
+def to_units(weight: float) -> int:
+    """Return the weight as an integer number of `UNITS`."""
+    return round(weight * UNITS)
+
+
+def gather(ballots: Iterable[Ballot], weights: Iterable[int]) -> list[Candidate]:
+    """Put the ballots that agree together; a candidate's score is the sum of its weights."""
+    groups: dict[str, list[tuple[Ballot, int]]] = {}
+    for ballot, weight in zip(ballots, weights, strict=True):
+        groups.setdefault(ballot.key, []).append((ballot, weight))
+    candidates = []
+    for group in groups.values():
+        score = sum(weight for _, weight in group)
+        backers = sorted((ballot for ballot, _ in group), key=lambda ballot: ballot.order)
+        highest = max(weight for _, weight in group)
+        shown = _most_frequent(ballot.shown for ballot in backers)
+        candidates.append(Candidate(shown, score, score / UNITS, highest, tuple(backers)))
+    return candidates
+
+
+def rank_candidates(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Sort best first by the tie rule; no two candidates rank equal."""
+    return sorted(candidates, key=lambda candidate: candidate.rank)
+
+
+def verdict(
+    support: Sequence[Candidate],
+    shares: Sequence[float],
+    confidence: float,
+    kind: str,
+    margin: float,
+) -> Verdict:
+    """Publish the first of the support; `shares` are the support's, adding up to 1."""
+    best = support[0]
+    return Verdict(
+        answer=best.answer,
+        value=best.chosen.value,
+        confidence=confidence,
+        confidence_kind=kind,
+        margin=margin,
+        entropy=_entropy(shares),
+        support=tuple(support),
+        tie=len(support) > 1 and support[1].score == best.score,
+        chosen=best.chosen,
+    )
+
+
+def _by_share(ballots: Sequence[Ballot], weights: Sequence[int], kind: str) -> Verdict:
+    support = rank_candidates(gather(ballots, weights))
+    scores = [candidate.score for candidate in support]
+    margin = (scores[0] - sum(scores[1:2])) / sum(scores)
+    shares = _shares(scores)
+    return verdict(support, shares, shares[0], kind, margin)
+
+
+def _most_frequent(forms: Iterable[str]) -> str:
+    counts = Counter(forms)
+    return min(counts, key=lambda form: (-counts[form], nfc_bytes(form), form))
+
+
+def _shares(scores: Sequence[int]) -> list[float]:
+    total = sum(scores)
+    return [score / total for score in scores]
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    highest = max(scores)
+    powers = [math.exp(score - highest) for score in scores]
+    total = math.fsum(powers)
+    return [power / total for power in powers]
+
+
+def _entropy(shares: Iterable[float]) -> float:
+    return -math.fsum(share * math.log(share) for share in shares if share > 0) + 0.0
+
+
+def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    total = math.fsum(weights)
+    centre = math.fsum(w * x for w, x in zip(weights, values, strict=True)) / total
+    # Rounding may leave the values' range by a bit: equal values must give that value.
+    return min(max(centre, min(values)), max(values))
+
+
+def _standard_error(
+    values: Sequence[float], weights: Sequence[float], centre: float
+) -> float | None:
+    if len(values) < 2:
+        return None
+    total = math.fsum(weights)
+    squares = math.fsum(w * w for w in weights)
+    pairs = zip(weights, values, strict=True)
+    spread = math.fsum(w * (x - centre) * (x - centre) for w, x in pairs)
+    variance = spread / (total - squares / total)
+    return math.sqrt(variance * squares) / total

@@ -1,0 +1,157 @@
+"""The command line: `mas-batch …`, `dask mas-batch …` and `python -m mas_batch.submit`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import click
+from rich.console import Console
+
+from mas_batch import __version__, models, pipeline, show
+from mas_batch.errors import ExitCode, MasBatchError
+from mas_batch.job import Job
+from mas_batch.job_file import load_job
+from mas_batch.monitor.events import Event
+from mas_batch.monitor.progress import Bar, LogLines, Throughput
+from mas_batch.results import open_run
+
+EXIT_CODES = """\b
+Exit codes:
+  0  every record is answered, or no more failed than output.max_failed_fraction
+  1  the run failed; what is answered is kept: the same command resumes
+  2  the job is wrong; nothing was started
+  3  finished, with more failed records than output.max_failed_fraction
+"""
+
+
+@click.group("mas-batch")  # the name under which `dask` lists it
+@click.version_option(__version__, prog_name="mas-batch")
+def main() -> None:
+    """Batch text processing by many LLM agents on Dask."""
+
+
+def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors that we raise on purpose into one line and their exit code."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MasBatchError as error:
+            click.echo(f"mas-batch: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("mas-batch: interrupted; the same command resumes", err=True)
+            sys.exit(ExitCode.RUN_FAILED)
+
+    return wrapper
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("job_file", metavar="JOB.yaml")
+@click.option(
+    "--set", "overrides", metavar="KEY.PATH=VALUE", multiple=True, help="Override a key of the job."
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Use this Dask scheduler (tcp://… or tls://…)."
+)
+@click.option("--scheduler-file", metavar="FILE", help="Use the Dask scheduler of this file.")
+@click.option("--output", metavar="PATH", help="Folder or URL for runs, instead of output.path.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a machine-readable summary on stdout, nothing else.",
+)
+@click.option(
+    "--show", "num_shown", default=5, show_default=True, help="Records to show at the end."
+)
+@_clear_errors
+def submit(
+    job_file: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    scheduler: str | None,
+    scheduler_file: str | None,
+    output: str | None,
+    as_json: bool,
+    num_shown: int,
+) -> None:
+    """Run a job, or what is left of it.
+
+    The same job on the same corpus is the same run: a run that was cut short goes on where it
+    stopped, a complete one is only shown, and a changed job starts a run of its own.
+    """
+    flags = {
+        "cluster.scheduler": scheduler,
+        "cluster.scheduler_file": scheduler_file,
+        "output.path": output,
+    }
+    job = load_job(
+        job_file, [*overrides, *(f"{key}={json.dumps(v)}" for key, v in flags.items() if v)]
+    )
+    out = Console(soft_wrap=False, stderr=as_json)
+    if dry_run:
+        plan = pipeline.preview(job)
+        if as_json:
+            click.echo(json.dumps(show.preview_facts(job, plan), ensure_ascii=False))
+        else:
+            show.print_preview(out, job, plan)
+        return
+    throughput = Throughput()
+    summary = _run(job, throughput)
+    if as_json:
+        click.echo(json.dumps(show.summary_facts(job, summary, throughput), ensure_ascii=False))
+    else:
+        show.print_summary(out, job, summary, throughput, num_shown)
+    sys.exit(summary.exit_code)
+
+
+def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
+    with ExitStack() as stack:
+        readers: list[Callable[[Event], None]] = [throughput]
+        if sys.stderr.isatty():
+            readers.append(stack.enter_context(Bar(Console(stderr=True))))
+        else:
+            logging.basicConfig(
+                stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+            )
+            logging.getLogger("mas_batch").setLevel(logging.INFO)
+            readers.append(LogLines())
+
+        def emit(event: Event) -> None:
+            for reader in readers:
+                reader(event)
+
+        return pipeline.run(job, emit=emit)
+
+
+@main.command("show")
+@click.argument("run")
+@click.option("--records", "num_shown", default=10, show_default=True, help="Records to show.")
+@_clear_errors
+def show_run(run: str, num_shown: int) -> None:
+    """Show the results of a published run."""
+    show.print_run(Console(), open_run(run), num_shown)
+
+
+@main.command()
+@click.argument("job_files", metavar="JOB.yaml...", nargs=-1, required=True)
+@_clear_errors
+def fetch(job_files: tuple[str, ...]) -> None:
+    """Fetch and verify the models of jobs, so that a run starts at once."""
+    sources = dict.fromkeys(agent.model for file in job_files for agent in load_job(file).agents)
+    for source in sources:
+        files = models.fetch(source)
+        click.echo(f"{files.family_id}  {files.path or files.scheme}  sha256 {files.sha256 or '-'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The cluster a run works on: embedded on this machine, or the user's own."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from distributed import Client, Nanny, Scheduler, Security, SpecCluster, get_client
+from distributed.diagnostics import nvml
+
+from mas_batch.agents.host import AgentHost
+from mas_batch.agents.spec import AgentSpec, match_workers, worker_options
+from mas_batch.errors import JobError, RunError
+from mas_batch.job import Cluster, Job
+from mas_batch.routing.dask import cluster_workers
+
+logger = logging.getLogger(__name__)
+
+
+def is_embedded(cluster: Cluster, client: Client | None) -> bool:
+    """Whether a run with these settings starts its own cluster."""
+    return client is None and not cluster.scheduler and not cluster.scheduler_file
+
+
+def check_settings(cluster: Cluster) -> None:
+    """Find what is wrong with the settings without connecting.
+
+    Raises:
+        JobError: a file that they name is not there.
+    """
+    for key in ("scheduler_file", "tls_ca_file", "tls_cert", "tls_key"):
+        file = getattr(cluster, key)
+        if file and not Path(file).is_file():
+            raise JobError(f"{file!r} is not a file", key=f"cluster.{key}")
+
+
+@contextmanager
+def connect(
+    job: Job, specs: Mapping[str, AgentSpec], client: Client | None = None
+) -> Iterator[Client]:
+    """Yield a client whose workers can host every agent of the job.
+
+    A given client, or one that the user's scheduler needs, is used as it is; a client that
+    was given is never closed. The plugin that hosts the models is removed at the end, so a
+    long-lived cluster gets its memory back.
+
+    Raises:
+        JobError: an agent needs capabilities that no worker declares.
+        RunError: the scheduler cannot be reached.
+    """
+    if client is not None:
+        with _hosting(client, job):
+            yield client
+    elif is_embedded(job.cluster, client):
+        with _embedded(job, specs) as client, _hosting(client, job):
+            yield client
+    else:
+        with _connect_to(job.cluster) as client, _hosting(client, job):
+            yield client
+
+
+def current_client() -> Client | None:
+    """Return the client that is active in this process (a notebook's), if there is one."""
+    try:
+        return get_client()
+    except ValueError:
+        return None
+
+
+@contextmanager
+def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
+    with tempfile.TemporaryDirectory(prefix="mas-batch-") as scratch:
+        options = worker_options(job, specs, num_gpus=_num_gpus(), local_directory=scratch)
+        address = job.cluster.dashboard_address
+        scheduler = {
+            "cls": Scheduler,
+            "options": {
+                "host": "127.0.0.1",
+                "dashboard": address is not None,
+                "dashboard_address": _free_address(address) if address else None,
+            },
+        }
+        workers = {name: {"cls": Nanny, "options": each} for name, each in options.items()}
+        with (
+            SpecCluster(
+                workers=workers, scheduler=scheduler, name="mas-batch", silence_logs=logging.ERROR
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            client.wait_for_workers(len(workers), timeout=120)
+            yield client
+
+
+@contextmanager
+def _connect_to(cluster: Cluster) -> Iterator[Client]:
+    security = None
+    if cluster.tls_ca_file:
+        security = Security(
+            tls_ca_file=cluster.tls_ca_file,
+            tls_client_cert=cluster.tls_cert,
+            tls_client_key=cluster.tls_key,
+            require_encryption=True,
+        )
+    where = cluster.scheduler or cluster.scheduler_file
+    try:
+        client = Client(
+            address=cluster.scheduler,
+            scheduler_file=cluster.scheduler_file,
+            security=security,
+            timeout=20,
+        )
+    except ValueError as error:
+        raise JobError(f"{where!r}: {error}", key="cluster.scheduler") from error
+    except (OSError, TimeoutError) as error:
+        raise RunError(f"the scheduler at {where} cannot be reached: {error}") from error
+    with client:
+        yield client
+
+
+@contextmanager
+def _hosting(client: Client, job: Job) -> Iterator[None]:
+    """Check that every agent has a capable worker, then make the workers able to host models."""
+    _wait_for_capable_workers(client, job)
+    client.register_plugin(AgentHost())
+    try:
+        yield
+    finally:
+        if client.status == "running":
+            client.unregister_worker_plugin(AgentHost.name)
+
+
+def _wait_for_capable_workers(client: Client, job: Job) -> None:
+    deadline = time.monotonic() + job.cluster.wait_s
+    while True:
+        try:
+            match_workers(cluster_workers(client), job)
+        except JobError as error:
+            if time.monotonic() >= deadline:
+                raise
+            logger.info("waiting for workers: %s", error)
+            time.sleep(0.5)
+        else:
+            return
+
+
+def _free_address(address: str) -> str:
+    """Return the address, or its host with any free port when the port is taken.
+
+    Dask does the same, but with a warning that frightens people who run two jobs at once.
+    """
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host or "0.0.0.0", int(port)))
+        except OSError:
+            return f"{host}:0"
+        except ValueError:
+            raise JobError(
+                f"{address!r} is not host:port", key="cluster.dashboard_address"
+            ) from None
+    return address
+
+
+def _num_gpus() -> int:
+    try:
+        return int(nvml.device_get_count())
+    except Exception:  # no driver, no pynvml: no GPU that we could assign
+        return 0

@@ -1,0 +1,118 @@
+"""The one contract between a task and whatever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mas_batch.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat prompt; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to decode. `temperature` 0 is greedy (or beam search when `num_beams` > 1)."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    num_beams: int = 1
+    num_samples: int = 1
+    """Completions per request; above 1 only with temperature > 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt."""
+
+    request_id: str
+    """Unique within a call; names the request in errors and in fault maps."""
+    text: str
+    """The text alone, for engines that take no prompt (translation models)."""
+    messages: tuple[Message, ...]
+    """The chat prompt that a language model is shown."""
+    seed: int = 0
+    """Seed of this request's own random stream; the sample number is mixed in by the engine,
+    so sample s of a request is the same whatever else is in the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One reply of the model."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    sum_logprob: float | None
+    """Natural log-probability of `token_ids` under the model at temperature 1, end token
+    included where one was generated; None where the engine cannot know it."""
+    num_tokens: int
+    finish_reason: str
+    """`stop` (the model ended), `length` (max_new_tokens cut it) or `error`."""
+    prompt_tokens: int
+    compute_s: float = 0.0
+    """This completion's share of its batch's model time."""
+    reason: Reason | None = None
+    """Set when there is no completion (finish_reason `error`)."""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to hold a model; what the job's agent says, resolved for one worker."""
+
+    dtype: str = "auto"
+    """`auto` is float32 on a CPU (greedy answers then do not depend on the batch) and the
+    checkpoint's own dtype on an accelerator."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:0`, `mps`; `auto` takes the first accelerator that is visible."""
+    threads: int = 0
+    """CPU threads for the model; 0 leaves the library's choice."""
+    max_batch_tokens: int | None = 8192
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that only one engine knows; it rejects unknown keys with a `JobError`."""
+
+
+class Engine(Protocol):
+    """Holds one model, resident; turns requests into completions.
+
+    Implementations only run a batch that fits: sorting by length, the token budget, halving
+    after an out-of-memory error and isolating a culprit are `batching.complete`'s work.
+    """
+
+    max_context_tokens: int
+    """Prompt plus completion, in the model's own tokens."""
+    max_batch_tokens: int | None
+    """Budget of rows × (longest prompt + max_new_tokens) per batch; None = take all at once."""
+    takes_messages: bool
+    """False for engines that read `Request.text` and ignore the prompt."""
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Count the tokens of the request's full prompt, template included."""
+        ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Run one batch: for each request, in order, `sampling.num_samples` completions.
+
+        Raises:
+            OutOfMemoryError: the batch did not fit; the engine is usable again.
+            EngineError: anything else the engine can name; other exceptions count as that too.
+        """
+        ...
+
+    def describe(self) -> Mapping[str, Any]:
+        """Facts for the manifest: engine, versions, device, dtype, threads, model hashes."""
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
+        ...

@@ -1,0 +1,210 @@
+"""A deterministic engine without a model: for dry runs, examples and tests of failures.
+
+A token is a whitespace-separated word. A reply depends only on the model's name, the text, the
+request's seed and the sample number. It claims no log-probability: it has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
+from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
+from mas_batch.models import ModelFiles
+
+Fault = Literal["error", "out_of_memory", "unparsable", "kill", "hang"]
+
+
+class Options(BaseModel):
+    """What `agents.options` may hold for this engine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    reply: Annotated[str, Field(min_length=1)] = "{text}"
+    """What it says; `{text}` is the record."""
+    labels: Annotated[list[str], Field(min_length=1)] | None = None
+    """Reply with one of these. Which, the text alone decides: agents agree where none errs."""
+    words: Annotated[int, Field(ge=1)] | None = None
+    """End the reply after so many words, as a model that has said enough."""
+    error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Fraction of replies that are wrong: another of `labels`, or each word spelled backwards."""
+    max_context_tokens: Annotated[int, Field(ge=1)] = 8192
+    seconds_per_token: Annotated[float, Field(ge=0.0)] = 0.0
+    """Time of one decoding step: a batch takes as many as its longest reply has tokens."""
+    seconds_per_batch: Annotated[float, Field(ge=0.0)] = 0.0
+    """Time of a batch whatever is in it."""
+    faults: dict[Annotated[str, Field(min_length=1)], Fault] = Field(default_factory=dict)
+    """What happens when a text contains the key. `error`, `out_of_memory`: the batch fails.
+    `unparsable`: the reply is `???`, neither a label nor a number. `kill`: the process gets
+    SIGKILL. `hang`: it never returns."""
+    fail_to_load: bool = False
+
+
+class EchoEngine:
+    """Says what it was asked, or what its options say."""
+
+    takes_messages = True
+
+    def __init__(self, model: ModelFiles, config: EngineConfig, options: Options) -> None:
+        self._source = model.source
+        self._options = options
+        self.max_context_tokens = options.max_context_tokens
+        self.max_batch_tokens = config.max_batch_tokens
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Count the words of all turns."""
+        return sum(len(message.content.split()) for message in request.messages)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Reply to every request, or fail as `faults` says.
+
+        Raises:
+            EngineError, OutOfMemoryError: a text holds the key of such a fault.
+        """
+        start = time.perf_counter()
+        for request in requests:
+            if (fault := self._fault(request)) in _FAULTS:
+                _FAULTS[fault](request)
+        samples = range(sampling.num_samples)
+        replies = [[self._reply(r, sampling, s) for s in samples] for r in requests]
+        lengths = [len(text.split()) for row in replies for text, _ in row]
+        steps = max(lengths, default=0)
+        time.sleep(self._options.seconds_per_batch + self._options.seconds_per_token * steps)
+        per_token_s = (time.perf_counter() - start) / max(1, sum(lengths))
+        return [
+            [self._completion(request, *reply, per_token_s) for reply in row]
+            for request, row in zip(requests, replies, strict=True)
+        ]
+
+    def describe(self) -> Mapping[str, Any]:
+        """Name the engine and the options that are not the defaults."""
+        return {
+            "engine": "echo",
+            "model": self._source,
+            "options": self._options.model_dump(mode="json", exclude_defaults=True),
+        }
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _fault(self, request: Request) -> Fault | None:
+        faults = self._options.faults.items()
+        return next((fault for key, fault in faults if key in request.text), None)
+
+    def _reply(self, request: Request, sampling: Sampling, sample: int) -> tuple[str, str]:
+        """Return the text and the finish reason."""
+        if self._fault(request) == "unparsable":
+            text = "???"
+        elif self._options.labels is not None:
+            text = self._label(request, sample)
+        else:
+            text = self._echo(request, sampling, sample)
+        words = text.split()
+        limit = min(self._options.words or len(words), sampling.max_new_tokens)
+        # Whole replies keep their whitespace: paragraphs matter to what is done with them.
+        cut = text if len(words) <= limit else " ".join(words[:limit])
+        ended = min(len(words), self._options.words or len(words)) <= sampling.max_new_tokens
+        return cut, "stop" if ended else "length"
+
+    def _label(self, request: Request, sample: int) -> str:
+        labels = self._options.labels or []
+        right = _hash(request.text) % len(labels)
+        step = 0
+        if self._errs(request, sample) and len(labels) > 1:
+            step = 1 + self._draw("label", request, sample) % (len(labels) - 1)
+        return labels[(right + step) % len(labels)]
+
+    def _echo(self, request: Request, sampling: Sampling, sample: int) -> str:
+        text = request.text
+        words = text.split()
+        if sampling.temperature > 0 and words:
+            turn = self._draw("turn", request, sample) % len(words)
+            text = " ".join(words[turn:] + words[:turn])
+        text = self._options.reply.replace("{text}", text)
+        if self._errs(request, sample):
+            return " ".join(word[::-1] for word in text.split())
+        return text
+
+    def _errs(self, request: Request, sample: int) -> bool:
+        return self._draw("error", request, sample) < self._options.error_rate * 2**64
+
+    def _draw(self, purpose: str, request: Request, sample: int) -> int:
+        return _hash(f"{purpose}\0{self._source}\0{request.seed}\0{sample}\0{request.text}")
+
+    def _completion(
+        self, request: Request, text: str, finish_reason: str, per_token_s: float
+    ) -> Completion:
+        words = text.split()
+        return Completion(
+            text=text,
+            token_ids=tuple(zlib.crc32(word.encode()) for word in words),
+            sum_logprob=None,
+            num_tokens=len(words),
+            finish_reason=finish_reason,
+            prompt_tokens=self.prompt_tokens(request),
+            compute_s=per_token_s * len(words),
+        )
+
+
+def load(model: ModelFiles, config: EngineConfig) -> EchoEngine:
+    """Make the engine.
+
+    Raises:
+        JobError: an option is unknown or has a value that is not allowed.
+        ModelError: the option `fail_to_load` is set.
+    """
+    options = _options(config.options)
+    if options.fail_to_load:
+        raise ModelError(f"{model.source}: it fails to load because options.fail_to_load is set")
+    return EchoEngine(model, config, options)
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    try:
+        return Options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, value = ".".join(map(str, first["loc"])), first["input"]
+        if first["type"] == "extra_forbidden":
+            problem = f"unknown option; echo allows: {', '.join(Options.model_fields)}"
+        else:
+            problem = f"{value!r} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise JobError(problem, key=f"agents.options.{key}") from None
+
+
+def _error(request: Request) -> NoReturn:
+    raise EngineError(f"fault `error` of the echo engine on {request.request_id}")
+
+
+def _out_of_memory(request: Request) -> NoReturn:
+    raise OutOfMemoryError(f"fault `out_of_memory` of the echo engine on {request.request_id}")
+
+
+def _kill(request: Request) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang(request: Request) -> NoReturn:
+    while True:
+        time.sleep(60)
+
+
+_FAULTS: Mapping[str | None, Callable[[Request], None]] = {
+    "error": _error,
+    "out_of_memory": _out_of_memory,
+    "kill": _kill,
+    "hang": _hang,
+}
+
+
+def _hash(text: str) -> int:
+    """64 bits that do not change with the process, as `hash` does."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

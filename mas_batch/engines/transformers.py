@@ -1,0 +1,391 @@
+"""The reference engine: any decoder-only or encoder-decoder model that `transformers` knows.
+
+Runs on a CPU, CUDA or MPS. Weights come from safetensors only, and no code of a checkpoint is
+run. Of a checkpoint's `generation_config` only token ids are heeded: how to decode is the job's.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from shutil import rmtree
+from typing import Annotated, Any, Literal, TypeVar
+
+import jinja2
+import torch
+import transformers
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers.utils import logging as transformers_logging
+
+from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
+from mas_batch.engines.decoding import Decoded, SpecialTokens, decode
+from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
+from mas_batch.models import ModelFiles, cache_root
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
+"""Where configurations say how many positions there are."""
+
+
+class Options(BaseModel):
+    """What `agents.options` may hold for this engine; all but the first are encoder-decoder's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_context_tokens: Annotated[int, Field(ge=2)] | None = None
+    """At most the model's own limit, which is also the default."""
+    reads: Literal["text", "messages"] = "text"
+    """`text`: the record alone, as translation models do. `messages`: the prompt's turns joined
+    by blank lines, for encoder-decoders that follow instructions or summarize."""
+    prefix: str = ""
+    """Put before what is read: T5's `translate English to German: `."""
+    source_lang: str | None = None
+    """Language code for the tokenizer (NLLB, mBART): `eng_Latn`."""
+    target_lang: str | None = None
+    """Language token that the output has to begin with: `por_Latn`."""
+
+
+class TransformersEngine:
+    """One model in memory with its tokenizer. See `load`.
+
+    `Completion.token_ids` are without the end token; `num_tokens` and `sum_logprob` count it.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._files = files
+        self._options = options
+        self._seq2seq = bool(model.config.is_encoder_decoder)
+        self._special = _special_tokens(model, tokenizer, options)
+        self.takes_messages = not self._seq2seq or options.reads == "messages"
+        self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
+        self.max_batch_tokens = config.max_batch_tokens
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Count the tokens of the prompt, or of the source for an encoder.
+
+        Raises:
+            JobError: the model's chat template refuses the prompt.
+        """
+        return len(self._encode(request))
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Run one batch; see `Engine.generate`."""
+        if not requests:
+            return []
+        _check(sampling)
+        prompts = [self._encode(request) for request in requests]
+        if empty := [r.request_id for r, p in zip(requests, prompts, strict=True) if not p]:
+            raise EngineError(f"request {empty[0]!r} has no tokens")
+        seeds = [request.seed for request in requests]
+        start = time.perf_counter()
+        with torch.inference_mode():
+            found = _run_freeing(
+                lambda: decode(self._model, prompts, self._special, sampling, seeds)
+            )
+        num_tokens = sum(
+            len(prompt) + len(d.tokens)
+            for prompt, ds in zip(prompts, found, strict=True)
+            for d in ds
+        )
+        token_s = (time.perf_counter() - start) / num_tokens
+        return [
+            [self._completion(len(prompt), decoded, token_s) for decoded in row]
+            for prompt, row in zip(prompts, found, strict=True)
+        ]
+
+    def describe(self) -> Mapping[str, Any]:
+        """Facts for the manifest."""
+        return {
+            "engine": "transformers",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": self._files.source,
+            "sha256": self._files.sha256,
+            "architecture": type(self._model).__name__,
+            "device": str(self._model.device),
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "max_context_tokens": self.max_context_tokens,
+            "options": self._options.model_dump(mode="json", exclude_defaults=True),
+        }
+
+    def close(self) -> None:
+        """Free the model; the engine cannot be used afterwards. May be called again."""
+        vars(self).pop("_model", None)
+        _free_caches()
+
+    def _encode(self, request: Request) -> list[int]:
+        text, special = self._prompt(request)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _prompt(self, request: Request) -> tuple[str, bool]:
+        """Return what the model reads, and whether the tokenizer adds its special tokens."""
+        if not self.takes_messages:
+            return self._options.prefix + request.text, True
+        if self._seq2seq or not self._tokenizer.chat_template:
+            turns = "\n\n".join(message.content for message in request.messages)
+            return self._options.prefix + turns, True
+        messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise JobError(
+                f"the chat template of {self._files.source} refuses the prompt: {error}; "
+                "where it takes no system turn, set an empty one: system: ''",
+                key="agents.system",
+            ) from error
+        return text, False  # the template has written them
+
+    def _completion(self, prompt_tokens: int, decoded: Decoded, token_s: float) -> Completion:
+        """Spread the batch's time over its tokens, read and written, at `token_s` each."""
+        kept = decoded.tokens[:-1] if decoded.ended else decoded.tokens
+        return Completion(
+            text=self._tokenizer.decode(kept, skip_special_tokens=True).strip(),
+            token_ids=tuple(kept),
+            sum_logprob=decoded.sum_logprob,
+            num_tokens=len(decoded.tokens),
+            finish_reason="stop" if decoded.ended else "length",
+            prompt_tokens=prompt_tokens,
+            compute_s=token_s * (prompt_tokens + len(decoded.tokens)),
+        )
+
+
+def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
+    """Load a directory of safetensors, or a .gguf file by way of safetensors made once.
+
+    Raises:
+        JobError: an option, device or dtype that is unknown or not to be had here.
+        ModelError: no safetensors, no tokenizer, or an architecture that cannot be decoded.
+    """
+    options = _read_options(config.options)
+    device = _device(config.device)
+    if config.dtype not in DTYPES:
+        raise JobError(f"{config.dtype!r}; allowed: {', '.join(DTYPES)}", key="agents.dtype")
+    dtype = config.dtype
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"  # greedy answers then don't depend on the batch; bfloat16 is slow
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    transformers_logging.disable_progress_bar()
+    path = _checkpoint(model, dtype)
+    tokenizer = _load_tokenizer(path, model)
+    loaded = _load_model(path, model, options, dtype).to(device).eval()
+    return TransformersEngine(loaded, tokenizer, model, config, options)
+
+
+def _read_options(given: Mapping[str, Any]) -> Options:
+    try:
+        return Options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            allowed = ", ".join(Options.model_fields)
+            problem = f"unknown option; the engine transformers allows: {allowed}"
+        else:
+            problem = f"{first['input']!r} is not allowed: {first['msg']}"
+        raise JobError(problem, key=f"agents.options.{key}") from None
+
+
+def _device(name: str) -> torch.device:
+    """Resolve `auto`; under dask-cuda `cuda` is the one GPU that the worker sees first."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    visible = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    if (device.index or 0) >= visible.get(device.type, 0):
+        here = ", ".join(kind for kind, number in visible.items() if number)
+        raise JobError(f"{name!r} is not here; allowed: auto, {here}", key="agents.device")
+    return device
+
+
+# --- Files
+
+
+def _checkpoint(model: ModelFiles, dtype: str) -> Path:
+    """Return a directory of safetensors with its tokenizer."""
+    if model.path is None:
+        raise ModelError(f"{model.source}: the engine transformers needs a model's files")
+    if model.path.is_file():
+        return _converted(model, model.path, "float32" if dtype == "auto" else dtype)
+    if not next(model.path.glob("*.safetensors"), None):
+        raise ModelError(
+            f"{model.source}: no .safetensors in {model.path}; pickled weights are not loaded, "
+            "because that runs their code, and a .gguf has to be named itself"
+        )
+    return model.path
+
+
+def _converted(model: ModelFiles, gguf: Path, dtype: str) -> Path:
+    """Dequantize once, in the dtype that will run: workers then share the mapped file's memory."""
+    target = cache_root() / "converted" / f"{model.sha256}-{dtype}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):  # one converts, the others wait
+        if not target.exists():
+            # Renamed when whole: who is killed before leaves half a model only under this name,
+            # and it is the lock that makes the name ours.
+            scratch = target.with_name(f".tmp-{target.name}")
+            rmtree(scratch, ignore_errors=True)
+            _convert(gguf, dtype, scratch)
+            scratch.replace(target)
+    return target
+
+
+def _convert(gguf: Path, dtype: str, target: Path) -> None:
+    folder, name = str(gguf.parent), gguf.name
+    # Without `dequantize` the loaded model refuses to be saved.
+    dense = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=getattr(torch, dtype),
+    )
+    dense.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+
+
+def _load_tokenizer(path: Path, model: ModelFiles) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path, trust_remote_code=False, local_files_only=True
+    )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"{model.source}: its tokenizer has neither a padding nor an end token")
+    return tokenizer
+
+
+def _load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> Any:
+    settings = {"trust_remote_code": False, "local_files_only": True}
+    if transformers.AutoConfig.from_pretrained(path, **settings).is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    else:
+        auto = transformers.AutoModelForCausalLM
+        if unread := sorted(options.model_fields_set - {"max_context_tokens"}):
+            raise JobError(
+                f"{model.source} is not an encoder-decoder; allowed: max_context_tokens",
+                key=f"agents.options.{unread[0]}",
+            )
+    loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings)
+    if "past_key_values" not in inspect.signature(loaded.forward).parameters:
+        raise ModelError(f"{model.source}: {type(loaded).__name__} does not decode with a cache")
+    return loaded
+
+
+# --- Facts about a loaded model
+
+
+def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialTokens:
+    """Take the ids, and only those, out of the checkpoint's defaults for `generate`."""
+    given = model.generation_config
+    end = given.eos_token_id if given.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [end] if isinstance(end, int) else end or []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    words = given.bad_words_ids or []
+    banned = {word[0] for word in words if len(word) == 1} | set(given.suppress_tokens or [])
+    # What is left here would be filled into every later call of `generate`: a checkpoint's
+    # repetition penalty, minimum length, forced end…
+    model.generation_config = transformers.GenerationConfig()
+    if not model.config.is_encoder_decoder:
+        return SpecialTokens(frozenset(ends), pad, banned=tuple(sorted(banned)))
+    start = given.decoder_start_token_id
+    return SpecialTokens(
+        frozenset(ends),
+        pad,
+        decoder_start=given.bos_token_id if start is None else start,
+        forced_first=_language(tokenizer, options) or given.forced_bos_token_id,
+        banned=tuple(sorted(banned)),
+    )
+
+
+def _language(tokenizer: Any, options: Options) -> int | None:
+    """Set the source's language in the tokenizer; return the target's token."""
+    for key in ("source_lang", "target_lang"):
+        code = getattr(options, key)
+        if code is not None and tokenizer.convert_tokens_to_ids(code) in (
+            None,
+            tokenizer.unk_token_id,
+        ):
+            raise JobError(f"{code!r} is no token of this model", key=f"agents.options.{key}")
+    if options.source_lang is not None:
+        tokenizer.src_lang = options.source_lang
+    if options.target_lang is None:
+        return None
+    return int(tokenizer.convert_tokens_to_ids(options.target_lang))
+
+
+def _context_limit(config: Any, tokenizer: Any, options: Options, files: ModelFiles) -> int:
+    """Return the model's limit or the lower one asked for.
+
+    An encoder-decoder has one limit per side, but is held to their sum like all others.
+    """
+    text_config = config.get_text_config()
+    found = (getattr(text_config, key, None) for key in CONTEXT_KEYS)
+    own = next((n for n in found if isinstance(n, int) and n > 0), None)
+    if own is None and tokenizer.model_max_length < 10**9:  # more means that it doesn't say
+        own = int(tokenizer.model_max_length)
+    asked, key = options.max_context_tokens, "agents.options.max_context_tokens"
+    if own is None and asked is None:
+        raise JobError(f"{files.source} does not say its context length: it is required", key=key)
+    if own is not None and asked is not None and asked > own:
+        raise JobError(f"{asked} is over the {own} tokens of {files.source}", key=key)
+    return asked or own or 0
+
+
+def _check(sampling: Sampling) -> None:
+    if sampling.temperature > 0 and sampling.num_beams > 1:
+        raise EngineError(f"num_beams {sampling.num_beams} needs temperature 0")
+    if sampling.temperature == 0 and sampling.num_samples > 1:
+        raise EngineError(f"num_samples {sampling.num_samples} needs a temperature above 0")
+    if not 0 < sampling.top_p <= 1:
+        raise EngineError(f"top_p {sampling.top_p} is not allowed: above 0, at most 1")
+
+
+# --- Memory
+
+
+def _run_freeing(call: Callable[[], T]) -> T:
+    """Turn what the devices raise when memory is out into `OutOfMemoryError`, memory freed."""
+    try:
+        return call()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = f"{type(error).__name__}: {error}"
+    # Only here: as long as the exception lives, its frames hold the batch's tensors.
+    _free_caches()
+    raise OutOfMemoryError(message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def _free_caches() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

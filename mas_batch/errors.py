@@ -1,0 +1,118 @@
+"""What can go wrong, in words a person can act on.
+
+Two families: exceptions that stop a run (`MasBatchError`), and reason codes for one record
+that could not be answered while its neighbours could (`Reason`).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ExitCode:
+    """Exit status of every command line entry point."""
+
+    ANSWERED = 0
+    RUN_FAILED = 1
+    BAD_JOB = 2
+    TOO_MANY_FAILED_RECORDS = 3
+
+
+class MasBatchError(Exception):
+    """Base of every error that mas_batch raises on purpose."""
+
+    exit_code = ExitCode.RUN_FAILED
+
+
+class JobError(MasBatchError):
+    """The job cannot run as written.
+
+    The message names the file, the key path, the value and what is allowed, as far as each
+    is known: ``jobs/x.yaml: routing.policy: 'fast' is not allowed; allowed: capability, …``.
+    """
+
+    exit_code = ExitCode.BAD_JOB
+
+    def __init__(self, message: str, *, key: str | None = None, file: str | None = None) -> None:
+        self.key = key
+        self.file = file
+        self.message = message
+        super().__init__(": ".join(part for part in (file, key, message) if part))
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive pickling
+        return (_job_error, (self.message, self.key, self.file))
+
+
+def _job_error(message: str, key: str | None, file: str | None) -> JobError:
+    return JobError(message, key=key, file=file)
+
+
+class ModelError(MasBatchError):
+    """A model's files could not be fetched, verified or loaded."""
+
+
+class EngineError(MasBatchError):
+    """An engine failed on a batch."""
+
+
+class OutOfMemoryError(EngineError):
+    """An engine ran out of memory on a batch; a smaller batch may fit."""
+
+
+class RunError(MasBatchError):
+    """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
+
+
+class RecordError(MasBatchError):
+    """One record (or one answer to it) is unusable; the code says why."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        self.reason = reason
+        self.message = message
+        super().__init__(f"{reason}: {message}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (RecordError, (self.reason, self.message))
+
+
+class Reason(StrEnum):
+    """Why a record has no answer. Codes are stable: people's alerts depend on them."""
+
+    # Found while reading the corpus (stage "corpus")
+    MALFORMED_ROW = "malformed_row"
+    MISSING_TEXT = "missing_text"
+    NOT_TEXT = "not_text"
+    EMPTY = "empty"
+    WHITESPACE = "whitespace"
+    INVALID_UTF8 = "invalid_utf8"
+    NUL_CHARACTER = "nul_character"
+    # Found while asking an agent (stage "answer")
+    TOO_LONG = "too_long"
+    ENGINE_ERROR = "engine_error"
+    OUT_OF_MEMORY = "out_of_memory"
+    AGENT_FAILED = "agent_failed"
+    # Found while reading an agent's reply (stage "parse")
+    EMPTY_ANSWER = "empty_answer"
+    UNPARSABLE_ANSWER = "unparsable_answer"
+
+    @property
+    def stage(self) -> str:
+        """The stage of the pipeline at which this reason arises."""
+        if self in _CORPUS_REASONS:
+            return "corpus"
+        if self in (Reason.EMPTY_ANSWER, Reason.UNPARSABLE_ANSWER):
+            return "parse"
+        return "answer"
+
+
+_CORPUS_REASONS = frozenset(
+    {
+        Reason.MALFORMED_ROW,
+        Reason.MISSING_TEXT,
+        Reason.NOT_TEXT,
+        Reason.EMPTY,
+        Reason.WHITESPACE,
+        Reason.INVALID_UTF8,
+        Reason.NUL_CHARACTER,
+    }
+)

@@ -1,0 +1,334 @@
+"""The job: what to do, as strict frozen models. Unknown keys and wrong values are errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    Strict,
+    model_validator,
+)
+
+from mas_batch.errors import JobError
+from mas_batch.models import parse_source
+
+TaskKind = Literal["summarize", "translate", "classify", "score", "reply"]
+PolicyName = Literal["capability", "least-loaded"]
+MergeMethod = Literal["vote", "mean", "weighted", "mbr"]
+EngineName = Literal["auto", "echo", "transformers", "marian", "ctranslate2", "openai"]
+
+# YAML gives lists; frozen models hold tuples.
+Names = Annotated[tuple[str, ...], Strict(False)]
+
+
+def _slug(name: str) -> str:
+    allowed = "letters, digits, '-', '_' and '.', not first"
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise ValueError(f"{name!r} is not allowed: it names a folder; allowed: {allowed}")
+    return name
+
+
+Slug = Annotated[str, AfterValidator(_slug)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Corpus(_Model):
+    """Where the records are and which columns mean what."""
+
+    path: Annotated[Names, BeforeValidator(_as_list), Field(min_length=1)]
+    """File, folder, glob or any fsspec URL; or a list of them."""
+    format: Literal["auto", "parquet", "jsonl", "csv", "text"] = "auto"
+    text: str = "text"
+    id: str | None = None
+    """Column that holds a unique id; None: a stable hash of file and position."""
+    reference: str | None = None
+    """Column with a human answer, for evaluation only."""
+    context: str | None = None
+    """Column with background for `reply` tasks."""
+    keep: Names | None = None
+    """Columns to carry into the results; None keeps all."""
+    limit: PositiveInt | None = None
+    """Read only the first so many records."""
+    record: Literal["line", "file"] = "line"
+    """Plain text: a record is a line or a whole file."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
+    compression: str | None = "infer"
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Task(_Model):
+    """What is asked of every record."""
+
+    kind: TaskKind
+    prompt: str | None = None
+    """Template of the user turn; `{text}` is the record. None: the task's own."""
+    system: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=32_768)] = 64
+    language: str = "English"
+    """Language of the answer."""
+    source_language: str = "English"
+    """Translation only."""
+    labels: Names | None = None
+    """Classification only: the allowed answers."""
+    minimum: float = 0.0
+    maximum: float = 10.0
+    """Scoring only: the range of the number."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.kind == "classify") != (self.labels is not None):
+            raise ValueError("labels: a list of at least two, for `kind: classify` and no other")
+        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
+            raise ValueError("labels: at least two, all different")
+        if self.minimum >= self.maximum:
+            raise ValueError(f"minimum {self.minimum} must be below maximum {self.maximum}")
+        if self.prompt is not None and "{text}" not in self.prompt:
+            raise ValueError("prompt: must contain {text}, where the record goes")
+        return self
+
+
+class AgentSampling(_Model):
+    """How an agent decodes; the defaults are greedy."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=5.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.temperature > 0 and self.num_beams > 1:
+            raise ValueError("num_beams above 1 needs temperature 0")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise ValueError("top_p and top_k need a temperature above 0")
+        return self
+
+
+class Parallel(_Model):
+    """Workers per agent. Room for gangs; this version runs one worker per agent."""
+
+    tensor: Literal[1] = 1
+    pipeline: Literal[1] = 1
+
+
+def _model_source(source: str) -> str:
+    try:
+        parse_source(source)
+    except JobError as error:
+        raise ValueError(error.message) from error
+    return source
+
+
+class Agent(_Model):
+    """A voter: one model with one way of asking it. `count` replicas share its work."""
+
+    name: Slug
+    model: Annotated[str, AfterValidator(_model_source)]
+    engine: EngineName = "auto"
+    capabilities: Names | None = None
+    """Dask resources a worker must declare to host it; None: the task's kind."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Further Dask resources, such as `GPU: 1`."""
+    count: Annotated[int, Field(ge=1, le=4096)] = 1
+    samples: Annotated[int, Field(ge=1, le=64)] = 1
+    """Answers it gives per record; above 1 only with a temperature."""
+    prompt: str | None = None
+    system: str | None = None
+    """Override the task's prompt for this agent."""
+    sampling: AgentSampling = AgentSampling()
+    parallel: Parallel = Parallel()
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads per replica; 0 shares the machine's cores among the embedded workers."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 8192
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of one engine, e.g. `base_url` for openai."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (
+            self.samples > 1
+            and self.sampling.temperature == 0
+            and not self.model.startswith("echo")
+        ):
+            raise ValueError(
+                f"samples: {self.samples} greedy answers would be the same answer "
+                f"{self.samples} times; set sampling.temperature above 0, or samples: 1"
+            )
+        if self.prompt is not None and "{text}" not in self.prompt:
+            raise ValueError("prompt: must contain {text}, where the record goes")
+        return self
+
+
+class Routing(_Model):
+    """Who is asked, and how much is in flight."""
+
+    policy: PolicyName = "least-loaded"
+    answers_per_record: PositiveInt | None = None
+    """At least so many (an agent that is asked gives all its samples). None: ask every agent."""
+    window: Annotated[int, Field(ge=1, le=64)] = 2
+    """Partitions in flight per replica: one runs, the others wait at its worker."""
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    """Tries of one agent on one partition before its answers are given up."""
+
+
+class Merge(_Model):
+    """How several answers become one."""
+
+    method: MergeMethod | None = None
+    """None: the task's default."""
+    utility: Literal["chrf", "rouge-l"] | None = None
+    """For `mbr`. None: rouge-l for summaries, chrf otherwise."""
+    accuracies: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
+    """Agent → how often it is right; `weighted` uses log-odds of it, `mbr` and `mean` itself."""
+    weights: Literal["log-odds", "linear"] = "log-odds"
+    """For `weighted`: the optimal form for independent voters, or the literal accuracies."""
+    abstain_below: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Records whose confidence is lower are marked `abstain`."""
+
+
+class Partitioning(_Model):
+    """How the corpus is cut. A partition is the unit of routing, retry and resume."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 16_384
+    """Estimated prompt plus new tokens per partition."""
+    max_records: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+
+
+class Output(_Model):
+    """Where runs go and what they keep."""
+
+    path: str
+    format: Literal["parquet"] = "parquet"
+    keep_text: bool = True
+    max_failed_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    """Above it the exit code is 3."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Cluster(_Model):
+    """Null scheduler: an embedded cluster on this machine. Else the user's own."""
+
+    scheduler: str | None = None
+    scheduler_file: str | None = None
+    tls_ca_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    dashboard_address: str | None = "127.0.0.1:8787"
+    """Of the embedded cluster; a busy port is replaced by a free one. null: no dashboard."""
+    memory_limit: str = "auto"
+    wait_s: Annotated[float, Field(ge=0.0)] = 60.0
+    """How long to wait for capable workers on a user's cluster."""
+
+    @model_validator(mode="after")
+    def _one_scheduler(self) -> Self:
+        if self.scheduler and self.scheduler_file:
+            raise ValueError("give scheduler or scheduler_file, not both")
+        return self
+
+
+class Job(_Model):
+    """A whole job file."""
+
+    name: Slug
+    corpus: Corpus
+    task: Task
+    agents: Annotated[tuple[Agent, ...], Strict(False), Field(min_length=1)]
+    output: Output
+    routing: Routing = Routing()
+    merge: Merge = Merge()
+    partition: Partitioning = Partitioning()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [agent.name for agent in self.agents]
+        if len(set(names)) < len(names):
+            raise ValueError(f"agents: names must differ, got {', '.join(names)}")
+        unknown = sorted(set(self.merge.accuracies) - set(names))
+        if unknown:
+            raise ValueError(
+                f"merge.accuracies: no agent is called {unknown[0]!r}; allowed: {', '.join(names)}"
+            )
+        if self.merge.method == "weighted" and set(self.merge.accuracies) != set(names):
+            missing = sorted(set(names) - set(self.merge.accuracies))
+            raise ValueError(
+                "merge.accuracies: `weighted` needs one for every agent; "
+                f"missing: {', '.join(missing)}"
+            )
+        for agent in self.agents:
+            if agent.capabilities is not None and self.task.kind not in agent.capabilities:
+                raise ValueError(
+                    f"agents.{agent.name}.capabilities: {', '.join(agent.capabilities) or 'none'} "
+                    f"does not include {self.task.kind!r}, which task.kind asks for"
+                )
+        self._check_answers()
+        return self
+
+    def _check_answers(self) -> None:
+        possible = sum(agent.samples for agent in self.agents)
+        wanted = self.routing.answers_per_record
+        if wanted is not None and wanted > possible:
+            each = ", ".join(f"{a.name}: {a.samples}" for a in self.agents)
+            raise ValueError(
+                f"routing.answers_per_record: {wanted} answers are more than the {possible} that "
+                f"the agents can give ({each}); raise agents.N.samples or add an agent"
+            )
+
+    @property
+    def answers_per_record(self) -> int:
+        """Answers asked for each record."""
+        return self.routing.answers_per_record or sum(agent.samples for agent in self.agents)
+
+    def capabilities(self, agent: Agent) -> dict[str, float]:
+        """The Dask resources that a worker must declare to host `agent`."""
+        names = agent.capabilities if agent.capabilities is not None else (self.task.kind,)
+        return {**dict.fromkeys(names, 1.0), **agent.resources}
+
+    def identity(self) -> dict[str, Any]:
+        """All that determines the results: a changed value means another run.
+
+        Left out is what only changes how fast or where: replicas, threads, batches, the
+        cluster, the routing policy and the output's place.
+        """
+        whole = self.model_dump(mode="json")
+        whole.pop("cluster")
+        whole["output"] = {"keep_text": self.output.keep_text}
+        # Not the path: what matters is which files it names, and the corpus's own fingerprint says.
+        for key in ("path", "storage_options"):
+            whole["corpus"].pop(key)
+        whole["routing"] = {"answers_per_record": self.answers_per_record}
+        for agent in whole["agents"]:
+            for key in (
+                "count",
+                "threads",
+                "batch_tokens",
+                "resources",
+                "capabilities",
+                "parallel",
+            ):
+                agent.pop(key)
+        return whole
+
+
+def fingerprint(value: Any) -> str:
+    """Hash a JSON-able value; equal values in any key order give equal hashes."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,212 @@
+"""From a YAML file to a checked `Job`.
+
+Everything is checked at the door. A wrong job never starts a cluster: `load_job` raises one
+`JobError` that names the file, the key path, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import dask.config
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mas_batch.errors import JobError
+from mas_batch.job import Job
+
+
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file, apply site defaults and ``key.path=value`` overrides, and check it.
+
+    Relative paths in the file are relative to the file, so that a job means the same from
+    any working directory; relative paths in overrides are relative to the working directory.
+    Site defaults come from Dask's configuration under `mas-batch`, below the file's values.
+
+    Raises:
+        JobError: anything wrong, named by file and key path.
+    """
+    file = Path(path)
+    raw = _read_yaml(file)
+    _anchor_paths(raw, file.resolve().parent)
+    defaults = dask.config.get("mas-batch", default={}) or {}
+    raw = dask.config.merge(_with_underscores(defaults), raw)
+    for override in overrides:
+        _apply_override(raw, override)
+    return check_job(raw, file=str(path))
+
+
+def check_job(raw: Mapping[str, Any], *, file: str | None = None) -> Job:
+    """Build a `Job` from plain data (a notebook's dict, say).
+
+    Raises:
+        JobError: naming the first wrong key; how many more there are is said too.
+    """
+    try:
+        return Job.model_validate(raw)
+    except ValidationError as error:
+        raise _first_error(error, file) from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JobError("no such job file", file=str(file)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"cannot be read: {error}", file=str(file)) from error
+    except yaml.YAMLError as error:
+        raise JobError(f"not valid YAML: {error}", file=str(file)) from error
+    if not isinstance(raw, dict):
+        raise JobError(
+            "must be a mapping with the keys " + ", ".join(Job.model_fields), file=str(file)
+        )
+    return raw
+
+
+def _with_underscores(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k).replace("-", "_"): _with_underscores(v) for k, v in value.items()}
+    return value
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise JobError(f"{override!r} is not key.path=value", key="--set")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise JobError(f"value of {override!r} is not valid YAML: {error}", key="--set") from error
+    *parents, last = key.split(".")
+    node: Any = raw
+    for depth, name in enumerate(parents):
+        node = _child(node, name, key=".".join(parents[: depth + 1]))
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise JobError(f"{'.'.join(parents)} is not a mapping", key=key)
+    if key in _PATH_KEYS:
+        _anchor_paths(raw, Path.cwd())
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, name, key)]
+    if isinstance(node, dict):
+        if node.get(name) is None:
+            node[name] = {}
+        return node[name]
+    raise JobError("is not a mapping or a list", key=key)
+
+
+def _index(node: list[Any], name: str, key: str) -> int:
+    """Find an item of a list by number or, for agents, by name."""
+    if name.isdecimal() and int(name) < len(node):
+        return int(name)
+    for i, item in enumerate(node):
+        if isinstance(item, dict) and item.get("name") == name:
+            return i
+    known = [
+        str(item.get("name", i)) if isinstance(item, dict) else str(i)
+        for i, item in enumerate(node)
+    ]
+    raise JobError(f"no item {name!r}; allowed: {', '.join(known)}", key=key)
+
+
+_PATH_KEYS = ("corpus.path", "output.path", "cluster.scheduler_file")
+
+
+def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
+    """Make the job's relative local paths absolute; URLs and models by id stay."""
+    for key in _PATH_KEYS:
+        section, name = key.split(".")
+        holder = raw.get(section)
+        if isinstance(holder, dict) and name in holder:
+            value = holder[name]
+            holder[name] = (
+                [_anchor(v, base) for v in value]
+                if isinstance(value, list)
+                else _anchor(value, base)
+            )
+    agents = raw.get("agents")
+    for agent in agents if isinstance(agents, list) else ():
+        model = agent.get("model") if isinstance(agent, dict) else None
+        if isinstance(model, str) and model.startswith(("./", "../", "~")):
+            agent["model"] = _anchor(model, base)
+
+
+def _anchor(value: Any, base: Path) -> Any:
+    if not isinstance(value, str) or "://" in value or "::" in value:
+        return value
+    return os.path.normpath(base / Path(value).expanduser())
+
+
+def _first_error(error: ValidationError, file: str | None) -> JobError:
+    errors = error.errors(include_url=False)
+    # An unknown key is usually a typo that causes the others: show it first.
+    errors.sort(key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    message = _explain(first, location)
+    if first["type"] == "value_error":
+        # Our own checks of a whole section name the key below it: `labels: at least two`.
+        head, colon, rest = message.partition(": ")
+        if colon and " " not in head:
+            key, message = ".".join(filter(None, (key, head))), rest
+    if len(errors) > 1:
+        message += f" (and {len(errors) - 1} more problem{'s' if len(errors) > 2 else ''})"
+    return JobError(message, key=key or None, file=file)
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part in ("str", "float", "int") or "[" in part)
+
+
+def _explain(error: Any, location: Sequence[str | int]) -> str:
+    kind, value = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        allowed = _keys_at(Job, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key; {hint}allowed: {', '.join(allowed)}"
+    if kind == "missing":
+        return "is required and missing"
+    if kind == "literal_error":
+        allowed = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
+        return f"{value!r} is not allowed; allowed: {allowed}"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    text = error["msg"][0].lower() + error["msg"][1:]
+    return f"{value!r} is not allowed: {text}"
+
+
+def _keys_at(model: Any, location: Sequence[str | int]) -> list[str]:
+    """List the keys that the model at `location` allows."""
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _submodel(model.model_fields[part].annotation)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType, Annotated):
+        for argument in typing.get_args(annotation):
+            found = _submodel(argument)
+            if found is not None:
+                return found
+    return None

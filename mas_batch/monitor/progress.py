@@ -1,0 +1,226 @@
+"""Readers of a run's events: a bar for people, log lines for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mas_batch.monitor.events import (
+    AgentLost,
+    AgentReady,
+    AnswerFailed,
+    Event,
+    PartitionAnswered,
+    PartitionMerged,
+    RunFinished,
+    RunStarted,
+)
+
+logger = logging.getLogger("mas_batch.run")
+
+
+class Throughput:
+    """Counts what one execution did, for the line of totals."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._start: float | None = None
+        self._last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Take note of an event."""
+        now = time.monotonic()
+        match event:
+            case AgentReady():
+                self._start = self._start or now
+            case PartitionAnswered():
+                self.prompt_tokens += event.prompt_tokens
+                self.completion_tokens += event.completion_tokens
+                self._last = now
+            case PartitionMerged():
+                self.records += event.num_results + event.num_failures
+                self._last = now
+
+    @property
+    def answering_s(self) -> float:
+        """Seconds from the first agent that was ready to the last news."""
+        return max(0.0, self._last - self._start) if self._start else 0.0
+
+    def per_second(self, count: int) -> float:
+        """Rate of a count over the time of answering."""
+        return count / self.answering_s if self.answering_s > 0 else 0.0
+
+
+class Bar:
+    """A line for the whole run and one per agent; use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} records"),
+            TextColumn("{task.fields[rate]}", style="cyan"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._throughput = Throughput()
+        self._total: TaskID | None = None
+        self._num_records = 0
+        self._agents: dict[str, TaskID] = {}
+        self._agent_tokens: Counter[str] = Counter()
+        self._agent_compute_s: defaultdict[str, float] = defaultdict(float)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        self._throughput(event)
+        match event:
+            case RunStarted():
+                self._started(event)
+            case AgentReady():
+                self._console.log(
+                    f"{event.agent_id} ready on {event.worker} ({event.load_s:.1f} s)"
+                )
+            case AgentLost():
+                self._console.log(
+                    f"[yellow]agent {event.agent_id} on {event.worker}: {event.message}"
+                )
+            case AnswerFailed():
+                what = "given up" if event.given_up else "asked again"
+                self._console.log(
+                    f"[yellow]partition {event.partition}, {event.agent_id} on {event.worker}, "
+                    f"attempt {event.attempt}: {event.message}; {what}"
+                )
+            case PartitionAnswered():
+                self._answered(event)
+            case PartitionMerged() if self._total is not None:
+                rate = self._throughput.per_second(self._throughput.completion_tokens)
+                self._progress.update(
+                    self._total,
+                    advance=event.num_results + event.num_failures,
+                    rate=f"{rate:.0f} tok/s",
+                )
+
+    def _started(self, event: RunStarted) -> None:
+        for earlier in event.earlier_runs:
+            self._console.log(
+                f"the job or its corpus changed since run {earlier}: this is a new run"
+            )
+        if event.partitions_done or event.answers_done:
+            self._console.log(
+                f"resuming: {event.partitions_done} of {event.num_partitions} partitions merged, "
+                f"{event.answers_done} more partition answers are kept"
+            )
+        if event.dashboard_link:
+            self._console.log(f"dashboard: {event.dashboard_link}")
+        self._num_records = event.num_records
+        self._total = self._progress.add_task(
+            "merged", total=event.num_records, completed=event.records_done, rate=""
+        )
+
+    def _answered(self, event: PartitionAnswered) -> None:
+        self._agent_tokens[event.agent_id] += event.completion_tokens
+        self._agent_compute_s[event.agent_id] += event.compute_s
+        if event.agent_id not in self._agents:
+            self._agents[event.agent_id] = self._progress.add_task(
+                f"  {event.agent_id}", total=self._num_records, rate=""
+            )
+        rate = self._agent_tokens[event.agent_id] / max(1e-9, self._agent_compute_s[event.agent_id])
+        self._progress.update(
+            self._agents[event.agent_id], advance=event.num_records, rate=f"{rate:.0f} tok/s"
+        )
+
+
+class LogLines:
+    """Quiet `key=value` lines: what matters, and a sign of life every `every_s` seconds."""
+
+    def __init__(self, every_s: float = 30.0) -> None:
+        self._every_s = every_s
+        self._last = time.monotonic()
+        self._throughput = Throughput()
+        self._records = (0, 0)
+
+    def __call__(self, event: Event) -> None:
+        """Log an event, if it is worth a line."""
+        self._throughput(event)
+        match event:
+            case RunStarted():
+                self._records = (event.records_done, event.num_records)
+                _log(
+                    "run_started",
+                    run=event.run,
+                    records=event.num_records,
+                    partitions=event.num_partitions,
+                    partitions_done=event.partitions_done,
+                    earlier_runs=",".join(event.earlier_runs),
+                    dashboard=event.dashboard_link,
+                )
+            case AgentReady():
+                _log(
+                    "agent_ready",
+                    agent=event.agent_id,
+                    worker=event.worker,
+                    load_s=round(event.load_s, 2),
+                )
+            case AgentLost():
+                _log("agent_lost", agent=event.agent_id, worker=event.worker, message=event.message)
+            case AnswerFailed():
+                _log(
+                    "answer_failed",
+                    partition=event.partition,
+                    agent=event.agent_id,
+                    worker=event.worker,
+                    attempt=event.attempt,
+                    given_up=event.given_up,
+                    message=event.message,
+                )
+            case RunFinished():
+                _log(
+                    "run_finished",
+                    results=event.num_results,
+                    failures=event.num_failures,
+                    wall_s=round(event.wall_s, 1),
+                )
+            case PartitionMerged() if time.monotonic() - self._last > self._every_s:
+                self._last = time.monotonic()
+                done = self._records[0] + self._throughput.records
+                tokens = self._throughput.completion_tokens
+                _log(
+                    "progress",
+                    records=f"{done}/{self._records[1]}",
+                    tokens_per_s=round(self._throughput.per_second(tokens), 1),
+                )
+
+
+def _log(event: str, **facts: Any) -> None:
+    words = (f"{key}={_quoted(value)}" for key, value in facts.items() if value not in (None, ""))
+    logger.info("event=%s %s", event, " ".join(words))
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ' "=\n') else text

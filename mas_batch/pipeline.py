@@ -1,0 +1,293 @@
+"""The only wiring: the stages of a run, one after the other, in the order in which data flows."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+from dask.system import CPU_COUNT
+from distributed import Client
+
+from mas_batch import cluster, results
+from mas_batch.agents.spec import AgentSpec, agent_specs
+from mas_batch.agents.work import RunRef, partition_statistics
+from mas_batch.aggregate.merge import MergeSpec
+from mas_batch.aggregate.reductions import RUN_STATISTICS
+from mas_batch.aggregate.tree import tree_reduce
+from mas_batch.corpus import CorpusReader
+from mas_batch.errors import ExitCode, JobError
+from mas_batch.job import Job
+from mas_batch.monitor.event_log import EventLog
+from mas_batch.monitor.events import Event, RunFinished, RunStarted
+from mas_batch.partition import Partition, partition
+from mas_batch.results import Committed, Plan
+from mas_batch.routing.dask import DaskRouter
+from mas_batch.routing.dispatcher import Dispatcher, Work
+from mas_batch.routing.policies import POLICIES
+from mas_batch.storage import Store
+from mas_batch.tasks import make_task
+
+Emit = Callable[[Event], None]
+
+PARTITIONS_PER_LEAF = 16
+"""Partitions that one leaf of the statistics tree reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came of a run."""
+
+    run: str
+    """The run folder, as given to `open_run`."""
+    manifest: dict[str, Any]
+    wall_s: float
+    """Of this execution; a resumed run's earlier executions are not in it."""
+    already_complete: bool
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a run would do: the plan, made without asking a model."""
+
+    run: str
+    exists: bool
+    earlier_runs: tuple[str, ...]
+    num_files: int
+    num_records: int
+    num_unusable: int
+    num_partitions: int
+    estimated_tokens: int
+    answers_per_record: int
+
+
+def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: None) -> Summary:
+    """Execute the job, or what is left of it, and publish the result.
+
+    Args:
+        client: the user's own; None uses the job's `cluster` section.
+        emit: called with every event, from the calling thread and in order.
+
+    Raises:
+        JobError: the job cannot run as written; no task was started.
+        MasBatchError: the run failed; what is committed is kept and resumed next time.
+    """
+    start = time.perf_counter()
+    cluster.check_settings(job.cluster)
+    corpus = CorpusReader(job.corpus)
+    store, name = open_store(job, corpus)
+    manifest = results.read_manifest(store)
+    if manifest is not None:
+        return _summary(job, store, manifest, time.perf_counter() - start, already_complete=True)
+    plan = results.read_plan(store) or _stage(job, store, corpus)
+    specs = agent_specs(job, embedded=cluster.is_embedded(job.cluster, client), num_cores=CPU_COUNT)
+    ref = RunRef(
+        store,
+        f"mas-batch-{name}",
+        job.task,
+        merge_spec(job),
+        plan.passthrough,
+        job.output.keep_text,
+    )
+    with cluster.connect(job, specs, client) as client, _logged(store, emit) as log:
+        engines = _answer(client, job, ref, specs, plan, name, log)
+        statistics = _statistics(client, ref, specs, plan)
+        manifest = _publish(job, store, name, plan, statistics, engines)
+        wall_s = time.perf_counter() - start
+        counts = manifest["counts"]
+        log(RunFinished(counts["results"], counts["failures"], wall_s))
+    return _summary(job, store, manifest, wall_s, already_complete=False)
+
+
+@contextmanager
+def _logged(store: Store, emit: Emit) -> Iterator[Emit]:
+    """Keep every event in the run as well, also of an execution that fails."""
+    log = EventLog(store)
+
+    def emit_and_keep(event: Event) -> None:
+        log(event)
+        emit(event)
+
+    try:
+        yield emit_and_keep
+    finally:
+        log.flush()
+
+
+def preview(job: Job) -> Preview:
+    """Read the corpus and cut it as a run would, without a cluster, a model or a write.
+
+    Raises:
+        JobError: the job cannot run as written.
+    """
+    corpus = CorpusReader(job.corpus)
+    store, name = open_store(job, corpus)
+    num_records = num_unusable = num_partitions = tokens = 0
+    for part in _partitions(job, corpus):
+        num_partitions += 1
+        num_records += len(part.records)
+        num_unusable += sum(record.reason is not None for record in part.records)
+        tokens += part.estimated_tokens
+    return Preview(
+        run=store.url,
+        exists=store.exists("job.yaml"),
+        earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
+        num_files=len(corpus.files),
+        num_records=num_records,
+        num_unusable=num_unusable,
+        num_partitions=num_partitions,
+        estimated_tokens=tokens,
+        answers_per_record=job.answers_per_record,
+    )
+
+
+def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
+    """Return the store and the name of the run that this job on this corpus means."""
+    name = results.run_name(job, corpus)
+    return _output(job).child(name), name
+
+
+def merge_spec(job: Job) -> MergeSpec:
+    """Fill the job's merge section with the task's defaults."""
+    task = make_task(job.task)
+    return MergeSpec(
+        method=job.merge.method or task.default_merge,
+        utility=job.merge.utility or task.default_utility,
+        accuracies=job.merge.accuracies,
+        weights=job.merge.weights,
+        abstain_below=job.merge.abstain_below,
+        answer_kind=task.answer_kind,
+        num_labels=len(job.task.labels) if job.task.labels else None,
+    )
+
+
+def _output(job: Job) -> Store:
+    return Store(job.output.path, job.output.storage_options)
+
+
+def _partitions(job: Job, corpus: CorpusReader) -> Iterator[Partition]:
+    return partition(
+        corpus,
+        max_tokens=job.partition.max_tokens,
+        max_records=job.partition.max_records,
+        tokens_per_record=job.task.max_new_tokens,
+    )
+
+
+def _stage(job: Job, store: Store, corpus: CorpusReader) -> Plan:
+    results.write_job(store, job)
+    try:
+        return results.stage(store, corpus, _partitions(job, corpus))
+    except JobError:
+        store.remove_folder("")  # a wrong job leaves nothing behind
+        raise
+
+
+def _answer(
+    client: Client,
+    job: Job,
+    ref: RunRef,
+    specs: dict[str, AgentSpec],
+    plan: Plan,
+    name: str,
+    emit: Emit,
+) -> dict[str, Any]:
+    """Ask the agents about everything that is not committed yet; returns the engines' facts."""
+    done = results.committed(ref.store, specs)
+    emit(_started(client, job, ref.store, plan, done, name))
+    if len(done.merged) == plan.num_partitions:
+        return {}  # killed between the last merge and the manifest
+    with DaskRouter(client, job, ref, specs, emit) as router:
+        router.host()
+        router.run(
+            Dispatcher(
+                {agent.name: agent.samples for agent in job.agents},
+                job.answers_per_record,
+                POLICIES[job.routing.policy](),
+                _work(plan, done),
+                window=job.routing.window,
+                max_attempts=job.routing.max_attempts,
+            )
+        )
+    return router.engine_facts
+
+
+def _work(plan: Plan, done: Committed) -> Iterator[Work]:
+    for index, _, tokens in plan.sizes():
+        if index not in done.merged:
+            yield Work(index, tokens, done.agents(index))
+
+
+def _started(
+    client: Client, job: Job, store: Store, plan: Plan, done: Committed, name: str
+) -> RunStarted:
+    return RunStarted(
+        run=store.url,
+        num_partitions=plan.num_partitions,
+        num_records=plan.num_records,
+        partitions_done=len(done.merged),
+        records_done=sum(n for index, n, _ in plan.sizes() if index in done.merged),
+        answers_done=sum(len(parts - done.merged) for parts in done.answered.values()),
+        answers_per_record=job.answers_per_record,
+        earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
+        dashboard_link=client.dashboard_link or None,
+    )
+
+
+def _statistics(
+    client: Client, ref: RunRef, specs: Sequence[str] | dict[str, AgentSpec], plan: Plan
+) -> Any:
+    """Count the committed tables, by a tree of tasks on the workers."""
+    indices = range(plan.num_partitions)
+    groups = (
+        (ref, indices[i : i + PARTITIONS_PER_LEAF], tuple(specs))
+        for i in range(0, plan.num_partitions, PARTITIONS_PER_LEAF)
+    )
+    partial = tree_reduce(client, partition_statistics, groups, RUN_STATISTICS)
+    return RUN_STATISTICS.combine([]) if partial is None else partial
+
+
+def _publish(
+    job: Job, store: Store, name: str, plan: Plan, partial: Any, engines: dict[str, Any]
+) -> dict[str, Any]:
+    """Check the invariant, write the agents table and the manifest."""
+    counts = RUN_STATISTICS.finalize(partial)
+    results.check_invariant(plan, counts["results"], counts["failures"])
+    agents = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
+    store.replace("agents.parquet", results.parquet_bytes(pa.Table.from_pylist(agents)))
+    manifest = {
+        "format": results.FORMAT,
+        "run": name,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "counts": counts,
+        "agents": agents,
+        "engines": engines,
+        "merge": {"method": merge_spec(job).method, "utility": merge_spec(job).utility},
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                package: version(package)
+                for package in ("mas_batch", "dask", "distributed", "pyarrow")
+            },
+        },
+        "files": results.manifest_files(store, plan, [agent.name for agent in job.agents]),
+    }
+    results.publish(store, manifest)
+    return manifest
+
+
+def _summary(
+    job: Job, store: Store, manifest: dict[str, Any], wall_s: float, *, already_complete: bool
+) -> Summary:
+    counts = manifest["counts"]
+    failed = counts["failures"] / max(1, counts["results"] + counts["failures"])
+    too_many = failed > job.output.max_failed_fraction
+    exit_code = ExitCode.TOO_MANY_FAILED_RECORDS if too_many else ExitCode.ANSWERED
+    return Summary(store.url, manifest, wall_s, already_complete, exit_code)

@@ -1,0 +1,159 @@
+"""What people see: tables in the terminal and the JSON summary."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mas_batch.job import Job
+from mas_batch.monitor.progress import Throughput
+from mas_batch.pipeline import Preview, Summary
+from mas_batch.results import Run, open_run
+
+
+def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
+    """Return the dry run as plain data."""
+    agents = [
+        {
+            "name": a.name,
+            "model": a.model,
+            "count": a.count,
+            "samples": a.samples,
+            "needs": job.capabilities(a),
+        }
+        for a in job.agents
+    ]
+    return {"job": job.name, "policy": job.routing.policy, **asdict(plan), "agents": agents}
+
+
+def print_preview(out: Console, job: Job, plan: Preview) -> None:
+    """Print what a run would do."""
+    out.print(
+        f"[bold]{job.name}[/]: {job.task.kind}, {plan.answers_per_record} answers per record, "
+        f"routed by {job.routing.policy}"
+    )
+    state = "exists and would be resumed" if plan.exists else "would be new"
+    out.print(f"run {plan.run} {state}", soft_wrap=True)
+    for earlier in plan.earlier_runs:
+        out.print(f"the job or its corpus changed since run {earlier}")
+    out.print(
+        f"{plan.num_records:,} records ({plan.num_unusable:,} unusable), {plan.num_files:,} files "
+        f"→ {plan.num_partitions:,} partitions, about {plan.estimated_tokens:,} tokens per answer"
+    )
+    table = Table("agent", "replicas", "answers", "model", "needs workers with")
+    for agent in job.agents:
+        needs = ", ".join(f"{k}={v:g}" for k, v in job.capabilities(agent).items())
+        table.add_row(
+            agent.name, str(agent.count), str(agent.samples), agent.model.partition("#")[0], needs
+        )
+    out.print(table)
+
+
+def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[str, Any]:
+    """Return the outcome of a run as plain data."""
+    manifest = summary.manifest
+    return {
+        "job": job.name,
+        "run": summary.run,
+        "exit_code": summary.exit_code,
+        "already_complete": summary.already_complete,
+        "wall_s": round(summary.wall_s, 3),
+        "records_per_s": round(throughput.per_second(throughput.records), 3),
+        "completion_tokens_per_s": round(throughput.per_second(throughput.completion_tokens), 3),
+        "counts": manifest["counts"],
+        "agents": manifest["agents"],
+    }
+
+
+def print_summary(
+    out: Console, job: Job, summary: Summary, throughput: Throughput, num_shown: int
+) -> None:
+    """Print a few records, the agents, where the results are, and the line of totals."""
+    if summary.already_complete:
+        out.print("This job is answered already; nothing was asked.", style="green")
+    print_run(out, open_run(summary.run, job.output.storage_options), num_shown)
+    counts = summary.manifest["counts"]
+    total = counts["results"] + counts["failures"]
+    answered, failed = counts["results"], counts["failures"]
+    line = f"[bold]{total:,} records in, {answered:,} answered, {failed:,} failed[/]"
+    if throughput.answering_s > 0:
+        line += (
+            f"; {throughput.per_second(throughput.records):.2f} documents/s, "
+            f"{throughput.per_second(throughput.completion_tokens):.1f} new tokens/s, "
+            f"{summary.wall_s:.0f} s in all"
+        )
+    out.print(line)
+
+
+def print_run(out: Console, run: Run, num_shown: int) -> None:
+    """Print a published run: some records, every agent, failures by reason, where the files are."""
+    if num_shown > 0:
+        out.print(_records_table(run, num_shown))
+    out.print(_agents_table(run))
+    for reason, count in sorted(run.manifest["counts"]["failures_by_reason"].items()):
+        out.print(f"[yellow]{count:,} records failed: {reason}[/] (see failures/)")
+    out.print(f"results: {run.store.url}/results/*.parquet", soft_wrap=True, highlight=False)
+
+
+def _records_table(run: Run, num_shown: int) -> Table:
+    manifest = run.manifest
+    table = Table(title=manifest["run"], show_lines=True, title_justify="left", expand=True)
+    table.add_column("record", ratio=3)
+    table.add_column("answer", ratio=4)
+    table.add_column("confidence", justify="right", no_wrap=True)
+    table.add_column("who agreed", ratio=2)
+    for row in _first_results(run, num_shown):
+        confidence = "–" if row["confidence"] is None else f"{row['confidence']:.2f}"
+        table.add_row(
+            Text(_clip(row.get("text") or row["record_id"], 160)),
+            Text(_clip(row["answer"], 240)),
+            confidence + ("\ntie" if row["tie"] else ""),
+            Text(_backers(row)),
+        )
+    table.caption = f"confidence: {manifest['merge']['method']}"
+    return table
+
+
+def _first_results(run: Run, count: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name in run.files("results"):
+        if len(rows) >= count:
+            break
+        rows += run.store.read_table(name).slice(0, count - len(rows)).to_pylist()
+    return rows
+
+
+def _backers(row: dict[str, Any]) -> str:
+    """Say who gave the chosen answer, and how many other answers there were."""
+    best, *others = row["support"]
+    text = ", ".join(best["agents"])
+    return text + (
+        f"\nagainst {len(others)} other{'s' if len(others) > 1 else ''}" if others else ""
+    )
+
+
+def _agents_table(run: Run) -> Table:
+    table = Table("agent", "answers", "failed", "chosen", "agreed", "new tokens", "model time")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for agent in run.manifest["agents"]:
+        agreement = agent["agreement"]
+        table.add_row(
+            agent["agent_id"],
+            f"{agent['answers']:,}",
+            f"{agent['failed_answers']:,}",
+            f"{agent['wins']:,}",
+            "–" if agreement is None else f"{agreement:.0%}",
+            f"{agent['completion_tokens']:,}",
+            f"{agent['compute_s']:.1f} s",
+        )
+    return table
+
+
+def _clip(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"

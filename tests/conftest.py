@@ -1,0 +1,103 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _s3_endpoint() -> Iterator[str]:
+    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_options(_s3_endpoint: str) -> dict[str, Any]:
+    """Storage options of a real local S3-compatible server with an empty bucket `bucket`."""
+    import s3fs
+
+    options = {
+        "key": "test",
+        "secret": "test",
+        "client_kwargs": {"endpoint_url": _s3_endpoint, "region_name": "eu-west-1"},
+    }
+    filesystem = s3fs.S3FileSystem(**options, skip_instance_cache=True)
+    if filesystem.exists("bucket"):
+        filesystem.rm("bucket", recursive=True)
+    filesystem.mkdir("bucket")
+    return options
+
+
+@pytest.fixture(scope="session")
+def cluster_client() -> Iterator[Any]:
+    """A cluster in this process with unlike workers, as a user's own might be.
+
+    `strong` and `weak` can do every task; `spare` declares nothing that an agent needs.
+    """
+    from distributed import Client, Scheduler, SpecCluster, Worker
+
+    tasks = dict.fromkeys(("summarize", "translate", "classify", "score", "reply"), 1.0)
+    resources = {"strong-0": {**tasks, "strong": 1}, "weak-0": {**tasks, "weak": 1}, "spare": {}}
+    workers = {
+        name: {"cls": Worker, "options": {"name": name, "nthreads": 3, "resources": declared}}
+        for name, declared in resources.items()
+    }
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+    with (
+        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
+        Client(cluster) as client,
+    ):
+        client.wait_for_workers(len(workers))
+        yield client
+
+
+@pytest.fixture
+def make_job(tmp_path: Any) -> Any:
+    """Build a job of two unlike echo agents on a small corpus; keyword arguments replace sections."""
+    import json
+
+    from mas_batch.job_file import check_job
+
+    def make(rows: list[dict[str, Any]] | None = None, **sections: Any) -> Any:
+        corpus = tmp_path / "corpus.jsonl"
+        if rows is not None or not corpus.exists():
+            rows = rows or [
+                {"id": f"r{i}", "text": f"text number {i} of the corpus"} for i in range(20)
+            ]
+            corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return check_job(
+            {
+                "name": "test",
+                "corpus": {"path": str(corpus), "id": "id"},
+                "task": {"kind": "summarize", "max_new_tokens": 8},
+                "agents": [
+                    {
+                        "name": "strong",
+                        "model": "echo:strong",
+                        "capabilities": ["summarize", "strong"],
+                    },
+                    {
+                        "name": "weak",
+                        "model": "echo:weak",
+                        "capabilities": ["summarize", "weak"],
+                        "options": {"words": 2},
+                    },
+                ],
+                "merge": {"method": "vote"},
+                "partition": {"max_records": 3},
+                "output": {"path": str(tmp_path / "runs")},
+                "cluster": {"wait_s": 0.5},
+                **sections,
+            }
+        )
+
+    return make

@@ -1,0 +1,130 @@
+"""The command line as people call it: exit codes, messages, JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mas_batch.cli import main
+
+JOB = {
+    "name": "cli",
+    "corpus": {"path": "corpus.jsonl"},
+    "task": {"kind": "summarize", "max_new_tokens": 5},
+    "agents": [{"name": "a", "model": "echo:a"}, {"name": "b", "model": "echo:b"}],
+    "merge": {"method": "vote"},
+    "partition": {"max_records": 4},
+    "output": {"path": "runs"},
+    "cluster": {"dashboard_address": None},
+}
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    rows = [{"text": f"record {i} has a few words"} for i in range(10)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(JOB))
+    return file
+
+
+def submit(
+    job_file: Path, *options: str, module: str = "mas_batch.submit"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *(["submit"] if module == "mas_batch" else [])]
+    return subprocess.run(
+        [*command, str(job_file), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_job_runs_on_an_embedded_cluster_and_again_does_nothing(job_file: Path) -> None:
+    first = submit(job_file, "--json")
+    assert first.returncode == 0, first.stderr
+    facts = json.loads(first.stdout)
+    assert facts["counts"]["results"] == 10
+    assert facts["already_complete"] is False
+    assert "event=run_started" in first.stderr
+    assert "event=run_finished" in first.stderr
+    again = submit(job_file)
+    assert again.returncode == 0, again.stderr
+    assert "answered already" in again.stdout
+    assert "10 records in, 10 answered, 0 failed" in again.stdout
+    shown = CliRunner().invoke(main, ["show", facts["run"], "--records", "2"])
+    assert shown.exit_code == 0
+    assert "record 1 has" in shown.output
+
+
+def test_too_many_failed_records_is_exit_code_3(job_file: Path) -> None:
+    fault = "agents.0.options={faults: {record 1: error}}"
+    failed = submit(
+        job_file, "--set", fault, "--set", "agents=[{name: a, model: echo}]", "--set", fault
+    )
+    assert failed.returncode == 3, failed.stderr
+    assert "1 records failed: engine_error" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "routing.policy=x"], "routing.policy: 'x' is not allowed; allowed: capability"),
+        (["--set", "corpus.path=nowhere/*.jsonl"], "corpus.path"),
+        (["--set", "corpus.text=body"], "corpus.text"),
+        (["--scheduler-file", "nowhere.json"], "cluster.scheduler_file"),
+        (["--output", "nonsense://x"], "output.path"),
+    ],
+)
+def test_a_wrong_job_is_exit_code_2_and_one_line(
+    job_file: Path, options: list[str], words: str
+) -> None:
+    result = CliRunner().invoke(main, ["submit", str(job_file), *options])
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(job_file.parent.glob("runs/*"))
+
+
+def test_an_unreachable_scheduler_is_exit_code_1(job_file: Path) -> None:
+    result = CliRunner().invoke(main, ["submit", str(job_file), "--scheduler", "tcp://127.0.0.1:1"])
+    assert result.exit_code == 1
+    assert "cannot be reached" in result.stderr
+
+
+def test_dry_run_plans_and_writes_nothing(job_file: Path) -> None:
+    result = CliRunner().invoke(main, ["submit", str(job_file), "--dry-run"])
+    assert result.exit_code == 0
+    assert "10 records (0 unusable)" in result.output
+    assert "3 partitions" in result.output
+    as_json = CliRunner().invoke(main, ["submit", str(job_file), "--dry-run", "--json"])
+    assert json.loads(as_json.stdout)["num_partitions"] == 3
+    assert not (job_file.parent / "runs").exists()
+
+
+def test_all_three_entry_points_are_one_command() -> None:
+    outputs = [
+        subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in (
+            [sys.executable, "-m", "mas_batch.submit"],
+            [sys.executable, "-m", "mas_batch", "submit"],
+            [str(Path(sys.executable).parent / "mas-batch"), "submit"],
+            [str(Path(sys.executable).parent / "dask"), "mas-batch", "submit"],
+        )
+    ]
+    bodies = {output.partition("\n")[2] for output in outputs}
+    assert len(bodies) == 1
+    assert "Exit codes" in bodies.pop()
+
+
+def test_fetch_names_the_model(job_file: Path) -> None:
+    result = CliRunner().invoke(main, ["fetch", str(job_file)])
+    assert result.exit_code == 0
+    assert "echo" in result.output

@@ -1,0 +1,375 @@
+"""The openai engine against a real HTTP server that speaks the protocol, well and badly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from mas_batch.engines import load_engine
+from mas_batch.engines.base import Engine, EngineConfig, Message, Request, Sampling
+from mas_batch.engines.batching import complete
+from mas_batch.errors import EngineError, JobError, Reason
+from mas_batch.models import fetch
+
+CANARY = "sk-canary-4711-never-to-be-seen"
+GREEDY = Sampling(max_new_tokens=16)
+SAMPLED = Sampling(max_new_tokens=16, temperature=0.7, top_p=0.9, num_samples=3)
+
+
+class Server(ThreadingHTTPServer):
+    """Answers in capitals; the words of a text decide how it fails."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.tries: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.keys.add(self.headers["Authorization"])
+            self.server.tries[text] += 1
+            attempt = self.server.tries[text]
+        status, reply = self.reply_to(text, attempt, body)
+        content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+        self.send_response(status)
+        kind = "text/html" if content.startswith(b"<") else "application/json"
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Retry-After-Ms", "1")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def reply_to(self, text: str, attempt: int, body: dict[str, Any]) -> tuple[int, Any]:
+        if self.path != "/v1/chat/completions":
+            return 500, {"error": {"message": f"unexpected path {self.path}"}}
+        word = text.split()[0]
+        if word == "busy":
+            return (429, {"error": {"message": "slow down"}}) if attempt < 3 else (200, whole(body))
+        if word.isdecimal():
+            quoted = f"you sent {self.headers['Authorization']} and {text}"
+            return int(word), {"error": {"message": quoted, "code": None}}
+        if word == "long":
+            message = "This model's maximum context length is 8 tokens"
+            return 400, {"error": {"message": message, "code": "context_length_exceeded"}}
+        return 200, BAD_REPLIES.get(word) or whole(body)
+
+    def log_message(self, *args: Any) -> None:
+        """Keep the test's output clean."""
+
+
+BAD_REPLIES: dict[str, Any] = {
+    "html": b"<html>welcome</html>",
+    "broken": b'{"choices": [',
+    "list": [1, 2],
+    "nothing": {"choices": []},
+    "strange": {"choices": [{"text": "old protocol"}]},
+    "filtered": {
+        "choices": [{"index": 0, "message": {"content": ""}, "finish_reason": "content_filter"}]
+    },
+    "refused": {
+        "choices": [{"message": {"content": None, "refusal": "no way"}, "finish_reason": "stop"}]
+    },
+    "silent": {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
+    "uncounted": {"choices": [{"message": {"content": "123456789"}, "finish_reason": "stop"}]},
+    "single": {"choices": [{"message": {"content": "ONE"}, "finish_reason": "stop"}]},
+}
+
+
+def whole(body: dict[str, Any]) -> dict[str, Any]:
+    """A good reply; choice i has i exclamation marks and every word is a token."""
+    words = body["messages"][-1]["content"].upper().split()
+    limit = body.get("max_tokens", 1000)
+    choices = []
+    for i in range(body.get("n", 1)):
+        choice: dict[str, Any] = {
+            "index": i,
+            "message": {"role": "assistant", "content": " ".join(words[:limit]) + "!" * i},
+            "finish_reason": "length" if len(words) > limit else "stop",
+        }
+        if body.get("logprobs"):
+            tokens = [{"token": w, "logprob": -0.5, "top_logprobs": []} for w in words[:limit]]
+            choice["logprobs"] = {"content": tokens}
+        choices.append(choice)
+    num_tokens = len(words[:limit]) * len(choices)
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": choices,
+        "usage": {"prompt_tokens": 11, "completion_tokens": num_tokens, "total_tokens": 0},
+    }
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=[0.01])
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def load(server: Server) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def load(**options: Any) -> Engine:
+        config = EngineConfig(options={"base_url": server.url, "max_retries": 2, **options})
+        engines.append(load_engine("auto", fetch("openai:some/model:tag"), config))
+        return engines[-1]
+
+    yield load
+    for engine in engines:
+        engine.close()
+
+
+def request(text: str, seed: int = 0) -> Request:
+    return Request(text, text, (Message("system", "be brief"), Message("user", text)), seed)
+
+
+def test_a_greedy_request_and_its_completion(server, load):
+    ((completion,),) = load().generate([request("how are you")], GREEDY)
+    assert server.bodies == [
+        {
+            "model": "some/model:tag",
+            "messages": [
+                {"role": "system", "content": "be brief"},
+                {"role": "user", "content": "how are you"},
+            ],
+            "temperature": 0.0,
+            "max_tokens": 16,
+        }
+    ]
+    assert server.keys == {f"Bearer {CANARY}"}
+    assert (completion.text, completion.finish_reason) == ("HOW ARE YOU", "stop")
+    assert (completion.prompt_tokens, completion.num_tokens) == (11, 3)
+    assert (completion.sum_logprob, completion.token_ids) == (None, ())
+
+
+def test_completions_are_in_the_requests_order_and_cut_ones_say_so(load):
+    rows = load(concurrency=3).generate(
+        [request(f"number {i} " + "word " * i) for i in range(20)], GREEDY
+    )
+    assert [row[0].text.split()[1] for row in rows] == [str(i) for i in range(20)]
+    assert [row[0].finish_reason for row in rows] == ["stop"] * 15 + ["length"] * 5
+
+
+def test_samples_come_in_one_call_and_their_tokens_add_up(server, load):
+    (row,) = load().generate([request("one two", seed=2**62 + 5)], SAMPLED)
+    (body,) = server.bodies
+    assert (body["n"], body["temperature"], body["top_p"], body["seed"]) == (3, 0.7, 0.9, 5)
+    assert [c.text for c in row] == ["ONE TWO", "ONE TWO!", "ONE TWO!!"]
+    assert sum(c.num_tokens for c in row) == 6
+    assert all(c.prompt_tokens == 11 for c in row)
+
+
+def test_a_server_that_ignores_n_is_asked_for_the_rest(server, load):
+    (row,) = load().generate([request("single")], SAMPLED)
+    assert [c.text for c in row] == ["ONE"] * 3
+    assert [body["n"] for body in server.bodies] == [3, 2, 1]
+    assert [body["seed"] for body in server.bodies] == [0, 1, 2]
+
+
+def test_greedy_samples_are_several_calls(server, load):
+    (row,) = load().generate([request("one")], replace(GREEDY, num_samples=2))
+    assert [c.text for c in row] == ["ONE", "ONE"]
+    assert all("n" not in body for body in server.bodies)
+
+
+def test_logprobs_only_on_request(server, load):
+    ((completion,),) = load(logprobs=True).generate([request("one two three")], GREEDY)
+    assert completion.sum_logprob == -1.5
+    assert server.bodies[0]["logprobs"] is True
+
+
+def test_extra_body_wins_and_top_k_is_passed_on(server, load):
+    engine = load(extra_body={"temperature": 1, "reasoning_effort": "low"})
+    engine.generate([request("one")], replace(SAMPLED, top_k=7))
+    (body,) = server.bodies
+    assert (body["temperature"], body["reasoning_effort"], body["top_k"]) == (1, "low", 7)
+
+
+def test_beam_search_is_refused(load):
+    with pytest.raises(EngineError, match="num_beams"):
+        load().generate([request("one")], replace(GREEDY, num_beams=2))
+
+
+def test_token_counts_are_estimated_where_the_server_does_not_count(load):
+    engine = load()
+    assert engine.prompt_tokens(request("ab")) == 2 + 1 + 2 * 4
+    assert engine.prompt_tokens(request("語" * 8)) == 2 + 6 + 2 * 4
+    ((completion,),) = engine.generate([request("uncounted")], GREEDY)
+    assert completion.num_tokens == 3
+    assert completion.prompt_tokens == engine.prompt_tokens(request("uncounted"))
+
+
+def test_time_is_that_which_passed(load):
+    rows = load().generate([request(f"number {i}") for i in range(8)], SAMPLED)
+    assert all(completion.compute_s > 0 for row in rows for completion in row)
+
+
+# --- Failures
+
+
+def test_a_busy_server_is_asked_again(server, load):
+    ((completion,),) = load().generate([request("busy now")], GREEDY)
+    assert completion.text == "BUSY NOW"
+    assert server.tries["busy now"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "words"),
+    [
+        ("500 oops", Reason.ENGINE_ERROR, "InternalServerError: Error code: 500"),
+        ("400 wrong", Reason.ENGINE_ERROR, "BadRequestError: Error code: 400"),
+        ("429 quota", Reason.ENGINE_ERROR, "RateLimitError: Error code: 429"),
+        ("long text", Reason.TOO_LONG, "maximum context length is 8 tokens"),
+        ("html", Reason.ENGINE_ERROR, "no chat completion"),
+        ("broken", Reason.ENGINE_ERROR, "JSONDecodeError"),
+        ("list", Reason.ENGINE_ERROR, "no chat completion"),
+        ("nothing", Reason.ENGINE_ERROR, "no chat completion"),
+        ("strange", Reason.ENGINE_ERROR, "no chat completion"),
+        ("filtered", Reason.ENGINE_ERROR, "content filter"),
+        ("refused", Reason.ENGINE_ERROR, "the model refused: no way"),
+    ],
+)
+def test_one_request_fails_and_its_neighbours_are_answered(load, text, reason, words):
+    before, failed, after = load().generate([request(t) for t in ("a", text, "b")], GREEDY)
+    assert [before[0].text, after[0].text] == ["A", "B"]
+    (completion,) = failed
+    assert (completion.reason, completion.finish_reason) == (reason, "error")
+    assert words in completion.message
+    assert completion.text == ""
+
+
+def test_every_sample_of_a_failed_request_fails(load):
+    (row,) = load().generate([request("500 oops")], SAMPLED)
+    assert [c.reason for c in row] == [Reason.ENGINE_ERROR] * 3
+
+
+def test_an_empty_reply_is_left_to_the_parser(load):
+    ((completion,),) = load().generate([request("silent")], GREEDY)
+    assert (completion.text, completion.reason) == ("", None)
+
+
+def test_a_server_that_is_not_there(load):
+    engine = load(base_url="http://127.0.0.1:9/v1", max_retries=0)
+    ((completion,),) = engine.generate([request("a")], GREEDY)
+    assert completion.reason is Reason.ENGINE_ERROR
+    assert "http://127.0.0.1:9/v1: APIConnectionError" in completion.message
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_stops_everything_at_once(server, load, status):
+    engine = load(concurrency=1)
+    asked = [request(f"{status} no"), *(request(f"text {i}") for i in range(50))]
+    with pytest.raises(EngineError, match=f"Error code: {status}"):
+        engine.generate(asked, GREEDY)
+    assert len(server.bodies) == 1
+    with pytest.raises(EngineError, match=f"Error code: {status}"):
+        engine.generate([request("another")], GREEDY)
+    assert len(server.bodies) == 1
+
+
+def test_batching_does_not_repeat_what_is_refused(server, load):
+    rows = complete(load(concurrency=1), [request(f"401 {i}") for i in range(64)], GREEDY)
+    assert all(row[0].reason is Reason.ENGINE_ERROR for row in rows)
+    assert len(server.bodies) == 1
+
+
+# --- The key
+
+
+def test_the_key_is_nowhere_to_be_seen(server, load, caplog):
+    caplog.set_level(logging.DEBUG)
+    engine = load(max_retries=0)
+    rows = engine.generate([request("500 oops"), request("fine")], GREEDY)
+    assert "[key]" in rows[0][0].message
+    with pytest.raises(EngineError) as caught:
+        engine.generate([request("401 no")], GREEDY)
+    assert "[key]" in str(caught.value)
+    error = caught.value
+    assert error.__cause__ is None
+    assert error.__context__ is None
+    seen = [repr(engine), repr(engine.describe()), repr(rows), repr(error), caplog.text]
+    seen += traceback.format_exception(error)
+    assert not [text for text in seen if CANARY in text]
+    assert "POST" in caplog.text
+
+
+def test_a_missing_key_is_named(monkeypatch, load):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(JobError, match="OTHER_KEY is not set") as caught:
+        load(api_key_env="OTHER_KEY")
+    assert caught.value.key == "agents.options.api_key_env"
+    with pytest.raises(JobError, match="OPENAI_API_KEY is not set"):
+        load(base_url="https://api.openai.com/v1")
+
+
+def test_the_official_endpoint_is_the_default(monkeypatch):
+    monkeypatch.setenv("MY_KEY", CANARY)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/elsewhere")
+    config = EngineConfig(options={"api_key_env": "MY_KEY"})
+    engine = load_engine("openai", fetch("openai:m"), config)
+    assert engine.describe()["base_url"] == "https://api.openai.com/v1"
+    engine.close()
+
+
+def test_a_server_of_ones_own_needs_no_key(monkeypatch, server, load):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ((completion,),) = load().generate([request("none 400")], GREEDY)
+    assert completion.text == "NONE 400"
+    assert CANARY not in str(server.keys)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "words"),
+    [
+        ({"api_key": CANARY}, "api_key", "unknown option; openai allows: base_url, api_key_env"),
+        ({"api_key_env": CANARY}, "api_key_env", "is not allowed: string should match"),
+        ({"base_url": f"ftp://{CANARY}"}, "base_url", "is not allowed: string should match"),
+        ({"base_url": f"http://u:{CANARY}@h/v1"}, "base_url", "is not allowed: string should"),
+        ({"base_url": f"http://h/v1?key={CANARY}"}, "base_url", "is not allowed: string should"),
+        ({"concurrency": 0}, "concurrency", "greater than or equal to 1"),
+    ],
+)
+def test_wrong_options_are_refused_without_showing_them(load, options, key, words):
+    with pytest.raises(JobError, match=words) as caught:
+        load(**options)
+    assert caught.value.key == f"agents.options.{key}"
+    shown = "".join(traceback.format_exception(caught.value))
+    assert CANARY not in shown + repr(caught.value)
+
+
+def test_describe(server, load):
+    facts = load(max_context_tokens=100).describe()
+    assert facts["engine"] == "openai"
+    assert facts["model"] == "some/model:tag"
+    assert facts["base_url"] == server.url
+    assert facts["max_context_tokens"] == 100

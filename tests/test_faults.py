@@ -1,0 +1,197 @@
+"""Real processes, really killed: nothing is lost, nothing is doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mas_batch
+
+pytestmark = pytest.mark.faults
+
+NUM_RECORDS = 60
+JOB = {
+    "name": "faults",
+    "corpus": {"path": "corpus.jsonl", "id": "id"},
+    "task": {"kind": "summarize", "max_new_tokens": 4},
+    "agents": [
+        {"name": "a", "model": "echo:a", "count": 2, "options": {"seconds_per_batch": 0.3}},
+        {"name": "b", "model": "echo:b", "options": {"seconds_per_batch": 0.1}},
+    ],
+    "merge": {"method": "vote"},
+    "partition": {"max_records": 3},
+    "output": {"path": "runs"},
+    "cluster": {"dashboard_address": None},
+}
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    rows = [{"id": f"r{i:02d}", "text": f"record {i} has a few words"} for i in range(NUM_RECORDS)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(JOB))
+    return file
+
+
+@contextmanager
+def process(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command in a session of its own; at the end end it and all its children."""
+    with log.open("wb") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def wait_for(condition: Callable[[], object], child: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert child.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def num_committed(folder: Path, pattern: str = "runs/*/results/part-*.parquet") -> int:
+    return len(list(folder.glob(pattern)))
+
+
+def assert_complete(run: str, reference: dict[str, str]) -> None:
+    opened = mas_batch.open_run(run)
+    results = opened.arrow().to_pylist()
+    assert [row["record_id"] for row in results] == list(reference)
+    assert {row["record_id"]: row["answer"] for row in results} == reference
+    answers = opened.arrow("answers").select(["record_id", "agent_id", "sample_id"]).to_pylist()
+    assert len({tuple(row.values()) for row in answers}) == len(answers) == 2 * NUM_RECORDS
+    assert not list(Path(run).rglob(".tmp-*"))
+
+
+REFERENCE = {f"r{i:02d}": f"record {i} has a" for i in range(NUM_RECORDS)}
+
+
+def children_named(parent: int, words: str) -> list[int]:
+    """List the processes below `parent` whose command line has `words`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and words in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing(job_file: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with process("mas_batch.submit", str(job_file), "--show", "0", log=log) as child:
+        wait_for(lambda: num_committed(tmp_path) >= 3, child, log)
+        workers = children_named(child.pid, "spawn_main")
+        assert len(workers) == 3
+        os.kill(workers[0], signal.SIGKILL)
+        assert child.wait(90) == 0, log.read_text()
+    text = log.read_text()
+    assert "event=agent_lost" in text
+    run = re.search(r"run=(\S+)", text)
+    assert run is not None
+    assert_complete(run[1], REFERENCE)
+
+
+def test_the_submitting_process_killed_and_run_again(job_file: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with process("mas_batch.submit", str(job_file), log=log) as child:
+        wait_for(lambda: num_committed(tmp_path) >= 4, child, log)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    kept = {p: p.stat().st_ino for p in tmp_path.glob("runs/*/*/**/part-*.parquet")}
+    assert 4 <= num_committed(tmp_path) < NUM_RECORDS // 3
+    assert not list(tmp_path.glob("runs/*/manifest.json"))
+    again = subprocess.run(
+        [sys.executable, "-m", "mas_batch.submit", str(job_file), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    run = json.loads(again.stdout)["run"]
+    assert_complete(run, REFERENCE)
+    assert {p: p.stat().st_ino for p in kept} == kept, "committed work was done again"
+
+
+def test_a_record_that_kills_its_worker_every_time_is_given_up(
+    tmp_path: Path, job_file: Path
+) -> None:
+    log = tmp_path / "log"
+    options = [
+        "--set", "agents.0.options={faults: {record 7 has: kill}}",
+        "--set", "agents.1.options={faults: {record 7 has: kill}}",
+        "--json",
+    ]  # fmt: skip
+    with process("mas_batch.submit", str(job_file), *options, log=log) as child:
+        assert child.wait(120) == 0, log.read_text()
+    facts = json.loads(log.read_text().splitlines()[-1])
+    opened = mas_batch.open_run(facts["run"])
+    failures = opened.arrow("failures").to_pylist()
+    # Its partition-mates share its fate in this version; no other partition does.
+    assert {row["record_id"] for row in failures} <= {"r06", "r07", "r08"}
+    assert "r07" in {row["record_id"] for row in failures}
+    assert opened.arrow().num_rows + len(failures) == NUM_RECORDS
+
+
+def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    scheduler = ["dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = ["dask", "worker", "--scheduler-file", str(file), "--no-dashboard", "--nthreads", "2"]
+    logs = [tmp_path / f"log-{i}" for i in range(3)]
+    with (
+        process(*scheduler, "--scheduler-file", str(file), log=logs[0]),
+        process(*worker, "--name", "one", "--resources", "summarize=1,big=1", log=logs[1]) as one,
+        process(*worker, "--name", "two", "--resources", "summarize=1", log=logs[2]) as two,
+    ):
+        command = [sys.executable, "-m", "mas_batch.submit", str(job_file), "--json"]
+        wants_big = ["--set", "agents.0.capabilities=[summarize, big]"]
+        done = subprocess.run(
+            [*command, "--scheduler-file", str(file), *wants_big],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert_complete(json.loads(done.stdout)["run"], REFERENCE)
+        answers = mas_batch.open_run(json.loads(done.stdout)["run"]).pandas("answers")
+        assert dict(answers.groupby("agent_id")["worker"].unique().str[0]) == {
+            "a": "one",
+            "b": "two",
+        }
+        refused = subprocess.run(
+            [*command, "--scheduler-file", str(file), "--set", "agents.0.resources={GPU: 1}",
+             "--set", "cluster.wait_s=1", "--output", str(tmp_path / "other")],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert refused.returncode == 2
+        assert "one (tcp://" in refused.stderr
+        assert one.poll() is None
+        assert two.poll() is None, "workers of a user's cluster must live on"

@@ -1,0 +1,148 @@
+"""Which worker serves which agent, decided without a cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mas_batch.agents.spec import (
+    WorkerInfo,
+    agent_specs,
+    can_host,
+    match_workers,
+    place_newcomer,
+    worker_options,
+)
+from mas_batch.errors import JobError
+from mas_batch.job import Job
+from mas_batch.job_file import check_job
+
+
+def job(*agents: dict[str, Any]) -> Job:
+    return check_job(
+        {
+            "name": "j",
+            "corpus": {"path": "x.jsonl"},
+            "task": {"kind": "translate"},
+            "agents": [{"model": "echo", **agent} for agent in agents],
+            "output": {"path": "out"},
+        }
+    )
+
+
+def worker(name: str, **resources: float) -> WorkerInfo:
+    return WorkerInfo(f"tcp://{name}", name, resources)
+
+
+def test_unlike_workers_go_to_the_agents_they_can_host() -> None:
+    the_job = job({"name": "big", "resources": {"GPU": 1}}, {"name": "small"})
+    workers = [worker("w0", translate=1), worker("w1", translate=1, GPU=1)]
+    assert match_workers(workers, the_job) == {"tcp://w1": "big", "tcp://w0": "small"}
+
+
+def test_a_flexible_worker_gives_way_to_an_agent_that_has_no_other() -> None:
+    the_job = job({"name": "any"}, {"name": "gpu", "resources": {"GPU": 1}})
+    # Both agents could use w-gpu; only it can host `gpu`.
+    workers = [worker("a-gpu", translate=1, GPU=1), worker("z", translate=1, extra=1, more=1)]
+    assert match_workers(workers, the_job) == {"tcp://a-gpu": "gpu", "tcp://z": "any"}
+
+
+def test_every_agents_first_replica_comes_before_a_second() -> None:
+    the_job = job({"name": "a", "count": 3}, {"name": "b", "count": 3})
+    matched = match_workers([worker(f"w{i}", translate=1) for i in range(3)], the_job)
+    assert sorted(matched.values()) in (["a", "a", "b"], ["a", "b", "b"])
+
+
+def test_no_more_workers_than_the_count() -> None:
+    matched = match_workers(
+        [worker(f"w{i}", translate=1) for i in range(5)], job({"name": "a", "count": 2})
+    )
+    assert list(matched.values()) == ["a", "a"]
+
+
+def test_a_missing_capability_lists_what_is_there() -> None:
+    with pytest.raises(JobError) as caught:
+        match_workers(
+            [worker("w0", summarize=2), worker("w1")], job({"name": "a", "resources": {"GPU": 1}})
+        )
+    message = str(caught.value)
+    assert "agents.0.capabilities" in message
+    assert "'a' needs a worker with GPU=1,translate=1" in message
+    assert "w0 (tcp://w0) declares summarize=2; w1 (tcp://w1) declares no resources" in message
+
+
+@given(
+    st.lists(st.sets(st.sampled_from("xyz")), min_size=1, max_size=6),
+    st.lists(st.tuples(st.sets(st.sampled_from("xyz")), st.integers(1, 2)), min_size=1, max_size=4),
+)
+def test_matching_is_valid_and_fails_only_when_no_matching_exists(
+    offers: list[set[str]], needs: list[tuple[set[str], int]]
+) -> None:
+    the_job = job(
+        *(
+            {"name": f"a{i}", "count": count, "resources": dict.fromkeys(sorted(need), 1.0)}
+            for i, (need, count) in enumerate(needs)
+        )
+    )
+    workers = [
+        worker(f"w{i}", translate=1, **dict.fromkeys(offer, 1)) for i, offer in enumerate(offers)
+    ]
+    by_address = {w.address: w for w in workers}
+    try:
+        matched = match_workers(workers, the_job)
+    except JobError:
+        assert not _can_serve_all(
+            [{w.name for w in workers if can_host(w, a, the_job)} for a in the_job.agents]
+        )
+        return
+    agents = {a.name: a for a in the_job.agents}
+    for address, name in matched.items():
+        assert can_host(by_address[address], agents[name], the_job)
+    for name, agent in agents.items():
+        assert 1 <= list(matched.values()).count(name) <= agent.count
+
+
+def _can_serve_all(choices: list[set[str]], used: frozenset[str] = frozenset()) -> bool:
+    """Brute force: can every agent have a worker of its own?"""
+    if not choices:
+        return True
+    return any(_can_serve_all(choices[1:], used | {w}) for w in choices[0] - used)
+
+
+def test_a_restarted_worker_gets_its_agent_back() -> None:
+    the_job = job({"name": "a"}, {"name": "b"})
+    assert place_newcomer(worker("b-0", translate=1), the_job, []) == "b"
+    assert place_newcomer(worker("other", translate=1), the_job, ["a"]) == "b"
+    assert place_newcomer(worker("other", translate=1), the_job, ["a", "b"]) is None
+    assert place_newcomer(worker("other"), the_job, []) is None
+
+
+def test_embedded_workers_declare_what_their_agent_needs_and_share_the_cores() -> None:
+    the_job = job(
+        {"name": "a", "count": 2, "resources": {"GPU": 1}},
+        {"name": "b", "threads": 3, "capabilities": ["translate", "long"]},
+    )
+    specs = agent_specs(the_job, embedded=True, num_cores=8)
+    assert [spec.threads for spec in specs.values()] == [2, 3]
+    options = worker_options(the_job, specs, num_gpus=2)
+    assert list(options) == ["a-0", "a-1", "b-0"]
+    assert options["a-1"]["resources"] == {"translate": 1.0, "GPU": 1}
+    assert options["a-1"]["env"]["CUDA_VISIBLE_DEVICES"] == "1"
+    assert options["b-0"]["resources"] == {"translate": 1.0, "long": 1.0}
+    assert options["b-0"]["env"]["MKL_NUM_THREADS"] == "3"
+    assert "CUDA_VISIBLE_DEVICES" not in options["b-0"]["env"]
+
+
+def test_on_a_users_cluster_threads_are_the_workers_own_choice() -> None:
+    assert agent_specs(job({"name": "a"}), embedded=False, num_cores=8)["a"].threads == 0
+
+
+def test_agents_that_differ_only_in_prompt_share_a_model() -> None:
+    the_job = job(
+        {"name": "a"}, {"name": "b", "prompt": "Say {text}"}, {"name": "c", "model": "echo:c"}
+    )
+    keys = [s.engine_key for s in agent_specs(the_job, embedded=True, num_cores=1).values()]
+    assert keys[0] == keys[1] != keys[2]
