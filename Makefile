@@ -33,9 +33,9 @@ bench: $(VENV)/dev.done  ## measure, as ratios side by side (some minutes)
 	$(BIN)/python benchmarks/throughput.py
 
 lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
-	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu -c requirements/constraints.txt -o requirements/run.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd \
-		-c requirements/constraints.txt -c requirements/run.lock -o requirements/dev.lock pyproject.toml
+		-c requirements/constraints.txt -o requirements/dev.lock pyproject.toml
+	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu -c requirements/dev.lock -o requirements/run.lock pyproject.toml
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
 clean:  ## remove the environment and the runs (models stay in the cache)

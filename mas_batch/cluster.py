@@ -82,7 +82,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
             "options": {
                 "host": "127.0.0.1",
                 "dashboard": address is not None,
-                "dashboard_address": _free_address(address) if address else None,
+                "dashboard_address": _free_address(address or "127.0.0.1:0"),
             },
         }
         workers = {name: {"cls": Nanny, "options": each} for name, each in options.items()}

@@ -31,7 +31,7 @@ from mas_batch.results import Committed, Plan
 from mas_batch.routing.dask import DaskRouter
 from mas_batch.routing.dispatcher import Dispatcher, Work
 from mas_batch.routing.policies import POLICIES
-from mas_batch.storage import Store
+from mas_batch.storage import Store, parquet_bytes
 from mas_batch.tasks import make_task
 
 Emit = Callable[[Event], None]
@@ -237,7 +237,7 @@ def _started(
         answers_done=sum(len(parts - done.merged) for parts in done.answered.values()),
         answers_per_record=job.answers_per_record,
         earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
-        dashboard_link=client.dashboard_link or None,
+        dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
     )
 
 
@@ -261,7 +261,7 @@ def _publish(
     counts = RUN_STATISTICS.finalize(partial)
     results.check_invariant(plan, counts["results"], counts["failures"])
     agents = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
-    store.replace("agents.parquet", results.parquet_bytes(pa.Table.from_pylist(agents)))
+    store.replace("agents.parquet", parquet_bytes(pa.Table.from_pylist(agents)))
     manifest = {
         "format": results.FORMAT,
         "run": name,

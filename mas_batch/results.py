@@ -282,10 +282,10 @@ class Run:
         import dask.dataframe as dd
 
         names = self.files(table)
-        empty = (
-            (self.store.read_table(names[0]) if names else _no_failures()).slice(0, 0).to_pandas()
-        )
-        return dd.from_map(_read_pandas, names or [None], store=self.store, meta=empty)
+        if not names:
+            return dd.from_pandas(_no_failures().to_pandas(), npartitions=1)
+        empty = _read_pandas(names[0], self.store).iloc[:0]
+        return dd.from_map(_read_pandas, names, store=self.store, meta=empty)
 
     def files(self, table: str) -> list[str]:
         """List the table's files, in corpus order.

@@ -38,7 +38,7 @@ class Simulation:
         )
         self.replicas: dict[str, str] = {}
         self.in_flight: list[Ask] = []
-        self.tried: Counter[tuple[int, str]] = Counter()
+        self.blamed: Counter[tuple[int, str]] = Counter()
         self.answered = {work.index: set(work.answered) for work in plan}
         self.to_merge: list[Merge] = []
         self.merged: dict[int, tuple[str, ...]] = {}
@@ -64,8 +64,8 @@ class Simulation:
         assert not any(
             a.partition == ask.partition and a.agent_id == ask.agent_id for a in self.in_flight
         ), "asked twice at once"
-        self.tried[ask.partition, ask.agent_id] += 1
-        assert self.tried[ask.partition, ask.agent_id] == ask.attempt <= self.max_attempts
+        blamed = self.blamed[ask.partition, ask.agent_id]
+        assert ask.attempt == blamed + 1 <= self.max_attempts
         assert ask.replica_id in dict(ask.candidates)
         self.in_flight.append(ask)
         load = sum(a.replica_id == ask.replica_id for a in self.in_flight)
@@ -77,6 +77,9 @@ class Simulation:
 
     def leave(self, replica: str) -> None:
         del self.replicas[replica]
+        had = [ask for ask in self.in_flight if ask.replica_id == replica]
+        if had:  # only what it was working on can have killed it
+            self.blamed[had[0].partition, had[0].agent_id] += 1
         self.take(self.dispatcher.replica_left(replica))
         assert not any(a.replica_id == replica for a in self.in_flight)
 
@@ -87,6 +90,7 @@ class Simulation:
 
     def fail(self, ask: Ask) -> None:
         self.in_flight.remove(ask)
+        self.blamed[ask.partition, ask.agent_id] += 1
         self.take(self.dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id))
 
     def merge(self, merge: Merge) -> None:
@@ -149,7 +153,7 @@ def test_every_partition_ends_merged_whatever_happens(data: st.DataObject) -> No
     assert sim.dispatcher.done
     assert set(sim.merged) == {work.index for work in plan}
     for index, merged in sim.merged.items():
-        given_up = {a for a in agents if sim.tried[index, a] >= sim.max_attempts}
+        given_up = {a for a in agents if sim.blamed[index, a] >= sim.max_attempts}
         enough = sum(agents[a] for a in merged) >= answers
         assert enough or set(agents) - set(merged) <= given_up
 
@@ -174,8 +178,11 @@ def test_a_dead_workers_partitions_go_to_its_sibling() -> None:
     assert len(lost) == 2
     sim.leave("a-0")
     sim.answer(sim.in_flight[0])
-    assert sim.in_flight[-1].partition in lost
+    assert sim.in_flight[-1].partition == min(lost)
     assert sim.in_flight[-1].attempt == 2
+    sim.answer(sim.in_flight[0])
+    assert sim.in_flight[-1].partition == max(lost)
+    assert sim.in_flight[-1].attempt == 1, "an innocent partition is not blamed"
 
 
 def test_an_agent_that_always_fails_is_given_up_and_the_others_answers_are_merged() -> None:
@@ -184,7 +191,7 @@ def test_an_agent_that_always_fails_is_given_up_and_the_others_answers_are_merge
     sim.join("bad-0", "bad")
     while asks := [a for a in sim.in_flight if a.agent_id == "bad"]:
         sim.fail(asks[0])
-    assert sim.tried[0, "bad"] == 3
+    assert sim.blamed[0, "bad"] == 3
     assert sim.dispatcher.given_up(0, "bad")
     sim.answer(sim.in_flight[0])
     assert sim.to_merge == [Merge(0, ("good",))]

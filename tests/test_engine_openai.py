@@ -94,6 +94,7 @@ BAD_REPLIES: dict[str, Any] = {
     "silent": {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
     "uncounted": {"choices": [{"message": {"content": "123456789"}, "finish_reason": "stop"}]},
     "single": {"choices": [{"message": {"content": "ONE"}, "finish_reason": "stop"}]},
+    "several": {"choices": [{"message": {"content": "1"}}, {"message": {"content": "2"}}]},
 }
 
 
@@ -194,6 +195,11 @@ def test_a_server_that_ignores_n_is_asked_for_the_rest(server, load):
     assert [c.text for c in row] == ["ONE"] * 3
     assert [body["n"] for body in server.bodies] == [3, 2, 1]
     assert [body["seed"] for body in server.bodies] == [0, 1, 2]
+
+
+def test_completions_that_were_not_asked_for_are_left_out(load):
+    (row,) = load().generate([request("several")], GREEDY)
+    assert [c.text for c in row] == ["1"]
 
 
 def test_greedy_samples_are_several_calls(server, load):

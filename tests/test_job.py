@@ -1,4 +1,4 @@
-"""The job file: every mistake has one clear message that names file, key, value and what is allowed."""
+"""The job file: every mistake has one message that names file, key, value and what is allowed."""
 
 from __future__ import annotations
 

@@ -127,10 +127,9 @@ class OpenAIEngine:
         missing = sampling.num_samples
         try:
             while missing:
-                # Greedy samples and servers that ignore `n` are asked again for the rest.
-                n = missing if sampling.temperature > 0 else 1
-                body = self._body(request, sampling, n, sample=len(done))
-                done += self._read(self._post(body), request)[:n]
+                # Greedy requests, and servers that ignore `n`, give one: ask again for the rest.
+                body = self._body(request, sampling, missing, sample=len(done))
+                done += self._read(self._post(body), request)[:missing]
                 missing = sampling.num_samples - len(done)
         except RecordError as error:
             failure = Completion(

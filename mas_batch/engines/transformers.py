@@ -180,7 +180,7 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     transformers_logging.disable_progress_bar()
-    path = _checkpoint(model, dtype)
+    path = checkpoint(model, dtype)
     tokenizer = _load_tokenizer(path, model)
     loaded = _load_model(path, model, options, dtype).to(device).eval()
     return TransformersEngine(loaded, tokenizer, model, config, options)
@@ -224,8 +224,12 @@ def _device(name: str) -> torch.device:
 # --- Files
 
 
-def _checkpoint(model: ModelFiles, dtype: str) -> Path:
-    """Return a directory of safetensors with its tokenizer."""
+def checkpoint(model: ModelFiles, dtype: str) -> Path:
+    """Return a directory of safetensors with its tokenizer; a .gguf is converted if need be.
+
+    Raises:
+        ModelError: the model has no files, or no weights that are safe to load.
+    """
     if model.path is None:
         raise ModelError(f"{model.source}: the engine transformers needs a model's files")
     if model.path.is_file():
@@ -241,6 +245,8 @@ def _checkpoint(model: ModelFiles, dtype: str) -> Path:
 def _converted(model: ModelFiles, gguf: Path, dtype: str) -> Path:
     """Dequantize once, in the dtype that will run: workers then share the mapped file's memory."""
     target = cache_root() / "converted" / f"{model.sha256}-{dtype}"
+    if target.exists():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f"{target.name}.lock")):  # one converts, the others wait
         if not target.exists():

@@ -134,16 +134,18 @@ class Dispatcher:
         return self._advance()
 
     def replica_left(self, replica_id: str) -> list[Instruction]:
-        """A worker is gone. What it had in flight goes back and counts as a failed attempt.
+        """A worker is gone. What it had in flight goes back.
 
-        Counting it bounds the harm of a record that kills its worker every time.
+        A replica works on its partitions one after the other, so only the first in flight can
+        have to do with its death: that one counts as a failed attempt, which bounds the harm
+        of a record that kills its worker every time. The others are innocent.
         """
         replica = self._replicas.pop(replica_id, None)
         if replica is None:
             return []
         abandoned: list[Instruction] = []
-        for index in list(replica.tokens):
-            self._put_back(self._open[index], replica.agent_id)
+        for place, index in enumerate(replica.tokens):
+            self._put_back(self._open[index], replica.agent_id, blamed=place == 0)
             abandoned.append(Abandon(index, replica.agent_id, replica_id))
         return abandoned + self._advance()
 
@@ -170,7 +172,7 @@ class Dispatcher:
         if state is None or state.asked.get(agent_id) != replica_id:
             return []
         self._release(partition, replica_id)
-        self._put_back(state, agent_id)
+        self._put_back(state, agent_id, blamed=True)
         return self._advance()
 
     def merged(self, partition: int) -> list[Instruction]:
@@ -272,8 +274,10 @@ class Dispatcher:
         if replica is not None:
             replica.tokens.pop(partition, None)
 
-    def _put_back(self, state: _Partition, agent_id: str) -> None:
+    def _put_back(self, state: _Partition, agent_id: str, *, blamed: bool) -> None:
         state.asked.pop(agent_id, None)
+        if not blamed:
+            return
         state.attempts[agent_id] = state.attempts.get(agent_id, 0) + 1
         if state.attempts[agent_id] >= self._max_attempts:
             state.given_up.add(agent_id)
