@@ -36,6 +36,7 @@ lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd \
 		-c requirements/constraints.txt -o requirements/dev.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu -c requirements/dev.lock -o requirements/run.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements/*.lock  # a build tag is not on every index
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
 clean:  ## remove the environment and the runs (models stay in the cache)

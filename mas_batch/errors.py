@@ -59,6 +59,13 @@ class OutOfMemoryError(EngineError):
     """An engine ran out of memory on a batch; a smaller batch may fit."""
 
 
+class EngineRefusedError(EngineError):
+    """No request can succeed, whatever the batch: a wrong key, an unknown model name.
+
+    Never isolated to a record: the agent's whole task fails, is tried again, and given up.
+    """
+
+
 class RunError(MasBatchError):
     """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
 

@@ -62,7 +62,7 @@ def cluster_client() -> Iterator[Any]:
 
 @pytest.fixture
 def make_job(tmp_path: Any) -> Any:
-    """Build a job of two unlike echo agents on a small corpus; keyword arguments replace sections."""
+    """Build a job of two unlike echo agents on a small corpus; keywords replace sections."""
     import json
 
     from mas_batch.job_file import check_job

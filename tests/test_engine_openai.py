@@ -17,7 +17,7 @@ import pytest
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
-from mas_batch.errors import EngineError, JobError, Reason
+from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason
 from mas_batch.models import fetch
 
 CANARY = "sk-canary-4711-never-to-be-seen"
@@ -299,13 +299,13 @@ def test_a_refusal_stops_everything_at_once(server, load, status):
         engine.generate(asked, GREEDY)
     assert len(server.bodies) == 1
     with pytest.raises(EngineError, match=f"Error code: {status}"):
-        engine.generate([request("another")], GREEDY)
-    assert len(server.bodies) == 1
+        engine.generate([request(f"{status} again")], GREEDY)
+    assert len(server.bodies) == 2, "the next batch asks again"
 
 
-def test_batching_does_not_repeat_what_is_refused(server, load):
-    rows = complete(load(concurrency=1), [request(f"401 {i}") for i in range(64)], GREEDY)
-    assert all(row[0].reason is Reason.ENGINE_ERROR for row in rows)
+def test_batching_does_not_halve_what_is_refused(server, load):
+    with pytest.raises(EngineRefusedError):
+        complete(load(concurrency=1), [request(f"401 {i}") for i in range(64)], GREEDY)
     assert len(server.bodies) == 1
 
 

@@ -88,6 +88,8 @@ def worker_options(
             env = dict.fromkeys(
                 ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
             )
+            # Threads that spin while they wait starve the neighbours that share their cores.
+            env["OMP_WAIT_POLICY"] = "PASSIVE"
             if agent.resources.get("GPU") and num_gpus:
                 env["CUDA_VISIBLE_DEVICES"] = str(gpu % num_gpus)
                 gpu += 1

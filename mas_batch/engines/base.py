@@ -105,6 +105,7 @@ class Engine(Protocol):
 
         Raises:
             OutOfMemoryError: the batch did not fit; the engine is usable again.
+            EngineRefusedError: no batch can succeed; the whole task fails.
             EngineError: anything else the engine can name; other exceptions count as that too.
         """
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling
-from mas_batch.errors import OutOfMemoryError, Reason
+from mas_batch.errors import EngineRefusedError, OutOfMemoryError, Reason
 
 
 def plan_batches(
@@ -83,6 +83,8 @@ def _run(
 ) -> dict[int, list[Completion]]:
     try:
         answers = engine.generate([requests[i] for i in positions], sampling)
+    except EngineRefusedError:
+        raise
     except Exception as error:
         if len(positions) > 1:
             middle = len(positions) // 2

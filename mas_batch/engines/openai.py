@@ -22,7 +22,7 @@ from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.errors import EngineError, JobError, Reason, RecordError
+from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason, RecordError
 from mas_batch.models import ModelFiles, parse_source
 
 OFFICIAL_URL = "https://api.openai.com/v1"
@@ -89,10 +89,12 @@ class OpenAIEngine:
         """Ask about all requests; one that fails becomes completions with a reason.
 
         Raises:
-            EngineError: the endpoint refuses the key or the model, or cannot decode this way.
+            EngineRefusedError: the endpoint refuses the key or the model.
+            EngineError: it cannot decode this way.
         """
         if sampling.num_beams > 1:
             raise EngineError("openai endpoints have no beam search; set sampling.num_beams to 1")
+        self._refusal = None  # the last batch's; a passing one deserves another try
         start = time.perf_counter()
         asked = [self._threads.submit(self._answer, r, sampling) for r in requests]
         done, waiting = wait(asked, return_when=FIRST_EXCEPTION)
@@ -170,13 +172,13 @@ class OpenAIEngine:
         """Send one request.
 
         Raises:
-            EngineError: no request to this endpoint can succeed.
+            EngineRefusedError: no request to this endpoint can succeed.
             RecordError: this one did not.
         """
-        # A refusal is remembered: a failed batch is halved down to single requests, and
-        # hundreds of calls with a wrong key are what gets accounts locked.
+        # The batch's other requests would be refused as well, and hundreds of calls with a
+        # wrong key are what gets accounts locked.
         if self._refusal is not None:
-            raise EngineError(self._refusal)
+            raise EngineRefusedError(self._refusal)
         try:
             return self._client.post("/chat/completions", body=body, cast_to=ChatCompletion)
         except openai.APIStatusError as error:
@@ -186,7 +188,7 @@ class OpenAIEngine:
         # Not inside the clauses above: a chained exception would carry the response along.
         if status in REFUSED:
             self._refusal = message
-            raise EngineError(message)
+            raise EngineRefusedError(message)
         too_long = status in (400, 413) and _TOO_LONG.search(message)
         raise RecordError(Reason.TOO_LONG if too_long else Reason.ENGINE_ERROR, message)
 
