@@ -5,6 +5,9 @@ longest before it reads them, reads a prompt once per sample, copies the whole p
 step, draws samples from the global seed and keeps [steps, rows, vocabulary] scores where a sum
 per row is wanted. Beam search is left to it.
 
+Rounding differs with a batch's shape, by about 1e-5 in float32 logits: only between tokens that
+are nearer to each other can the batch decide.
+
 Names: a row is one sequence being decoded; `logits` are float32 [rows, vocabulary] of the next
 token.
 """
