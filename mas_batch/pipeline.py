@@ -72,7 +72,8 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
     """Execute the job, or what is left of it, and publish the result.
 
     Args:
-        client: the user's own; None uses the job's `cluster` section.
+        client: the user's own. None uses the job's `cluster` section, and if that names no
+            scheduler, the client that is active in this process (a notebook's), if any.
         emit: called with every event, from the calling thread and in order.
 
     Raises:
@@ -81,6 +82,8 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
     """
     start = time.perf_counter()
     cluster.check_settings(job.cluster)
+    if cluster.is_embedded(job.cluster, client):
+        client = cluster.current_client()
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     manifest = results.read_manifest(store)
@@ -269,7 +272,7 @@ def _publish(
         "counts": counts,
         "agents": agents,
         "engines": engines,
-        "merge": {"method": merge_spec(job).method, "utility": merge_spec(job).utility},
+        "merge": _merge_facts(merge_spec(job)),
         "versions": {
             "python": platform.python_version(),
             **{
@@ -279,8 +282,16 @@ def _publish(
         },
         "files": results.manifest_files(store, plan, [agent.name for agent in job.agents]),
     }
+    store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
     results.publish(store, manifest)
     return manifest
+
+
+def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
+    facts: dict[str, Any] = {"method": spec.method, "accuracies": dict(spec.accuracies)}
+    if spec.method == "mbr":
+        facts["utility"] = spec.utility
+    return facts
 
 
 def _summary(

@@ -109,8 +109,8 @@ def _records_table(run: Run, num_shown: int) -> Table:
     for row in _first_results(run, num_shown):
         confidence = "–" if row["confidence"] is None else f"{row['confidence']:.2f}"
         table.add_row(
-            Text(_clip(row.get("text") or row["record_id"], 160)),
-            Text(_clip(row["answer"], 240)),
+            Text(_clip(row.get("text") or row["record_id"], 100)),
+            Text(_clip(row["answer"], 200)),
             confidence + ("\ntie" if row["tie"] else ""),
             Text(_backers(row)),
         )

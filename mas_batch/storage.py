@@ -139,7 +139,8 @@ class Store:
     def remove_orphans(self) -> int:
         """Remove temporary files that killed writers left behind; returns how many.
 
-        Call it only while no task of the run is running.
+        Call it when all is committed: a writer that is still at work loses its file, and its
+        commit, which could only come too late, fails.
         """
         if not self.is_local:
             return 0  # object stores write whole objects or nothing

@@ -51,7 +51,8 @@ def cluster_client() -> Iterator[Any]:
         name: {"cls": Worker, "options": {"name": name, "nthreads": 3, "resources": declared}}
         for name, declared in resources.items()
     }
-    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard": False}}
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    scheduler = {"cls": Scheduler, "options": options}
     with (
         SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
         Client(cluster) as client,

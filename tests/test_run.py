@@ -160,6 +160,25 @@ def test_a_complete_run_starts_nothing(cluster_client: Client, make_job: MakeJob
     assert events.events == []
 
 
+def test_a_client_that_is_active_in_the_process_is_used_and_left_open(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    summary = pipeline.run(make_job())
+    answers = mas_batch.open_run(summary.run).pandas("answers")
+    assert set(answers["worker"]) == {"strong-0", "weak-0"}
+    assert cluster_client.status == "running"
+
+
+def test_what_a_killed_writer_left_is_collected(cluster_client: Client, make_job: MakeJob) -> None:
+    job = make_job()
+    store, _ = pipeline.open_store(job, pipeline.CorpusReader(job.corpus))
+    orphan = Path(store.url) / "results/.tmp-dead"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"half")
+    pipeline.run(job, client=cluster_client)
+    assert not orphan.exists()
+
+
 def test_a_changed_job_or_corpus_is_a_new_run_and_says_so(
     cluster_client: Client, make_job: MakeJob
 ) -> None:

@@ -90,6 +90,7 @@ def worker_options(
             )
             # Threads that spin while they wait starve the neighbours that share their cores.
             env["OMP_WAIT_POLICY"] = "PASSIVE"
+            env["TQDM_DISABLE"] = "1"  # a worker's own bars would garble the terminal
             if agent.resources.get("GPU") and num_gpus:
                 env["CUDA_VISIBLE_DEVICES"] = str(gpu % num_gpus)
                 gpu += 1

@@ -71,8 +71,8 @@ class EngineConfig:
     """How to hold a model; what the job's agent says, resolved for one worker."""
 
     dtype: str = "auto"
-    """`auto` is float32 on a CPU (greedy answers then do not depend on the batch) and the
-    checkpoint's own dtype on an accelerator."""
+    """`auto` is float32 on a CPU (greedy answers then do not depend on the batch, but for two
+    tokens that tie to within rounding) and the checkpoint's own dtype on an accelerator."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:0`, `mps`; `auto` takes the first accelerator that is visible."""
     threads: int = 0

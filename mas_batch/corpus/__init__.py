@@ -1,0 +1,208 @@
+"""List a corpus' files on any filesystem and stream their records, each with a stable id.
+
+Rows that cannot be asked about become records with a `reason`; only what makes the whole
+corpus doubtful (a missing column, a doubled id, a corrupt file) stops the stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mas_batch import job
+from mas_batch.corpus.columns import Columns, as_text, conform, records_table
+from mas_batch.corpus.files import CorpusFile, Source, check_codec, codec_of, list_sources
+from mas_batch.corpus.formats import READERS, Row, one_format, require, roles_of
+from mas_batch.errors import JobError, MasBatchError, Reason, RunError
+from mas_batch.records import Record
+
+__all__ = ["CorpusFile", "CorpusReader", "conform", "records_table"]
+
+# White space by Unicode, plus what has no width: joiners, marks of direction, soft hyphen.
+_VISIBLE = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+
+_MAX_SUSPECTS = 1 << 16  # bounds the memory of one look for doubled ids
+
+
+class CorpusReader:
+    """The records of a corpus, in the order of its files' relative paths.
+
+    Creating it lists the files; every iteration reads them anew, a bounded part at a time.
+
+    Raises:
+        JobError: here, for paths, formats and codecs that cannot be read; while iterating,
+            for missing columns, missing or doubled ids and a corpus without records.
+        RunError: while iterating, for a corrupt file, with the row that was reached.
+    """
+
+    def __init__(self, spec: job.Corpus) -> None:
+        self._spec = spec
+        sources = list_sources(spec)
+        self._format = one_format(spec, sources)
+        for source in sources:
+            check_codec(source, codec_of(spec, source), self._format)
+        self._sources = sources
+        self._columns = Columns(tuple(roles_of(spec).values()), spec.keep)
+
+    @property
+    def files(self) -> tuple[CorpusFile, ...]:
+        """The files, sorted by relative path."""
+        return tuple(source.file for source in self._sources)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed or rewritten; not when all move."""
+        facts = [(file.relative, file.size_bytes, file.version) for file in self.files]
+        return job.fingerprint(facts)
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether a file's column types are known before its rows, unlike JSON's."""
+        return self._format != "jsonl"
+
+    def passthrough_schema(self) -> pa.Schema:
+        """Types of the carried columns: of the rows read so far, final after the last one."""
+        return self._columns.schema()
+
+    def __iter__(self) -> Iterator[Record]:
+        digests = bytearray()
+        num_records = 0
+        for source, row in islice(self._rows(), self._spec.limit):
+            record = self._record(source.file, row)
+            if self._spec.id is not None:
+                digests += _digest(record.record_id)
+            num_records += 1
+            yield record
+        if num_records == 0:
+            raise JobError(f"{self._spec.path!r} holds no records", key="corpus.path")
+        self._check_columns(num_records)
+        if self._spec.id is not None:
+            self._check_ids(digests)
+
+    def _rows(self) -> Iterator[tuple[Source, Row]]:
+        read = READERS[self._format]
+        for source in self._sources:
+            num_rows = 0
+            try:
+                for row in read(source, self._spec, self._columns):
+                    num_rows = row.position + 1
+                    yield source, row
+            except MasBatchError:
+                raise
+            except Exception as error:  # codecs and remote filesystems raise anything
+                raise RunError(
+                    f"{source.file.url} cannot be read after row {num_rows}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+
+    def _record(self, file: CorpusFile, row: Row) -> Record:
+        if row.values is None:
+            return Record(
+                _positional_id(file, row),
+                None,
+                reason=Reason.MALFORMED_ROW,
+                message=f"{_where(file, row)}: {row.problem}",
+            )
+        spec, values = self._spec, row.values
+        passthrough = row.passthrough
+        if passthrough is None:
+            passthrough = self._columns.take(values)
+        text = values.get(spec.text)
+        problem = _problem(text)
+        return Record(
+            self._identity(file, row, values),
+            text if problem is None else None,
+            _optional_text(values, spec.context),
+            _optional_text(values, spec.reference),
+            None if problem is None else problem[0],
+            "" if problem is None else f"{_where(file, row)}: {spec.text!r} {problem[1]}",
+            passthrough,
+        )
+
+    def _identity(self, file: CorpusFile, row: Row, values: Mapping[str, Any]) -> str:
+        column = self._spec.id
+        if column is None:
+            return _positional_id(file, row)
+        value = values.get(column)
+        identity = "" if value is None else as_text(value)
+        if not identity.strip():
+            what = "null or missing" if value is None else "empty"
+            raise JobError(
+                f"{file.url}, row {row.position + 1}: column {column!r} is {what}; every row needs "
+                "an id (without corpus.id, ids are made from file and position)",
+                key="corpus.id",
+            )
+        return identity
+
+    def _check_columns(self, num_records: int) -> None:
+        """Find configured JSON columns that no row had; other formats checked each file."""
+        seen = self._columns.seen
+        if self._format == "jsonl" and seen:
+            require(self._spec, seen, f"any of the {num_records} rows of {self._spec.path!r}")
+
+    def _check_ids(self, digests: bytearray) -> None:
+        """Find doubled ids: sort their 64-bit hashes in place, then look at equals again."""
+        hashes = np.frombuffer(digests, dtype="<u8")
+        hashes.sort()
+        suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        for start in range(0, len(suspects), _MAX_SUSPECTS):
+            self._look_again(set(suspects[start : start + _MAX_SUSPECTS].tolist()))
+
+    def _look_again(self, suspects: set[int]) -> None:
+        first: dict[str, str] = {}
+        for source, row in islice(self._rows(), self._spec.limit):
+            if row.values is None:
+                continue
+            identity = self._identity(source.file, row, row.values)
+            if int.from_bytes(_digest(identity), "little") not in suspects:
+                continue
+            here = f"{source.file.url}, row {row.position + 1}"
+            if identity in first:
+                raise JobError(
+                    f"id {identity!r} occurs twice: {first[identity]} and {here}", key="corpus.id"
+                )
+            first[identity] = here
+
+
+def _problem(text: Any) -> tuple[Reason, str] | None:
+    """Return why a value cannot be asked about, None if it can."""
+    if text is None:
+        return Reason.MISSING_TEXT, "is null or missing"
+    if not isinstance(text, str):
+        return Reason.NOT_TEXT, f"is {as_text(text)[:60]}, not a string"
+    if not text:
+        return Reason.EMPTY, "is empty"
+    if "\0" in text:
+        return Reason.NUL_CHARACTER, f"has a NUL character at position {text.index(chr(0)) + 1}"
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return Reason.INVALID_UTF8, f"is not UTF-8 at character {error.start + 1}"
+    if _VISIBLE.search(text) is None:
+        return Reason.WHITESPACE, f"is {len(text)} characters of white space"
+    return None
+
+
+def _optional_text(values: Mapping[str, Any], column: str | None) -> str | None:
+    value = None if column is None else values.get(column)
+    return None if value is None else as_text(value)
+
+
+def _positional_id(file: CorpusFile, row: Row) -> str:
+    place = f"{file.relative}\0{row.position}".encode()
+    return hashlib.blake2b(place, digest_size=12).hexdigest()
+
+
+def _digest(identity: str) -> bytes:
+    return hashlib.blake2b(identity.encode(), digest_size=8).digest()
+
+
+def _where(file: CorpusFile, row: Row) -> str:
+    return f"{file.relative}, row {row.position + 1}"

@@ -1,0 +1,142 @@
+"""From a model's files to a tokenizer and a model in memory, for the engine `transformers`.
+
+Weights come from safetensors only, and no code of a checkpoint is run; a .gguf is converted once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import rmtree
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mas_batch.errors import JobError, ModelError
+from mas_batch.models import ModelFiles, cache_root
+
+
+class Options(BaseModel):
+    """What `agents.options` may hold for this engine; all but the first are encoder-decoder's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    max_context_tokens: Annotated[int, Field(ge=2)] | None = None
+    """At most the model's own limit, which is also the default."""
+    reads: Literal["text", "messages"] = "text"
+    """`text`: the record alone, as translation models do. `messages`: the prompt's turns joined
+    by blank lines, for encoder-decoders that follow instructions or summarize."""
+    prefix: str = ""
+    """Put before what is read: T5's `translate English to German: `."""
+    source_lang: str | None = None
+    """Language code for the tokenizer (NLLB, mBART): `eng_Latn`."""
+    target_lang: str | None = None
+    """Language token that the output has to begin with: `por_Latn`."""
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """Return `agents.options`, checked.
+
+    Raises:
+        JobError: the first unknown key or value that is not allowed.
+    """
+    try:
+        return Options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            allowed = ", ".join(Options.model_fields)
+            problem = f"unknown option; the engine transformers allows: {allowed}"
+        else:
+            problem = f"{first['input']!r} is not allowed: {first['msg']}"
+        raise JobError(problem, key=f"agents.options.{key}") from None
+
+
+def checkpoint(model: ModelFiles, dtype: str) -> Path:
+    """Return a directory of safetensors with its tokenizer; a .gguf is converted if need be.
+
+    Raises:
+        ModelError: the model has no files, or no weights that are safe to load.
+    """
+    if model.path is None:
+        raise ModelError(f"{model.source}: the engine transformers needs a model's files")
+    if model.path.is_file():
+        return _converted(model, model.path, "float32" if dtype == "auto" else dtype)
+    if not next(model.path.glob("*.safetensors"), None):
+        raise ModelError(
+            f"{model.source}: no .safetensors in {model.path}; pickled weights are not loaded, "
+            "because that runs their code, and a .gguf has to be named itself"
+        )
+    return model.path
+
+
+def _converted(model: ModelFiles, gguf: Path, dtype: str) -> Path:
+    """Dequantize once, in the dtype that will run: workers then share the mapped file's memory."""
+    target = cache_root() / "converted" / f"{model.sha256}-{dtype}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):  # one converts, the others wait
+        if not target.exists():
+            # Renamed when whole: who is killed before leaves half a model only under this name,
+            # and it is the lock that makes the name ours.
+            scratch = target.with_name(f".tmp-{target.name}")
+            rmtree(scratch, ignore_errors=True)
+            _convert(gguf, dtype, scratch)
+            scratch.replace(target)
+    return target
+
+
+def _convert(gguf: Path, dtype: str, target: Path) -> None:
+    folder, name = str(gguf.parent), gguf.name
+    # Without `dequantize` the loaded model refuses to be saved.
+    dense = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=name,
+        quantization_config=transformers.GgufConfig(dequantize=True),
+        dtype=getattr(torch, dtype),
+    )
+    dense.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
+
+
+def load_tokenizer(path: Path, model: ModelFiles) -> Any:
+    """Load a tokenizer that can pad a batch.
+
+    Raises:
+        ModelError: it has neither a padding nor an end token.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path, trust_remote_code=False, local_files_only=True
+    )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"{model.source}: its tokenizer has neither a padding nor an end token")
+    return tokenizer
+
+
+def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> Any:
+    """Load the weights, after the options have been checked against their configuration.
+
+    Raises:
+        JobError: an encoder-decoder's option for a decoder-only model.
+        ModelError: an architecture that cannot be decoded with a cache.
+    """
+    settings = {"trust_remote_code": False, "local_files_only": True}
+    if transformers.AutoConfig.from_pretrained(path, **settings).is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    else:
+        auto = transformers.AutoModelForCausalLM
+        if unread := sorted(options.model_fields_set - {"max_context_tokens"}):
+            raise JobError(
+                f"{model.source} is not an encoder-decoder; allowed: max_context_tokens",
+                key=f"agents.options.{unread[0]}",
+            )
+    loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings)
+    if "past_key_values" not in inspect.signature(loaded.forward).parameters:
+        raise ModelError(f"{model.source}: {type(loaded).__name__} does not decode with a cache")
+    return loaded
