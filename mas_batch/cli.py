@@ -46,6 +46,9 @@ def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         except MasBatchError as error:
             click.echo(f"mas-batch: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:  # a disk or a network, whose words are clear enough
+            click.echo(f"mas-batch: {type(error).__name__}: {error}", err=True)
+            sys.exit(ExitCode.RUN_FAILED)
         except KeyboardInterrupt:
             click.echo("mas-batch: interrupted; the same command resumes", err=True)
             sys.exit(ExitCode.RUN_FAILED)
@@ -89,14 +92,15 @@ def submit(
     The same job on the same corpus is the same run: a run that was cut short goes on where it
     stopped, a complete one is only shown, and a changed job starts a run of its own.
     """
-    flags = {
-        "cluster.scheduler": scheduler,
-        "cluster.scheduler_file": scheduler_file,
-        "output.path": output,
-    }
-    job = load_job(
-        job_file, [*overrides, *(f"{key}={json.dumps(v)}" for key, v in flags.items() if v)]
-    )
+    flags = {"output.path": output}
+    if scheduler or scheduler_file:
+        flags |= {"cluster.scheduler": scheduler, "cluster.scheduler_file": scheduler_file}
+    given = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in flags.items()
+        if value or key.startswith("cluster.")
+    ]
+    job = load_job(job_file, [*overrides, *given])
     out = Console(soft_wrap=False, stderr=as_json)
     if dry_run:
         plan = pipeline.preview(job)

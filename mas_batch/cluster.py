@@ -7,11 +7,12 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from distributed import Client, Nanny, Scheduler, Security, SpecCluster, get_client
 from distributed.diagnostics import nvml
+from distributed.system import MEMORY_LIMIT
 
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec, match_workers, worker_options
@@ -41,41 +42,45 @@ def check_settings(cluster: Cluster) -> None:
 
 @contextmanager
 def connect(
-    job: Job, specs: Mapping[str, AgentSpec], client: Client | None = None
+    job: Job, specs: Mapping[str, AgentSpec], topic: str, client: Client | None = None
 ) -> Iterator[Client]:
     """Yield a client whose workers can host every agent of the job.
 
-    A given client, or one that the user's scheduler needs, is used as it is; a client that
-    was given is never closed. The plugin that hosts the models is removed at the end, so a
-    long-lived cluster gets its memory back.
+    A client that was given is never closed. The plugin that hosts the models, named by the
+    run's topic, is removed at the end, so a long-lived cluster gets its memory back.
 
     Raises:
         JobError: an agent needs capabilities that no worker declares.
         RunError: the scheduler cannot be reached.
     """
-    if client is not None:
-        with _hosting(client, job):
-            yield client
-    elif is_embedded(job.cluster, client):
-        with _embedded(job, specs) as client, _hosting(client, job):
-            yield client
-    else:
-        with _connect_to(job.cluster) as client, _hosting(client, job):
-            yield client
+    with ExitStack() as stack:
+        if is_embedded(job.cluster, client):
+            client = stack.enter_context(_embedded(job, specs))
+        elif client is None:
+            client = stack.enter_context(_connect_to(job.cluster))
+        stack.enter_context(_hosting(client, job, topic))
+        yield client
 
 
 def current_client() -> Client | None:
     """Return the client that is active in this process (a notebook's), if there is one."""
     try:
-        return get_client()
+        client = get_client()
     except ValueError:
         return None
+    return None if client.asynchronous else client
 
 
 @contextmanager
 def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
     with tempfile.TemporaryDirectory(prefix="mas-batch-") as scratch:
-        options = worker_options(job, specs, num_gpus=_num_gpus(), local_directory=scratch)
+        options = worker_options(
+            job,
+            specs,
+            memory_bytes=MEMORY_LIMIT,
+            num_gpus=_num_gpus(),
+            local_directory=scratch,
+        )
         address = job.cluster.dashboard_address
         scheduler = {
             "cls": Scheduler,
@@ -92,7 +97,10 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
             ) as cluster,
             Client(cluster) as client,
         ):
-            client.wait_for_workers(len(workers), timeout=120)
+            try:
+                client.wait_for_workers(len(workers), timeout=120)
+            except TimeoutError as error:
+                raise RunError(f"the embedded workers did not start: {error}") from error
             yield client
 
 
@@ -123,15 +131,15 @@ def _connect_to(cluster: Cluster) -> Iterator[Client]:
 
 
 @contextmanager
-def _hosting(client: Client, job: Job) -> Iterator[None]:
+def _hosting(client: Client, job: Job, topic: str) -> Iterator[None]:
     """Check that every agent has a capable worker, then make the workers able to host models."""
     _wait_for_capable_workers(client, job)
-    client.register_plugin(AgentHost())
+    client.register_plugin(AgentHost(topic))
     try:
         yield
     finally:
         if client.status == "running":
-            client.unregister_worker_plugin(AgentHost.name)
+            client.unregister_worker_plugin(topic)
 
 
 def _wait_for_capable_workers(client: Client, job: Job) -> None:

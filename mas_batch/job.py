@@ -68,7 +68,7 @@ class Corpus(_Model):
     """Plain text: a record is a line or a whole file."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     compression: str | None = "infer"
-    storage_options: dict[str, Any] = Field(default_factory=dict)
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
 
 class Task(_Model):
@@ -158,7 +158,7 @@ class Agent(_Model):
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Settings of one engine, e.g. `base_url` for openai."""
 
     @model_validator(mode="after")
@@ -220,7 +220,7 @@ class Output(_Model):
     keep_text: bool = True
     max_failed_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     """Above it the exit code is 3."""
-    storage_options: dict[str, Any] = Field(default_factory=dict)
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
 
 class Cluster(_Model):
@@ -260,7 +260,7 @@ class Job(_Model):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [agent.name for agent in self.agents]
-        if len(set(names)) < len(names):
+        if len({name.casefold() for name in names}) < len(names):  # they name folders
             raise ValueError(f"agents: names must differ, got {', '.join(names)}")
         unknown = sorted(set(self.merge.accuracies) - set(names))
         if unknown:
@@ -306,7 +306,7 @@ class Job(_Model):
         """All that determines the results: a changed value means another run.
 
         Left out is what only changes how fast or where: replicas, threads, batches, the
-        cluster, the routing policy and the output's place.
+        cluster and the output's place.
         """
         whole = self.model_dump(mode="json")
         whole.pop("cluster")
@@ -315,6 +315,8 @@ class Job(_Model):
         for key in ("path", "storage_options"):
             whole["corpus"].pop(key)
         whole["routing"] = {"answers_per_record": self.answers_per_record}
+        if self.answers_per_record < sum(agent.samples for agent in self.agents):
+            whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
         for agent in whole["agents"]:
             for key in (
                 "count",

@@ -26,7 +26,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Read a job file, apply site defaults and ``key.path=value`` overrides, and check it.
 
     Relative paths in the file are relative to the file, so that a job means the same from
-    any working directory; relative paths in overrides are relative to the working directory.
+    any working directory; relative paths in overrides and site defaults are relative to the
+    working directory.
     Site defaults come from Dask's configuration under `mas-batch`, below the file's values.
 
     Raises:
@@ -39,6 +40,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     raw = dask.config.merge(_with_underscores(defaults), raw)
     for override in overrides:
         _apply_override(raw, override)
+    _anchor_paths(raw, Path.cwd())  # the file's own are absolute by now
     return check_job(raw, file=str(path))
 
 
@@ -94,8 +96,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         node[last] = value
     else:
         raise JobError(f"{'.'.join(parents)} is not a mapping", key=key)
-    if key in _PATH_KEYS:
-        _anchor_paths(raw, Path.cwd())
 
 
 def _child(node: Any, name: str, key: str) -> Any:
@@ -122,7 +122,10 @@ def _index(node: list[Any], name: str, key: str) -> int:
     raise JobError(f"no item {name!r}; allowed: {', '.join(known)}", key=key)
 
 
-_PATH_KEYS = ("corpus.path", "output.path", "cluster.scheduler_file")
+_PATH_KEYS = (
+    *("corpus.path", "output.path"),
+    *(f"cluster.{name}" for name in ("scheduler_file", "tls_ca_file", "tls_cert", "tls_key")),
+)
 
 
 def _anchor_paths(raw: dict[str, Any], base: Path) -> None:

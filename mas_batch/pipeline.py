@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
         MasBatchError: the run failed; what is committed is kept and resumed next time.
     """
     start = time.perf_counter()
+    merge = merge_spec(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
@@ -91,18 +93,13 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
         return _summary(job, store, manifest, time.perf_counter() - start, already_complete=True)
     plan = results.read_plan(store) or _stage(job, store, corpus)
     specs = agent_specs(job, embedded=cluster.is_embedded(job.cluster, client), num_cores=CPU_COUNT)
-    ref = RunRef(
-        store,
-        f"mas-batch-{name}",
-        job.task,
-        merge_spec(job),
-        plan.passthrough,
-        job.output.keep_text,
-    )
-    with cluster.connect(job, specs, client) as client, _logged(store, emit) as log:
-        engines = _answer(client, job, ref, specs, plan, name, log)
+    # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
+    topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
+    ref = RunRef(store, topic, job.task, merge, plan.passthrough, job.output.keep_text)
+    with cluster.connect(job, specs, topic, client) as client, _logged(store, emit) as log:
+        _answer(client, job, ref, specs, plan, name, log)
         statistics = _statistics(client, ref, specs, plan)
-        manifest = _publish(job, store, name, plan, statistics, engines)
+        manifest = _publish(job, store, name, plan, statistics)
         wall_s = time.perf_counter() - start
         counts = manifest["counts"]
         log(RunFinished(counts["results"], counts["failures"], wall_s))
@@ -130,6 +127,7 @@ def preview(job: Job) -> Preview:
     Raises:
         JobError: the job cannot run as written.
     """
+    merge_spec(job)
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
@@ -201,14 +199,15 @@ def _answer(
     plan: Plan,
     name: str,
     emit: Emit,
-) -> dict[str, Any]:
-    """Ask the agents about everything that is not committed yet; returns the engines' facts."""
+) -> None:
+    """Ask the agents about everything that is not committed yet."""
     done = results.committed(ref.store, specs)
     emit(_started(client, job, ref.store, plan, done, name))
     if len(done.merged) == plan.num_partitions:
-        return {}  # killed between the last merge and the manifest
+        return  # killed between the last merge and the manifest
     with DaskRouter(client, job, ref, specs, emit) as router:
         router.host()
+        results.write_engines(ref.store, router.engine_facts)
         router.run(
             Dispatcher(
                 {agent.name: agent.samples for agent in job.agents},
@@ -219,7 +218,6 @@ def _answer(
                 max_attempts=job.routing.max_attempts,
             )
         )
-    return router.engine_facts
 
 
 def _work(plan: Plan, done: Committed) -> Iterator[Work]:
@@ -257,9 +255,7 @@ def _statistics(
     return RUN_STATISTICS.combine([]) if partial is None else partial
 
 
-def _publish(
-    job: Job, store: Store, name: str, plan: Plan, partial: Any, engines: dict[str, Any]
-) -> dict[str, Any]:
+def _publish(job: Job, store: Store, name: str, plan: Plan, partial: Any) -> dict[str, Any]:
     """Check the invariant, write the agents table and the manifest."""
     counts = RUN_STATISTICS.finalize(partial)
     results.check_invariant(plan, counts["results"], counts["failures"])
@@ -271,7 +267,7 @@ def _publish(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "counts": counts,
         "agents": agents,
-        "engines": engines,
+        "engines": results.read_engines(store),
         "merge": _merge_facts(merge_spec(job)),
         "versions": {
             "python": platform.python_version(),

@@ -8,6 +8,8 @@
         results/part-….parquet                one row per answered record
         failures/part-…-<hash>.parquet        one row per record without an answer
         agents.parquet                        per agent: answers, failures, tokens, times
+        engines.json                          what each agent's engine says of itself
+        events/<time>-0000.jsonl              every routing decision and every outcome
         manifest.json                         what is valid, counts, versions; published last
 
 The folder's name is a hash of everything that determines the results, so that resuming is
@@ -19,24 +21,25 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from mas_batch.corpus import CorpusReader, conform, records_table
 from mas_batch.errors import RunError
 from mas_batch.job import Job, fingerprint
 from mas_batch.partition import Partition
-from mas_batch.records import FAILURES, PLAN
+from mas_batch.records import ANSWERS, FAILURES, PLAN, RESULT_FIELDS
 from mas_batch.storage import Store, parquet_bytes
 
 FORMAT = 1
 """Version of this layout; a change of it is a change of every fingerprint."""
 
+_PART = re.compile(r"part-(\d+)\.parquet")
 _PASSTHROUGH = b"mas_batch.passthrough"
 _FAILURES = b"mas_batch.failures"
 
@@ -84,9 +87,10 @@ def earlier_runs(output: Store, job_name: str, current: str) -> list[str]:
 def write_job(run: Store, job: Job) -> None:
     """Keep the effective job in the run; storage options may hold secrets and stay out."""
     secret = {"corpus": {"storage_options"}, "output": {"storage_options"}}
-    content = yaml.safe_dump(
-        job.model_dump(mode="json", exclude=secret), sort_keys=False, allow_unicode=True
-    )
+    kept = job.model_dump(mode="json", exclude=secret)
+    for agent in kept["agents"]:
+        agent["options"].pop("extra_body", None)  # what endpoints want there may be a key
+    content = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     run.replace("job.yaml", content.encode())
 
 
@@ -179,7 +183,9 @@ def committed(run: Store, agents: Iterable[str]) -> Committed:
 
 
 def _partitions(names: Iterable[str]) -> frozenset[int]:
-    return frozenset(int(name.removesuffix(".parquet").removeprefix("part-")) for name in names)
+    """Number the partitions of file names; what else a filesystem keeps there is passed over."""
+    found = (_PART.fullmatch(name) for name in names)
+    return frozenset(int(match[1]) for match in found if match)
 
 
 def commit_results(
@@ -236,6 +242,19 @@ def check_invariant(plan: Plan, num_results: int, num_failures: int) -> None:
         )
 
 
+def write_engines(run: Store, facts: Mapping[str, Any]) -> None:
+    """Keep what the engines say of themselves; a later execution may find nothing left to ask."""
+    run.replace("engines.json", json.dumps(facts, ensure_ascii=False, indent=1).encode())
+
+
+def read_engines(run: Store) -> dict[str, Any]:
+    """Return what the engines said of themselves when they were last loaded."""
+    if not run.exists("engines.json"):
+        return {}
+    facts: dict[str, Any] = json.loads(run.read_bytes("engines.json"))
+    return facts
+
+
 def publish(run: Store, manifest: Mapping[str, Any]) -> None:
     """Publish the manifest: from now on readers see the run as complete."""
     run.replace("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
@@ -268,7 +287,7 @@ class Run:
         """Read a whole table: `results`, `failures`, `answers` or `agents`."""
         names = self.files(table)
         if not names:
-            return _no_failures()
+            return _EMPTY[table].empty_table()
         return pa.concat_tables(
             [self.store.read_table(n).replace_schema_metadata(None) for n in names]
         )
@@ -283,7 +302,7 @@ class Run:
 
         names = self.files(table)
         if not names:
-            return dd.from_pandas(_no_failures().to_pandas(), npartitions=1)
+            return dd.from_pandas(_EMPTY[table].empty_table().to_pandas(), npartitions=1)
         empty = _read_pandas(names[0], self.store).iloc[:0]
         return dd.from_map(_read_pandas, names, store=self.store, meta=empty)
 
@@ -299,6 +318,13 @@ class Run:
             raise RunError(f"no table {table!r}; allowed: results, failures, answers, agents")
         files: list[str] = self.manifest["files"][table]
         return files
+
+
+_EMPTY = {
+    "results": pa.schema([pa.field("record_id", pa.string()), *RESULT_FIELDS]),
+    "failures": FAILURES,
+    "answers": ANSWERS,
+}
 
 
 def _read_pandas(name: str, store: Store) -> Any:
@@ -324,7 +350,7 @@ def manifest_files(run: Store, plan: Plan, agents: Iterable[str]) -> dict[str, l
     """List the valid files of every table, in corpus order."""
     done = committed(run, agents)
     results = [results_name(p) for p, _, _ in plan.sizes()]
-    failures = [name for n in results if (name := failures_name(_schema(run, n)))]
+    failures = [name for n in results if (name := failures_name(run.read_schema(n)))]
     answers = [
         answers_name(p, a)
         for p, _, _ in plan.sizes()
@@ -332,7 +358,3 @@ def manifest_files(run: Store, plan: Plan, agents: Iterable[str]) -> dict[str, l
         if p in done.answered[a]
     ]
     return {"results": results, "failures": failures, "answers": answers}
-
-
-def _schema(run: Store, name: str) -> pa.Schema:
-    return pq.read_schema(pa.BufferReader(run.read_bytes(name)))

@@ -37,7 +37,7 @@ def print_preview(out: Console, job: Job, plan: Preview) -> None:
         f"routed by {job.routing.policy}"
     )
     state = "exists and would be resumed" if plan.exists else "would be new"
-    out.print(f"run {plan.run} {state}", soft_wrap=True)
+    out.print(f"run {plan.run} {state}", soft_wrap=True, markup=False)
     for earlier in plan.earlier_runs:
         out.print(f"the job or its corpus changed since run {earlier}")
     out.print(
@@ -96,7 +96,9 @@ def print_run(out: Console, run: Run, num_shown: int) -> None:
     out.print(_agents_table(run))
     for reason, count in sorted(run.manifest["counts"]["failures_by_reason"].items()):
         out.print(f"[yellow]{count:,} records failed: {reason}[/] (see failures/)")
-    out.print(f"results: {run.store.url}/results/*.parquet", soft_wrap=True, highlight=False)
+    out.print(
+        f"results: {run.store.url}/results/*.parquet", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 def _records_table(run: Run, num_shown: int) -> Table:

@@ -30,7 +30,8 @@ class Store:
     """A folder on a filesystem; names inside it are relative, with `/`. Cheap to pickle."""
 
     url: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Not in `repr`: Dask logs the arguments of failed tasks, and these may be secrets."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "options": dict(self.options)}
@@ -79,6 +80,11 @@ class Store:
     def read_table(self, name: str) -> pa.Table:
         """Read the Parquet file `name`."""
         return pq.read_table(pa.BufferReader(self.read_bytes(name)))
+
+    def read_schema(self, name: str) -> pa.Schema:
+        """Read only the footer of the Parquet file `name`."""
+        with self._filesystem[0].open(self.path(name), "rb") as file:
+            return pq.read_schema(file)
 
     def list(self, folder: str) -> set[str]:
         """List the committed names directly below `folder`, without the folder; empty if absent."""

@@ -150,7 +150,9 @@ def test_every_partition_ends_merged_whatever_happens(data: st.DataObject) -> No
             sim.answer(sim.in_flight[0])
         else:
             sim.merge(sim.to_merge[0])
-    assert sim.dispatcher.done
+    if not sim.dispatcher.done:
+        assert sim.dispatcher.distrusted_agents(), "nothing is under way and nobody is to blame"
+        return
     assert set(sim.merged) == {work.index for work in plan}
     for index, merged in sim.merged.items():
         given_up = {a for a in agents if sim.blamed[index, a] >= sim.max_attempts}
@@ -185,16 +187,46 @@ def test_a_dead_workers_partitions_go_to_its_sibling() -> None:
     assert sim.in_flight[-1].attempt == 1, "an innocent partition is not blamed"
 
 
-def test_an_agent_that_always_fails_is_given_up_and_the_others_answers_are_merged() -> None:
-    sim = Simulation({"good": 1, "bad": 1}, 2, plan_of(1), max_attempts=3)
+def flaky(num_partitions: int) -> Simulation:
+    """Two agents; `flaky` has failed three times on partition 0."""
+    sim = Simulation({"good": 1, "flaky": 1}, 2, plan_of(num_partitions), max_attempts=3)
     sim.join("good-0", "good")
-    sim.join("bad-0", "bad")
-    while asks := [a for a in sim.in_flight if a.agent_id == "bad"]:
+    sim.join("flaky-0", "flaky")
+    while asks := [a for a in sim.in_flight if (a.agent_id, a.partition) == ("flaky", 0)]:
         sim.fail(asks[0])
-    assert sim.blamed[0, "bad"] == 3
-    assert sim.dispatcher.given_up(0, "bad")
-    sim.answer(sim.in_flight[0])
-    assert sim.to_merge == [Merge(0, ("good",))]
+    assert sim.blamed[0, "flaky"] == 3
+    assert sim.dispatcher.given_up(0, "flaky")
+    sim.answer(next(a for a in sim.in_flight if (a.agent_id, a.partition) == ("good", 0)))
+    return sim
+
+
+def test_a_partition_that_an_agent_cannot_answer_is_merged_without_it() -> None:
+    sim = flaky(2)
+    assert sim.to_merge == [], "whether the agent works at all is not known yet"
+    sim.answer(next(a for a in sim.in_flight if a.agent_id == "flaky"))
+    assert sim.to_merge[0] == Merge(0, ("good",))
+    assert sim.dispatcher.distrusted_agents() == set()
+
+
+def test_an_agent_that_only_ever_fails_is_distrusted_and_nothing_is_merged() -> None:
+    sim = flaky(1)
+    assert sim.dispatcher.distrusted_agents() == {"flaky"}
+    assert sim.to_merge == []
+    sim = flaky(9)
+    while not sim.dispatcher.distrusted_agents():
+        sim.fail(next(a for a in sim.in_flight if a.agent_id == "flaky"))
+    assert len({p for (p, a), n in sim.blamed.items() if a == "flaky" and n >= 3}) == 3
+
+
+def test_a_retry_goes_to_a_sibling_of_the_replica_that_failed() -> None:
+    sim = Simulation({"a": 1}, 1, plan_of(1), window=1)
+    sim.join("a-0", "a")
+    sim.join("a-1", "a")
+    first = sim.in_flight[0]
+    sim.fail(first)
+    assert sim.in_flight[0].replica_id != first.replica_id
+    sim.fail(sim.in_flight[0])
+    assert sim.in_flight[0].attempt == 3, "with nobody fresh left, anyone may try"
 
 
 def test_a_late_answer_of_an_abandoned_copy_counts_once() -> None:
@@ -214,6 +246,14 @@ def test_missing_agents_are_named() -> None:
     sim.join("a-0", "a")
     assert sim.dispatcher.missing_agents() == {"b"}
     sim.join("b-0", "b")
+    assert sim.dispatcher.missing_agents() == set()
+
+
+def test_an_agent_that_others_can_stand_in_for_is_not_missing() -> None:
+    sim = Simulation({"a": 1, "b": 1, "slow": 1}, 2, plan_of(8), window=1)
+    for agent in ("a", "b", "slow"):
+        sim.join(f"{agent}-0", agent)
+    sim.leave("a-0")
     assert sim.dispatcher.missing_agents() == set()
 
 

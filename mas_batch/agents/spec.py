@@ -39,7 +39,7 @@ class AgentSpec:
 
     @property
     def engine_key(self) -> str:
-        """Equal for agents that can share one resident model."""
+        """Changes when the resident model has to be loaded anew."""
         agent = self.agent
         return fingerprint(
             [agent.model, agent.engine, agent.dtype, agent.device, agent.options, self.threads]
@@ -70,6 +70,7 @@ def worker_options(
     job: Job,
     specs: Mapping[str, AgentSpec],
     *,
+    memory_bytes: int,
     num_gpus: int = 0,
     local_directory: str | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -80,6 +81,10 @@ def worker_options(
     """
     options: dict[str, dict[str, Any]] = {}
     gpu = 0
+    # Dask's own `auto` would share the memory by task slots per core, of which we have few.
+    memory_limit: str | int = job.cluster.memory_limit
+    if memory_limit == "auto":
+        memory_limit = memory_bytes // sum(agent.count for agent in job.agents)
     for agent in job.agents:
         for replica in range(agent.count):
             name = f"{agent.name}-{replica}"
@@ -98,7 +103,7 @@ def worker_options(
                 "name": name,
                 "nthreads": job.routing.window + 1,
                 "resources": job.capabilities(agent),
-                "memory_limit": job.cluster.memory_limit,
+                "memory_limit": memory_limit,
                 "local_directory": local_directory,
                 "env": env,
                 "silence_logs": logging.ERROR,

@@ -21,6 +21,7 @@ from mas_batch.agents.spec import AgentSpec
 from mas_batch.aggregate.merge import MergeSpec, merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.engines.base import Sampling
+from mas_batch.errors import EngineError, Reason
 from mas_batch.job import Task
 from mas_batch.records import ANSWERS, Answer, Record
 from mas_batch.storage import Store
@@ -33,7 +34,7 @@ class RunRef:
 
     store: Store
     topic: str
-    """Of the Dask events by which tasks report."""
+    """Names this execution's Dask events, plugin and executor."""
     task: Task
     merge: MergeSpec
     passthrough: pa.Schema
@@ -46,7 +47,7 @@ def load_agent(run: RunRef, spec: AgentSpec) -> None:
     Raises:
         ModelError, JobError: it cannot be loaded, or cannot do the task.
     """
-    engine, family_id, load_s = current_host().engine(spec)
+    engine, family_id, load_s = current_host(run.topic).engine(spec)
     check_engine(make_task(run.task), engine)
     facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
     report(run.topic, "load_agent", facts)
@@ -69,13 +70,15 @@ def answer_partition(run: RunRef, spec: AgentSpec, partition: int, attempt: int)
 
 def _ask(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> pa.Table:
     start = time.perf_counter()
-    host = current_host()
+    host = current_host(run.topic)
     engine, family_id, _ = host.engine(spec)
     loaded = time.perf_counter()
     records = _good_records(run.store.read_table(results.staged_name(partition)))
     read_s = time.perf_counter() - loaded
     profile = _profile(run.task, spec, family_id)
     answers = answer_records(records, make_task(run.task), engine, profile)
+    host.check_open()
+    _check_engine_works(answers)
     spent_s = time.perf_counter() - start
     return _answers_table(
         answers,
@@ -85,6 +88,18 @@ def _ask(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> pa.Table
         transfer_s=read_s,
         processing_s=max(0.0, spent_s - read_s - sum(a.t_compute_s for a in answers)),
     )
+
+
+def _check_engine_works(answers: Sequence[Answer]) -> None:
+    """Tell a broken engine from broken records.
+
+    Raises:
+        EngineError: it failed on every one of several records; nothing is committed, and the
+            partition is tried again, elsewhere if possible.
+    """
+    broken = [a for a in answers if a.reason in (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)]
+    if len(broken) == len(answers) and len({answer.record_id for answer in answers}) > 1:
+        raise EngineError(f"failed on all of {len(answers)} answers; {broken[0].message}")
 
 
 def merge_partition(run: RunRef, partition: int, agents: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -107,13 +108,13 @@ class Bar:
                 )
             case AgentLost():
                 self._console.log(
-                    f"[yellow]agent {event.agent_id} on {event.worker}: {event.message}"
+                    f"[yellow]agent {event.agent_id} on {event.worker}: {escape(event.message)}"
                 )
             case AnswerFailed():
                 what = "given up" if event.given_up else "asked again"
                 self._console.log(
                     f"[yellow]partition {event.partition}, {event.agent_id} on {event.worker}, "
-                    f"attempt {event.attempt}: {event.message}; {what}"
+                    f"attempt {event.attempt}: {escape(event.message)}; {what}"
                 )
             case PartitionAnswered():
                 self._answered(event)

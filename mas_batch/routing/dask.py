@@ -12,15 +12,15 @@ import json
 import queue
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import dask
 from distributed import Client, Future
 
-from mas_batch.agents.host import EXECUTOR
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import RunRef, answer_partition, load_agent, merge_partition
-from mas_batch.errors import MasBatchError, ModelError, RunError
+from mas_batch.errors import ModelError, RunError
 from mas_batch.job import Job
 from mas_batch.monitor.events import (
     AgentLost,
@@ -33,7 +33,7 @@ from mas_batch.monitor.events import (
 )
 from mas_batch.routing.dispatcher import Abandon, Ask, Dispatcher, Instruction, Merge
 
-_CHECK_EVERY_S = 2.0
+_CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3
 
 Failure = Exception | None
@@ -70,23 +70,23 @@ class DaskRouter:
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
         self._loading: dict[str, Future] = {}
         self._ready: set[str] = set()
-        self._refused: dict[str, Exception] = {}  # worker address → why it could not load
+        self._refused: dict[str, tuple[str, Exception]] = {}  # address → agent, why not loaded
         self._asked: dict[tuple[int, str], tuple[Ask, Future]] = {}
         self._merges: dict[int, tuple[Merge, Future, int]] = {}  # partition → …, attempt
         self._dispatcher: Dispatcher | None = None
+        self._last_check = 0.0
+        self._last_failure = ""
         self._unserved_since: float | None = None
         self.engine_facts: dict[str, dict[str, Any]] = {}
         """Agent → what its engine says of itself, for the manifest."""
 
     def __enter__(self) -> DaskRouter:
         self._client.subscribe_topic(self._run.topic, self._on_report)
-        self._client.subscribe_topic("all", self._on_scheduler_event)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         if self._client.status == "running":
-            for topic in (self._run.topic, "all"):
-                self._client.unsubscribe_topic(topic)
+            self._client.unsubscribe_topic(self._run.topic)
         futures = [*self._loading.values(), *(f for _, f in self._asked.values())]
         for future in (*futures, *(f for _, f, _ in self._merges.values())):
             future.release()
@@ -97,22 +97,29 @@ class DaskRouter:
         """Load every agent's model on its workers; then each agent has one that is ready.
 
         Raises:
-            JobError: an agent has no capable worker, or its engine cannot do the task.
+            JobError: an agent has no capable worker.
             ModelError: no worker of an agent could load its model.
+            RunError: an agent's workers left and none came back.
         """
         for address, agent_id in match_workers(self._workers(), self._job).items():
             self._load(address, agent_id)
-        while self._loading:
+        while self._loading or self._unserved():
             self._handle_next()
-        served = {self._hosts[address] for address in self._ready}
-        for agent_id, spec in self._specs.items():
-            if agent_id not in served:
-                error = next(iter(self._refused.values()), None)
-                if isinstance(error, MasBatchError):
-                    raise error
-                raise ModelError(
-                    f"agents.{agent_id}: no worker could load {spec.agent.model}: {error}"
-                )
+            if not self._loading:
+                self._check_loaded()
+
+    def _unserved(self) -> set[str]:
+        return self._specs.keys() - {self._hosts[address] for address in self._ready}
+
+    def _check_loaded(self) -> None:
+        """Wait for an agent whose worker left while it was loading; give up on a refused one."""
+        unserved = self._unserved()
+        for agent_id, error in self._refused.values():
+            if agent_id in unserved:
+                model = self._specs[agent_id].agent.model
+                message = f"agents.{agent_id}: no worker could load {model}: {error}"
+                raise ModelError(message) from error
+        self._give_up_waiting(unserved)
 
     def run(self, dispatcher: Dispatcher) -> None:
         """Feed the dispatcher until every partition of its plan is merged.
@@ -128,21 +135,30 @@ class DaskRouter:
             self._check_served(dispatcher)
 
     def _handle_next(self) -> None:
-        """Handle one piece of news; every now and then look at the workers all the same."""
-        try:
+        """Handle one piece of news, and every now and then look at the workers."""
+        with suppress(queue.Empty):
             self._inbox.get(timeout=_CHECK_EVERY_S)()
-        except queue.Empty:
+        if time.monotonic() - self._last_check > _CHECK_EVERY_S:
+            self._last_check = time.monotonic()
             self._refresh_workers()
 
     def _check_served(self, dispatcher: Dispatcher) -> None:
-        missing = dispatcher.missing_agents()
-        if not missing:
+        for agent_id in dispatcher.distrusted_agents():
+            raise RunError(
+                f"agent {agent_id!r} has failed on all that it was asked: {self._last_failure}; "
+                "mend it and run the same command again: what is answered is kept"
+            )
+        no_workers = set() if self._ready or dispatcher.done else set(self._specs)
+        self._give_up_waiting(dispatcher.missing_agents() | no_workers)
+
+    def _give_up_waiting(self, unserved: set[str]) -> None:
+        if not unserved:
             self._unserved_since = None
             return
         self._unserved_since = self._unserved_since or time.monotonic()
         if time.monotonic() - self._unserved_since > self._wait_s:
             raise RunError(
-                f"no worker serves agent {min(missing)!r} for {self._wait_s:g} s; "
+                f"no worker serves agent {min(unserved)!r} for {self._wait_s:g} s; "
                 "what is answered is kept: start a worker and run the same command again"
             )
 
@@ -159,11 +175,6 @@ class DaskRouter:
                 self._inbox.put(lambda: self._answered(message["worker"], facts))
             case "merge_partition":
                 self._inbox.put(lambda: self._merged(facts))
-
-    def _on_scheduler_event(self, event: Any) -> None:
-        message = event[1]
-        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
-            self._inbox.put(self._refresh_workers)
 
     def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:
         """Call `handle` from the inbox when the task has ended, with its exception if it failed."""
@@ -189,7 +200,7 @@ class DaskRouter:
 
     def _load(self, address: str, agent_id: str) -> None:
         self._hosts[address] = agent_id
-        with dask.annotate(executor=EXECUTOR):
+        with dask.annotate(executor=self._run.topic):
             future = self._client.submit(
                 load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
             )
@@ -207,11 +218,13 @@ class DaskRouter:
             self._act(self._dispatcher.replica_joined(address, agent_id))
 
     def _load_ended(self, address: str, failure: Failure) -> None:
-        if failure is None or self._loading.pop(address, None) is None:
-            return
-        self._refused[address] = failure
+        if self._loading.pop(address, None) is None:
+            return  # it has reported, or its worker left
+        agent_id = self._hosts.pop(address)
+        failure = failure or RunError("the task ended without a report")
+        self._refused[address] = (agent_id, failure)
         message = f"could not load the model: {failure}"
-        self._emit(AgentLost(self._hosts.pop(address), self._names[address], message))
+        self._emit(AgentLost(agent_id, self._names[address], message))
 
     def _refresh_workers(self) -> None:
         """Compare the scheduler's workers with ours: load on the new ones, drop the gone."""
@@ -249,7 +262,7 @@ class DaskRouter:
                     self._abandon(instruction)
 
     def _ask(self, ask: Ask) -> None:
-        with dask.annotate(executor=EXECUTOR):
+        with dask.annotate(executor=self._run.topic):
             future = self._client.submit(
                 answer_partition,
                 self._run,
@@ -275,20 +288,21 @@ class DaskRouter:
         self._watch(future, lambda failure: self._answer_ended(ask, failure))
 
     def _answered(self, address: str, facts: dict[str, Any]) -> None:
-        assert self._dispatcher is not None
         partition, agent_id = facts["partition"], facts["agent_id"]
         current = self._asked.get((partition, agent_id))
         if current is not None and current[0].replica_id == address:
             self._forget(current[0])
-        self._emit(PartitionAnswered(worker=self._names.get(address, address), **facts))
-        # Also when the task had been abandoned: what is committed counts.
-        self._act(self._dispatcher.answered(partition, agent_id, address))
+        # News also when the task had been abandoned: what is committed counts.
+        if self._dispatcher is not None and self._dispatcher.awaits(partition, agent_id):
+            self._emit(PartitionAnswered(worker=self._names.get(address, address), **facts))
+            self._act(self._dispatcher.answered(partition, agent_id, address))
 
     def _answer_ended(self, ask: Ask, failure: Failure) -> None:
         assert self._dispatcher is not None
         if not self._forget(ask):
             return  # it has reported, or it was abandoned
         failure = failure or RunError("the task ended without a report")
+        self._last_failure = f"{type(failure).__name__}: {failure}"
         instructions = self._dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id)
         self._emit(
             AnswerFailed(
@@ -296,7 +310,7 @@ class DaskRouter:
                 ask.agent_id,
                 self._names[ask.replica_id],
                 ask.attempt,
-                f"{type(failure).__name__}: {failure}",
+                self._last_failure,
                 self._dispatcher.given_up(ask.partition, ask.agent_id),
             )
         )

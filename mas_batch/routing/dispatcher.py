@@ -15,7 +15,7 @@ answers does not matter.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -88,6 +88,7 @@ class _Partition:
     answered: set[str]  # agents
     asked: dict[str, str] = field(default_factory=dict)  # agent → replica
     attempts: dict[str, int] = field(default_factory=dict)
+    failed_on: set[str] = field(default_factory=set)  # replicas
     given_up: set[str] = field(default_factory=set)
     merging: bool = False
 
@@ -125,6 +126,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._replicas: dict[str, _Replica] = {}
         self._open: dict[int, _Partition] = {}
+        self._proven: set[str] = set()  # agents that have answered in this execution
 
     # Events
 
@@ -162,6 +164,7 @@ class Dispatcher:
                 out.append(Abandon(partition, agent_id, current))
         state.answered.add(agent_id)
         state.given_up.discard(agent_id)
+        self._proven.add(agent_id)
         if replica_id in self._replicas:
             self._replicas[replica_id].num_answered += 1
         return out + self._advance()
@@ -172,6 +175,7 @@ class Dispatcher:
         if state is None or state.asked.get(agent_id) != replica_id:
             return []
         self._release(partition, replica_id)
+        state.failed_on.add(replica_id)
         self._put_back(state, agent_id, blamed=True)
         return self._advance()
 
@@ -197,16 +201,34 @@ class Dispatcher:
         state = self._open.get(partition)
         return state is not None and agent_id in state.given_up
 
+    def awaits(self, partition: int, agent_id: str) -> bool:
+        """Whether the agent's answers to the partition would be news."""
+        state = self._open.get(partition)
+        return state is not None and agent_id not in state.answered
+
     def missing_agents(self) -> set[str]:
-        """Agents that an open partition waits for and that no replica serves."""
+        """Agents without a replica, where an open partition cannot do without them."""
         served = {replica.agent_id for replica in self._replicas.values()}
-        return {
-            agent_id
-            for state in self._open.values()
-            if self._lacks(state) > 0
-            for agent_id in self._untried(state)
-            if agent_id not in served
-        }
+        missing: set[str] = set()
+        for state in self._open.values():
+            untried = self._untried(state)
+            if sum(self._samples[a] for a in untried & served) < self._lacks(state):
+                missing |= untried - served
+        return missing
+
+    def distrusted_agents(self) -> set[str]:
+        """Agents that only ever failed: what is wrong is not their partitions.
+
+        Partitions that such an agent was given up on are not merged, so that a wrong key or a
+        broken worker does not become a result: the run must fail and be resumed.
+        """
+        given_up = Counter(a for state in self._open.values() for a in state.given_up)
+        return {a for a in given_up.keys() - self._proven if given_up[a] >= 3 or self._idle(a)}
+
+    def _idle(self, agent_id: str) -> bool:
+        """Whether the agent has replicas, and nothing is left that they could be asked."""
+        loads = [len(r.tokens) for r in self._replicas.values() if r.agent_id == agent_id]
+        return bool(loads) and not any(loads)
 
     # Mechanism
 
@@ -237,7 +259,11 @@ class Dispatcher:
     def _place(self, state: _Partition, free: list[_Replica], out: list[Instruction]) -> None:
         while self._lacks(state) > 0:
             untried = self._untried(state)
-            candidates = {r.replica_id: r for r in free if r.agent_id in untried}
+            candidates = {
+                r.replica_id: r
+                for r in free
+                if r.agent_id in untried and not self._has_fresher(state, r)
+            }
             if not candidates:
                 return
             views = [r.view(self._rank[r.agent_id]) for r in candidates.values()]
@@ -252,8 +278,15 @@ class Dispatcher:
             loads = tuple((view.replica_id, view.in_flight) for view in views)
             out.append(Ask(state.work.index, choice.agent_id, choice.replica_id, attempt, loads))
 
+    def _has_fresher(self, state: _Partition, replica: _Replica) -> bool:
+        """Whether the replica failed on the partition and a sibling that did not is alive."""
+        return replica.replica_id in state.failed_on and any(
+            r.agent_id == replica.agent_id and r.replica_id not in state.failed_on
+            for r in self._replicas.values()
+        )
+
     def _merge_if_complete(self, state: _Partition, out: list[Instruction]) -> None:
-        if state.merging or state.asked:
+        if state.merging or state.asked or state.given_up - self._proven:
             return
         if self._lacks(state) <= 0 or not self._untried(state):
             state.merging = True
