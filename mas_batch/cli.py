@@ -25,7 +25,7 @@ EXIT_CODES = """\b
 Exit codes:
   0  every record is answered, or no more failed than output.max_failed_fraction
   1  the run failed; what is answered is kept: the same command resumes
-  2  the job is wrong; nothing was started
+  2  the job is wrong; no agent was asked
   3  finished, with more failed records than output.max_failed_fraction
 """
 
@@ -122,7 +122,7 @@ def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
     with ExitStack() as stack:
         readers: list[Callable[[Event], None]] = [throughput]
         if sys.stderr.isatty():
-            readers.append(stack.enter_context(Bar(Console(stderr=True))))
+            readers.append(stack.enter_context(Bar(Console(stderr=True, log_path=False))))
         else:
             logging.basicConfig(
                 stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"

@@ -108,7 +108,8 @@ def _records_table(run: Run, num_shown: int) -> Table:
     table.add_column("answer", ratio=4)
     table.add_column("confidence", justify="right", no_wrap=True)
     table.add_column("who agreed", ratio=2)
-    for row in _first_results(run, num_shown):
+    rows = _first_results(run, num_shown)
+    for row in rows:
         confidence = "–" if row["confidence"] is None else f"{row['confidence']:.2f}"
         table.add_row(
             Text(_clip(row.get("text") or row["record_id"], 100)),
@@ -116,7 +117,9 @@ def _records_table(run: Run, num_shown: int) -> Table:
             confidence + ("\ntie" if row["tie"] else ""),
             Text(_backers(row)),
         )
-    table.caption = f"confidence: {manifest['merge']['method']}"
+    if rows:
+        kind = rows[0]["confidence_kind"].replace("_", " ")
+        table.caption = f"merged by {manifest['merge']['method']}; confidence is {kind}"
     return table
 
 
