@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -119,6 +120,8 @@ def submit(
 
 
 def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
+    # Slurm, Kubernetes and systemd end a job with SIGTERM: leave as on Ctrl-C, workers first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         readers: list[Callable[[Event], None]] = [throughput]
         if sys.stderr.isatty():

@@ -143,6 +143,20 @@ def test_the_submitting_process_killed_and_run_again(job_file: Path, tmp_path: P
     assert {p: p.stat().st_ino for p in kept} == kept, "committed work was done again"
 
 
+def test_a_terminated_run_ends_its_workers_and_says_how_to_go_on(
+    job_file: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with process("mas_batch.submit", str(job_file), log=log) as child:
+        wait_for(lambda: num_committed(tmp_path) >= 1, child, log)
+        workers = children_named(child.pid, "spawn_main")
+        assert workers
+        child.terminate()
+        assert child.wait(60) == 1, log.read_text()
+    assert "the same command resumes" in log.read_text()
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
 def test_a_record_that_kills_its_worker_every_time_is_given_up(
     tmp_path: Path, job_file: Path
 ) -> None:
