@@ -183,8 +183,10 @@ class Routing(_Model):
     policy: PolicyName = "least-loaded"
     answers_per_record: PositiveInt | None = None
     """At least so many (an agent that is asked gives all its samples). None: ask every agent."""
-    window: Annotated[int, Field(ge=1, le=64)] = 2
-    """Partitions in flight per replica: one runs, the others wait at its worker."""
+    window: Annotated[int, Field(ge=1, le=64)] = 1
+    """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
+    hides the latency of asking, but what waits cannot go to whoever is free first: it pays
+    only where a partition takes less than about a second."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
 
