@@ -186,6 +186,7 @@ def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_p
         process(*worker, "--name", "one", "--resources", "summarize=1,big=1", log=logs[1]) as one,
         process(*worker, "--name", "two", "--resources", "summarize=1", log=logs[2]) as two,
     ):
+        wait_for(file.exists, one, logs[1])
         command = [sys.executable, "-m", "mas_batch.submit", str(job_file), "--json"]
         wants_big = ["--set", "agents.0.capabilities=[summarize, big]"]
         done = subprocess.run(
