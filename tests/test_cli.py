@@ -119,8 +119,9 @@ def test_all_three_entry_points_are_one_command() -> None:
             [str(Path(sys.executable).parent / "dask"), "mas-batch", "submit"],
         )
     ]
-    # Not the line breaks: where they fall depends on the length of the program's name.
-    bodies = {" ".join(output.partition("Run a job")[2].split()) for output in outputs}
+    # Line breaks depend on the length of the program's name; `dask` gives its commands `-h` too.
+    texts = (output.partition("Run a job")[2].replace("-h,", "") for output in outputs)
+    bodies = {" ".join(text.split()) for text in texts}
     assert len(bodies) == 1
     assert "Exit codes" in bodies.pop()
 
