@@ -99,7 +99,7 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
     with cluster.connect(job, specs, topic, client) as client, _logged(store, emit) as log:
         _answer(client, job, ref, specs, plan, name, log)
         statistics = _statistics(client, ref, specs, plan)
-        manifest = _publish(job, store, name, plan, statistics)
+        manifest = _publish(job, ref, name, plan, statistics)
         wall_s = time.perf_counter() - start
         counts = manifest["counts"]
         log(RunFinished(counts["results"], counts["failures"], wall_s))
@@ -255,8 +255,9 @@ def _statistics(
     return RUN_STATISTICS.combine([]) if partial is None else partial
 
 
-def _publish(job: Job, store: Store, name: str, plan: Plan, partial: Any) -> dict[str, Any]:
+def _publish(job: Job, ref: RunRef, name: str, plan: Plan, partial: Any) -> dict[str, Any]:
     """Check the invariant, write the agents table and the manifest."""
+    store = ref.store
     counts = RUN_STATISTICS.finalize(partial)
     results.check_invariant(plan, counts["results"], counts["failures"])
     agents = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
@@ -268,7 +269,7 @@ def _publish(job: Job, store: Store, name: str, plan: Plan, partial: Any) -> dic
         "counts": counts,
         "agents": agents,
         "engines": results.read_engines(store),
-        "merge": _merge_facts(merge_spec(job)),
+        "merge": _merge_facts(ref.merge),
         "versions": {
             "python": platform.python_version(),
             **{

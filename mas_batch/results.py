@@ -238,7 +238,7 @@ def check_invariant(plan: Plan, num_results: int, num_failures: int) -> None:
     if plan.num_records != num_results + num_failures:
         raise RunError(
             f"{plan.num_records} records went in, {num_results} results + {num_failures} "
-            "failures came out; nothing is published. please report this defect"
+            "failures came out; nothing is published; please report this defect"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,6 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
 
     def setup(self, worker: Worker) -> None:
         """Give the worker the one-thread executor that the model runs in."""
-        self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._key = ""
         self._family_id = ""
@@ -57,17 +55,19 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
             raise RunError("the worker is closing its model")
 
     def engine(self, spec: AgentSpec) -> tuple[Engine, str, float]:
-        """Return the resident engine, its family id, and the seconds of loading (0 if resident)."""
+        """Return the resident engine, its family id, and the seconds of loading (0 if resident).
+
+        Only for tasks in the host's executor: it has one thread, so there is nothing to lock.
+        """
         self.check_open()
-        with self._lock:
-            if self._engine is not None and self._key == spec.engine_key:
-                return self._engine, self._family_id, 0.0
-            self._close()
-            start = time.perf_counter()
-            model = fetch(spec.agent.model)
-            self._engine = load_engine(spec.agent.engine, model, spec.engine_config)
-            self._key, self._family_id = spec.engine_key, model.family_id
-            return self._engine, self._family_id, time.perf_counter() - start
+        if self._engine is not None and self._key == spec.engine_key:
+            return self._engine, self._family_id, 0.0
+        self._close()
+        start = time.perf_counter()
+        model = fetch(spec.agent.model)
+        self._engine = load_engine(spec.agent.engine, model, spec.engine_config)
+        self._key, self._family_id = spec.engine_key, model.family_id
+        return self._engine, self._family_id, time.perf_counter() - start
 
     def _close(self) -> None:
         if self._engine is not None:
