@@ -70,6 +70,14 @@ class RunError(MasBatchError):
     """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
 
 
+class OutputError(RunError):
+    """The output cannot be written: full, read-only, forbidden. No agent is to blame for it."""
+
+
+class RunLockedError(RunError):
+    """Another process is working on this run."""
+
+
 class RecordError(MasBatchError):
     """One record (or one answer to it) is unusable; the code says why."""
 
@@ -97,6 +105,7 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     ENGINE_ERROR = "engine_error"
     OUT_OF_MEMORY = "out_of_memory"
+    WORKER_DIED = "worker_died"
     AGENT_FAILED = "agent_failed"
     # Found while reading an agent's reply (stage "parse")
     EMPTY_ANSWER = "empty_answer"

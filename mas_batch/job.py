@@ -21,7 +21,16 @@ from mas_batch.errors import JobError
 from mas_batch.models import parse_source
 
 TaskKind = Literal["summarize", "translate", "classify", "score", "reply"]
-PolicyName = Literal["capability", "least-loaded"]
+PolicyName = Literal[
+    "capability",
+    "round-robin",
+    "random",
+    "least-loaded",
+    "random-low-load",
+    "weighted-round-robin",
+    "throughput",
+    "reliability",
+]
 MergeMethod = Literal["vote", "mean", "weighted", "mbr"]
 EngineName = Literal["auto", "echo", "transformers", "marian", "ctranslate2", "openai"]
 
@@ -146,6 +155,8 @@ class Agent(_Model):
     resources: dict[str, float] = Field(default_factory=dict)
     """Further Dask resources, such as `GPU: 1`."""
     count: Annotated[int, Field(ge=1, le=4096)] = 1
+    max_count: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Replicas it may grow to while work waits; None: `count`, no more."""
     samples: Annotated[int, Field(ge=1, le=64)] = 1
     """Answers it gives per record; above 1 only with a temperature."""
     prompt: str | None = None
@@ -177,12 +188,34 @@ class Agent(_Model):
         return self
 
 
+class Adaptive(_Model):
+    """Ask fewer agents where the first agree: one more only about records still undecided."""
+
+    first: PositiveInt = 2
+    """Answers per record before the first look."""
+    confidence: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """A record is decided when its merged answer is so sure. None, for `vote` only: when the
+    answers that could still come cannot change the winner."""
+
+
 class Routing(_Model):
     """Who is asked, and how much is in flight."""
 
     policy: PolicyName = "least-loaded"
+    weights: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
+    """Agent → share of `weighted-round-robin`; an agent without one goes by its measured rate."""
     answers_per_record: PositiveInt | None = None
     """At least so many (an agent that is asked gives all its samples). None: ask every agent."""
+    adaptive: Adaptive | None = None
+    """Then `answers_per_record` is the most that are asked for."""
+    mode: Literal["window", "native"] = "window"
+    """`window`: the policy decides as late as possible. `native`: whole groups of partitions go
+    to Dask's own scheduler, for very short partitions under the `capability` policy."""
+    speculate: bool = True
+    """At the end, ask a free replica too where it should finish earlier; the first commit wins."""
+    timeout_s: Annotated[float, Field(gt=0.0)] | None = None
+    """A worker that is silent about a partition for longer is restarted. None: twenty times
+    what its measured rate leads to expect, at least ten minutes."""
     window: Annotated[int, Field(ge=1, le=64)] = 1
     """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
     hides the latency of asking, but what waits cannot go to whoever is free first: it pays
@@ -322,6 +355,7 @@ class Job(_Model):
         for agent in whole["agents"]:
             for key in (
                 "count",
+                "max_count",
                 "threads",
                 "batch_tokens",
                 "resources",

@@ -42,6 +42,7 @@ _TELLING = (
     Reason.UNPARSABLE_ANSWER,
     Reason.EMPTY_ANSWER,
     Reason.OUT_OF_MEMORY,
+    Reason.WORKER_DIED,
     Reason.ENGINE_ERROR,
     Reason.AGENT_FAILED,
 )

@@ -52,16 +52,60 @@ class AgentLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class AgentDraining(Event):
+    """A worker is asked nothing further; what it has in flight it may finish."""
+
+    agent_id: str
+    worker: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerChanged(Event):
+    """A worker that only fails is left alone for a while, then asked one partition to probe it."""
+
+    agent_id: str
+    worker: str
+    state: str
+    """`open` (left alone), `probing`, `closed` (it answers again)."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentsScaled(Event):
+    """The number of replicas that the agents' backlog asks for has changed."""
+
+    wanted: dict[str, int]
+    backlog: dict[str, int]
+    """Agent → partitions that wait for it or are at one of its workers."""
+
+
+@dataclass(frozen=True, slots=True)
 class PartitionAsked(Event):
-    """The router's decision: who is asked, among whom, by which policy."""
+    """The router's decision: who is asked, among whom, by which policy, and why at all."""
 
     partition: int
     agent_id: str
     worker: str
     attempt: int
+    purpose: str
+    """`answer`, `retry`, `careful` (record by record, after its worker died), `copy` (of a slow
+    task near the end) or `probe` (of a worker that kept failing)."""
     policy: str
-    candidates: dict[str, int]
-    """Load (partitions in flight) of every worker that could have been chosen."""
+    candidates: dict[str, dict[str, float]]
+    """What the policy saw of every worker that could have been chosen: `in_flight` partitions,
+    `in_flight_tokens`, `tokens_per_s`, `agreement`, `num_answered`."""
+    num_busy: int
+    """Capable workers that could not be chosen because their windows were full."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionUndecided(Event):
+    """The first answers to some records differ too much: one more agent is asked about these."""
+
+    partition: int
+    num_undecided: int
+    num_records: int
 
 
 @dataclass(frozen=True, slots=True)
