@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import dask
 from distributed import Client, Nanny, Scheduler, Security, SpecCluster, get_client
@@ -16,12 +19,15 @@ from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
 
 from mas_batch.agents.host import AgentHost
-from mas_batch.agents.spec import AgentSpec, match_workers, worker_options
+from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Cluster, Job
-from mas_batch.routing.dask import cluster_workers
+from mas_batch.routing.hosting import cluster_workers
+from mas_batch.routing.scaling import Scaler
 
 logger = logging.getLogger(__name__)
+
+_BROADCAST_S = 60.0
 
 
 def is_embedded(cluster: Cluster, client: Client | None) -> bool:
@@ -41,11 +47,46 @@ def check_settings(cluster: Cluster) -> None:
             raise JobError(f"{file!r} is not a file", key=f"cluster.{key}")
 
 
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A cluster whose workers can host every agent of the job."""
+
+    client: Client
+    scaler: Scaler | None
+    """Starts and ends workers; None: the number is somebody else's business."""
+
+
+class EmbeddedScaler:
+    """Starts and ends the embedded cluster's workers, each of its agent's kind."""
+
+    def __init__(self, cluster: SpecCluster, workers: Mapping[str, Any], job: Job) -> None:
+        self._cluster = cluster
+        self._workers = workers
+        self._most = {agent.name: agent.most for agent in job.agents}
+
+    def scale(self, wanted: Mapping[str, int], retire: Collection[str]) -> None:
+        """Have so many workers per agent; see `routing.scaling.Scaler`."""
+        running: dict[str, Any] = self._cluster.worker_spec
+        for name in retire:
+            running.pop(name, None)
+        for agent_id, count in wanted.items():
+            names = [replica_name(agent_id, number) for number in range(self._most[agent_id])]
+            missing = [name for name in names if name not in running]
+            num_started = max(0, count - (len(names) - len(missing)))
+            running.update({name: self._workers[name] for name in missing[:num_started]})
+        # It starts and ends workers until they are as specified; in the background.
+        self._cluster.scale(len(running))
+
+
 @contextmanager
 def connect(
-    job: Job, specs: Mapping[str, AgentSpec], topic: str, client: Client | None = None
-) -> Iterator[Client]:
-    """Yield a client whose workers can host every agent of the job.
+    job: Job,
+    specs: Mapping[str, AgentSpec],
+    topic: str,
+    client: Client | None = None,
+    scaler: Scaler | None = None,
+) -> Iterator[Connection]:
+    """Yield a connection to a cluster whose workers can host every agent of the job.
 
     A client that was given is never closed. The plugin that hosts the models, named by the
     run's topic, is removed at the end, so a long-lived cluster gets its memory back.
@@ -56,11 +97,14 @@ def connect(
     """
     with ExitStack() as stack:
         if is_embedded(job.cluster, client):
-            client = stack.enter_context(_embedded(job, specs))
-        elif client is None:
-            client = stack.enter_context(_connect_to(job.cluster))
-        stack.enter_context(_hosting(client, job, topic))
-        yield client
+            client, scaler = stack.enter_context(_embedded(job, specs))
+            _host(client, job, topic)
+        else:
+            if client is None:
+                client = stack.enter_context(_connect_to(job.cluster))
+            _host(client, job, topic)
+            stack.callback(_stop_hosting, client, topic)
+        yield Connection(client, scaler)
 
 
 def current_client() -> Client | None:
@@ -73,7 +117,7 @@ def current_client() -> Client | None:
 
 
 @contextmanager
-def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
+def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client, Scaler]]:
     with tempfile.TemporaryDirectory(prefix="mas-batch-") as scratch:
         options = worker_options(
             job,
@@ -91,7 +135,9 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
                 "dashboard_address": _free_address(address or "127.0.0.1:0"),
             },
         }
-        workers = {name: {"cls": Nanny, "options": each} for name, each in options.items()}
+        possible = {name: {"cls": Nanny, "options": each} for name, each in options.items()}
+        started = [replica_name(a.name, number) for a in job.agents for number in range(a.count)]
+        workers = {name: possible[name] for name in started}
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": _keep_freed_memory()}),
             SpecCluster(
@@ -103,7 +149,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[Client]:
                 client.wait_for_workers(len(workers), timeout=120)
             except TimeoutError as error:
                 raise RunError(f"the embedded workers did not start: {error}") from error
-            yield client
+            yield client, EmbeddedScaler(cluster, possible, job)
 
 
 @contextmanager
@@ -132,16 +178,40 @@ def _connect_to(cluster: Cluster) -> Iterator[Client]:
         yield client
 
 
-@contextmanager
-def _hosting(client: Client, job: Job, topic: str) -> Iterator[None]:
+def _host(client: Client, job: Job, topic: str) -> None:
     """Check that every agent has a capable worker, then make the workers able to host models."""
     _wait_for_capable_workers(client, job)
-    client.register_plugin(AgentHost(topic))
-    try:
-        yield
-    finally:
-        if client.status == "running":
-            client.unregister_worker_plugin(topic)
+    if not _ended(client.register_plugin, AgentHost(topic), within_s=_BROADCAST_S):
+        raise RunError(f"not every worker of the cluster has answered within {_BROADCAST_S:g} s")
+
+
+def _stop_hosting(client: Client, topic: str) -> None:
+    if client.status == "running" and not _ended(
+        client.unregister_worker_plugin, topic, within_s=_BROADCAST_S
+    ):
+        logger.warning("a worker does not answer: its model stays in memory until it ends")
+
+
+def _ended(call: Callable[..., object], *args: object, within_s: float) -> bool:
+    """Make a call that asks every worker: one that is stopped or hangs would block it for ever.
+
+    Returns:
+        Whether it ended in time; its exception is raised here.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call(*args)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="mas-batch-broadcast")
+    thread.start()
+    thread.join(within_s)
+    if errors:
+        raise errors[0]
+    return not thread.is_alive()
 
 
 def _wait_for_capable_workers(client: Client, job: Job) -> None:

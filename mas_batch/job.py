@@ -172,6 +172,11 @@ class Agent(_Model):
     options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Settings of one engine, e.g. `base_url` for openai."""
 
+    @property
+    def most(self) -> int:
+        """Replicas it may have at most."""
+        return self.max_count or self.count
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (
@@ -183,6 +188,8 @@ class Agent(_Model):
                 f"samples: {self.samples} greedy answers would be the same answer "
                 f"{self.samples} times; set sampling.temperature above 0, or samples: 1"
             )
+        if self.max_count is not None and self.max_count < self.count:
+            raise ValueError(f"max_count {self.max_count} must not be below count {self.count}")
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
         return self
@@ -222,6 +229,17 @@ class Routing(_Model):
     only where a partition takes less than about a second."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.mode == "native" and self.policy != "capability":
+            raise ValueError(
+                f"mode native leaves the choice to Dask: policy {self.policy!r} is not allowed; "
+                "allowed: capability"
+            )
+        if self.mode == "native" and self.adaptive is not None:
+            raise ValueError("mode native asks all agents at once: adaptive is not allowed")
+        return self
 
 
 class Merge(_Model):
@@ -314,6 +332,11 @@ class Job(_Model):
                     f"agents.{agent.name}.capabilities: {', '.join(agent.capabilities) or 'none'} "
                     f"does not include {self.task.kind!r}, which task.kind asks for"
                 )
+        for name in self.routing.weights:
+            if name not in names:
+                raise ValueError(
+                    f"routing.weights: no agent is called {name!r}; allowed: {', '.join(names)}"
+                )
         self._check_answers()
         return self
 
@@ -325,6 +348,12 @@ class Job(_Model):
             raise ValueError(
                 f"routing.answers_per_record: {wanted} answers are more than the {possible} that "
                 f"the agents can give ({each}); raise agents.N.samples or add an agent"
+            )
+        adaptive = self.routing.adaptive
+        if adaptive is not None and adaptive.first > self.answers_per_record:
+            raise ValueError(
+                f"routing.adaptive.first: {adaptive.first} is more than the "
+                f"{self.answers_per_record} answers that are asked for at most"
             )
 
     @property
@@ -350,8 +379,12 @@ class Job(_Model):
         for key in ("path", "storage_options"):
             whole["corpus"].pop(key)
         whole["routing"] = {"answers_per_record": self.answers_per_record}
-        if self.answers_per_record < sum(agent.samples for agent in self.agents):
+        adaptive = self.routing.adaptive
+        if adaptive is not None:
+            whole["routing"]["adaptive"] = adaptive.model_dump(mode="json")
+        if adaptive or self.answers_per_record < sum(agent.samples for agent in self.agents):
             whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
+            whole["routing"]["weights"] = self.routing.weights
         for agent in whole["agents"]:
             for key in (
                 "count",

@@ -11,6 +11,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,8 +37,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     file = Path(path)
     raw = _read_yaml(file)
     _anchor_paths(raw, file.resolve().parent)
-    defaults = dask.config.get("mas-batch", default={}) or {}
-    raw = dask.config.merge(_with_underscores(defaults), raw)
+    raw = dask.config.merge(_site_defaults(), raw)
     for override in overrides:
         _apply_override(raw, override)
     _anchor_paths(raw, Path.cwd())  # the file's own are absolute by now
@@ -58,18 +58,67 @@ def check_job(raw: Mapping[str, Any], *, file: str | None = None) -> Job:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise JobError("no such job file", file=str(file)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"cannot be read: {error}", file=str(file)) from error
-    except yaml.YAMLError as error:
+    try:
+        raw = _parse_yaml(text)
+    except ValueError as error:
         raise JobError(f"not valid YAML: {error}", file=str(file)) from error
     if not isinstance(raw, dict):
         raise JobError(
             "must be a mapping with the keys " + ", ".join(Job.model_fields), file=str(file)
         )
     return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses what PyYAML takes silently: of a key given twice it keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                problem = f"a key must be text, not {key.tag.rpartition(':')[2]}: put it in quotes"
+            elif key.value in seen:
+                problem = f"key {key.value!r} occurs twice"
+            else:
+                seen.add(key.value)
+                continue
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        ValueError: it is not valid; the message is one line, with the place where that is known.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        words = ", ".join(filter(None, (error.context, error.problem)))
+        raise ValueError(f"{place}{words}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # YAML's own types: 2024-13-45 looks like a date
+        raise ValueError(f"{error}; text that looks like a date or a number needs quotes") from None
+
+
+def _site_defaults() -> dict[str, Any]:
+    defaults = dask.config.get("mas-batch", default=None) or {}
+    if not isinstance(defaults, Mapping):
+        raise JobError(f"{defaults!r} in Dask's configuration must be a mapping", key="mas-batch")
+    found: dict[str, Any] = _with_underscores(defaults)
+    return found
 
 
 def _with_underscores(value: Any) -> Any:
@@ -83,8 +132,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise JobError(f"{override!r} is not key.path=value", key="--set")
     try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
+        value = _parse_yaml(text) if text else None
+    except ValueError as error:
         raise JobError(f"value of {override!r} is not valid YAML: {error}", key="--set") from error
     *parents, last = key.split(".")
     node: Any = raw
@@ -136,21 +185,26 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
         if isinstance(holder, dict) and name in holder:
             value = holder[name]
             holder[name] = (
-                [_anchor(v, base) for v in value]
+                [_anchor(v, base, key) for v in value]
                 if isinstance(value, list)
-                else _anchor(value, base)
+                else _anchor(value, base, key)
             )
     agents = raw.get("agents")
-    for agent in agents if isinstance(agents, list) else ():
+    for i, agent in enumerate(agents if isinstance(agents, list) else ()):
         model = agent.get("model") if isinstance(agent, dict) else None
         if isinstance(model, str) and model.startswith(("./", "../", "~")):
-            agent["model"] = _anchor(model, base)
+            agent["model"] = _anchor(model, base, f"agents.{i}.model")
 
 
-def _anchor(value: Any, base: Path) -> Any:
+def _anchor(value: Any, base: Path, key: str) -> Any:
     if not isinstance(value, str) or "://" in value or "::" in value:
         return value
-    return os.path.normpath(base / Path(value).expanduser())
+    if not value.strip():  # it would become the whole folder
+        raise JobError("is empty; '.' is the folder itself", key=key)
+    try:
+        return os.path.normpath(base / Path(value).expanduser())
+    except RuntimeError as error:
+        raise JobError(f"{value!r}: {error}", key=key) from error
 
 
 def _first_error(error: ValidationError, file: str | None) -> JobError:
@@ -189,8 +243,18 @@ def _explain(error: Any, location: Sequence[str | int]) -> str:
         return f"{value!r} is not allowed; allowed: {allowed}"
     if kind == "value_error":
         return str(error["ctx"]["error"])
-    text = error["msg"][0].lower() + error["msg"][1:]
+    text = _PLAIN_WORDS.get(kind) or error["msg"][0].lower() + error["msg"][1:]
+    if kind == "string_type" and isinstance(value, (bool, int, float, date)):
+        text += ", so put it in quotes"  # YAML reads yes, 7 and 2024-01-02 as something else
     return f"{value!r} is not allowed: {text}"
+
+
+_PLAIN_WORDS = {
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+}
 
 
 def _keys_at(model: Any, location: Sequence[str | int]) -> list[str]:

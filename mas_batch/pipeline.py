@@ -21,6 +21,7 @@ from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.agents.work import RunRef, partition_statistics
 from mas_batch.aggregate.merge import MergeSpec
 from mas_batch.aggregate.reductions import RUN_STATISTICS
+from mas_batch.aggregate.stopping import StoppingRule, check_rule
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import ExitCode, JobError
@@ -30,8 +31,10 @@ from mas_batch.monitor.events import Event, RunFinished, RunStarted
 from mas_batch.partition import Partition, partition
 from mas_batch.results import Committed, Plan
 from mas_batch.routing.dask import DaskRouter
-from mas_batch.routing.dispatcher import Dispatcher, Work
+from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import POLICIES
+from mas_batch.routing.scaling import Scaler
 from mas_batch.storage import Store, parquet_bytes
 from mas_batch.tasks import make_task
 
@@ -69,12 +72,20 @@ class Preview:
     answers_per_record: int
 
 
-def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: None) -> Summary:
+def run(
+    job: Job,
+    *,
+    client: Client | None = None,
+    scaler: Scaler | None = None,
+    emit: Emit = lambda event: None,
+) -> Summary:
     """Execute the job, or what is left of it, and publish the result.
 
     Args:
         client: the user's own. None uses the job's `cluster` section, and if that names no
             scheduler, the client that is active in this process (a notebook's), if any.
+        scaler: starts and ends workers of that cluster, between `count` and `max_count` of each
+            agent; the embedded cluster has its own.
         emit: called with every event, from the calling thread and in order.
 
     Raises:
@@ -82,7 +93,7 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
         MasBatchError: the run failed; what is committed is kept and resumed next time.
     """
     start = time.perf_counter()
-    merge = merge_spec(job)
+    merge, stopping = merge_spec(job), stopping_rule(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
@@ -95,10 +106,13 @@ def run(job: Job, *, client: Client | None = None, emit: Emit = lambda event: No
     specs = agent_specs(job, embedded=cluster.is_embedded(job.cluster, client), num_cores=CPU_COUNT)
     # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
     topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
-    ref = RunRef(store, topic, job.task, merge, plan.passthrough, job.output.keep_text)
-    with cluster.connect(job, specs, topic, client) as client, _logged(store, emit) as log:
-        _answer(client, job, ref, specs, plan, name, log)
-        statistics = _statistics(client, ref, specs, plan)
+    ref = RunRef(store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text)
+    with (
+        cluster.connect(job, specs, topic, client, scaler) as connection,
+        _logged(store, emit) as log,
+    ):
+        _answer(connection, job, ref, specs, plan, name, log)
+        statistics = _statistics(connection.client, ref, specs, plan)
         manifest = _publish(job, ref, name, plan, statistics)
         wall_s = time.perf_counter() - start
         counts = manifest["counts"]
@@ -128,6 +142,7 @@ def preview(job: Job) -> Preview:
         JobError: the job cannot run as written.
     """
     merge_spec(job)
+    stopping_rule(job)
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
@@ -169,6 +184,21 @@ def merge_spec(job: Job) -> MergeSpec:
     )
 
 
+def stopping_rule(job: Job) -> StoppingRule | None:
+    """Return when a record needs no further answer; None: all that are asked for come.
+
+    Raises:
+        JobError: the job's merge method cannot be stopped early that way.
+    """
+    if job.routing.adaptive is None:
+        return None
+    # The last agent that is asked may give more than are wanted.
+    most = job.answers_per_record + max(agent.samples for agent in job.agents) - 1
+    rule = StoppingRule(job.routing.adaptive.confidence, most)
+    check_rule(merge_spec(job), rule)
+    return rule
+
+
 def _output(job: Job) -> Store:
     return Store(job.output.path, job.output.storage_options)
 
@@ -192,7 +222,7 @@ def _stage(job: Job, store: Store, corpus: CorpusReader) -> Plan:
 
 
 def _answer(
-    client: Client,
+    connection: cluster.Connection,
     job: Job,
     ref: RunRef,
     specs: dict[str, AgentSpec],
@@ -201,29 +231,45 @@ def _answer(
     emit: Emit,
 ) -> None:
     """Ask the agents about everything that is not committed yet."""
+    client = connection.client
     done = results.committed(ref.store, specs)
     emit(_started(client, job, ref.store, plan, done, name))
     if len(done.merged) == plan.num_partitions:
         return  # killed between the last merge and the manifest
-    with DaskRouter(client, job, ref, specs, emit) as router:
+    with DaskRouter(client, job, ref, specs, emit, scaler=connection.scaler) as router:
         router.host()
         results.write_engines(ref.store, router.engine_facts)
+        work = _work(plan, done)
+        if job.routing.mode == "native":
+            work = router.run_native(work)
         router.run(
             Dispatcher(
                 {agent.name: agent.samples for agent in job.agents},
-                job.answers_per_record,
+                _rules(job),
                 POLICIES[job.routing.policy](),
-                _work(plan, done),
-                window=job.routing.window,
-                max_attempts=job.routing.max_attempts,
+                work,
+                plan.num_partitions - len(done.merged),
             )
         )
 
 
+def _rules(job: Job) -> Rules:
+    routing = job.routing
+    return Rules(
+        answers_per_record=job.answers_per_record,
+        first=routing.adaptive.first if routing.adaptive else None,
+        window=routing.window,
+        max_attempts=routing.max_attempts,
+        weights=routing.weights,
+        speculate=routing.speculate,
+        timeout_s=routing.timeout_s,
+    )
+
+
 def _work(plan: Plan, done: Committed) -> Iterator[Work]:
-    for index, _, tokens in plan.sizes():
+    for index, num_records, tokens in plan.sizes():
         if index not in done.merged:
-            yield Work(index, tokens, done.agents(index))
+            yield Work(index, tokens, num_records, done.agents(index))
 
 
 def _started(

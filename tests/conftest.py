@@ -14,6 +14,33 @@ settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow], 
 settings.load_profile("busy")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("chaos", "tests that kill processes")
+    group.addoption("--chaos-rounds", type=int, default=1, help="times that each fault happens")
+    group.addoption("--chaos-seed", type=int, default=0, help="of the moments and the victims")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "chaos_seed" in metafunc.fixturenames:
+        seed, rounds = (metafunc.config.getoption(f"--chaos-{x}") for x in ("seed", "rounds"))
+        metafunc.parametrize("chaos_seed", range(seed, seed + rounds))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    from tests.chaos import CHAOS_TABLE
+
+    table = config.stash.get(CHAOS_TABLE, None)
+    if table is not None and table.outcomes:
+        terminalreporter.section("chaos")
+        terminalreporter.write_line(str(table))
+
+
+@pytest.fixture(scope="session")
+def chaos_rounds(request: pytest.FixtureRequest) -> int:
+    rounds: int = request.config.getoption("--chaos-rounds")
+    return rounds
+
+
 @pytest.fixture(scope="session")
 def _s3_endpoint() -> Iterator[str]:
     server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
@@ -42,10 +69,11 @@ def s3_options(_s3_endpoint: str) -> dict[str, Any]:
     return options
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster_client() -> Iterator[Any]:
     """A cluster in this process with unlike workers, as a user's own might be.
 
+    One per module: its threads draw random numbers, which upsets Hypothesis in other modules.
     `strong` and `weak` can do every task; `spare` declares nothing that an agent needs.
     """
     from distributed import Client, Scheduler, SpecCluster, Worker

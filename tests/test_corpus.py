@@ -106,7 +106,7 @@ def test_concatenated_streams_are_read_to_the_end(tmp_path: Path, codec: str) ->
 def test_a_cut_file_stops_the_run_and_says_where(tmp_path: Path, codec: str) -> None:
     rows = jsonl(*({"text": f"{i} {hash(i * 7919) % 65537}"} for i in range(40_000)))
     file = write(tmp_path, f"a.jsonl{codec}", CODECS[codec](rows)[:-9])
-    with pytest.raises(RunError, match=r"a\.jsonl\S+ cannot be read after row \d+: "):
+    with pytest.raises(JobError, match=r"a\.jsonl\S+ cannot be read after row \d+: .*restore it"):
         read(file)
 
 
@@ -122,7 +122,7 @@ def test_codecs_that_cannot_be_read_are_refused_at_the_door(tmp_path: Path) -> N
     with pytest.raises(JobError, match=r"corpus.compression: 'rar' is not allowed; allowed: infer"):
         reader(file, compression="rar")
     two = write(tmp_path, "b.jsonl.zip", zipped(b"{}", "a.jsonl", "b.jsonl"))
-    with pytest.raises(RunError, match=r"holds 2 files, not one: a.jsonl, b.jsonl"):
+    with pytest.raises(JobError, match=r"holds 2 files, not one: a.jsonl, b.jsonl"):
         read(two)
     with pytest.raises(JobError, match="Parquet is compressed inside"):
         reader(write(tmp_path, "c.parquet.gz", b""))
@@ -153,7 +153,7 @@ def test_csv_rows_of_the_wrong_width_or_quoting(tmp_path: Path) -> None:
     assert texts(records) == ["good", None, None, None, "fine", None]
     assert {r.reason for r in records if r.text is None} == {Reason.MALFORMED_ROW}
     assert records[1].message == "a.csv, row 2: 1 fields where the header has 2"
-    assert "up to line 8" in records[5].message
+    assert records[5].message.endswith("unexpected end of data, in line 8")
 
 
 def test_plain_text_lines_and_files(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_bad_text_in_parquet_and_csv(tmp_path: Path) -> None:
         assert records_table(records)["copy"].to_pylist() == ["ok", "a\\udcffb", None, "", "\x00"]
     nested = pa.StructArray.from_arrays([broken], names=["deep"])
     inside = parquet(tmp_path, "n.parquet", {"text": raw, "nested": nested})
-    with pytest.raises(RunError, match=r"row 0: .*'nested' holds bytes that are not UTF-8 inside"):
+    with pytest.raises(JobError, match=r"keep: .*'nested' of .* that are not UTF-8 inside"):
         read(inside)
     assert len(read(inside, keep=[])) == 5
     encoded = pa.array(["x", None, "y"]).dictionary_encode()
@@ -422,7 +422,7 @@ def test_empty_files_and_empty_corpora(tmp_path: Path) -> None:
 
 def test_broken_parquet_names_file_and_row(tmp_path: Path) -> None:
     file = write(tmp_path, "a.parquet", b"PAR1 not really PAR1")
-    with pytest.raises(RunError, match=r"a.parquet cannot be read after row 0: Arrow"):
+    with pytest.raises(JobError, match=r"a.parquet cannot be read after row 0: Arrow"):
         read(file)
 
 

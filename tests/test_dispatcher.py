@@ -2,199 +2,164 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mas_batch.routing.dispatcher import Abandon, Ask, Dispatcher, Instruction, Merge, Work
-from mas_batch.routing.policies import POLICIES, PartitionView, ReplicaView
+from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.instructions import Abandon, Ask, Merge, Rules, Work
+from mas_batch.routing.policies import POLICIES
+from tests.routing_simulation import Simulation, plan_of
 
 
-class Simulation:
-    """Drives a dispatcher and checks what must hold after every step."""
-
-    def __init__(
-        self,
-        agents: dict[str, int],
-        answers: int,
-        plan: list[Work],
-        *,
-        policy: str = "least-loaded",
-        window: int = 2,
-        max_attempts: int = 3,
-    ) -> None:
-        self.agents = agents
-        self.window = window
-        self.max_attempts = max_attempts
-        self.dispatcher = Dispatcher(
-            agents,
-            answers,
-            POLICIES[policy](),
-            plan,
-            window=window,
-            max_attempts=max_attempts,
-        )
-        self.replicas: dict[str, str] = {}
-        self.in_flight: list[Ask] = []
-        self.blamed: Counter[tuple[int, str]] = Counter()
-        self.answered = {work.index: set(work.answered) for work in plan}
-        self.to_merge: list[Merge] = []
-        self.merged: dict[int, tuple[str, ...]] = {}
-
-    def take(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case Ask():
-                    self._asked(instruction)
-                case Merge():
-                    self.to_merge.append(instruction)
-                case Abandon():
-                    self.in_flight = [
-                        ask
-                        for ask in self.in_flight
-                        if (ask.partition, ask.agent_id, ask.replica_id)
-                        != (instruction.partition, instruction.agent_id, instruction.replica_id)
-                    ]
-
-    def _asked(self, ask: Ask) -> None:
-        assert self.replicas[ask.replica_id] == ask.agent_id, "asked an agent's wrong worker"
-        assert ask.agent_id not in self.answered[ask.partition], "asked after it had answered"
-        assert not any(
-            a.partition == ask.partition and a.agent_id == ask.agent_id for a in self.in_flight
-        ), "asked twice at once"
-        blamed = self.blamed[ask.partition, ask.agent_id]
-        assert ask.attempt == blamed + 1 <= self.max_attempts
-        assert ask.replica_id in dict(ask.candidates)
-        self.in_flight.append(ask)
-        load = sum(a.replica_id == ask.replica_id for a in self.in_flight)
-        assert load <= self.window, "above the window"
-
-    def join(self, replica: str, agent: str) -> None:
-        self.replicas[replica] = agent
-        self.take(self.dispatcher.replica_joined(replica, agent))
-
-    def leave(self, replica: str) -> None:
-        del self.replicas[replica]
-        had = [ask for ask in self.in_flight if ask.replica_id == replica]
-        if had:  # only what it was working on can have killed it
-            self.blamed[had[0].partition, had[0].agent_id] += 1
-        self.take(self.dispatcher.replica_left(replica))
-        assert not any(a.replica_id == replica for a in self.in_flight)
-
-    def answer(self, ask: Ask) -> None:
-        self.in_flight.remove(ask)
-        self.answered[ask.partition].add(ask.agent_id)
-        self.take(self.dispatcher.answered(ask.partition, ask.agent_id, ask.replica_id))
-
-    def fail(self, ask: Ask) -> None:
-        self.in_flight.remove(ask)
-        self.blamed[ask.partition, ask.agent_id] += 1
-        self.take(self.dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id))
-
-    def merge(self, merge: Merge) -> None:
-        self.to_merge.remove(merge)
-        assert merge.partition not in self.merged, "merged twice"
-        assert set(merge.agents) == self.answered[merge.partition]
-        self.merged[merge.partition] = merge.agents
-        self.take(self.dispatcher.merged(merge.partition))
-
-
-def plan_of(count: int) -> list[Work]:
-    return [Work(i, 100 + i) for i in range(count)]
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_every_partition_ends_merged_whatever_happens(data: st.DataObject) -> None:
+    sim = drawn_simulation(data)
+    for agent in sorted(sim.agents):
+        sim.join(f"{agent}-0", agent)
+    for number in range(data.draw(st.integers(0, 60), label="steps")):
+        one_step(sim, data, number)
+    # From here on nothing fails: all that is left must be finished.
+    for replica in sorted(sim.paused):
+        sim.pause(replica, paused=False)
+    for restart in sim.restarts:
+        if restart.replica_id in sim.replicas:
+            sim.leave(restart.replica_id)
+    for agent in sorted(sim.agents):
+        sim.join(f"{agent}-last", agent)
+    sim.finish()
+    if not sim.dispatcher.done:
+        assert sim.dispatcher.distrusted_agents(), "nothing is under way and nobody is to blame"
+        return
+    assert set(sim.merged) == set(sim.answered)
+    for index, merged in sim.merged.items():
+        least = sim.rules.first or sim.rules.answers_per_record
+        enough = sum(sim.agents[a] for a in merged) >= least
+        failed = {a for a in sim.agents if sim.failures[index, a] or sim.deaths[index, a]}
+        assert enough or set(sim.agents) - set(merged) <= failed
+
+
+def drawn_simulation(data: st.DataObject) -> Simulation:
     agents = data.draw(
         st.dictionaries(st.sampled_from("abc"), st.integers(1, 3), min_size=1), label="agents"
     )
     answers = data.draw(st.integers(1, sum(agents.values())), label="answers per record")
+    first = data.draw(st.none() | st.integers(1, answers), label="first")
+    full = sum(agents.values()) if first is None else 0
     plan = [
         Work(
             i,
             data.draw(st.integers(1, 500)),
-            frozenset(data.draw(st.sets(st.sampled_from(sorted(agents))))),
+            data.draw(st.integers(1, 4)),
+            frozenset(data.draw(st.sets(st.sampled_from(sorted(agents))))) if full else frozenset(),
         )
         for i in range(data.draw(st.integers(0, 12), label="partitions"))
     ]
-    sim = Simulation(
-        agents,
+    rules = Rules(
         answers,
-        plan,
-        policy=data.draw(st.sampled_from(sorted(POLICIES))),
-        window=data.draw(st.integers(1, 3)),
+        first=first,
+        window=data.draw(st.integers(1, 3), label="window"),
+        speculate=data.draw(st.booleans(), label="speculate"),
+        timeout_s=data.draw(st.none() | st.just(50.0), label="timeout"),
     )
-    number = 0
-    for agent in sorted(agents):
-        sim.join(f"{agent}-{number}", agent)
-    for _ in range(data.draw(st.integers(0, 40), label="steps")):
-        if sim.in_flight and data.draw(st.booleans()):
-            ask = data.draw(st.sampled_from(sim.in_flight))
-            (sim.answer if data.draw(st.booleans()) else sim.fail)(ask)
-        elif sim.to_merge and data.draw(st.booleans()):
-            sim.merge(sim.to_merge[0])
-        elif sim.replicas and data.draw(st.integers(0, 3)) == 0:
-            sim.leave(data.draw(st.sampled_from(sorted(sim.replicas))))
-        else:
-            number += 1
-            agent = data.draw(st.sampled_from(sorted(agents)))
-            sim.join(f"{agent}-{number}", agent)
-    # From here on nothing fails: all that is left must be finished.
-    for agent in sorted(agents):
-        sim.join(f"{agent}-last", agent)
-    while sim.in_flight or sim.to_merge:
-        if sim.in_flight:
-            sim.answer(sim.in_flight[0])
-        else:
-            sim.merge(sim.to_merge[0])
-    if not sim.dispatcher.done:
-        assert sim.dispatcher.distrusted_agents(), "nothing is under way and nobody is to blame"
-        return
-    assert set(sim.merged) == {work.index for work in plan}
-    for index, merged in sim.merged.items():
-        given_up = {a for a in agents if sim.blamed[index, a] >= sim.max_attempts}
-        enough = sum(agents[a] for a in merged) >= answers
-        assert enough or set(agents) - set(merged) <= given_up
+    policy = data.draw(st.sampled_from(sorted(POLICIES)), label="policy")
+    return Simulation(agents, plan, rules, policy=policy)
+
+
+def one_step(sim: Simulation, data: st.DataObject, number: int) -> None:
+    match data.draw(st.integers(0, 11)):
+        case 0 if sim.replicas:
+            replica = data.draw(st.sampled_from(sorted(sim.replicas)))
+            sim.leave(replica, blamed=data.draw(st.booleans()))
+        case 1 if sim.replicas:
+            replica = data.draw(st.sampled_from(sorted(sim.replicas)))
+            sim.pause(replica, paused=replica not in sim.paused)
+        case 2:
+            agent = data.draw(st.sampled_from(sorted(sim.agents)))
+            sim.join(f"{agent}-new{number}", agent)
+        case 3:
+            sim.wait(data.draw(st.sampled_from([0.5, 5.0, 100.0])))
+        case 4 | 5 if sim.to_merge:
+            merge = data.draw(st.sampled_from(sim.to_merge))
+            if merge.final or data.draw(st.booleans()):
+                sim.merge(merge)
+            else:
+                sim.find_undecided(merge, 1)
+        case 6 | 7 if sim.in_flight:
+            sim.fail(data.draw(st.sampled_from(sim.in_flight)))
+        case _ if sim.in_flight:
+            sim.now += 1.0
+            sim.answer(data.draw(st.sampled_from(sim.in_flight)))
+        case _:
+            sim.wait(1.0)
 
 
 def test_asks_only_as_many_as_needed() -> None:
-    sim = Simulation({"a": 1, "b": 1, "c": 1}, 2, plan_of(6))
+    sim = Simulation({"a": 1, "b": 1, "c": 1}, plan_of(6), Rules(2, speculate=False))
     for agent in "abc":
         sim.join(f"{agent}-0", agent)
-    while sim.in_flight or sim.to_merge:
-        if sim.in_flight:
-            sim.answer(sim.in_flight[0])
-        else:
-            sim.merge(sim.to_merge[0])
+    sim.finish()
     assert [len(agents) for agents in sim.merged.values()] == [2] * 6
+    assert len(sim.asks) == 12
 
 
 def test_a_dead_workers_partitions_go_to_its_sibling() -> None:
-    sim = Simulation({"a": 1}, 1, plan_of(4), window=2)
+    sim = Simulation({"a": 1}, plan_of(9), Rules(1, window=2))
     sim.join("a-0", "a")
     sim.join("a-1", "a")
-    lost = {ask.partition for ask in sim.in_flight if ask.replica_id == "a-0"}
+    lost = [ask.partition for ask in sim.in_flight if ask.replica_id == "a-0"]
     assert len(lost) == 2
     sim.leave("a-0")
     sim.answer(sim.in_flight[0])
-    assert sim.in_flight[-1].partition == min(lost)
-    assert sim.in_flight[-1].attempt == 2
+    assert sim.in_flight[-1].partition == lost[0]
+    assert sim.in_flight[-1].purpose == "careful"
     sim.answer(sim.in_flight[0])
-    assert sim.in_flight[-1].partition == max(lost)
-    assert sim.in_flight[-1].attempt == 1, "an innocent partition is not blamed"
+    assert sim.in_flight[-1].partition == lost[1]
+    assert sim.in_flight[-1].purpose == "answer", "an innocent partition is not blamed"
+    assert sim.in_flight[-1].attempt == 1
+
+
+def test_a_worker_that_leaves_on_purpose_blames_nothing() -> None:
+    sim = Simulation({"a": 1}, plan_of(4), Rules(1))
+    sim.join("a-0", "a")
+    sim.pause("a-0")
+    sim.join("a-1", "a")
+    sim.leave("a-0", blamed=False)
+    sim.answer(sim.in_flight[0])
+    assert [ask.purpose for ask in sim.asks] == ["answer"] * 3
+    assert sim.asks[-1].partition == 0
+
+
+def test_a_worker_that_is_leaving_finishes_what_it_has_and_is_asked_nothing_more() -> None:
+    sim = Simulation({"a": 1}, plan_of(4), Rules(1))
+    sim.join("a-0", "a")
+    sim.pause("a-0")
+    sim.answer(sim.in_flight[0])
+    assert sim.in_flight == []
+    sim.pause("a-0", paused=False)
+    assert [ask.partition for ask in sim.in_flight] == [1]
+
+
+def test_a_worker_killed_by_every_record_is_not_asked_for_ever() -> None:
+    sim = Simulation({"a": 1}, [Work(0, 10, num_records=2)], Rules(1, max_attempts=3))
+    for number in range(20):
+        sim.join(f"a-{number}", "a")
+        if not sim.in_flight:
+            break
+        sim.leave(f"a-{number}")
+    assert sim.deaths[0, "a"] == 3 + 2 * 2 + 1
+    assert sim.dispatcher.distrusted_agents() == {"a"}
 
 
 def flaky(num_partitions: int) -> Simulation:
     """Two agents; `flaky` has failed three times on partition 0."""
-    sim = Simulation({"good": 1, "flaky": 1}, 2, plan_of(num_partitions), max_attempts=3)
+    sim = Simulation({"good": 1, "flaky": 1}, plan_of(num_partitions), Rules(2, max_attempts=3))
     sim.join("good-0", "good")
     sim.join("flaky-0", "flaky")
     while asks := [a for a in sim.in_flight if (a.agent_id, a.partition) == ("flaky", 0)]:
         sim.fail(asks[0])
-    assert sim.blamed[0, "flaky"] == 3
+    assert sim.failures[0, "flaky"] == 3
     assert sim.dispatcher.given_up(0, "flaky")
     sim.answer(next(a for a in sim.in_flight if (a.agent_id, a.partition) == ("good", 0)))
     return sim
@@ -208,18 +173,91 @@ def test_a_partition_that_an_agent_cannot_answer_is_merged_without_it() -> None:
     assert sim.dispatcher.distrusted_agents() == set()
 
 
+def fail_until_distrusted(sim: Simulation) -> None:
+    while not sim.dispatcher.distrusted_agents():
+        asks = [a for a in sim.in_flight if a.agent_id == "flaky"]
+        if asks:
+            sim.fail(asks[0])
+        else:
+            sim.wait(1.0)
+
+
 def test_an_agent_that_only_ever_fails_is_distrusted_and_nothing_is_merged() -> None:
     sim = flaky(1)
     assert sim.dispatcher.distrusted_agents() == {"flaky"}
     assert sim.to_merge == []
     sim = flaky(9)
+    fail_until_distrusted(sim)
+    assert len({p for (p, a), n in sim.failures.items() if a == "flaky" and n >= 3}) == 3
+    assert sim.now < 10, "a wrong key is found out soon"
+
+
+def test_an_agent_that_breaks_in_the_middle_stops_the_run_and_degrades_nothing() -> None:
+    sim = Simulation({"good": 1, "flaky": 1}, plan_of(20), Rules(2, max_attempts=3))
+    sim.join("good-0", "good")
+    sim.join("flaky-0", "flaky")
+    for _ in range(10):
+        sim.answer(sim.in_flight[0])
+    while sim.to_merge:
+        sim.merge(sim.to_merge[0])
     while not sim.dispatcher.distrusted_agents():
-        sim.fail(next(a for a in sim.in_flight if a.agent_id == "flaky"))
-    assert len({p for (p, a), n in sim.blamed.items() if a == "flaky" and n >= 3}) == 3
+        for ask in list(sim.in_flight):
+            (sim.fail if ask.agent_id == "flaky" else sim.answer)(ask)
+        sim.wait(1.0)
+        while sim.to_merge:
+            sim.merge(sim.to_merge[0])
+    assert set(sim.merged.values()) == {("good", "flaky")}
+    assert len(sim.merged) < 20
+
+
+def test_a_bad_last_partition_does_not_stop_the_run_of_an_agent_that_works() -> None:
+    sim = Simulation({"a": 1}, plan_of(3), Rules(1))
+    sim.join("a-0", "a")
+    while sim.in_flight:
+        ask = sim.in_flight[0]
+        (sim.fail if ask.partition == 2 else sim.answer)(ask)
+    assert sim.dispatcher.distrusted_agents() == set()
+    assert sim.to_merge[-1] == Merge(2, ())
+
+
+def test_a_replica_that_fails_on_everything_is_left_alone_then_probed() -> None:
+    sim = Simulation({"a": 1}, plan_of(40), Rules(1))
+    sim.join("a-bad", "a")
+    sim.join("a-good", "a")
+    for _ in range(10):
+        for ask in list(sim.in_flight):
+            (sim.fail if ask.replica_id == "a-bad" else sim.answer)(ask)
+    assert sum(ask.replica_id == "a-bad" for ask in sim.asks) == 3
+    assert sim.news[-1].state == "open"
+    assert max(sim.failures.values()) == 1, "the good one answers what the bad one failed on"
+    sim.wait(1.5)
+    probe = next(ask for ask in sim.in_flight if ask.replica_id == "a-bad")
+    assert probe.purpose == "probe"
+    sim.fail(probe)
+    assert sim.news[-1].cool_down_s == 2.0, "the next probe comes later"
+    sim.wait(2.5)
+    sim.answer(next(ask for ask in sim.in_flight if ask.replica_id == "a-bad"))
+    assert sim.news[-1].state == "closed"
+    assert any(ask.replica_id == "a-bad" for ask in sim.in_flight)
+
+
+def test_what_an_agent_was_given_up_on_during_its_outage_is_asked_again() -> None:
+    sim = Simulation({"a": 1}, plan_of(20), Rules(1, max_attempts=1))
+    sim.join("a-0", "a")
+    sim.answer(sim.in_flight[0])
+    sim.merge(sim.to_merge[0])
+    while sim.in_flight:
+        sim.fail(sim.in_flight[0])
+    assert [sim.dispatcher.given_up(p, "a") for p in (1, 2, 3)] == [True] * 3
+    sim.wait(1.5)
+    sim.answer(sim.in_flight[0])
+    assert not any(sim.dispatcher.given_up(p, "a") for p in (1, 2, 3))
+    sim.finish()
+    assert set(sim.merged.values()) == {("a",)}
 
 
 def test_a_retry_goes_to_a_sibling_of_the_replica_that_failed() -> None:
-    sim = Simulation({"a": 1}, 1, plan_of(1), window=1)
+    sim = Simulation({"a": 1}, plan_of(1), Rules(1, speculate=False))
     sim.join("a-0", "a")
     sim.join("a-1", "a")
     first = sim.in_flight[0]
@@ -229,20 +267,131 @@ def test_a_retry_goes_to_a_sibling_of_the_replica_that_failed() -> None:
     assert sim.in_flight[0].attempt == 3, "with nobody fresh left, anyone may try"
 
 
-def test_a_late_answer_of_an_abandoned_copy_counts_once() -> None:
-    sim = Simulation({"a": 1}, 1, plan_of(1))
+def test_a_late_answer_of_an_abandoned_task_counts_once() -> None:
+    sim = Simulation({"a": 1}, plan_of(1), Rules(1))
     sim.join("zombie", "a")
-    first = sim.in_flight[0]
     sim.leave("zombie")
     sim.join("a-1", "a")
     assert sim.in_flight[0].replica_id == "a-1"
-    out = sim.dispatcher.answered(0, "a", first.replica_id)
-    assert out == [Abandon(0, "a", "a-1"), Merge(0, ("a",))]
-    assert sim.dispatcher.answered(0, "a", "a-1") == []
+    assert sim.dispatcher.answered(0, "a", "zombie", 1.0) == [Merge(0, ("a",))]
+    assert sim.dispatcher.answered(0, "a", "a-1", 2.0) == []
+
+
+def test_a_silent_replica_is_restarted_and_asked_nothing_meanwhile() -> None:
+    sim = Simulation({"a": 1}, plan_of(3), Rules(1, timeout_s=10.0))
+    sim.join("a-0", "a")
+    sim.wait(9.0)
+    sim.dispatcher.heard("a-0", sim.now)
+    sim.wait(9.0)
+    assert sim.restarts == []
+    sim.wait(2.0)
+    assert [(r.replica_id, r.partition, r.silent_s) for r in sim.restarts] == [("a-0", 0, 11.0)]
+    sim.wait(20.0)
+    assert len(sim.restarts) == 1, "once is enough"
+
+
+def test_without_a_limit_of_its_own_a_replica_goes_by_its_measured_rate() -> None:
+    sim = Simulation({"a": 1}, plan_of(3, tokens=1000), Rules(1))
+    sim.join("a-0", "a")
+    sim.wait(100.0)
+    sim.answer(sim.in_flight[0])  # 10 tokens/s: 100 s for the next
+    sim.wait(1999.0)
+    assert sim.restarts == []
+    sim.wait(2.0)
+    assert len(sim.restarts) == 1
+
+
+def speculating(agents: dict[str, int]) -> Simulation:
+    """A fast and a slow replica, both measured; the slow one has just taken the last partition."""
+    sim = Simulation(agents, plan_of(7), Rules(1))
+    sim.join("slow", min(agents))
+    sim.join("fast", max(agents))
+    for _ in range(4):
+        sim.now += 1.0
+        sim.answer(next(a for a in sim.in_flight if a.replica_id == "fast"))
+    sim.now = 10.0
+    sim.answer(next(a for a in sim.in_flight if a.replica_id == "slow"))
+    assert sorted(a.partition for a in sim.in_flight) == [5, 6]
+    sim.answer(next(a for a in sim.in_flight if a.replica_id == "fast"))
+    return sim
+
+
+def test_the_slow_tail_is_copied_and_the_first_answer_counts() -> None:
+    sim = speculating({"a": 1})
+    slow = next(a for a in sim.in_flight if a.replica_id == "slow")
+    copy = next(a for a in sim.in_flight if a.replica_id == "fast")
+    assert (copy.purpose, copy.partition) == ("copy", slow.partition)
+    sim.answer(copy)
+    assert sim.to_merge[-1].partition == slow.partition
+    assert sim.dispatcher.in_flight("slow") == 1, "its worker is still busy with it"
+    sim.answer(slow)
+    assert sim.dispatcher.in_flight("slow") == 0
+    sim.finish()
+    assert sim.dispatcher.done
+
+
+def test_a_copy_that_would_finish_later_is_not_made() -> None:
+    sim = Simulation({"a": 1}, plan_of(3), Rules(1))
+    sim.join("a-0", "a")
+    sim.join("a-1", "a")
+    sim.now = 1.0
+    sim.answer(sim.in_flight[0])
+    sim.answer(sim.in_flight[0])
+    sim.wait(0.5)
+    assert [ask.purpose for ask in sim.in_flight] == ["answer"]
+    sim.wait(2.0)
+    assert [ask.purpose for ask in sim.in_flight] == ["answer", "copy"], "it is overdue"
+
+
+def test_where_not_all_must_answer_another_agent_may_overtake() -> None:
+    sim = speculating({"a-slow": 1, "b-fast": 1})
+    assert [(a.agent_id, a.purpose) for a in sim.in_flight] == [
+        ("a-slow", "answer"),
+        ("b-fast", "copy"),
+    ]
+    sim.answer(sim.in_flight[1])
+    assert sim.to_merge[-1].agents == ("b-fast",)
+    sim.finish()
+    assert sim.dispatcher.done
+
+
+def test_near_the_end_nothing_waits_at_a_busy_worker() -> None:
+    sim = Simulation({"a": 1}, plan_of(100), Rules(1, window=2, speculate=False))
+    sim.join("a-0", "a")
+    sim.join("a-1", "a")
+    while len(sim.merged) < 96:
+        sim.answer(sim.in_flight[0])
+        sim.merge(sim.to_merge[0])
+    assert len(sim.in_flight) <= 3
+    sim.answer(sim.in_flight[0])
+    assert len({ask.replica_id for ask in sim.in_flight}) == len(sim.in_flight)
+
+
+def test_adaptive_asks_one_more_agent_only_where_records_are_undecided() -> None:
+    sim = Simulation(dict.fromkeys("abcd", 1), plan_of(2), Rules(4, first=2, speculate=False))
+    for agent in "abcd":
+        sim.join(f"{agent}-0", agent)
+    assert len(sim.in_flight) == 4
+    while sim.in_flight:
+        sim.answer(sim.in_flight[0])
+    first, second = sim.to_merge
+    assert not first.final
+    sim.merge(first)
+    sim.find_undecided(second, 1)
+    (third,) = sim.in_flight
+    assert set(third.earlier) == set(second.agents)
+    sim.answer(third)
+    assert not sim.to_merge[0].final
+    sim.find_undecided(sim.to_merge[0], 1)
+    (fourth,) = sim.in_flight
+    assert len(fourth.earlier) == 3
+    sim.answer(fourth)
+    assert sim.to_merge[0].final, "nobody is left to ask"
+    assert sim.to_merge[0].agents == ("a", "b", "c", "d")
 
 
 def test_missing_agents_are_named() -> None:
-    sim = Simulation({"a": 1, "b": 1}, 2, plan_of(1))
+    sim = Simulation({"a": 1, "b": 1}, plan_of(1), Rules(2))
     sim.join("a-0", "a")
     assert sim.dispatcher.missing_agents() == {"b"}
     sim.join("b-0", "b")
@@ -250,43 +399,62 @@ def test_missing_agents_are_named() -> None:
 
 
 def test_an_agent_that_others_can_stand_in_for_is_not_missing() -> None:
-    sim = Simulation({"a": 1, "b": 1, "slow": 1}, 2, plan_of(8), window=1)
+    sim = Simulation({"a": 1, "b": 1, "slow": 1}, plan_of(8), Rules(2))
     for agent in ("a", "b", "slow"):
         sim.join(f"{agent}-0", agent)
     sim.leave("a-0")
     assert sim.dispatcher.missing_agents() == set()
 
 
-def test_open_partitions_stay_within_the_window() -> None:
+def test_open_partitions_stay_within_the_window_even_with_an_agent_that_never_comes() -> None:
     """The plan is pulled lazily: state must not grow with the corpus."""
     pulled = 0
 
     def plan() -> object:
         nonlocal pulled
-        for work in plan_of(100_000):
+        for work in plan_of(20_000):
             pulled += 1
             yield work
 
-    dispatcher = Dispatcher({"a": 1}, 1, POLICIES["capability"](), plan(), window=2, max_attempts=3)
-    dispatcher.replica_joined("a-0", "a")
-    assert pulled <= 32
+    dispatcher = Dispatcher(
+        {"a": 1, "never": 1}, Rules(1), POLICIES["capability"](), plan(), 20_000
+    )
+    out = dispatcher.replica_joined("a-0", "a", 0.0)
+    for number in range(5_000):
+        assert pulled <= number + 32
+        ask = next(i for i in out if isinstance(i, Ask))
+        dispatcher.answered(ask.partition, "a", "a-0", 0.0)
+        out = dispatcher.merged(ask.partition, 0.0)
+        out = out or dispatcher.tick(0.0)
+        if not any(isinstance(i, Ask) for i in out):
+            break
+    heap = dispatcher._board._wanting["never"]
+    assert len(heap) < 200
 
 
-def replica(name: str, agent: str = "a", rank: int = 0, **load: int) -> ReplicaView:
-    values = {"in_flight": 0, "in_flight_tokens": 0, "num_answered": 0, **load}
-    return ReplicaView(name, agent, rank, **values)
+def test_the_backlog_counts_what_each_agent_has_yet_to_answer() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(100), Rules(2))
+    sim.join("a-0", "a")
+    assert sim.dispatcher.backlog() == {"a": 100, "b": 100}
+    sim.answer(sim.in_flight[0])
+    assert sim.dispatcher.backlog() == {"a": 99, "b": 100}
 
 
-@pytest.mark.parametrize(
-    ("policy", "chosen"),
-    [("capability", "preferred-1"), ("least-loaded", "other-0")],
-)
-def test_policies_choose(policy: str, chosen: str) -> None:
-    candidates = [
-        replica("preferred-0", rank=0, in_flight=2, in_flight_tokens=50),
-        replica("preferred-1", rank=0, in_flight=1, in_flight_tokens=500),
-        replica("other-0", agent="b", rank=1, in_flight=1, in_flight_tokens=100),
-    ]
-    choice = POLICIES[policy]().choose(PartitionView(0, 10), candidates)
-    assert choice.replica_id == chosen
-    assert POLICIES[policy]().choose(PartitionView(0, 10), candidates[::-1]) == choice
+def test_every_decision_tells_whom_it_was_made_among() -> None:
+    sim = Simulation({"a": 1}, plan_of(9), Rules(1))
+    sim.join("a-0", "a")
+    sim.join("a-1", "a")
+    sim.answer(sim.in_flight[0])
+    ask = sim.asks[-1]
+    assert [view.replica_id for view in ask.candidates] == ["a-0"]
+    assert ask.num_busy == 1
+    assert Abandon not in map(type, sim.news)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_policy_finishes_equal_work_on_equal_agents_in_turn(policy: str) -> None:
+    sim = Simulation({"a": 1}, plan_of(40), Rules(1), policy=policy)
+    for number in range(4):
+        sim.join(f"a-{number}", "a")
+    sim.finish()
+    assert sorted(sim.merged) == list(range(40))

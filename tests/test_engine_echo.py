@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 
-from mas_batch.engines import load_engine
+from mas_batch.engines import echo, load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
-from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
+from mas_batch.errors import (
+    EngineError,
+    EngineRefusedError,
+    JobError,
+    ModelError,
+    OutOfMemoryError,
+    Reason,
+)
 from mas_batch.models import fetch
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +176,60 @@ def test_kill_and_hang_are_real(fault):
         assert child.wait() == -signal.SIGKILL
 
 
+@pytest.mark.faults
+def test_allocate_is_real_and_ended_by_a_nanny(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    options = {"faults": {"bad": "allocate"}, "allocate_bytes": 2 * 2**30}
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            memory_limit="640 MiB",
+            dashboard_address="127.0.0.1:0",
+            local_directory=str(tmp_path),
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        task = client.submit(_say, options, ["good", "bad"])
+        with pytest.raises(distributed.KilledWorker):
+            task.result()
+
+
+def _say(options: dict[str, Any], texts: list[str]) -> list[list[str]]:
+    return replies(load(**options), texts)
+
+
+def test_allocate_fails_the_batch_where_nothing_limits_memory(monkeypatch):
+    monkeypatch.setattr(echo, "_HOLD_S", 0.0)
+    engine = load(faults={"bad": "allocate"}, allocate_bytes=100 * 2**20)
+    with pytest.raises(EngineError, match=r"id of bad: nothing limited .* 104857600 bytes"):
+        replies(engine, ["good", "bad"])
+    assert replies(engine, ["good"]) == [["good"]]
+
+
+def test_a_backend_that_breaks_in_the_middle_refuses_every_batch():
+    engine = load(fail_after=2)
+    assert [replies(engine, ["a"]) for _ in range(2)] == [[["a"]], [["a"]]]
+    for _ in range(3):
+        with pytest.raises(EngineRefusedError, match=r"echo: broken by options.fail_after = 2"):
+            replies(engine, ["a"])
+    with pytest.raises(EngineRefusedError):  # batching does not blame the records
+        complete(engine, [request("a"), request("b")], GREEDY)
+
+
+def test_a_backend_that_recovers_works_for_good():
+    engine = load(fail_after=0, fail_for_s=0.05)
+    with pytest.raises(EngineRefusedError):
+        replies(engine, ["a"])
+    while True:
+        with suppress(EngineRefusedError):
+            assert replies(engine, ["a"]) == [["a"]]
+            break
+    assert [replies(engine, ["a"]) for _ in range(3)] == [[["a"]]] * 3
+
+
 def test_fail_to_load():
     with pytest.raises(ModelError, match="echo:x: it fails to load"):
         load("echo:x", fail_to_load=True)
@@ -177,8 +241,14 @@ def test_fail_to_load():
         ({"wrods": 3}, "wrods", "unknown option; echo allows: reply, labels, words, error_rate"),
         ({"words": 0}, "words", "0 is not allowed: input should be greater than or equal to 1"),
         ({"error_rate": 2.0}, "error_rate", "2.0 is not allowed"),
-        ({"faults": {"a": "explode"}}, "faults.a", "'explode' is not allowed.*'kill' or 'hang'"),
+        (
+            {"faults": {"a": "explode"}},
+            "faults.a",
+            "'explode' is not allowed.*'hang' or 'allocate'",
+        ),
         ({"labels": []}, "labels", "at least 1 item"),
+        ({"allocate_bytes": 2**37}, "allocate_bytes", "less than or equal to 68719476736"),
+        ({"fail_for_s": 1.0}, "fail_for_s", "1.0 is not allowed: it needs fail_after"),
     ],
 )
 def test_wrong_options_are_refused(options, key, words):

@@ -118,6 +118,25 @@ def answer_records(
     return [answers[key] for key in order]
 
 
+def failed_answers(
+    record: Record, profile: AgentProfile, reason: Reason, message: str
+) -> list[Answer]:
+    """Return what stands for the answers to a record that is not asked: one per sample."""
+    return [
+        Answer(
+            record_id=record.record_id,
+            agent_id=profile.agent_id,
+            family_id=profile.family_id,
+            sample_id=sample,
+            text=None,
+            finish_reason="error",
+            reason=reason,
+            message=message,
+        )
+        for sample in range(profile.sampling.num_samples)
+    ]
+
+
 def _text(record: Record) -> str:
     if record.text is None:
         raise RunError(f"record {record.record_id!r} has neither a text nor a reason for none")

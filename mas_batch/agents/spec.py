@@ -53,6 +53,8 @@ class WorkerInfo:
     address: str
     name: str
     resources: Mapping[str, float]
+    status: str = "running"
+    """Dask's: `paused` by memory, `closing_gracefully` when it is being retired."""
 
 
 def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentSpec]:
@@ -61,7 +63,7 @@ def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentS
     `threads: 0` shares the cores among the embedded replicas; on a user's cluster it leaves
     the choice to the worker's own environment.
     """
-    num_replicas = sum(agent.count for agent in job.agents)
+    num_replicas = sum(agent.most for agent in job.agents)
     share = max(1, num_cores // num_replicas) if embedded else 0
     return {agent.name: AgentSpec(agent, agent.threads or share) for agent in job.agents}
 
@@ -76,6 +78,7 @@ def worker_options(
 ) -> dict[str, dict[str, Any]]:
     """Return worker name → options of a Nanny, one worker per replica (`small-0`, `small-1`).
 
+    All replicas that the job allows (`max_count`) are there, whether or not they are started.
     A worker has a task slot for each partition of its window and one more, so that a merge
     never waits behind a long generation; the model itself runs in an executor of one thread.
     """
@@ -84,10 +87,10 @@ def worker_options(
     # Dask's own `auto` would share the memory by task slots per core, of which we have few.
     memory_limit: str | int = job.cluster.memory_limit
     if memory_limit == "auto":
-        memory_limit = memory_bytes // sum(agent.count for agent in job.agents)
+        memory_limit = memory_bytes // sum(agent.most for agent in job.agents)
     for agent in job.agents:
-        for replica in range(agent.count):
-            name = f"{agent.name}-{replica}"
+        for replica in range(agent.most):
+            name = replica_name(agent.name, replica)
             threads = str(specs[agent.name].threads)
             # Nannies default these to 1, and MKL's wins over OMP's.
             env = dict.fromkeys(
@@ -111,6 +114,11 @@ def worker_options(
     return options
 
 
+def replica_name(agent_id: str, number: int) -> str:
+    """Return the name of the embedded worker that is the agent's replica of that number."""
+    return f"{agent_id}-{number}"
+
+
 def match_workers(workers: Sequence[WorkerInfo], job: Job) -> dict[str, str]:
     """Decide which worker serves which agent: worker address → agent name.
 
@@ -125,9 +133,9 @@ def match_workers(workers: Sequence[WorkerInfo], job: Job) -> dict[str, str]:
     matched: dict[str, str] = {}  # address → agent
     slots = [
         agent
-        for r in range(max(a.count for a in job.agents))
+        for r in range(max(a.most for a in job.agents))
         for agent in job.agents
-        if r < agent.count
+        if r < agent.most
     ]
     by_preference = sorted(workers, key=lambda w: (len(w.resources), w.name, w.address))
     holder: dict[str, int] = {}  # address → slot
@@ -153,8 +161,12 @@ def place_newcomer(worker: WorkerInfo, job: Job, serving: Iterable[str]) -> str 
     A restarted worker gets its old agent by its name; any other the agent that lacks most.
     """
     counts = Counter(serving)
-    wanted = [a for a in job.agents if counts[a.name] < a.count and can_host(worker, a, job)]
-    wanted.sort(key=lambda a: (worker.name.rpartition("-")[0] != a.name, counts[a.name] / a.count))
+    wanted = [
+        agent
+        for agent in job.agents
+        if counts[agent.name] < agent.most and can_host(worker, agent, job)
+    ]
+    wanted.sort(key=lambda a: (worker.name.rpartition("-")[0] != a.name, counts[a.name] / a.most))
     return wanted[0].name if wanted else None
 
 

@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 from mas_batch import results
 from mas_batch.agents.answering import AgentProfile, answer_records, check_engine, prompt_hash
 from mas_batch.agents.host import current_host, report
+from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.aggregate.merge import MergeSpec, merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS
+from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.engines.base import Sampling
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import Task
@@ -37,6 +39,8 @@ class RunRef:
     """Names this execution's Dask events, plugin and executor."""
     task: Task
     merge: MergeSpec
+    stopping: StoppingRule | None
+    """Adaptive: when a record needs no further answer; None: every agent asked answers all."""
     passthrough: pa.Schema
     keep_text: bool
 
@@ -53,30 +57,65 @@ def load_agent(run: RunRef, spec: AgentSpec) -> None:
     report(run.topic, "load_agent", facts)
 
 
-def answer_partition(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> None:
-    """Ask this worker's agent about every good record of the partition; commit the answers."""
+def answer_partition(
+    run: RunRef,
+    spec: AgentSpec,
+    partition: int,
+    attempt: int,
+    *,
+    careful: bool = False,
+    earlier: Sequence[str] = (),
+) -> None:
+    """Ask this worker's agent about every good record of the partition; commit the answers.
+
+    Args:
+        careful: one record at a time, with a journal: a worker has died at this partition.
+        earlier: ask only about records that these agents' answers leave undecided; empty: all.
+    """
     name = results.answers_name(partition, spec.agent_id)
     if run.store.exists(name):  # a twin of this task finished first
         table, write_s = run.store.read_table(name), 0.0
     else:
-        table = _ask(run, spec, partition, attempt)
+        table = _ask(run, spec, partition, attempt, careful=careful, earlier=earlier)
         start = time.perf_counter()
         if not run.store.commit_table(name, table):
             table = run.store.read_table(name)
         write_s = time.perf_counter() - start
+    if careful:
+        Journal(run.store, partition, spec.agent_id).remove()
     identity = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
     report(run.topic, "answer_partition", {**identity, **_facts(table, write_s)})
 
 
-def _ask(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> pa.Table:
+def _ask(
+    run: RunRef,
+    spec: AgentSpec,
+    partition: int,
+    attempt: int,
+    *,
+    careful: bool,
+    earlier: Sequence[str],
+) -> pa.Table:
     start = time.perf_counter()
     host = current_host(run.topic)
     engine, family_id, _ = host.engine(spec)
     loaded = time.perf_counter()
-    records = _good_records(run.store.read_table(results.staged_name(partition)))
+    records = _records_to_ask(run, partition, earlier)
     read_s = time.perf_counter() - loaded
-    profile = _profile(run.task, spec, family_id)
-    answers = answer_records(records, make_task(run.task), engine, profile)
+    task, profile = make_task(run.task), _profile(run.task, spec, family_id)
+
+    def ask(asked: Sequence[Record]) -> list[Answer]:
+        return answer_records(asked, task, engine, profile)
+
+    def ask_and_tell(asked: Sequence[Record]) -> list[Answer]:
+        report(run.topic, "answer_progress", {"partition": partition})
+        return ask(asked)
+
+    if careful:
+        journal = Journal(run.store, partition, spec.agent_id)
+        answers = answer_carefully(records, ask_and_tell, journal, profile)
+    else:
+        answers = ask(records)
     host.check_open()
     _check_engine_works(answers)
     spent_s = time.perf_counter() - start
@@ -84,10 +123,13 @@ def _ask(run: RunRef, spec: AgentSpec, partition: int, attempt: int) -> pa.Table
         answers,
         worker=host.worker_name,
         attempt=attempt,
-        prompt_hash=prompt_hash(make_task(run.task), profile),
+        prompt_hash=prompt_hash(task, profile),
         transfer_s=read_s,
         processing_s=max(0.0, spent_s - read_s - sum(a.t_compute_s for a in answers)),
     )
+
+
+_ENGINE_REASONS = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY, Reason.WORKER_DIED)
 
 
 def _check_engine_works(answers: Sequence[Answer]) -> None:
@@ -97,22 +139,48 @@ def _check_engine_works(answers: Sequence[Answer]) -> None:
         EngineError: it failed on every one of several records; nothing is committed, and the
             partition is tried again, elsewhere if possible.
     """
-    broken = [a for a in answers if a.reason in (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)]
+    broken = [a for a in answers if a.reason in _ENGINE_REASONS]
     if len(broken) == len(answers) and len({answer.record_id for answer in answers}) > 1:
         raise EngineError(f"failed on all of {len(answers)} answers; {broken[0].message}")
 
 
-def merge_partition(run: RunRef, partition: int, agents: Sequence[str]) -> None:
-    """Merge the committed answers of `agents`; commit results and failures of the partition."""
+def merge_partition(
+    run: RunRef, partition: int, agents: Sequence[str], *, final: bool = True
+) -> None:
+    """Merge the committed answers of `agents`; commit results and failures of the partition.
+
+    Args:
+        final: False: if records are undecided, only say how many, so that one more agent is asked.
+    """
+    identity = {"partition": partition, "agents": list(agents)}
     records = results.read_records(run.store, partition, run.passthrough)
-    tables = [run.store.read_table(results.answers_name(partition, agent)) for agent in agents]
-    answers = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+    answers = _committed_answers(run, partition, agents)
+    if not final and run.stopping is not None:
+        still_open = undecided(records, answers, run.merge, run.stopping)
+        if still_open:
+            facts = {"num_undecided": len(still_open), "num_records": records.num_rows}
+            report(run.topic, "merge_partition", {**identity, **facts})
+            return
     merged, failures = merge_answers(records, answers, run.merge)
+    agreement = _agreement(merged, failures, answers)
     if not run.keep_text:
         merged = merged.drop_columns(["text"])
     num_results, num_failures = results.commit_results(run.store, partition, merged, failures)
-    facts = {"partition": partition, "num_results": num_results, "num_failures": num_failures}
-    report(run.topic, "merge_partition", facts)
+    facts = {"num_results": num_results, "num_failures": num_failures, "agreement": agreement}
+    report(run.topic, "merge_partition", {**identity, **facts})
+
+
+def _committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
+    tables = [run.store.read_table(results.answers_name(partition, agent)) for agent in agents]
+    return pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+
+
+def _agreement(
+    merged: pa.Table, failures: pa.Table, answers: pa.Table
+) -> dict[str, tuple[int, int]]:
+    """Return agent → (answers that say what is published, valid answers)."""
+    counts = RUN_STATISTICS.chunk(merged, failures, answers)["agents"]
+    return {agent: (each["agreements"], each["answers"]) for agent, each in counts.items()}
 
 
 def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Any:
@@ -145,6 +213,16 @@ def _profile(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
         ),
         seed=agent.sampling.seed,
     )
+
+
+def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list[Record]:
+    """Read the partition's usable records, or those that earlier answers leave undecided."""
+    table = run.store.read_table(results.staged_name(partition))
+    if not earlier or run.stopping is None:
+        return _good_records(table)
+    answers = _committed_answers(run, partition, earlier)
+    still_open = undecided(table, answers, run.merge, run.stopping)
+    return _good_records(table.filter(pc.is_in(table["record_id"], pa.array(still_open))))
 
 
 def _good_records(table: pa.Table) -> list[Record]:

@@ -105,31 +105,30 @@ def merge_answers(
         RunError: the tables contradict each other or their contract.
         JobError: `weighted` lacks an agent's accuracy.
     """
-    replies = _replies(records, answers)
+    replies = replies_by_record(records, answers)
     positions: list[int] = []
     verdicts: list[Verdict] = []
     failures: list[dict[str, Any]] = []
     columns = records.select(["record_id", "reason", "message"]).to_pylist()
     for position, record in enumerate(columns):
         rows = replies[record["record_id"]]
-        ballots = [_ballot(row, spec) for row in rows if row["reason"] is None]
+        ballots = ballots_of(rows, spec)
         if record["reason"] is not None:
             failures.append(_failure(record["record_id"], record))
         elif ballots:
             positions.append(position)
-            verdicts.append(_merge(ballots, spec))
+            verdicts.append(verdict_of(ballots, spec))
         else:
             failures.append(_failure(record["record_id"], _most_telling(rows)))
     return _results(records, positions, verdicts, spec), pa.Table.from_pylist(failures, FAILURES)
 
 
-def _check_word(key: str, word: str | None, allowed: Collection[str | None]) -> None:
-    if word not in allowed:
-        raise JobError(f"{word!r} is not allowed; allowed: {', '.join(map(str, allowed))}", key=key)
+def replies_by_record(records: pa.Table, answers: pa.Table) -> dict[str, list[dict[str, Any]]]:
+    """Group the answers' rows by record, without repeats, in order of agent and sample.
 
-
-def _replies(records: pa.Table, answers: pa.Table) -> dict[str, list[dict[str, Any]]]:
-    """Group the answers' rows by record, without repeats, in order of agent and sample."""
+    Raises:
+        RunError: a record is there twice, or one that answers are for is not there.
+    """
     replies: dict[str, list[dict[str, Any]]] = {}
     for record_id in records["record_id"].to_pylist():
         if record_id in replies:
@@ -143,6 +142,36 @@ def _replies(records: pa.Table, answers: pa.Table) -> dict[str, list[dict[str, A
             )
         replies[row["record_id"]].append(row)
     return replies
+
+
+def ballots_of(rows: Sequence[Mapping[str, Any]], spec: MergeSpec) -> list[Ballot]:
+    """Return a record's valid answers, ready to be merged."""
+    return [_ballot(row, spec) for row in rows if row["reason"] is None]
+
+
+def verdict_of(ballots: Sequence[Ballot], spec: MergeSpec) -> Verdict:
+    """Merge at least one valid answer to a record by the spec's method.
+
+    Raises:
+        JobError: `weighted` lacks an agent's accuracy.
+    """
+    if spec.method == "vote":
+        return vote(ballots)
+    if spec.method == "weighted":
+        _check_accuracies(ballots, spec)
+        if spec.weights == "linear":
+            return weighted_linear(ballots, spec.accuracies)
+        num_wrong = None if spec.num_labels is None else spec.num_labels - 1
+        return weighted_log_odds(ballots, spec.accuracies, num_wrong)
+    weights = [spec.accuracies.get(ballot.agent_id, 1.0) for ballot in ballots]
+    if spec.method == "mean":
+        return mean(ballots, weights)
+    return minimum_bayes_risk(ballots, weights, UTILITIES[spec.utility or ""])
+
+
+def _check_word(key: str, word: str | None, allowed: Collection[str | None]) -> None:
+    if word not in allowed:
+        raise JobError(f"{word!r} is not allowed; allowed: {', '.join(map(str, allowed))}", key=key)
 
 
 _REPLY_COLUMNS = [
@@ -170,21 +199,6 @@ def _key(spec: MergeSpec) -> Callable[[str], str]:
     if spec.answer_kind != "text":
         return str
     return nfc if spec.method == "mbr" else normalise_text
-
-
-def _merge(ballots: Sequence[Ballot], spec: MergeSpec) -> Verdict:
-    if spec.method == "vote":
-        return vote(ballots)
-    if spec.method == "weighted":
-        _check_accuracies(ballots, spec)
-        if spec.weights == "linear":
-            return weighted_linear(ballots, spec.accuracies)
-        num_wrong = None if spec.num_labels is None else spec.num_labels - 1
-        return weighted_log_odds(ballots, spec.accuracies, num_wrong)
-    weights = [spec.accuracies.get(ballot.agent_id, 1.0) for ballot in ballots]
-    if spec.method == "mean":
-        return mean(ballots, weights)
-    return minimum_bayes_risk(ballots, weights, UTILITIES[spec.utility or ""])
 
 
 def _check_accuracies(ballots: Sequence[Ballot], spec: MergeSpec) -> None:

@@ -1,7 +1,7 @@
 """List a corpus' files on any filesystem and stream their records, each with a stable id.
 
 Rows that cannot be asked about become records with a `reason`; only what makes the whole
-corpus doubtful (a missing column, a doubled id, a corrupt file) stops the stream.
+corpus doubtful (a missing column, a doubled id, a file that is cut) stops the stream.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import pyarrow as pa
 
 from mas_batch import job
 from mas_batch.corpus.columns import Columns, as_text, conform, records_table
-from mas_batch.corpus.files import CorpusFile, Source, check_codec, codec_of, list_sources
-from mas_batch.corpus.formats import READERS, Row, one_format, require, roles_of
-from mas_batch.errors import JobError, MasBatchError, Reason, RunError
+from mas_batch.corpus.files import CorpusFile, Source, list_sources
+from mas_batch.corpus.formats import READERS, one_format
+from mas_batch.corpus.opening import check_codec, codec_of
+from mas_batch.corpus.rows import Row, require, roles_of
+from mas_batch.errors import JobError, MasBatchError, Reason
 from mas_batch.records import Record
 
 __all__ = ["CorpusFile", "CorpusReader", "conform", "records_table"]
@@ -37,8 +39,9 @@ class CorpusReader:
 
     Raises:
         JobError: here, for paths, formats and codecs that cannot be read; while iterating,
-            for missing columns, missing or doubled ids and a corpus without records.
-        RunError: while iterating, for a corrupt file, with the row that was reached.
+            for missing columns, missing or doubled ids, a corpus without records, and a file
+            that is damaged so that its rows cannot be counted, with the row that was reached.
+        RunError: while iterating, when the disk or the network fails; trying again may help.
     """
 
     def __init__(self, spec: job.Corpus) -> None:
@@ -70,6 +73,10 @@ class CorpusReader:
         """Types of the carried columns: of the rows read so far, final after the last one."""
         return self._columns.schema()
 
+    @property
+    def _where(self) -> str:
+        return ", ".join(map(repr, self._spec.path))
+
     def __iter__(self) -> Iterator[Record]:
         digests = bytearray()
         num_records = 0
@@ -80,7 +87,7 @@ class CorpusReader:
             num_records += 1
             yield record
         if num_records == 0:
-            raise JobError(f"{self._spec.path!r} holds no records", key="corpus.path")
+            raise JobError(f"{self._where} holds no records", key="corpus.path")
         self._check_columns(num_records)
         if self._spec.id is not None:
             self._check_ids(digests)
@@ -93,21 +100,24 @@ class CorpusReader:
                 for row in read(source, self._spec, self._columns):
                     num_rows = row.position + 1
                     yield source, row
-            except MasBatchError:
+            except (MasBatchError, MemoryError):
                 raise
-            except Exception as error:  # codecs and remote filesystems raise anything
-                raise RunError(
+            except Exception as error:  # codecs raise anything
+                raise JobError(
                     f"{source.file.url} cannot be read after row {num_rows}: "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {error}; it is damaged or not {self._format}: "
+                    "restore it, or leave it out",
+                    key="corpus.path",
                 ) from error
 
     def _record(self, file: CorpusFile, row: Row) -> Record:
-        if row.values is None:
+        if row.problem:
             return Record(
-                _positional_id(file, row),
+                self._identity(file, row),
                 None,
                 reason=Reason.MALFORMED_ROW,
                 message=f"{_where(file, row)}: {row.problem}",
+                passthrough=row.passthrough or {},
             )
         spec, values = self._spec, row.values
         passthrough = row.passthrough
@@ -116,7 +126,7 @@ class CorpusReader:
         text = values.get(spec.text)
         problem = _problem(text)
         return Record(
-            self._identity(file, row, values),
+            self._identity(file, row),
             text if problem is None else None,
             _optional_text(values, spec.context),
             _optional_text(values, spec.reference),
@@ -125,26 +135,26 @@ class CorpusReader:
             passthrough,
         )
 
-    def _identity(self, file: CorpusFile, row: Row, values: Mapping[str, Any]) -> str:
+    def _identity(self, file: CorpusFile, row: Row) -> str:
         column = self._spec.id
-        if column is None:
-            return _positional_id(file, row)
-        value = values.get(column)
+        value = None if column is None else row.values.get(column)
         identity = "" if value is None else as_text(value)
-        if not identity.strip():
-            what = "null or missing" if value is None else "empty"
-            raise JobError(
-                f"{file.url}, row {row.position + 1}: column {column!r} is {what}; every row needs "
-                "an id (without corpus.id, ids are made from file and position)",
-                key="corpus.id",
-            )
-        return identity
+        if identity.strip():
+            return identity
+        if column is None or row.problem:
+            return _positional_id(file, row)
+        what = "null or missing" if value is None else "empty"
+        raise JobError(
+            f"{file.url}, row {row.position + 1}: column {column!r} is {what}; every row needs "
+            "an id (without corpus.id, ids are made from file and position)",
+            key="corpus.id",
+        )
 
     def _check_columns(self, num_records: int) -> None:
         """Find configured JSON columns that no row had; other formats checked each file."""
         seen = self._columns.seen
         if self._format == "jsonl" and seen:
-            require(self._spec, seen, f"any of the {num_records} rows of {self._spec.path!r}")
+            require(self._spec, seen, f"any of the {num_records} rows of {self._where}")
 
     def _check_ids(self, digests: bytearray) -> None:
         """Find doubled ids: sort their 64-bit hashes in place, then look at equals again."""
@@ -157,9 +167,7 @@ class CorpusReader:
     def _look_again(self, suspects: set[int]) -> None:
         first: dict[str, str] = {}
         for source, row in islice(self._rows(), self._spec.limit):
-            if row.values is None:
-                continue
-            identity = self._identity(source.file, row, row.values)
+            identity = self._identity(source.file, row)
             if int.from_bytes(_digest(identity), "little") not in suspects:
                 continue
             here = f"{source.file.url}, row {row.position + 1}"

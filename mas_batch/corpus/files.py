@@ -1,21 +1,17 @@
-"""List a corpus' files on any filesystem and open them, decompressed."""
+"""List a corpus' files on any filesystem."""
 
 from __future__ import annotations
 
-import io
 import re
-import zipfile
+import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import fsspec.compression
 from fsspec.implementations.local import LocalFileSystem
 
 from mas_batch import job
@@ -28,7 +24,7 @@ FORMATS = {
     "csv": (".csv", ".tsv"),
     "text": (".txt", ".text"),
 }
-_CODECS = {
+CODECS = {
     ".gz": "gzip",
     ".bz2": "bz2",
     ".xz": "xz",
@@ -36,19 +32,11 @@ _CODECS = {
     ".zip": "zip",
     ".lz4": "lz4",
 }
-_CODEC_PACKAGES = {
-    "zstd": "pip install 'mas_batch[zstd]'",
-    "lz4": "pip install lz4",
-    "snappy": "pip install python-snappy",
-}
 _BACKEND_PACKAGES = {"s3": "pip install 'mas_batch[s3]'", "s3a": "pip install 'mas_batch[s3]'"}
 _VERSION_KEYS = ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created")
 
 _MAGIC = re.compile(r"[*?\[]")
-_HIDDEN = re.compile(r"(^|/)[._]")
-
-BUFFER_BYTES = 1 << 20
-_ZSTD_BYTES = 1 << 14  # a text of repeats grows a thousandfold: small bites bound the memory
+HIDDEN = re.compile(r"(^|/)[._]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +74,8 @@ def list_sources(spec: job.Corpus) -> tuple[Source, ...]:
     patterns = spec.path if isinstance(spec.path, tuple) else (spec.path,)
     found: dict[str, Source] = {}
     for pattern in patterns:
+        if not pattern.strip():
+            raise JobError("is empty; '.' is the working directory", key="corpus.path")
         for source in _list_pattern(pattern, spec):
             # A file that two patterns match is one, named from the wider root in any order.
             known = found.setdefault(source.file.url, source)
@@ -102,7 +92,11 @@ def _list_pattern(pattern: str, spec: job.Corpus) -> list[Source]:
         sources = [_source(filesystem, info, relative) for info, relative in found]
     except FileNotFoundError as error:
         missing = error.filename or pattern  # a broken link, or the whole path
-        raise JobError(f"{missing!r}: no such file or folder", key="corpus.path") from None
+        # Over HTTP a server that does not answer is "not found" too; the cause says more.
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise JobError(f"{missing!r}: no such file or folder{cause}", key="corpus.path") from None
+    except JobError:
+        raise
     except Exception as error:  # remote filesystems raise anything
         raise JobError(
             f"{pattern!r} cannot be listed: {type(error).__name__}: {error}", key="corpus.path"
@@ -152,13 +146,16 @@ def _find(
         inside = filesystem.find(folder, detail=True, **strict).values()
         files += [info for info in inside if data_name(info["name"]).endswith(tuple(suffixes))]
     named = [(info, info["name"][len(root) :].lstrip("/")) for info in files]
-    return [(info, relative) for info, relative in named if not _HIDDEN.search(relative)]
+    return [(info, relative) for info, relative in named if not HIDDEN.search(relative)]
 
 
 def _source(filesystem: Any, info: Mapping[str, Any], relative: str) -> Source:
     path = info["name"]
     if isinstance(filesystem, LocalFileSystem):
-        url, version = path, str(Path(path).stat().st_mtime_ns)
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe could be waited for, but not read twice
+            raise JobError(f"{path!r} is not a regular file", key="corpus.path")
+        url, version = path, str(status.st_mtime_ns)
     else:
         url = filesystem.unstrip_protocol(path)
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "").strip('"')
@@ -189,95 +186,4 @@ def data_name(path: str) -> str:
     """Return the file name in lower case, without the suffix of its compression."""
     name = path.rsplit("/", 1)[-1].lower()
     stem, dot, codec = name.rpartition(".")
-    return stem if dot + codec in _CODECS else name
-
-
-# --- Opening -------------------------------------------------------------------------------
-
-
-def codec_of(spec: job.Corpus, source: Source) -> str | None:
-    """Return the codec that the job sets or the name implies, None for none."""
-    if spec.compression != "infer":
-        return spec.compression
-    return _CODECS.get(Path(source.path).suffix.lower())
-
-
-def check_codec(source: Source, codec: str | None, kind: str) -> None:
-    """Raise JobError for a codec that is unknown, not installed or wrong for the format."""
-    if codec is None:
-        return
-    key, url = "corpus.compression", source.file.url
-    if kind == "parquet":
-        raise JobError(f"{url}: Parquet is compressed inside, not around, the file", key=key)
-    known = fsspec.compression.compr.keys() - {"zstd"}
-    if codec not in known and not (codec == "zstd" and find_spec("zstandard")):
-        if codec in _CODEC_PACKAGES:
-            raise JobError(f"{url} is {codec}: {_CODEC_PACKAGES[codec]}", key=key)
-        allowed = ", ".join(["infer", "null", *_CODECS.values()])
-        raise JobError(f"{codec!r} is not allowed; allowed: {allowed}", key=key)
-
-
-@contextmanager
-def open_source(source: Source, spec: job.Corpus) -> Iterator[io.BufferedReader]:
-    """Open a file for reading, decompressed.
-
-    Raises:
-        JobError: the filesystem refuses to open it.
-    """
-    codec = codec_of(spec, source)
-    with ExitStack() as stack:
-        try:
-            stream = stack.enter_context(source.filesystem.open(source.path, "rb"))
-        except OSError as error:
-            raise JobError(
-                f"{source.file.url} cannot be opened: {error}", key="corpus.path"
-            ) from error
-        if codec is not None:
-            stream = stack.enter_context(_decompressed(stream, codec))
-        # Iterating lines is slow in fsspec's own buffered files.
-        yield io.BufferedReader(stream, BUFFER_BYTES)
-
-
-def _decompressed(stream: Any, codec: str) -> Any:
-    if codec == "zstd":
-        return _ZstdReader(stream)
-    if codec != "zip":
-        return fsspec.compression.compr[codec](stream, mode="rb")
-    archive = zipfile.ZipFile(stream)
-    names = [m.filename for m in archive.infolist() if not m.is_dir()]
-    members = [name for name in names if not _HIDDEN.search(name)]
-    if len(members) != 1:
-        raise ValueError(f"the archive holds {len(members)} files, not one: {', '.join(members)}")
-    return archive.open(members[0])
-
-
-class _ZstdReader(io.RawIOBase):
-    """Zstandard frames as one stream; unlike zstandard's own reader it reports a cut file."""
-
-    def __init__(self, compressed: Any) -> None:
-        import zstandard
-
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._compressed = compressed
-        self._frame: Any = None
-        self._waiting = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._ready:
-            bite = self._waiting or self._compressed.read(_ZSTD_BYTES)
-            if not bite:
-                break
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new_frame()
-            self._ready = memoryview(self._frame.decompress(bite))
-            self._waiting = self._frame.unused_data
-        if not self._ready and self._frame is not None and not self._frame.eof:
-            raise EOFError("the file ends inside a compressed frame")
-        size = min(len(target), len(self._ready))
-        target[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size
+    return stem if dot + codec in CODECS else name

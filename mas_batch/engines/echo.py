@@ -14,13 +14,33 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
+from mas_batch.errors import (
+    EngineError,
+    EngineRefusedError,
+    JobError,
+    ModelError,
+    OutOfMemoryError,
+)
 from mas_batch.models import ModelFiles
 
-Fault = Literal["error", "out_of_memory", "unparsable", "kill", "hang"]
+Fault = Literal["error", "out_of_memory", "unparsable", "kill", "hang", "allocate"]
+
+_STEP_BYTES = 64 * 2**20
+_PAUSE_S = 0.05
+"""Between two steps of `allocate`, so that whoever watches the memory sees it grow."""
+_HOLD_S = 30.0
+"""How long `allocate` holds all of it."""
 
 
 class Options(BaseModel):
@@ -44,8 +64,21 @@ class Options(BaseModel):
     faults: dict[Annotated[str, Field(min_length=1)], Fault] = Field(default_factory=dict)
     """What happens when a text contains the key. `error`, `out_of_memory`: the batch fails.
     `unparsable`: the reply is `???`, neither a label nor a number. `kill`: the process gets
-    SIGKILL. `hang`: it never returns."""
+    SIGKILL. `hang`: it never returns. `allocate`: memory grows to `allocate_bytes` and is held
+    for half a minute, for a memory limit to act; if none did, the batch fails."""
+    allocate_bytes: Annotated[int, Field(ge=1, le=64 * 2**30)] = 4 * 2**30
     fail_to_load: bool = False
+    fail_after: Annotated[int, Field(ge=0)] | None = None
+    """After so many batches it refuses every batch, as a backend that breaks."""
+    fail_for_s: Annotated[float, Field(ge=0.0)] | None = None
+    """So long after it first refused a batch it works again, for good; None: never."""
+
+    @field_validator("fail_for_s")
+    @classmethod
+    def _needs_fail_after(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("fail_after") is None:
+            raise PydanticCustomError("needs_fail_after", "It needs fail_after")
+        return value
 
 
 class EchoEngine:
@@ -58,21 +91,27 @@ class EchoEngine:
         self._options = options
         self.max_context_tokens = options.max_context_tokens
         self.max_batch_tokens = config.max_batch_tokens
+        self._num_batches = 0
+        """Batches so far that were not refused."""
+        self._broken_since_s: float | None = None
+        """When it first refused a batch, by `time.monotonic`."""
 
     def prompt_tokens(self, request: Request) -> int:
         """Count the words of all turns."""
         return sum(len(message.content.split()) for message in request.messages)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Reply to every request, or fail as `faults` says.
+        """Reply to every request, or fail as `faults` and `fail_after` say.
 
         Raises:
             EngineError, OutOfMemoryError: a text holds the key of such a fault.
+            EngineRefusedError: the engine is broken, see `fail_after`.
         """
         start = time.perf_counter()
+        self._check_works()
         for request in requests:
             if (fault := self._fault(request)) in _FAULTS:
-                _FAULTS[fault](request)
+                _FAULTS[fault](request, self._options)
         samples = range(sampling.num_samples)
         replies = [[self._reply(r, sampling, s) for s in samples] for r in requests]
         lengths = [len(text.split()) for row in replies for text, _ in row]
@@ -94,6 +133,17 @@ class EchoEngine:
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def _check_works(self) -> None:
+        after, for_s = self._options.fail_after, self._options.fail_for_s
+        if after is None or self._num_batches < after:
+            self._num_batches += 1
+            return
+        now = time.monotonic()
+        if self._broken_since_s is None:
+            self._broken_since_s = now
+        if for_s is None or now - self._broken_since_s < for_s:
+            raise EngineRefusedError(f"{self._source}: broken by options.fail_after = {after}")
 
     def _fault(self, request: Request) -> Fault | None:
         faults = self._options.faults.items()
@@ -180,28 +230,43 @@ def _options(given: Mapping[str, Any]) -> Options:
         raise JobError(problem, key=f"agents.options.{key}") from None
 
 
-def _error(request: Request) -> NoReturn:
+def _error(request: Request, options: Options) -> NoReturn:
     raise EngineError(f"fault `error` of the echo engine on {request.request_id}")
 
 
-def _out_of_memory(request: Request) -> NoReturn:
+def _out_of_memory(request: Request, options: Options) -> NoReturn:
     raise OutOfMemoryError(f"fault `out_of_memory` of the echo engine on {request.request_id}")
 
 
-def _kill(request: Request) -> None:
+def _kill(request: Request, options: Options) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _hang(request: Request) -> NoReturn:
+def _hang(request: Request, options: Options) -> NoReturn:
     while True:
         time.sleep(60)
 
 
-_FAULTS: Mapping[str | None, Callable[[Request], None]] = {
+def _allocate(request: Request, options: Options) -> NoReturn:
+    held: list[bytes] = []
+    for start in range(0, options.allocate_bytes, _STEP_BYTES):
+        size = min(_STEP_BYTES, options.allocate_bytes - start)
+        held.append(b"\1" * size)  # not zeros: those the system hands out without any memory
+        time.sleep(_PAUSE_S)
+    time.sleep(_HOLD_S)
+    held.clear()  # the traceback keeps this frame
+    raise EngineError(
+        f"fault `allocate` of the echo engine on {request.request_id}: nothing limited the "
+        f"process to less than {options.allocate_bytes} bytes"
+    )
+
+
+_FAULTS: Mapping[str | None, Callable[[Request, Options], None]] = {
     "error": _error,
     "out_of_memory": _out_of_memory,
     "kill": _kill,
     "hang": _hang,
+    "allocate": _allocate,
 }
 
 

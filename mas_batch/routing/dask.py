@@ -11,32 +11,45 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import dask
 from distributed import Client, Future
 
-from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
-from mas_batch.agents.work import RunRef, answer_partition, load_agent, merge_partition
-from mas_batch.errors import ModelError, RunError
+from mas_batch.agents.spec import AgentSpec
+from mas_batch.agents.work import RunRef, answer_partition, merge_partition
+from mas_batch.errors import JobError, OutputError, RunError
 from mas_batch.job import Job
 from mas_batch.monitor.events import (
-    AgentLost,
-    AgentReady,
+    AgentsScaled,
     AnswerFailed,
+    BreakerChanged,
     Event,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
+    PartitionUndecided,
 )
-from mas_batch.routing.dispatcher import Abandon, Ask, Dispatcher, Instruction, Merge
+from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.hosting import Failure, Hosting
+from mas_batch.routing.instructions import (
+    Abandon,
+    Ask,
+    BreakerNews,
+    Instruction,
+    Merge,
+    Restart,
+    Work,
+)
+from mas_batch.routing.native import NativeFeed, agents_asked
+from mas_batch.routing.policies import ReplicaView
+from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
 
 _CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3
-
-Failure = Exception | None
 
 
 class DaskRouter:
@@ -46,6 +59,8 @@ class DaskRouter:
         client: connected; never closed here.
         job: says which worker may serve which agent.
         emit: called with every event, from the thread that calls `host` and `run`.
+        check: called every second from the same thread; an error that it raises ends the run.
+        scaler: starts and ends workers within the job's bounds; None: those there are.
         wait_s: how long an agent may be without any worker before the run fails.
     """
 
@@ -54,9 +69,11 @@ class DaskRouter:
         client: Client,
         job: Job,
         run: RunRef,
-        specs: dict[str, AgentSpec],
+        specs: Mapping[str, AgentSpec],
         emit: Callable[[Event], None],
         *,
+        check: Callable[[], None] = lambda: None,
+        scaler: Scaler | None = None,
         wait_s: float = 120.0,
     ) -> None:
         self._client = client
@@ -64,21 +81,17 @@ class DaskRouter:
         self._run = run
         self._specs = specs
         self._emit = emit
-        self._wait_s = wait_s
+        self._check = check
+        self._scaler = scaler
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._names: dict[str, str] = {}  # worker address → worker name
-        self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
-        self._loading: dict[str, Future] = {}
-        self._ready: set[str] = set()
-        self._refused: dict[str, tuple[str, Exception]] = {}  # address → agent, why not loaded
-        self._asked: dict[tuple[int, str], tuple[Ask, Future]] = {}
+        self._hosting = Hosting(client, job, run, specs, emit, self._watch, wait_s)
+        self._asked: dict[tuple[int, str, str], tuple[Ask, Future]] = {}  # …, worker address
         self._merges: dict[int, tuple[Merge, Future, int]] = {}  # partition → …, attempt
         self._dispatcher: Dispatcher | None = None
+        self._native: NativeFeed | None = None
         self._last_check = 0.0
-        self._last_failure = ""
-        self._unserved_since: float | None = None
-        self.engine_facts: dict[str, dict[str, Any]] = {}
-        """Agent → what its engine says of itself, for the manifest."""
+        self._last_failure: dict[str, str] = {}
+        self._wanted: dict[str, int] = {}
 
     def __enter__(self) -> DaskRouter:
         self._client.subscribe_topic(self._run.topic, self._on_report)
@@ -87,92 +100,139 @@ class DaskRouter:
     def __exit__(self, *exc_info: object) -> None:
         if self._client.status == "running":
             self._client.unsubscribe_topic(self._run.topic)
-        futures = [*self._loading.values(), *(f for _, f in self._asked.values())]
-        for future in (*futures, *(f for _, f, _ in self._merges.values())):
+        self._hosting.close()
+        for _, future in self._asked.values():
             future.release()
+        for _, future, _ in self._merges.values():
+            future.release()
+
+    @property
+    def engine_facts(self) -> dict[str, dict[str, Any]]:
+        """Agent → what its engine says of itself, for the manifest."""
+        return self._hosting.engine_facts
 
     # The caller's side
 
     def host(self) -> None:
-        """Load every agent's model on its workers; then each agent has one that is ready.
+        """Load the agents' models; then enough agents are ready to answer every record.
 
         Raises:
             JobError: an agent has no capable worker.
-            ModelError: no worker of an agent could load its model.
+            ModelError: no worker of an agent that is needed could load its model.
             RunError: an agent's workers left and none came back.
         """
-        for address, agent_id in match_workers(self._workers(), self._job).items():
-            self._load(address, agent_id)
-        while self._loading or self._unserved():
+        self._hosting.start()
+        while self._hosting.is_loading or self._needed_agents():
             self._handle_next()
-            if not self._loading:
-                self._check_loaded()
+            if not self._hosting.is_loading:
+                self._hosting.check_loaded(self._needed_agents())
 
-    def _unserved(self) -> set[str]:
-        return self._specs.keys() - {self._hosts[address] for address in self._ready}
-
-    def _check_loaded(self) -> None:
-        """Wait for an agent whose worker left while it was loading; give up on a refused one."""
-        unserved = self._unserved()
-        for agent_id, error in self._refused.values():
-            if agent_id in unserved:
-                model = self._specs[agent_id].agent.model
-                message = f"agents.{agent_id}: no worker could load {model}: {error}"
-                raise ModelError(message) from error
-        self._give_up_waiting(unserved)
+    def _needed_agents(self) -> set[str]:
+        """Agents without a worker, unless the others give answers enough."""
+        unserved = self._hosting.unserved
+        others = sum(a.samples for a in self._job.agents if a.name not in unserved)
+        return unserved if others < self._job.answers_per_record else set()
 
     def run(self, dispatcher: Dispatcher) -> None:
         """Feed the dispatcher until every partition of its plan is merged.
 
         Raises:
-            RunError: the scheduler is lost, an agent stays without workers, or a merge fails.
+            RunError: the scheduler is lost, an agent stays without workers or only fails, the
+                output cannot be written, or a merge fails.
         """
         self._dispatcher = dispatcher
-        for address in sorted(self._ready):
-            self._act(dispatcher.replica_joined(address, self._hosts[address]))
+        self._hosting.listener = self
+        for address, agent_id in sorted(self._hosting.ready.items()):
+            self.joined(address, agent_id)
         while not dispatcher.done:
             self._handle_next()
-            self._check_served(dispatcher)
+
+    def run_native(self, work: Iterator[Work]) -> Iterator[Work]:
+        """Let Dask place the partitions, in groups, until all are merged or there is trouble.
+
+        Returns:
+            What is left for `run`.
+
+        Raises:
+            RunError: as `run`.
+        """
+        samples = {agent.name: agent.samples for agent in self._job.agents}
+        agents = agents_asked(samples, self._job.answers_per_record)
+        feed = NativeFeed(self._client, self._run, self._specs, agents)
+        self._native, self._hosting.listener = feed, self
+        try:
+            while not feed.in_trouble and not set(agents) & self._hosting.unserved:
+                feed.fill(work, self._hosting.ready)
+                if feed.is_empty:
+                    break
+                self._handle_next()
+        finally:
+            self._native, left = None, feed.take_back()
+        return chain(left, work)
 
     def _handle_next(self) -> None:
-        """Handle one piece of news, and every now and then look at the workers."""
+        """Handle one piece of news, and every now and then look around."""
         with suppress(queue.Empty):
             self._inbox.get(timeout=_CHECK_EVERY_S)()
         if time.monotonic() - self._last_check > _CHECK_EVERY_S:
             self._last_check = time.monotonic()
-            self._refresh_workers()
+            self._look_around()
 
-    def _check_served(self, dispatcher: Dispatcher) -> None:
-        for agent_id in dispatcher.distrusted_agents():
+    def _look_around(self) -> None:
+        self._check()
+        self._hosting.refresh()
+        if self._native is not None:
+            self._native.look()
+        if self._dispatcher is None or self._dispatcher.done:
+            return
+        self._act(self._dispatcher.tick(time.monotonic()))
+        self._scale(self._dispatcher)
+        for agent_id in sorted(self._dispatcher.distrusted_agents()):
             raise RunError(
-                f"agent {agent_id!r} has failed on all that it was asked: {self._last_failure}; "
+                f"agent {agent_id!r} has failed on all that it was asked lately: "
+                f"{self._last_failure.get(agent_id, 'its workers died')}; "
                 "mend it and run the same command again: what is answered is kept"
             )
-        no_workers = set() if self._ready or dispatcher.done else set(self._specs)
-        self._give_up_waiting(dispatcher.missing_agents() | no_workers)
+        no_workers = set() if self._hosting.ready or self._dispatcher.done else set(self._specs)
+        missing = self._dispatcher.missing_agents() | no_workers
+        self._hosting.check_loaded(missing)
 
-    def _give_up_waiting(self, unserved: set[str]) -> None:
-        if not unserved:
-            self._unserved_since = None
+    def _scale(self, dispatcher: Dispatcher) -> None:
+        bounds = {a.name: Bounds(a.count, a.most) for a in self._job.agents}
+        if self._scaler is None or all(bound.least == bound.most for bound in bounds.values()):
             return
-        self._unserved_since = self._unserved_since or time.monotonic()
-        if time.monotonic() - self._unserved_since > self._wait_s:
-            raise RunError(
-                f"no worker serves agent {min(unserved)!r} for {self._wait_s:g} s; "
-                "what is answered is kept: start a worker and run the same command again"
-            )
+        backlog, current = dispatcher.backlog(), self._hosting.counts()
+        wanted = wanted_replicas(backlog, current, bounds)
+        retired = self._hosting.retire(
+            address
+            for agent_id in wanted
+            for address in self._idle(dispatcher, agent_id)[: current[agent_id] - wanted[agent_id]]
+        )
+        if wanted != self._wanted or retired:
+            self._emit(AgentsScaled(wanted, backlog))
+            self._scaler.scale(wanted, retired)
+        self._wanted = wanted
+
+    def _idle(self, dispatcher: Dispatcher, agent_id: str) -> list[str]:
+        return [
+            address
+            for address, served in sorted(self._hosting.ready.items())
+            if served == agent_id and dispatcher.in_flight(address) == 0
+        ]
 
     # News, from Dask's threads: only posts to the inbox
 
     def _on_report(self, event: Any) -> None:
         """Take a task's own report; see `agents.host.report`."""
         message = event[1]
-        facts = json.loads(message["facts"])
+        address, facts = message["worker"], json.loads(message["facts"])
         match message["task"]:
             case "load_agent":
-                self._inbox.put(lambda: self._loaded(message["worker"], facts))
+                self._inbox.put(lambda: self._hosting.loaded(address, facts))
             case "answer_partition":
-                self._inbox.put(lambda: self._answered(message["worker"], facts))
+                self._inbox.put(lambda: self._answered(address, facts))
+            case "answer_progress":
+                self._inbox.put(lambda: self._heard(address))
             case "merge_partition":
                 self._inbox.put(lambda: self._merged(facts))
 
@@ -189,65 +249,24 @@ class DaskRouter:
 
         future.add_done_callback(on_done)
 
-    # Hosting
+    # What hosting tells
 
-    def _workers(self) -> list[WorkerInfo]:
-        if self._client.status != "running":
-            raise RunError("the scheduler is lost; run the same command again to resume")
-        workers = cluster_workers(self._client)
-        self._names.update({worker.address: worker.name for worker in workers})
-        return workers
-
-    def _load(self, address: str, agent_id: str) -> None:
-        self._hosts[address] = agent_id
-        with dask.annotate(executor=self._run.topic):
-            future = self._client.submit(
-                load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
-            )
-        self._loading[address] = future
-        self._watch(future, lambda failure: self._load_ended(address, failure))
-
-    def _loaded(self, address: str, facts: dict[str, Any]) -> None:
-        if self._loading.pop(address, None) is None:
-            return
-        agent_id = self._hosts[address]
-        self._ready.add(address)
-        self.engine_facts[agent_id] = {"family_id": facts["family_id"], **facts["engine"]}
-        self._emit(AgentReady(agent_id, self._names[address], facts["load_s"], facts["engine"]))
+    def joined(self, address: str, agent_id: str) -> None:
+        """A worker holds an agent's model."""
         if self._dispatcher is not None:
-            self._act(self._dispatcher.replica_joined(address, agent_id))
+            self._act(self._dispatcher.replica_joined(address, agent_id, time.monotonic()))
 
-    def _load_ended(self, address: str, failure: Failure) -> None:
-        if self._loading.pop(address, None) is None:
-            return  # it has reported, or its worker left
-        agent_id = self._hosts.pop(address)
-        failure = failure or RunError("the task ended without a report")
-        self._refused[address] = (agent_id, failure)
-        message = f"could not load the model: {failure}"
-        self._emit(AgentLost(agent_id, self._names[address], message))
-
-    def _refresh_workers(self) -> None:
-        """Compare the scheduler's workers with ours: load on the new ones, drop the gone."""
-        workers = self._workers()
-        present = {worker.address for worker in workers}
-        for address in set(self._hosts) - present:
-            self._drop(address)
-        for worker in workers:
-            if worker.address in self._hosts or worker.address in self._refused:
-                continue
-            agent_id = place_newcomer(worker, self._job, self._hosts.values())
-            if agent_id is not None:
-                self._load(worker.address, agent_id)
-
-    def _drop(self, address: str) -> None:
-        agent_id = self._hosts.pop(address)
-        self._emit(AgentLost(agent_id, self._names[address], "the worker left the cluster"))
-        loading = self._loading.pop(address, None)
-        if loading is not None:
-            loading.release()
-        self._ready.discard(address)
+    def paused(self, address: str, paused: bool) -> None:
+        """A worker takes nothing further, or again."""
         if self._dispatcher is not None:
-            self._act(self._dispatcher.replica_left(address))
+            self._act(self._dispatcher.replica_paused(address, paused, time.monotonic()))
+
+    def left(self, address: str, *, blamed: bool) -> None:
+        """A worker is gone."""
+        if self._native is not None:
+            self._native.in_trouble = True
+        if self._dispatcher is not None:
+            self._act(self._dispatcher.replica_left(address, time.monotonic(), blamed=blamed))
 
     # Instructions
 
@@ -258,8 +277,30 @@ class DaskRouter:
                     self._ask(instruction)
                 case Merge():
                     self._merge(instruction, attempt=1)
-                case Abandon():
-                    self._abandon(instruction)
+                case Abandon(partition, agent_id, replica_id):
+                    self._forget((partition, agent_id, replica_id))
+                case Restart():
+                    self._restart(instruction)
+                case BreakerNews():
+                    self._emit(self._breaker_event(instruction))
+
+    def _restart(self, restart: Restart) -> None:
+        message = (
+            f"it has been silent about partition {restart.partition} for {restart.silent_s:.0f} s; "
+            "its process is restarted (routing.timeout_s)"
+        )
+        self._hosting.restart(restart.replica_id, message)
+
+    def _breaker_event(self, news: BreakerNews) -> BreakerChanged:
+        message = "it answers again"
+        if news.state != "closed":
+            last = self._last_failure.get(news.agent_id, "")
+            message = (
+                f"{news.num_failures} failures in a row; "
+                f"left alone for {news.cool_down_s:g} s; {last}"
+            )
+        name = self._hosting.name(news.replica_id)
+        return BreakerChanged(news.agent_id, name, news.state, message)
 
     def _ask(self, ask: Ask) -> None:
         with dask.annotate(executor=self._run.topic):
@@ -269,97 +310,128 @@ class DaskRouter:
                 self._specs[ask.agent_id],
                 ask.partition,
                 ask.attempt,
+                careful=ask.purpose == "careful",
+                earlier=ask.earlier,
                 # Pinned by address: the dispatcher takes it back when the worker leaves.
                 workers=[ask.replica_id],
                 pure=False,
             )
-        self._asked[ask.partition, ask.agent_id] = (ask, future)
-        candidates = {self._names[replica]: load for replica, load in ask.candidates}
+        self._asked[ask.partition, ask.agent_id, ask.replica_id] = (ask, future)
         self._emit(
             PartitionAsked(
-                ask.partition,
-                ask.agent_id,
-                self._names[ask.replica_id],
-                ask.attempt,
-                self._job.routing.policy,
-                candidates,
+                partition=ask.partition,
+                agent_id=ask.agent_id,
+                worker=self._hosting.name(ask.replica_id),
+                attempt=ask.attempt,
+                purpose=ask.purpose,
+                policy=self._job.routing.policy,
+                candidates={
+                    self._hosting.name(view.replica_id): _seen(view) for view in ask.candidates
+                },
+                num_busy=ask.num_busy,
             )
         )
         self._watch(future, lambda failure: self._answer_ended(ask, failure))
 
     def _answered(self, address: str, facts: dict[str, Any]) -> None:
         partition, agent_id = facts["partition"], facts["agent_id"]
-        current = self._asked.get((partition, agent_id))
-        if current is not None and current[0].replica_id == address:
-            self._forget(current[0])
+        self._forget((partition, agent_id, address))
+        if self._native is not None:
+            self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
+        if self._dispatcher is None:
+            return
         # News also when the task had been abandoned: what is committed counts.
-        if self._dispatcher is not None and self._dispatcher.awaits(partition, agent_id):
-            self._emit(PartitionAnswered(worker=self._names.get(address, address), **facts))
-            self._act(self._dispatcher.answered(partition, agent_id, address))
+        if self._dispatcher.awaits(partition, agent_id):
+            self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
+        self._act(self._dispatcher.answered(partition, agent_id, address, time.monotonic()))
+
+    def _heard(self, address: str) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.heard(address, time.monotonic())
 
     def _answer_ended(self, ask: Ask, failure: Failure) -> None:
         assert self._dispatcher is not None
-        if not self._forget(ask):
+        key = (ask.partition, ask.agent_id, ask.replica_id)
+        if self._asked.get(key, (None,))[0] is not ask:
             return  # it has reported, or it was abandoned
+        self._forget(key)
+        if isinstance(failure, OutputError):
+            raise failure  # nobody else could write it either
         failure = failure or RunError("the task ended without a report")
-        self._last_failure = f"{type(failure).__name__}: {failure}"
-        instructions = self._dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id)
+        self._last_failure[ask.agent_id] = f"{type(failure).__name__}: {failure}"
+        instructions = self._dispatcher.failed(
+            ask.partition, ask.agent_id, ask.replica_id, time.monotonic()
+        )
         self._emit(
             AnswerFailed(
                 ask.partition,
                 ask.agent_id,
-                self._names[ask.replica_id],
+                self._hosting.name(ask.replica_id),
                 ask.attempt,
-                self._last_failure,
+                self._last_failure[ask.agent_id],
                 self._dispatcher.given_up(ask.partition, ask.agent_id),
             )
         )
         self._act(instructions)
 
-    def _abandon(self, abandon: Abandon) -> None:
-        current = self._asked.get((abandon.partition, abandon.agent_id))
-        if current is not None and current[0].replica_id == abandon.replica_id:
-            self._forget(current[0])
-
-    def _forget(self, ask: Ask) -> bool:
-        """Release the task, if it is still the current one of its partition and agent."""
-        current = self._asked.get((ask.partition, ask.agent_id))
-        if current is None or current[0] is not ask:
-            return False
-        del self._asked[ask.partition, ask.agent_id]
-        current[1].release()
-        return True
+    def _forget(self, key: tuple[int, str, str]) -> None:
+        asked = self._asked.pop(key, None)
+        if asked is not None:
+            asked[1].release()
 
     def _merge(self, merge: Merge, attempt: int) -> None:
         future = self._client.submit(
-            merge_partition, self._run, merge.partition, merge.agents, pure=False, priority=10
+            merge_partition,
+            self._run,
+            merge.partition,
+            merge.agents,
+            final=merge.final,
+            pure=False,
+            priority=10,
         )
         self._merges[merge.partition] = (merge, future, attempt)
         self._watch(future, lambda failure: self._merge_ended(merge, attempt, failure))
 
     def _merged(self, facts: dict[str, Any]) -> None:
-        assert self._dispatcher is not None
-        current = self._merges.pop(facts["partition"], None)
-        if current is None:
+        partition, agents = facts.pop("partition"), tuple(facts.pop("agents"))
+        if self._native is not None and self._native.merged(partition):
+            del facts["agreement"]
+            self._emit(PartitionMerged(partition, **facts))
+        if self._dispatcher is None:
+            return
+        current = self._merges.get(partition)
+        if current is None or current[0].agents != agents:
             return  # a second copy of the task
+        del self._merges[partition]
         current[1].release()
-        self._emit(PartitionMerged(**facts))
-        self._act(self._dispatcher.merged(facts["partition"]))
+        now = time.monotonic()
+        if facts.get("num_undecided"):
+            self._emit(PartitionUndecided(partition, **facts))
+            self._act(self._dispatcher.undecided(partition, facts["num_undecided"], now))
+            return
+        agreement = {agent: (yes, of) for agent, (yes, of) in facts.pop("agreement").items()}
+        self._emit(PartitionMerged(partition, **facts))
+        self._act(self._dispatcher.merged(partition, now, agreement))
 
     def _merge_ended(self, merge: Merge, attempt: int, failure: Failure) -> None:
         current = self._merges.get(merge.partition)
-        if current is None or current[2] != attempt:
+        if current is None or current[0] is not merge or current[2] != attempt:
             return
         current[1].release()
+        if isinstance(failure, (OutputError, JobError)):
+            raise failure
         if attempt >= _MAX_MERGE_ATTEMPTS:
             raise RunError(f"partition {merge.partition} could not be merged: {failure}")
         self._merge(merge, attempt + 1)
 
 
-def cluster_workers(client: Client) -> list[WorkerInfo]:
-    """List the workers of the cluster with what they declare."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    return [
-        WorkerInfo(address, str(info["name"]), info["resources"])
-        for address, info in workers.items()
-    ]
+def _seen(view: ReplicaView) -> dict[str, float]:
+    """Return what the policy saw of a candidate, for the event log."""
+    return {
+        "in_flight": view.in_flight,
+        "in_flight_tokens": view.in_flight_tokens,
+        "num_answered": view.num_answered,
+        "num_asked": view.num_asked,
+        "tokens_per_s": round(view.tokens_per_s or 0.0, 2),
+        "agreement": round(view.agreement, 4),
+    }

@@ -1,11 +1,14 @@
-"""Routing policies: pure functions of the agents' state.
+"""Routing policies: small objects that choose among the agents' workers by their state.
 
 A policy is asked only about candidates that may take the partition: capable, not asked
-before, with room in their window. Adding one is a class and a line in `POLICIES`.
+before, with room in their window, not paused and not failing. It sees facts and returns one
+of them: no clock, no network, no chance that a second run would not repeat. Adding one is a
+class and a line in `POLICIES`.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,11 +22,30 @@ class ReplicaView:
     agent_id: str
     agent_rank: int
     """Position of the agent in the job file: the user's order of preference."""
-    in_flight: int
+    in_flight: int = 0
     """Partitions sent and not yet answered."""
-    in_flight_tokens: int
+    in_flight_tokens: int = 0
     """Their estimated tokens."""
-    num_answered: int
+    num_answered: int = 0
+    num_asked: int = 0
+    tokens_per_s: float | None = None
+    """Measured rate, in estimated tokens; None before anyone of its agent has answered."""
+    weight: float | None = None
+    """Share that the job gives its agent; None leaves it to the measured rate."""
+    agreement: float = 0.5
+    """How often its agent's answers were the merged ones: mean of the Beta(1, 1) posterior."""
+    num_compared: int = 0
+    """Answers of its agent that `agreement` rests on."""
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sort key of how busy it is."""
+        return (self.in_flight, self.in_flight_tokens)
+
+    @property
+    def turn(self) -> tuple[int, int, str]:
+        """Sort key that evens out equals: without it the first name would always win."""
+        return (self.num_asked, self.agent_rank, self.replica_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +54,29 @@ class PartitionView:
 
     index: int
     estimated_tokens: int
+    num_asks: int = 0
+    """How often it has been placed before, with whichever agent."""
+    busy: tuple[ReplicaView, ...] = ()
+    """Replicas that may take it when they have finished what they are at. Where there is none,
+    a policy may not wait."""
+
+    def chance(self) -> random.Random:
+        """Return a stream of its own: the same decisions in every execution and order."""
+        return random.Random(f"{self.index}.{self.num_asks}")
 
 
 class Policy(Protocol):
-    """Chooses one of the candidates (never empty); deterministic."""
+    """Chooses one of the candidates (never empty), whatever their order."""
 
     name: str
+    rule: str
+    """The choice in one sentence, for people who ask why."""
+    # A policy that may return None says so by a true attribute `waits`.
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(
+        self, partition: PartitionView, candidates: Sequence[ReplicaView]
+    ) -> ReplicaView | None:
+        """Return the replica that shall answer the partition; None to wait for a busy one."""
         ...
 
 
@@ -48,32 +84,169 @@ class Capability:
     """The first capable agent in the job's order; its least busy replica."""
 
     name = "capability"
+    rule = "the agent that comes first in the job, at its least busy worker"
 
     def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
         """Return the replica that shall answer the partition."""
-        return min(
-            candidates, key=lambda r: (r.agent_rank, r.in_flight, r.num_answered, r.replica_id)
+        return min(candidates, key=lambda r: (r.agent_rank, r.load, r.turn))
+
+
+class RoundRobin:
+    """One after the other."""
+
+    name = "round-robin"
+    rule = "the worker whose last turn is longest ago"
+
+    def __init__(self) -> None:
+        self._turn = 0
+        self._last: dict[str, int] = {}
+
+    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
+        """Return the replica that shall answer the partition."""
+        chosen = min(
+            candidates,
+            key=lambda r: (self._last.get(r.replica_id, 0), r.agent_rank, r.replica_id),
         )
+        self._turn += 1
+        self._last[chosen.replica_id] = self._turn
+        return chosen
+
+
+class Random:
+    """Any of them."""
+
+    name = "random"
+    rule = "any worker, by lot; the lot is the partition's number"
+
+    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
+        """Return the replica that shall answer the partition."""
+        return partition.chance().choice(sorted(candidates, key=lambda r: r.replica_id))
 
 
 class LeastLoaded:
-    """The replica with the fewest tokens in flight, whoever it serves."""
+    """The replica with the fewest partitions, then tokens, in flight, whoever it serves."""
 
     name = "least-loaded"
+    rule = "the fewest partitions in flight, then the fewest tokens, then the fewest turns"
 
     def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
         """Return the replica that shall answer the partition."""
-        # num_answered evens out equals: without it the first name would always win.
-        return min(
-            candidates,
-            key=lambda r: (
-                r.in_flight,
-                r.in_flight_tokens,
-                r.num_answered,
-                r.agent_rank,
-                r.replica_id,
-            ),
-        )
+        return min(candidates, key=lambda r: (r.load, r.turn))
 
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (Capability, LeastLoaded)}
+class RandomLowLoad:
+    """Any of the `k` least loaded: many routers over one pool do not all pick the same one.
+
+    Source: k = 2 after Mitzenmacher, "The power of two choices in randomized load balancing",
+    2001; here the two are the least loaded, not two at random, because one router sees all.
+    """
+
+    name = "random-low-load"
+    rule = "one of the two least loaded workers, by lot"
+
+    def __init__(self, k: int = 2) -> None:
+        self._k = k
+
+    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
+        """Return the replica that shall answer the partition."""
+        least = sorted(candidates, key=lambda r: (r.load, r.turn))[: self._k]
+        return partition.chance().choice(least)
+
+
+class WeightedRoundRobin:
+    """Turns in proportion to weights, spread evenly: smooth weighted round robin.
+
+    Each candidate's credit grows by its weight; the richest is chosen and pays the sum. Weights
+    come from the job, else from the measured rate; who has neither gets the candidates' mean.
+
+    Source: the algorithm of nginx's upstream balancer, 2012.
+    """
+
+    name = "weighted-round-robin"
+    rule = "turns in proportion to the weights, or to the measured rates, spread evenly"
+
+    def __init__(self) -> None:
+        self._credit: dict[str, float] = {}
+
+    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
+        """Return the replica that shall answer the partition."""
+        weights = _weights(candidates)
+        for replica_id, weight in weights.items():
+            self._credit[replica_id] = self._credit.get(replica_id, 0.0) + weight
+        chosen = min(candidates, key=lambda r: (-self._credit[r.replica_id], r.turn))
+        self._credit[chosen.replica_id] -= sum(weights.values())
+        return chosen
+
+
+class Throughput:
+    """Where it should be finished first, by the measured rates.
+
+    Who has no measure counts as as fast as the fastest, so that it gets one.
+    """
+
+    name = "throughput"
+    rule = "the worker that should finish it first, by its measured rate and what it has in flight"
+
+    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
+        """Return the replica that shall answer the partition."""
+        fastest = max((r.tokens_per_s or 0.0 for r in candidates), default=0.0) or 1.0
+
+        def finish_s(replica: ReplicaView) -> float:
+            tokens = replica.in_flight_tokens + partition.estimated_tokens
+            return tokens / (replica.tokens_per_s or fastest)
+
+        return min(candidates, key=lambda r: (finish_s(r), r.turn))
+
+
+class Reliability:
+    """The agent whose answers most often are the merged ones, even if it has to be waited for.
+
+    An agent that is clearly worse than a busy one is not asked: that costs time, and pays where
+    fewer answers are asked for than agents could give. One partition in ten goes to the agent
+    that is known least: who had a bad start can recover, and who gets worse is found out.
+    """
+
+    name = "reliability"
+    rule = "the agent that most often agrees with the merged answers; one in ten the least known"
+    waits = True
+    EXPLORE = 0.1
+    MARGIN = 0.1
+    """How much better a busy agent must be to be waited for."""
+    EVIDENCE = 20
+    """Answers that must have been compared before anybody is passed over."""
+
+    def choose(
+        self, partition: PartitionView, candidates: Sequence[ReplicaView]
+    ) -> ReplicaView | None:
+        """Return the replica that shall answer the partition; None to wait for a better one."""
+        if partition.chance().random() < self.EXPLORE:
+            return min(candidates, key=lambda r: (r.num_compared, r.load, r.turn))
+        best = min(candidates, key=lambda r: (-r.agreement, r.load, r.turn))
+        known = [r for r in partition.busy if r.num_compared >= self.EVIDENCE]
+        awaited = max((r.agreement for r in known), default=0.0)
+        if best.num_compared >= self.EVIDENCE and best.agreement < awaited - self.MARGIN:
+            return None
+        return best
+
+
+def _weights(candidates: Sequence[ReplicaView]) -> dict[str, float]:
+    """Return the job's weights if any candidate has one, else the rates, in units of their mean."""
+    by_job = any(r.weight is not None for r in candidates)
+    given = {r.replica_id: r.weight if by_job else r.tokens_per_s for r in candidates}
+    known = [weight for weight in given.values() if weight]
+    mean = sum(known) / len(known) if known else 1.0
+    return {replica_id: (weight or mean) / mean for replica_id, weight in given.items()}
+
+
+_ALL: tuple[type[Policy], ...] = (
+    Capability,
+    RoundRobin,
+    Random,
+    LeastLoaded,
+    RandomLowLoad,
+    WeightedRoundRobin,
+    Throughput,
+    Reliability,
+)
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _ALL}
+"""The words that a job's `routing.policy` may be."""

@@ -1,0 +1,162 @@
+"""A record that kills its worker: found, given up after so many deaths, its mates answered.
+
+A process that dies (a native crash, a memory limit, a hang that ends in a restart) cannot say
+what it died of. So records are asked one at a time: before one is asked a mark is committed,
+afterwards its answers are, and whoever is given the partition next knows which record a death
+fell on. Knows no Dask.
+
+    journal/agent=<name>/part-000007/<hash of the record's id>/
+        begun-1          try 1; its content is the record's id, for people
+        ended-1          try 1 raised an exception: nobody died of it
+        answers.parquet  the record's answers; final
+
+Files are created if absent and never changed, so copies of a task can share a journal: the
+answers journalled first win, at worst a record is asked once per copy. A try that is still
+under way looks like a death; copies are started only of tasks whose worker is believed dead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import count
+
+import pyarrow as pa
+
+from mas_batch.agents.answering import AgentProfile, failed_answers
+from mas_batch.errors import Reason
+from mas_batch.job import fingerprint
+from mas_batch.records import ANSWERS, Answer, Record
+from mas_batch.results import part
+from mas_batch.storage import Store
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA = pa.schema([ANSWERS.field(field.name) for field in fields(Answer)])
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """How often a record was asked without an answer so far."""
+
+    num_begun: int
+    num_deaths: int
+    """Tries that neither gave answers nor raised an exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """What is known of a partition's records, which one agent is asked about carefully."""
+
+    store: Store
+    """The run's."""
+    partition: int
+    agent_id: str
+
+    def answers(self, record_id: str) -> list[Answer] | None:
+        """Return the record's answers as they were journalled; None if there are none."""
+        try:
+            rows = self.store.read_table(self._name(record_id, "answers.parquet")).to_pylist()
+        except FileNotFoundError:
+            return None
+        return [
+            Answer(**{**row, "reason": row["reason"] and Reason(row["reason"])}) for row in rows
+        ]
+
+    def tries(self, record_id: str) -> Tries:
+        """Count what was tried and what came of it."""
+        names = self.store.list(self._name(record_id))
+        begun = [name for name in names if name.startswith("begun-")]
+        num_ended = sum(name.startswith("ended-") for name in names)
+        return Tries(len(begun), len(begun) - num_ended)
+
+    def begin(self, record_id: str, number: int) -> int:
+        """Mark that try `number` begins, or the next one if a copy of the task took that."""
+        content = record_id.encode()
+        return next(
+            n
+            for n in count(number)
+            if self.store.commit(self._name(record_id, f"begun-{n}"), content)
+        )
+
+    def end(self, record_id: str, number: int) -> None:
+        """Mark that a try ended in an exception, not in a death."""
+        self.store.commit(self._name(record_id, f"ended-{number}"), b"")
+
+    def keep(self, record_id: str, answers: list[Answer]) -> list[Answer]:
+        """Journal the answers unless a copy of the task did; return those that count."""
+        table = pa.Table.from_pylist([asdict(answer) for answer in answers], schema=_SCHEMA)
+        if self.store.commit_table(self._name(record_id, "answers.parquet"), table):
+            return answers
+        first = self.answers(record_id)
+        # None: the copy that was first is done with the partition and removed the journal.
+        return answers if first is None else first
+
+    def remove(self) -> None:
+        """Remove the journal; call it when the partition's answers are committed."""
+        try:
+            self.store.remove_folder(self._folder)
+        except OSError as error:
+            # A copy of the task removes it too, or still writes to it. Nothing reads it any more.
+            logger.info("%s is left behind: %s", self.store.path(self._folder), error)
+
+    @property
+    def _folder(self) -> str:
+        return f"journal/agent={self.agent_id}/{part(self.partition)}"
+
+    def _name(self, record_id: str, file: str = "") -> str:
+        # Not the position: an adaptive agent's next try may be asked about fewer records.
+        return f"{self._folder}/{fingerprint(record_id)}/{file}".rstrip("/")
+
+
+def answer_carefully(
+    records: Sequence[Record],
+    ask: Callable[[Sequence[Record]], list[Answer]],
+    journal: Journal,
+    profile: AgentProfile,
+    *,
+    max_deaths: int = 2,
+) -> list[Answer]:
+    """Ask about every record that has no `reason`, one at a time: its answers, in order.
+
+    Answers in the journal are reused. A record that was asked and not answered `max_deaths`
+    times is not asked again: its answers are failed ones with `Reason.WORKER_DIED`, one per
+    sample. An exception from `ask` or the storage is raised and not counted as a death.
+
+    Args:
+        ask: returns the answers to the records that it is given; it is given one.
+        max_deaths: at least 1.
+    """
+    return [
+        answer
+        for record in records
+        if record.reason is None
+        for answer in _answer_one(record, ask, journal, profile, max_deaths)
+    ]
+
+
+def _answer_one(
+    record: Record,
+    ask: Callable[[Sequence[Record]], list[Answer]],
+    journal: Journal,
+    profile: AgentProfile,
+    max_deaths: int,
+) -> list[Answer]:
+    known = journal.answers(record.record_id)
+    if known is not None:
+        return known
+    tries = journal.tries(record.record_id)
+    if tries.num_deaths >= max_deaths:
+        message = (
+            f"its worker died in {tries.num_deaths} of {tries.num_begun} tries "
+            "while this record alone was asked"
+        )
+        failed = failed_answers(record, profile, Reason.WORKER_DIED, message)
+        return journal.keep(record.record_id, failed)
+    number = journal.begin(record.record_id, tries.num_begun + 1)
+    try:
+        return journal.keep(record.record_id, ask([record]))
+    except Exception:
+        journal.end(record.record_id, number)
+        raise

@@ -1,0 +1,149 @@
+"""Adaptive number of answers: which records of a partition need one more agent.
+
+Asked after every round, with the answers that are committed so far. The outcome depends on
+which answers there are and on nothing else, so every worker that looks sees the same records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.aggregate.merge import MergeSpec, ballots_of, replies_by_record, verdict_of
+from mas_batch.aggregate.vote import Ballot, Candidate
+from mas_batch.errors import JobError
+
+_METHODS = ("vote", "weighted", "mbr")
+
+# Weights are rounded to 1e-9: one agent of accuracy .9 must count as 90 % sure.
+_ROUNDING = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingRule:
+    """When the answers to a record are enough.
+
+    Raises:
+        JobError: a value is out of its range.
+    """
+
+    confidence: float | None
+    """A record is decided when its merged answer is so sure, in (0, 1]; None: when no further
+    answer can change it, which `vote` alone can tell."""
+    max_answers: int
+    """Answers per record that may come in the end, counting all samples of an agent."""
+
+    def __post_init__(self) -> None:
+        if self.confidence is not None and not 0 < self.confidence <= 1:
+            raise JobError(
+                f"{self.confidence} is not allowed; allowed: above 0, at most 1",
+                key="routing.adaptive.confidence",
+            )
+        if self.max_answers < 1:
+            raise JobError(
+                f"{self.max_answers} is not allowed; allowed: 1 or more",
+                key="routing.answers_per_record",
+            )
+
+
+def check_rule(spec: MergeSpec, rule: StoppingRule) -> None:
+    """Refuse a rule that the merge method cannot follow.
+
+    Raises:
+        JobError: the method is `mean`, or is not `vote` and the rule has no confidence.
+    """
+    if spec.method not in _METHODS:
+        raise JobError(
+            f"{spec.method!r} cannot stop early: its confidence is a standard error, in the "
+            f"values' unit; allowed with merge.method: {', '.join(_METHODS)}",
+            key="routing.adaptive",
+        )
+    if rule.confidence is None and spec.method != "vote":
+        raise JobError(
+            f"{spec.method!r} needs one, above 0 and at most 1: which answers could still change "
+            "the winner is known for merge.method 'vote' only",
+            key="routing.adaptive.confidence",
+        )
+
+
+def undecided(
+    records: pa.Table, answers: pa.Table, spec: MergeSpec, rule: StoppingRule
+) -> list[str]:
+    """Return the ids of the usable records, in their order, that need another answer.
+
+    A record is decided when as many answers as may come are there, failed ones included: a
+    failed answer says nothing, but its agent is not asked again. Before that:
+
+    - Without a confidence: the winner leads by more answers than may still come. It then wins
+      whatever they are; among spellings that agree, the most frequent one may still change.
+    - With a confidence: the winner has at least that share of the answers (`vote`), of the
+      weights (`weighted` by `linear`), that expected utility (`mbr`), or that posterior
+      probability (`weighted` by `log-odds`). All but the last need two answers, since any
+      answer agrees with itself, and all but `mbr`, where two answers always tie, no tie.
+
+    Args:
+        records: columns `record_id` and `reason`; a record with a reason is not usable.
+        answers: `ANSWERS` rows for these records, in any order, repeated or not.
+
+    Raises:
+        JobError: the rule does not go with the method; `weighted` lacks an agent's accuracy.
+        RunError: the tables contradict each other or their contract.
+    """
+    check_rule(spec, rule)
+    replies = replies_by_record(records, answers)
+    usable = records.filter(pc.is_null(records["reason"]))["record_id"].to_pylist()
+    return [record_id for record_id in usable if not _is_decided(replies[record_id], spec, rule)]
+
+
+def _is_decided(rows: Sequence[Mapping[str, Any]], spec: MergeSpec, rule: StoppingRule) -> bool:
+    num_open = rule.max_answers - len(rows)
+    if num_open <= 0:
+        return True
+    ballots = ballots_of(rows, spec)
+    if not ballots:
+        return False
+    if rule.confidence is None:
+        # Not ">=": were the runner-up to draw level, the tie rule might prefer it.
+        return _lead(verdict_of(ballots, spec).support) > num_open
+    return _is_sure(ballots, spec, rule.confidence)
+
+
+def _lead(support: Sequence[Candidate]) -> int:
+    """Answers by which the best is ahead; an answer that nobody gave yet has 0."""
+    counts = [len(candidate.backers) for candidate in support[:2]]
+    return counts[0] - sum(counts[1:])
+
+
+def _is_sure(ballots: Sequence[Ballot], spec: MergeSpec, confidence: float) -> bool:
+    bayesian = spec.method == "weighted" and spec.weights == "log-odds"
+    if len(ballots) < 2 and not bayesian:
+        return False
+    verdict = verdict_of(ballots, spec)
+    if verdict.tie and spec.method != "mbr":
+        return False
+    reached = _posterior(verdict.support, spec.num_labels) if bayesian else verdict.confidence
+    return reached is not None and reached >= confidence - _ROUNDING
+
+
+def _posterior(support: Sequence[Candidate], num_labels: int | None) -> float:
+    """Return the probability of the best candidate among all labels, also those nobody gave.
+
+    Let all labels be equally likely and an agent of accuracy p err evenly over the m wrong
+    ones. A label's likelihood is Π p over the agents that gave it times Π (1 - p)/m over the
+    others; divided by Π (1 - p)/m over all agents it is Π m·p/(1 - p) over those that gave it.
+    That is e^score for a candidate, its score being the sum of log-odds, and e^0 for a label
+    that nobody gave. So one answer of an agent of accuracy p has probability p.
+
+    Args:
+        num_labels: m + 1. None: as the log-odds then take it, the candidates, at least two.
+    """
+    num_unseen = max((num_labels or 2) - len(support), 0)
+    scores = [candidate.weight for candidate in support]
+    highest = max(*scores, 0.0)
+    powers = [math.exp(score - highest) for score in scores]
+    return powers[0] / (math.fsum(powers) + num_unseen * math.exp(-highest))

@@ -1,0 +1,156 @@
+"""The partitions that are open: who has answered them, who is at it, who may still be asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+
+from mas_batch.routing.instructions import Rules, Work
+
+
+@dataclass(slots=True)
+class OpenPartition:
+    """One partition between its first question and its merge."""
+
+    work: Work
+    samples: Mapping[str, int]
+    """Agent → answers per record it gives when asked."""
+    needed: int
+    """Answers per record before it is merged, or looked at."""
+    answered: set[str] = field(default_factory=set)
+    asked: dict[str, list[str]] = field(default_factory=dict)
+    """Agent → replicas that are at it, the original before its copy."""
+    copied: set[str] = field(default_factory=set)
+    """Agents whose task somebody has a copy of."""
+    overtaken: bool = False
+    """Such a copy is another agent's: of the two, whoever is first is enough."""
+    failures: Counter[str] = field(default_factory=Counter)
+    deaths: Counter[str] = field(default_factory=Counter)
+    """Agent → its workers that died while they were at it."""
+    failed_on: set[str] = field(default_factory=set)
+    given_up: set[str] = field(default_factory=set)
+    pardoned: set[str] = field(default_factory=set)
+    num_asks: int = 0
+    num_undecided: int | None = None
+    """Records that a look at the answers found undecided; None before it."""
+    merging: bool = False
+
+    @property
+    def index(self) -> int:
+        """The partition's number."""
+        return self.work.index
+
+    @property
+    def num_answers(self) -> int:
+        """Answers per record that are committed."""
+        return self.samples_of(self.answered)
+
+    @property
+    def lacks(self) -> int:
+        """Answers per record that are needed and neither there nor under way."""
+        if self.merging:
+            return 0
+        return self.needed - self.samples_of((*self.answered, *self.asked))
+
+    @property
+    def untried(self) -> set[str]:
+        """Agents that may still be asked."""
+        return self.samples.keys() - self.answered - self.asked.keys() - self.given_up
+
+    @property
+    def tokens(self) -> int:
+        """Estimated tokens of the records that are asked about, for one answer to each."""
+        if self.num_undecided is None:
+            return self.work.estimated_tokens
+        return max(1, self.work.estimated_tokens * self.num_undecided // self.work.num_records)
+
+    def samples_of(self, agents: Iterable[str]) -> int:
+        """Return how many answers per record the agents give together."""
+        return sum(self.samples[agent_id] for agent_id in agents)
+
+    def take_back(self, agent_id: str, replica_id: str) -> bool:
+        """Note that a replica's try is over; False if it had none or a copy is under way."""
+        replicas = self.asked.get(agent_id, [])
+        if replica_id not in replicas:
+            return False
+        replicas.remove(replica_id)
+        self.copied.discard(agent_id)
+        if not replicas:
+            del self.asked[agent_id]
+        return not replicas
+
+
+class Board:
+    """All open partitions, and for every agent those that want it, first come first.
+
+    State is O(window): the plan is pulled lazily, and a merged partition is forgotten.
+    """
+
+    def __init__(
+        self, samples: Mapping[str, int], rules: Rules, plan: Iterable[Work], num_partitions: int
+    ) -> None:
+        self._samples = samples
+        self._rules = rules
+        self._plan = iter(plan)
+        self._wanting: dict[str, list[int]] = {agent: [] for agent in samples}
+        self.open: dict[int, OpenPartition] = {}
+        self.is_exhausted = False
+        """No further partition will come."""
+        self.num_unpulled = num_partitions
+
+    def __iter__(self) -> Iterator[OpenPartition]:
+        return iter(self.open.values())
+
+    def get(self, index: int) -> OpenPartition | None:
+        """Return the partition if it is open."""
+        return self.open.get(index)
+
+    def pull(self) -> OpenPartition | None:
+        """Open the next partition of the plan; None when there is none."""
+        work = next(self._plan, None)
+        if work is None:
+            self.is_exhausted = True
+            self.num_unpulled = 0
+            return None
+        self.num_unpulled = max(0, self.num_unpulled - 1)
+        most = self._rules.answers_per_record
+        first = min(most, self._rules.first or most)
+        state = OpenPartition(work, self._samples, first, set(work.answered))
+        self.open[work.index] = state
+        return state
+
+    def close(self, index: int) -> None:
+        """Forget a merged partition."""
+        self.open.pop(index, None)
+
+    def queue(self, state: OpenPartition) -> None:
+        """Queue the partition with every agent that may be asked, if it lacks answers."""
+        if state.lacks <= 0:
+            return
+        for agent_id in state.untried:
+            heap = self._wanting[agent_id]
+            heappush(heap, state.index)
+            if len(heap) > 64 + 2 * len(self.open):  # an agent that nobody serves never looks
+                heap[:] = {index for index in heap if self.wants(index, agent_id)}
+                heapify(heap)
+
+    def wants(self, index: int, agent_id: str) -> bool:
+        """Whether the partition is to be asked of the agent."""
+        state = self.open.get(index)
+        return state is not None and state.lacks > 0 and agent_id in state.untried
+
+    def waiting(self, agent_id: str) -> Generator[OpenPartition]:
+        """Yield what waits for the agent, lowest number first; for a consumer that stops early."""
+        heap = self._wanting[agent_id]
+        passed: list[int] = []
+        try:
+            while heap:
+                index = heappop(heap)
+                if self.wants(index, agent_id):
+                    passed.append(index)
+                    yield self.open[index]
+        finally:
+            for index in passed:
+                heappush(heap, index)

@@ -1,0 +1,282 @@
+"""The agents' life on a cluster: load models, notice workers that come, pause, leave or hang."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import dask
+from distributed import Client, Future
+
+from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
+from mas_batch.agents.work import RunRef, load_agent
+from mas_batch.errors import ModelError, RunError
+from mas_batch.job import Job
+from mas_batch.monitor.events import AgentDraining, AgentLost, AgentReady, Event
+
+Failure = Exception | None
+_RESTART_TIMEOUT_S = 30.0
+
+
+class Listener(Protocol):
+    """Whoever wants to know which workers can be asked."""
+
+    def joined(self, address: str, agent_id: str) -> None:
+        """The worker holds the agent's model."""
+        ...
+
+    def paused(self, address: str, paused: bool) -> None:
+        """The worker takes nothing further, or again."""
+        ...
+
+    def left(self, address: str, *, blamed: bool) -> None:
+        """The worker is gone; not blamed: somebody took it away on purpose."""
+        ...
+
+
+class Hosting:
+    """Which worker serves which agent. All methods run in the caller's one thread.
+
+    Args:
+        client: connected; never closed here.
+        job: says which worker may serve which agent.
+        emit: called with every event.
+        watch: calls back, in the same thread, when a future has ended.
+        wait_s: how long an agent may be without any worker before the run fails.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        job: Job,
+        run: RunRef,
+        specs: Mapping[str, AgentSpec],
+        emit: Callable[[Event], None],
+        watch: Callable[[Future, Callable[[Failure], None]], None],
+        wait_s: float,
+    ) -> None:
+        self._client = client
+        self._job = job
+        self._run = run
+        self._specs = specs
+        self._emit = emit
+        self._watch = watch
+        self._wait_s = wait_s
+        self._names: dict[str, str] = {}  # worker address → worker name
+        self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
+        self._loading: dict[str, Future] = {}
+        self._refused: dict[str, tuple[str, Exception]] = {}  # address → agent, why not loaded
+        self._paused: dict[str, str] = {}  # address → why
+        self._retiring: set[str] = set()  # worker names that the router lets go
+        self._unserved_since: float | None = None
+        self.ready: dict[str, str] = {}
+        """Worker address → agent whose model it holds."""
+        self.listener: Listener | None = None
+        self.engine_facts: dict[str, dict[str, Any]] = {}
+        """Agent → what its engine says of itself, for the manifest."""
+
+    def name(self, address: str) -> str:
+        """Return the worker's name."""
+        return self._names.get(address, address)
+
+    def close(self) -> None:
+        """Forget what is still loading."""
+        for future in self._loading.values():
+            future.release()
+
+    # Loading
+
+    def start(self) -> None:
+        """Begin to load every agent's model on its workers.
+
+        Raises:
+            JobError: an agent has no capable worker.
+        """
+        for address, agent_id in match_workers(self._workers(), self._job).items():
+            self._load(address, agent_id)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a model is on its way."""
+        return bool(self._loading)
+
+    @property
+    def unserved(self) -> set[str]:
+        """Agents that no worker can answer for now."""
+        return self._specs.keys() - set(self.ready.values())
+
+    def check_loaded(self, unserved: set[str]) -> None:
+        """Give up on agents whose model nobody can load; wait for those whose worker left.
+
+        Raises:
+            ModelError: no worker of such an agent could load its model.
+            RunError: its workers left and none came back.
+        """
+        for agent_id, error in self._refused.values():
+            if agent_id in unserved and agent_id not in self._hosts.values():
+                model = self._specs[agent_id].agent.model
+                message = f"agents.{agent_id}: no worker could load {model}: {error}"
+                raise ModelError(message) from error
+        self.give_up_waiting(unserved)
+
+    def give_up_waiting(self, unserved: set[str]) -> None:
+        """Note who is missing now.
+
+        Raises:
+            RunError: somebody has been for too long.
+        """
+        if not unserved:
+            self._unserved_since = None
+            return
+        self._unserved_since = self._unserved_since or time.monotonic()
+        if time.monotonic() - self._unserved_since > self._wait_s:
+            raise RunError(
+                f"no worker serves agent {min(unserved)!r} for {self._wait_s:g} s; "
+                "what is answered is kept: start a worker and run the same command again"
+            )
+
+    def _load(self, address: str, agent_id: str) -> None:
+        self._hosts[address] = agent_id
+        with dask.annotate(executor=self._run.topic):
+            future = self._client.submit(
+                load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
+            )
+        self._loading[address] = future
+        self._watch(future, lambda failure: self._load_ended(address, future, failure))
+
+    def loaded(self, address: str, facts: dict[str, Any]) -> None:
+        """Take the report of a load."""
+        future = self._loading.pop(address, None)
+        if future is None:
+            return
+        future.release()
+        agent_id = self._hosts[address]
+        self.ready[address] = agent_id
+        self.engine_facts[agent_id] = {"family_id": facts["family_id"], **facts["engine"]}
+        self._emit(AgentReady(agent_id, self.name(address), facts["load_s"], facts["engine"]))
+        if self.listener is not None:
+            self.listener.joined(address, agent_id)
+            if address in self._paused:
+                self.listener.paused(address, True)
+
+    def _load_ended(self, address: str, future: Future, failure: Failure) -> None:
+        if self._loading.get(address) is not future:
+            return  # it has reported, or its worker left
+        del self._loading[address]
+        agent_id = self._hosts.pop(address)
+        failure = failure or RunError("the task ended without a report")
+        self._refused[address] = (agent_id, failure)
+        message = f"could not load the model: {failure}"
+        self._emit(AgentLost(agent_id, self.name(address), message))
+
+    # Workers that come, pause, leave or hang
+
+    def refresh(self) -> None:
+        """Compare the scheduler's workers with ours.
+
+        Raises:
+            RunError: the scheduler is lost.
+        """
+        workers = self._workers()
+        present = {worker.address for worker in workers}
+        for address in sorted(self._hosts.keys() - present):
+            self._drop(address)
+        for worker in workers:
+            self._note_status(worker)
+            if worker.address not in self._hosts and worker.address not in self._refused:
+                agent_id = place_newcomer(worker, self._job, self._hosts.values())
+                if agent_id is not None:
+                    self._load(worker.address, agent_id)
+
+    def restart(self, address: str, message: str) -> None:
+        """End the process of a worker that hangs; its nanny, if it has one, starts another.
+
+        Without a nanny it is only cut off from the cluster, and its place stays empty until
+        whoever started it starts it again.
+        """
+        self._emit(AgentLost(self._hosts[address], self.name(address), message))
+        # In a thread: a process that does not heed SIGTERM is waited for before it is killed.
+        threading.Thread(
+            target=self._client.restart_workers,
+            args=([address],),
+            kwargs={"timeout": _RESTART_TIMEOUT_S, "raise_for_error": False},
+            daemon=True,
+            name="mas-batch-restart",
+        ).start()
+
+    def retire(self, addresses: Iterable[str]) -> list[str]:
+        """Ask these idle workers nothing further; returns their names, for whoever ends them."""
+        names = []
+        for address in addresses:
+            self._retiring.add(self.name(address))
+            self._pause(address, "no work is left for it")
+            names.append(self.name(address))
+        return names
+
+    def counts(self) -> Counter[str]:
+        """Agent → workers that serve it or will soon, without those that are let go."""
+        return Counter(
+            agent_id
+            for address, agent_id in self._hosts.items()
+            if self.name(address) not in self._retiring
+        )
+
+    def _workers(self) -> list[WorkerInfo]:
+        if self._client.status != "running":
+            raise RunError("the scheduler is lost; run the same command again to resume")
+        workers = cluster_workers(self._client)
+        self._names.update({worker.address: worker.name for worker in workers})
+        self._retiring &= {worker.name for worker in workers}  # a later one may have the name
+        return [worker for worker in workers if worker.name not in self._retiring]
+
+    def _note_status(self, worker: WorkerInfo) -> None:
+        if worker.address not in self._hosts:
+            return
+        if worker.status != "running":
+            self._pause(worker.address, f"the worker's status is {worker.status!r}")
+        elif worker.address in self._paused:
+            del self._paused[worker.address]
+            if self.listener is not None:
+                self.listener.paused(worker.address, False)
+
+    def _pause(self, address: str, why: str) -> None:
+        if address in self._paused:
+            return
+        self._paused[address] = why
+        self._emit(AgentDraining(self._hosts[address], self.name(address), why))
+        if self.listener is not None:
+            self.listener.paused(address, True)
+
+    def _drop(self, address: str) -> None:
+        agent_id = self._hosts.pop(address)
+        expected = address in self._paused or self._was_expected(address)
+        how = "left" if expected else "was lost"
+        self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
+        self._paused.pop(address, None)
+        loading = self._loading.pop(address, None)
+        if loading is not None:
+            loading.release()
+        self.ready.pop(address, None)
+        if self.listener is not None:
+            self.listener.left(address, blamed=not expected)
+
+    def _was_expected(self, address: str) -> bool:
+        """Whether the scheduler took the worker off on purpose: retired, scaled down."""
+        events = self._client.get_events(address)
+        return any(
+            event["action"] == "remove-worker" and event["expected"]
+            for _, event in events
+            if isinstance(event, dict) and "action" in event
+        )
+
+
+def cluster_workers(client: Client) -> list[WorkerInfo]:
+    """List the workers of the cluster with what they declare."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return [
+        WorkerInfo(address, str(info["name"]), info["resources"], info["status"])
+        for address, info in workers.items()
+    ]

@@ -1,0 +1,100 @@
+"""What goes into the dispatcher and what comes out of it: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mas_batch.routing.policies import ReplicaView
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A partition that still needs something."""
+
+    index: int
+    estimated_tokens: int
+    num_records: int = 1
+    answered: frozenset[str] = frozenset()
+    """Agents whose answers an earlier execution committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the dispatcher has to keep to."""
+
+    answers_per_record: int
+    """How many answers each record shall get at least, or with `first` at most; an agent that
+    is asked always gives all its samples."""
+    first: int | None = None
+    """Adaptive: so many answers before the first look at which records are undecided."""
+    window: int = 1
+    """Partitions in flight per replica."""
+    max_attempts: int = 3
+    """Tries of one agent on one partition that may fail before it is given up there."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Agent → share of its turns, for policies that go by it."""
+    speculate: bool = True
+    timeout_s: float | None = None
+    """Longest silence of a replica at work; None: by its measured rate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Send the partition to the replica."""
+
+    partition: int
+    agent_id: str
+    replica_id: str
+    attempt: int
+    purpose: str
+    """`answer`, `retry`, `careful`, `copy` or `probe`; see `monitor.events.PartitionAsked`."""
+    earlier: tuple[str, ...]
+    """Adaptive: ask only about records that these agents' answers leave undecided; empty: all."""
+    candidates: tuple[ReplicaView, ...]
+    """Everyone who could have been chosen."""
+    num_busy: int
+    """Capable replicas that could not, their windows being full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """The answers that are wanted are committed by these agents: merge the partition."""
+
+    partition: int
+    agents: tuple[str, ...]
+    final: bool = True
+    """False: first see whether records are undecided, and if so say so and do not merge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Forget the task: its worker is gone."""
+
+    partition: int
+    agent_id: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """The replica has been silent about a partition for too long: end its process."""
+
+    replica_id: str
+    agent_id: str
+    partition: int
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerNews:
+    """A replica's breaker has changed; for people to read."""
+
+    replica_id: str
+    agent_id: str
+    state: str
+    num_failures: int
+    cool_down_s: float
+
+
+Instruction = Ask | Merge | Abandon | Restart | BreakerNews

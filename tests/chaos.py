@@ -1,0 +1,218 @@
+"""Runs a job in real processes, does something terrible to it, and compares what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import mas_batch
+from mas_batch.results import Run
+from mas_batch.storage import Store
+
+NUM_RECORDS = 60
+PRELOAD = Path(__file__).with_name("chaos_preload.py")
+JOB: dict[str, Any] = {
+    "name": "chaos",
+    "corpus": {"path": "corpus.jsonl", "id": "id"},
+    "task": {"kind": "summarize", "max_new_tokens": 4},
+    "agents": [
+        {"name": "a", "model": "echo:a", "count": 2, "options": {"seconds_per_batch": 0.15}},
+        {"name": "b", "model": "echo:b", "options": {"seconds_per_batch": 0.08}},
+    ],
+    "merge": {"method": "vote"},
+    "routing": {"timeout_s": 3.0},
+    "partition": {"max_records": 3},
+    "output": {"path": "runs"},
+    "cluster": {"dashboard_address": None},
+}
+
+
+@dataclass
+class Outcome:
+    """What a fault did to the run's output."""
+
+    fault: str
+    injected: int
+    lost: int
+    doubled: int
+    identical: bool
+    note: str = ""
+
+
+@dataclass
+class Table:
+    """One line per kind of fault, added up over the rounds."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = ["| fault | times injected | lost | doubled | identical |", "|---|---|---|---|---|"]
+        faults = dict.fromkeys(outcome.fault for outcome in self.outcomes)
+        for fault in faults:
+            these = [outcome for outcome in self.outcomes if outcome.fault == fault]
+            injected, lost, doubled = (
+                sum(getattr(outcome, name) for outcome in these)
+                for name in ("injected", "lost", "doubled")
+            )
+            same = "yes" if all(outcome.identical for outcome in these) else "NO"
+            notes = {outcome.note for outcome in these if outcome.note}
+            lines.append(
+                f"| {fault} | {injected} | {lost} | {doubled} | {same}{''.join(sorted(notes))} |"
+            )
+        return "\n".join(lines)
+
+
+CHAOS_TABLE = pytest.StashKey[Table]()
+
+
+class Arena:
+    """A corpus, a job and processes at their mercy; one folder per run."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.log = folder / "log"
+        rows = [
+            {"id": f"r{i:02d}", "text": f"record {i} has a few words"} for i in range(NUM_RECORDS)
+        ]
+        (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+
+    @contextmanager
+    def submitted(
+        self, *options: str, plan: Mapping[str, Any] | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Submit the job in a session of its own; at the end end it and all its children."""
+        environ = dict(os.environ)
+        if plan is not None:
+            environ["MAS_BATCH_CHAOS"] = json.dumps({"folder": str(self.folder), **plan})
+            environ["DASK_DISTRIBUTED__WORKER__PRELOAD"] = str(PRELOAD)
+            environ["DASK_DISTRIBUTED__SCHEDULER__PRELOAD"] = str(PRELOAD)
+        with started(
+            ["-m", "mas_batch.submit", "job.yaml", "--json", *options],
+            self.log,
+            cwd=self.folder,
+            env=environ,
+        ) as child:
+            yield child
+
+    def submit(self, *options: str, plan: Mapping[str, Any] | None = None) -> Run:
+        """Submit the job and wait for its end; it must succeed."""
+        with self.submitted(*options, plan=plan) as child:
+            assert child.wait(120) == 0, self.log.read_text()
+        return self.opened()
+
+    def opened(self) -> Run:
+        """Open the only run there is."""
+        (folder,) = (path.parent for path in self.folder.glob("runs/*/job.yaml"))
+        return mas_batch.open_run(str(folder))
+
+    def num_merged(self) -> int:
+        """Partitions whose results are committed."""
+        return len(list(self.folder.glob("runs/*/results/part-*.parquet")))
+
+    def wait_until(self, condition: Callable[[], object], child: subprocess.Popen[bytes]) -> bool:
+        """Wait for the condition; False if the process ended before."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            if child.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        return True
+
+    def fired(self) -> int:
+        """Whether the planned fault has happened."""
+        return int((self.folder / "fired").exists())
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """Events of these kinds that the run's executions have logged."""
+        lines = [
+            json.loads(line)
+            for file in sorted(self.folder.glob("runs/*/events/*.jsonl"))
+            for line in file.read_text().splitlines()
+        ]
+        return [line for line in lines if not kinds or line["event"] in kinds]
+
+
+@contextmanager
+def started(command: list[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a Python process in a session of its own; at the end kill what is left of it."""
+    with log.open("ab") as file:
+        child = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            **options,
+        )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def workers_of(parent: int) -> list[int]:
+    """List the worker processes below an embedded cluster's process."""
+    return children_named(parent, "spawn_main")
+
+
+def children_named(parent: int, words: str) -> list[int]:
+    """List the processes below `parent` whose command line has `words`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and words in command:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def compare(fault: str, injected: int, run: Run, reference: Run, *, but: str = "") -> Outcome:
+    """Compare a run with the undisturbed one, file by file, byte by byte.
+
+    Args:
+        but: a record that is expected in the failures; its partition's files then differ, and
+            are compared row by row.
+    """
+    expected = reference.arrow()["record_id"].to_pylist()
+    ids = run.arrow()["record_id"].to_pylist() + run.arrow("failures")["record_id"].to_pylist()
+    answers = run.arrow("answers").select(["record_id", "agent_id", "sample_id"]).to_pylist()
+    doubled = sum(n - 1 for n in Counter(ids).values())
+    doubled += sum(n - 1 for n in Counter(tuple(row.values()) for row in answers).values())
+    if but:
+        rows = [row for row in reference.arrow().to_pylist() if row["record_id"] != but]
+        identical = run.arrow().to_pylist() == rows
+        identical = identical and run.arrow("failures")["record_id"].to_pylist() == [but]
+    else:
+        identical = _contents(run) == _contents(reference)
+    assert not list(Path(run.store.url).rglob(".tmp-*")), "temporary files were left behind"
+    return Outcome(fault, injected, len(set(expected) - set(ids)), doubled, identical)
+
+
+def _contents(run: Run) -> dict[str, bytes]:
+    store: Store = run.store
+    return {name: store.read_bytes(name) for t in ("results", "failures") for name in run.files(t)}

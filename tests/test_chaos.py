@@ -1,0 +1,242 @@
+"""Whatever happens to the processes: nothing lost, nothing doubled, the same bytes.
+
+Short by default; `make chaos` repeats every fault with other seeds. Each fault is real: signals
+to real processes, memory that is really eaten, exceptions raised where a model would raise them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mas_batch.results import Run
+from tests.chaos import (
+    CHAOS_TABLE,
+    JOB,
+    NUM_RECORDS,
+    Arena,
+    Table,
+    compare,
+    started,
+    workers_of,
+)
+
+pytestmark = [pytest.mark.faults, pytest.mark.chaos]
+
+
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Table:
+    table = Table()
+    request.config.stash[CHAOS_TABLE] = table
+    return table
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run that nothing happens to."""
+    return Arena(tmp_path_factory.mktemp("reference")).submit()
+
+
+@pytest.fixture
+def arena(tmp_path: Path, chaos_seed: int) -> Arena:
+    return Arena(tmp_path, chaos_seed)
+
+
+INSIDE: dict[str, dict[str, Any]] = {
+    "SIGKILL during compute": {"fault": "kill-during-compute"},
+    "SIGKILL between commit and report": {"fault": "kill-before-report"},
+    "SIGKILL after report": {"fault": "kill-after-report"},
+    "an agent that hangs": {"fault": "hang"},
+    "a worker over its memory limit": {"fault": "memory"},
+    "retired while busy": {"fault": "retire", "agent": "a"},
+    "restarted by its nanny while busy": {"fault": "restart", "agent": ""},
+    "one of two workers cannot load": {"fault": "fail-to-load", "worker": "a-1"},
+    "one of two workers fails fast": {"fault": "fail-fast", "worker": "a-1", "for_s": 1000.0},
+    "one fails fast, then recovers": {"fault": "fail-fast", "worker": "a-1", "for_s": 4.0},
+}
+
+
+@pytest.mark.parametrize("fault", INSIDE)
+def test_a_fault_inside_costs_nothing(
+    fault: str, arena: Arena, reference: Run, table: Table
+) -> None:
+    plan = {
+        **INSIDE[fault],
+        "seed": arena.rng.random(),
+        "after": arena.rng.randint(2, 6),
+        "delay_s": arena.rng.uniform(0.0, 1.0),
+    }
+    options = ("--set", "cluster.memory_limit=500MB") if plan["fault"] == "memory" else ()
+    run = arena.submit(*options, plan=plan)
+    outcome = compare(fault, arena.fired(), run, reference)
+    table.outcomes.append(outcome)
+    assert outcome.injected == 1, "the fault never happened"
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_the_breaker_keeps_a_failing_worker_from_attracting_the_work(arena: Arena) -> None:
+    plan = {"fault": "fail-fast", "worker": "a-1", "for_s": 1000.0}
+    arena.submit(plan=plan)
+    failures = arena.events("AnswerFailed")
+    assert {failure["worker"] for failure in failures} == {"a-1"}
+    assert 3 <= len(failures) <= 8, "three open it, the rest are probes"
+    assert next(e["state"] for e in arena.events("BreakerChanged")) == "open"
+
+
+def test_a_worker_killed_at_a_random_moment(arena: Arena, reference: Run, table: Table) -> None:
+    with arena.submitted() as child:
+        count = arena.rng.randint(1, 12)
+        arena.wait_until(lambda: arena.num_merged() >= count, child)
+        os.kill(arena.rng.choice(workers_of(child.pid)), signal.SIGKILL)
+        assert child.wait(90) == 0, arena.log.read_text()
+    outcome = compare("SIGKILL at a random moment", 1, arena.opened(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_a_worker_stopped_and_continued(arena: Arena, reference: Run, table: Table) -> None:
+    """A zombie: it is believed dead or slow, its work is done elsewhere, and then it goes on."""
+    with arena.submitted("--set", "routing.timeout_s=60") as child:
+        arena.wait_until(lambda: arena.num_merged() >= arena.rng.randint(1, 8), child)
+        zombie = arena.rng.choice(workers_of(child.pid))
+        os.kill(zombie, signal.SIGSTOP)
+        time.sleep(arena.rng.uniform(1.0, 3.0))
+        os.kill(zombie, signal.SIGCONT)
+        assert child.wait(90) == 0, arena.log.read_text()
+    outcome = compare("SIGSTOP, then SIGCONT", 1, arena.opened(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_a_worker_stopped_for_good(arena: Arena, reference: Run, table: Table) -> None:
+    with arena.submitted() as child:
+        arena.wait_until(lambda: arena.num_merged() >= arena.rng.randint(1, 8), child)
+        os.kill(arena.rng.choice(workers_of(child.pid)), signal.SIGSTOP)
+        assert child.wait(120) == 0, arena.log.read_text()
+    outcome = compare("SIGSTOP for good", 1, arena.opened(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_the_submitting_process_killed_again_and_again(
+    arena: Arena, reference: Run, table: Table, chaos_rounds: int
+) -> None:
+    kills = 20 if chaos_rounds > 1 else 3
+    for number in range(kills):
+        with arena.submitted() as child:
+            done = arena.num_merged()
+            if number % 2:  # at any moment: while it starts, stages, loads, answers or publishes
+                time.sleep(arena.rng.uniform(0.5, 6.0))
+            else:
+                arena.wait_until(lambda done=done: arena.num_merged() > done, child)
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    outcome = compare("submitting process killed", kills, arena.submit(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_a_record_that_kills_its_worker_every_time_is_alone_in_the_failures(
+    arena: Arena, reference: Run, table: Table
+) -> None:
+    poison = arena.rng.randint(10, NUM_RECORDS - 1)
+    faults = f"{{seconds_per_batch: 0.1, faults: {{record {poison} has: kill}}}}"
+    run = arena.submit("--set", f"agents.a.options={faults}", "--set", f"agents.b.options={faults}")
+    outcome = compare("a record that kills", 1, run, reference, but=f"r{poison:02d}")
+    outcome.note = ", but for the record"
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+    (failure,) = run.arrow("failures").to_pylist()
+    assert failure["reason"] == "worker_died"
+    assert run.manifest["counts"]["failures"] == 1
+    asked = {e["partition"] for e in arena.events("PartitionAsked") if e["purpose"] == "careful"}
+    assert asked == {poison // 3}, "innocent partitions are not blamed"
+
+
+def test_the_scheduler_killed_and_started_again(arena: Arena, reference: Run, table: Table) -> None:
+    file = arena.folder / "scheduler.json"
+    options = ("--scheduler-file", str(file))
+    for attempt in ("killed", "whole"):
+        file.unlink(missing_ok=True)
+        with UsersCluster(arena, file) as scheduler, arena.submitted(*options) as child:
+            if attempt == "killed":
+                arena.wait_until(lambda: arena.num_merged() >= arena.rng.randint(1, 8), child)
+                os.kill(scheduler.pid, signal.SIGKILL)
+                assert child.wait(60) == 1, arena.log.read_text()
+                assert "run the same command again to resume" in arena.log.read_text()
+            else:
+                assert child.wait(60) == 0, arena.log.read_text()
+    outcome = compare("scheduler killed, started again", 1, arena.opened(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+class UsersCluster:
+    """A scheduler and three workers in processes of their own."""
+
+    def __init__(self, arena: Arena, file: Path) -> None:
+        self._arena, self._file = arena, file
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        self._stack = ExitStack()
+        common = ["--scheduler-file", str(self._file), "--no-dashboard"]
+        options = {"cwd": self._arena.folder}
+        scheduler = self._stack.enter_context(
+            started(
+                ["-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", "0", *common],
+                self._arena.log, **options,
+            )
+        )  # fmt: skip
+        self._arena.wait_until(self._file.exists, scheduler)
+        for name in ("a-0", "a-1", "b-0"):
+            command = ["-m", "dask", "worker", *common, "--name", name, "--nthreads", "2"]
+            self._stack.enter_context(
+                started(
+                    [*command, "--resources", "summarize=1", "--death-timeout", "5"],
+                    self._arena.log, **options,
+                )
+            )  # fmt: skip
+        return scheduler
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+
+def test_two_submitters_of_one_run(arena: Arena, reference: Run, table: Table) -> None:
+    with arena.submitted() as first:
+        arena.wait_until(lambda: arena.num_merged() >= 1, first)
+        with arena.submitted() as second:
+            assert second.wait(60) == 1
+        assert first.wait(60) == 0, arena.log.read_text()
+    outcome = compare("two submitters at once", 1, arena.opened(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_workers_come_and_go_with_the_backlog(arena: Arena, reference: Run, table: Table) -> None:
+    run = arena.submit(
+        "--set", "agents.a.count=1", "--set", "agents.a.max_count=3",
+        "--set", "agents.a.options.seconds_per_batch=0.6",
+        "--set", "agents.b.options.seconds_per_batch=0.5",  # a is done while b goes on
+    )  # fmt: skip
+    outcome = compare("scaled up and down under work", 1, run, reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+    wanted = [event["wanted"]["a"] for event in arena.events("AgentsScaled")]
+    assert max(wanted) == 3
+    assert wanted[-1] < 3, "it gives workers back when less is left"
+    assert {e["worker"] for e in arena.events("PartitionAnswered") if e["agent_id"] == "a"} >= {
+        "a-0",
+        "a-1",
+    }
+
+
+def test_the_job_of_this_suite_is_deterministic() -> None:
+    assert all(agent["model"].startswith("echo") for agent in JOB["agents"])
