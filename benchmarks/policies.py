@@ -52,6 +52,7 @@ def main() -> None:
 
 def compare(policies: list[str]) -> None:
     for title, rules in (
+        ("the default window", {"window": None}),
         ("window 1", {}),
         ("window 2", {"window": 2}),
         ("window 2, no speculation", {"window": 2, "speculate": False}),

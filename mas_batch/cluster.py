@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+from dask.utils import parse_bytes
 from distributed import Client, Nanny, Scheduler, Security, SpecCluster, get_client
 from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
@@ -45,6 +46,17 @@ def check_settings(cluster: Cluster) -> None:
         file = getattr(cluster, key)
         if file and not Path(file).is_file():
             raise JobError(f"{file!r} is not a file", key=f"cluster.{key}")
+    if cluster.dashboard_address is not None:
+        _free_address(cluster.dashboard_address)
+    if cluster.memory_limit != "auto":
+        try:
+            parse_bytes(cluster.memory_limit)
+        except ValueError:
+            raise JobError(
+                f"{cluster.memory_limit!r} is not an amount of memory; "
+                "allowed: auto, 0 (no limit), or a size such as 8GiB",
+                key="cluster.memory_limit",
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +180,7 @@ def _connect_to(cluster: Cluster) -> Iterator[Client]:
             address=cluster.scheduler,
             scheduler_file=cluster.scheduler_file,
             security=security,
-            timeout=20,
+            set_as_default=False,  # one that fails to connect would stay the current one
         )
     except ValueError as error:
         raise JobError(f"{where!r}: {error}", key="cluster.scheduler") from error
@@ -251,7 +263,7 @@ def _free_address(address: str) -> str:
             probe.bind((host or "0.0.0.0", int(port)))
         except OSError:
             return f"{host}:0"
-        except ValueError:
+        except (ValueError, OverflowError):
             raise JobError(
                 f"{address!r} is not host:port", key="cluster.dashboard_address"
             ) from None

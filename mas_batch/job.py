@@ -38,10 +38,15 @@ EngineName = Literal["auto", "echo", "transformers", "marian", "ctranslate2", "o
 Names = Annotated[tuple[str, ...], Strict(False)]
 
 
+_MAX_NAME_BYTES = 128
+
+
 def _slug(name: str) -> str:
     allowed = "letters, digits, '-', '_' and '.', not first"
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ValueError(f"{name!r} is not allowed: it names a folder; allowed: {allowed}")
+    if len(name.encode()) > _MAX_NAME_BYTES:  # a run's name is longer by its fingerprint
+        raise ValueError(f"it names a folder: at most {_MAX_NAME_BYTES} bytes are allowed")
     return name
 
 
@@ -49,7 +54,7 @@ Slug = Annotated[str, AfterValidator(_slug)]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _as_list(value: Any) -> Any:
@@ -152,7 +157,7 @@ class Agent(_Model):
     engine: EngineName = "auto"
     capabilities: Names | None = None
     """Dask resources a worker must declare to host it; None: the task's kind."""
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
     """Further Dask resources, such as `GPU: 1`."""
     count: Annotated[int, Field(ge=1, le=4096)] = 1
     max_count: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -223,10 +228,10 @@ class Routing(_Model):
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
     """A worker that is silent about a partition for longer is restarted. None: twenty times
     what its measured rate leads to expect, at least ten minutes."""
-    window: Annotated[int, Field(ge=1, le=64)] = 1
+    window: Annotated[int, Field(ge=1, le=64)] | None = None
     """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
-    hides the latency of asking, but what waits cannot go to whoever is free first: it pays
-    only where a partition takes less than about a second."""
+    hides the latency of asking, but what waits cannot go to whoever is free first. None: 2
+    where a partition takes a worker less than a second, else 1."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
 
@@ -268,7 +273,7 @@ class Partitioning(_Model):
 class Output(_Model):
     """Where runs go and what they keep."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     format: Literal["parquet"] = "parquet"
     keep_text: bool = True
     max_failed_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05

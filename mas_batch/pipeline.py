@@ -236,6 +236,7 @@ def _answer(
     emit(_started(client, job, ref.store, plan, done, name))
     if len(done.merged) == plan.num_partitions:
         return  # killed between the last merge and the manifest
+    ref.store.remove_folder(results.JOURNAL)
     with DaskRouter(client, job, ref, specs, emit, scaler=connection.scaler) as router:
         router.host()
         results.write_engines(ref.store, router.engine_facts)
@@ -261,6 +262,7 @@ def _rules(job: Job) -> Rules:
         window=routing.window,
         max_attempts=routing.max_attempts,
         weights=routing.weights,
+        accuracies=job.merge.accuracies,
         speculate=routing.speculate,
         timeout_s=routing.timeout_s,
     )
@@ -325,6 +327,7 @@ def _publish(job: Job, ref: RunRef, name: str, plan: Plan, partial: Any) -> dict
         },
         "files": results.manifest_files(store, plan, [agent.name for agent in job.agents]),
     }
+    store.remove_folder(results.JOURNAL)
     store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
     results.publish(store, manifest)
     return manifest

@@ -10,6 +10,7 @@
         agents.parquet                        per agent: answers, failures, tokens, times
         engines.json                          what each agent's engine says of itself
         events/<time>-0000.jsonl              every routing decision and every outcome
+    journal/                              while a record that kills its worker is searched for
         manifest.json                         what is valid, counts, versions; published last
 
 The folder's name is a hash of everything that determines the results, so that resuming is
@@ -38,6 +39,9 @@ from mas_batch.storage import Store, parquet_bytes
 
 FORMAT = 1
 """Version of this layout; a change of it is a change of every fingerprint."""
+
+JOURNAL = "journal"
+"""Folder of what `agents.quarantine` notes in one execution: the next may have better machines."""
 
 _PART = re.compile(r"part-(\d+)\.parquet")
 _PASSTHROUGH = b"mas_batch.passthrough"

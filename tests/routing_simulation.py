@@ -79,7 +79,7 @@ class Simulation:
         self.asks.append(ask)
         self.in_flight.append(ask)
         load = sum(a.replica_id == ask.replica_id for a in self.in_flight)
-        assert load <= self.rules.window, "above the window"
+        assert load <= self.rules.max_window, "above the window"
 
     def _asked_to_merge(self, merge: Merge) -> None:
         assert merge.partition not in self.merged, "merged twice"

@@ -59,7 +59,7 @@ def drawn_simulation(data: st.DataObject) -> Simulation:
     rules = Rules(
         answers,
         first=first,
-        window=data.draw(st.integers(1, 3), label="window"),
+        window=data.draw(st.none() | st.integers(1, 3), label="window"),
         speculate=data.draw(st.booleans(), label="speculate"),
         timeout_s=data.draw(st.none() | st.just(50.0), label="timeout"),
     )
@@ -365,6 +365,29 @@ def test_near_the_end_nothing_waits_at_a_busy_worker() -> None:
     assert len(sim.in_flight) <= 3
     sim.answer(sim.in_flight[0])
     assert len({ask.replica_id for ask in sim.in_flight}) == len(sim.in_flight)
+
+
+def test_the_window_goes_by_how_long_a_partition_takes() -> None:
+    sim = Simulation({"a": 1}, plan_of(100), Rules(1, window=None))
+    sim.join("slow", "a")
+    sim.join("quick", "a")
+    assert len(sim.in_flight) == 2, "nothing is measured yet"
+    sim.now = 0.5
+    sim.answer(next(a for a in sim.in_flight if a.replica_id == "quick"))
+    sim.now = 5.0
+    sim.answer(next(a for a in sim.in_flight if a.replica_id == "slow"))
+    assert sim.dispatcher.in_flight("quick") == 2
+    assert sim.dispatcher.in_flight("slow") == 1
+
+
+def test_a_job_s_word_on_accuracy_is_a_prior_for_reliability() -> None:
+    rules = Rules(1, accuracies={"poor": 0.6, "good": 0.9})
+    sim = Simulation({"poor": 1, "good": 1}, plan_of(9), rules, policy="reliability")
+    sim.join("poor-0", "poor")
+    sim.join("good-0", "good")
+    sim.answer(sim.in_flight[0])
+    views = {view.agent_id: view for ask in sim.asks for view in ask.candidates}
+    assert views["poor"].agreement == pytest.approx(0.6)
 
 
 def test_adaptive_asks_one_more_agent_only_where_records_are_undecided() -> None:

@@ -37,7 +37,7 @@ def job_file(tmp_path: Path) -> Path:
         (
             "routing.policy=fast",
             "routing.policy",
-            "'fast' is not allowed; allowed: capability, least-loaded",
+            "'fast' is not allowed; allowed: capability, round-robin, random, least-loaded",
         ),
         (
             "routing.polcy=x",

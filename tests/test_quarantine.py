@@ -25,7 +25,7 @@ from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.errors import EngineRefusedError, Reason
+from mas_batch.errors import EngineError, EngineRefusedError, Reason
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.storage import Store
@@ -373,6 +373,10 @@ def test_whatever_dies_every_record_ends_with_exactly_its_answers(
             answers = carefully(records, ask, store, max_deaths)
         except EngineRefusedError:
             pass
+        except EngineError:  # the agent is to blame, and may try again from the start
+            assert all(deaths[f"r{i}"] == max_deaths for i in range(3))
+            assert store.list("journal") == set()
+            return
         except Death:
             deaths.update(store.tried)
     guilty = {record_id for record_id, number in deaths.items() if number >= max_deaths}

@@ -25,13 +25,16 @@ from itertools import count
 import pyarrow as pa
 
 from mas_batch.agents.answering import AgentProfile, failed_answers
-from mas_batch.errors import Reason
+from mas_batch.errors import EngineError, Reason
 from mas_batch.job import fingerprint
 from mas_batch.records import ANSWERS, Answer, Record
-from mas_batch.results import part
+from mas_batch.results import JOURNAL, part
 from mas_batch.storage import Store
 
 logger = logging.getLogger(__name__)
+
+_ALL_DEAD = 3
+"""Records in a row, from the first, that must kill their workers for the agent to be blamed."""
 
 _SCHEMA = pa.schema([ANSWERS.field(field.name) for field in fields(Answer)])
 
@@ -103,7 +106,7 @@ class Journal:
 
     @property
     def _folder(self) -> str:
-        return f"journal/agent={self.agent_id}/{part(self.partition)}"
+        return f"{JOURNAL}/agent={self.agent_id}/{part(self.partition)}"
 
     def _name(self, record_id: str, file: str = "") -> str:
         # Not the position: an adaptive agent's next try may be asked about fewer records.
@@ -124,16 +127,23 @@ def answer_carefully(
     times is not asked again: its answers are failed ones with `Reason.WORKER_DIED`, one per
     sample. An exception from `ask` or the storage is raised and not counted as a death.
 
+    Raises:
+        EngineError: the first records all killed their workers: it is the agent, not the records.
+
     Args:
         ask: returns the answers to the records that it is given; it is given one.
         max_deaths: at least 1.
     """
-    return [
-        answer
-        for record in records
-        if record.reason is None
-        for answer in _answer_one(record, ask, journal, profile, max_deaths)
-    ]
+    answers: list[Answer] = []
+    for number, record in enumerate((r for r in records if r.reason is None), 1):
+        answers += _answer_one(record, ask, journal, profile, max_deaths)
+        if number >= _ALL_DEAD and all(a.reason is Reason.WORKER_DIED for a in answers):
+            journal.remove()  # no record's fault: a machine that is mended shall ask them again
+            raise EngineError(
+                f"its worker died {max_deaths} times on each of the first {number} records; "
+                "nothing was answered in between"
+            )
+    return answers
 
 
 def _answer_one(

@@ -104,7 +104,7 @@ def worker_options(
                 gpu += 1
             options[name] = {
                 "name": name,
-                "nthreads": job.routing.window + 1,
+                "nthreads": (job.routing.window or 2) + 1,
                 "resources": job.capabilities(agent),
                 "memory_limit": memory_limit,
                 "local_directory": local_directory,

@@ -222,7 +222,9 @@ def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list
         return _good_records(table)
     answers = _committed_answers(run, partition, earlier)
     still_open = undecided(table, answers, run.merge, run.stopping)
-    return _good_records(table.filter(pc.is_in(table["record_id"], pa.array(still_open))))
+    return _good_records(
+        table.filter(pc.is_in(table["record_id"], pa.array(still_open, pa.string())))
+    )
 
 
 def _good_records(table: pa.Table) -> list[Record]:

@@ -144,7 +144,8 @@ class Dispatcher:
         if state is not None and state.take_back(agent_id, replica_id):
             state.failed_on.add(replica_id)
             state.failures[agent_id] += 1
-            if state.failures[agent_id] >= self._rules.max_attempts:
+            # After deaths it was asked carefully: that it failed even so says enough.
+            if state.failures[agent_id] >= self._rules.max_attempts or state.deaths[agent_id]:
                 state.given_up.add(agent_id)
             self._settle(state, out)
         return self._advance(out, now)
@@ -349,7 +350,7 @@ class Dispatcher:
     def _advance(self, out: list[Instruction], now: float) -> list[Instruction]:
         """Open what there is room for, place what can be placed, copy what is late."""
         self._open_more(out)
-        self._shrink_window(now)
+        self._see_the_end(now)
         self._pool.update_broken(now)
         waiting: set[int] = set()  # for somebody better who is busy
         while (state := self._next_to_place(waiting)) is not None:
@@ -363,18 +364,16 @@ class Dispatcher:
     def _open_more(self, out: list[Instruction]) -> None:
         # Every agent may be behind by its window, and the plan's end must be seen before the
         # windows run dry; more open partitions would only use memory.
-        max_open = 16 + 4 * self._rules.window * len(self._pool)
+        max_open = 16 + 4 * self._rules.max_window * len(self._pool)
         while not self._board.is_exhausted and len(self._board.open) < max_open:
             state = self._board.pull()
             if state is not None:
                 self._settle(state, out)
 
-    def _shrink_window(self, now: float) -> None:
-        """Near the end nothing waits at a worker that is busy: another may be free sooner."""
-        if self._board.is_exhausted and self._rules.window > 1:
+    def _see_the_end(self, now: float) -> None:
+        if self._board.is_exhausted and self._rules.max_window > 1:
             num_waiting = sum(state.lacks > 0 for state in self._board)
-            shrunk = num_waiting <= len(self._pool)
-            self._pool.set_window(1 if shrunk else self._rules.window, now)
+            self._pool.set_ending(num_waiting <= len(self._pool), now)
 
     def _next_to_place(self, besides: set[int]) -> OpenPartition | None:
         """Return the first partition that somebody who is free may take."""

@@ -28,15 +28,22 @@ class Rules:
     is asked always gives all its samples."""
     first: int | None = None
     """Adaptive: so many answers before the first look at which records are undecided."""
-    window: int = 1
-    """Partitions in flight per replica."""
+    window: int | None = 1
+    """Partitions in flight per replica; None: 2 where it takes less than a second for one."""
     max_attempts: int = 3
     """Tries of one agent on one partition that may fail before it is given up there."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Agent → share of its turns, for policies that go by it."""
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+    """Agent → how often it is right, as far as the job says, for policies that go by it."""
     speculate: bool = True
     timeout_s: float | None = None
     """Longest silence of a replica at work; None: by its measured rate."""
+
+    @property
+    def max_window(self) -> int:
+        """The most partitions that a replica may have in flight."""
+        return 2 if self.window is None else self.window
 
 
 @dataclass(frozen=True, slots=True)

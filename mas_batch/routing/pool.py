@@ -8,6 +8,9 @@ from mas_batch.routing.instructions import Rules
 from mas_batch.routing.policies import ReplicaView
 from mas_batch.routing.replica import BreakerState, Replica
 
+_PRIOR = 20
+"""Compared answers that a job's word on an agent's accuracy is worth."""
+
 
 class Pool:
     """All replicas. After changing one, call `update`: who is free is kept, not searched."""
@@ -20,7 +23,7 @@ class Pool:
         self._free: dict[str, dict[str, Replica]] = {agent_id: {} for agent_id in agents}
         self._broken: set[str] = set()
         self._compared: dict[str, tuple[int, int]] = dict.fromkeys(agents, (0, 0))
-        self.window = rules.window
+        self._is_ending = False
 
     def __iter__(self) -> Iterator[Replica]:
         return iter(self._replicas.values())
@@ -50,7 +53,7 @@ class Pool:
     def update(self, replica: Replica, now: float) -> None:
         """Find out whether the replica may be asked something further."""
         free = self._free[replica.agent_id]
-        if replica.is_free(self.window, now):
+        if replica.is_free(self._window(replica), now):
             free[replica.replica_id] = replica
         else:
             free.pop(replica.replica_id, None)
@@ -64,12 +67,19 @@ class Pool:
         for replica_id in sorted(self._broken):
             self.update(self._replicas[replica_id], now)
 
-    def set_window(self, window: int, now: float) -> None:
-        """Let every replica have so many partitions in flight."""
-        if window != self.window:
-            self.window = window
+    def set_ending(self, is_ending: bool, now: float) -> None:
+        """Near the end nothing shall wait at a worker that is busy: another may be free sooner."""
+        if is_ending != self._is_ending:
+            self._is_ending = is_ending
             for replica in self:
                 self.update(replica, now)
+
+    def _window(self, replica: Replica) -> int:
+        if self._is_ending:
+            return 1
+        if self._rules.window is None:
+            return 2 if replica.is_quick else 1
+        return self._rules.window
 
     def of(self, agent_id: str) -> Mapping[str, Replica]:
         """Return the agent's replicas."""
@@ -129,6 +139,13 @@ class Pool:
             num_asked=replica.num_asked,
             tokens_per_s=replica.tokens_per_s,
             weight=self._rules.weights.get(replica.agent_id),
-            agreement=(agreed + 1) / (compared + 2),
+            agreement=self._agreement(replica.agent_id, agreed, compared),
             num_compared=compared,
         )
+
+    def _agreement(self, agent_id: str, agreed: int, compared: int) -> float:
+        """Mean of the Beta posterior; what the job says of an agent counts as a prior."""
+        accuracy = self._rules.accuracies.get(agent_id)
+        if accuracy is None:
+            return (agreed + 1) / (compared + 2)
+        return (agreed + _PRIOR * accuracy) / (compared + _PRIOR)

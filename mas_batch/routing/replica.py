@@ -7,6 +7,7 @@ from enum import StrEnum
 
 _DECAY = 0.8
 """Of the past, at each answer, in the measured rate: a replica's speed may change under way."""
+_QUICK_S = 1.0
 _MIN_TIMEOUT_S = 600.0
 _TIMEOUT_FACTOR = 20.0
 _UNMEASURED_TIMEOUT_S = 3600.0
@@ -96,6 +97,7 @@ class Replica:
     breaker: Breaker = field(default_factory=Breaker)
     _began: float = 0.0  # work on the first in flight
     _heard: float = 0.0  # last sign of life
+    _answers: float = 0.0  # partitions answered, decayed
     _tokens: float = 0.0  # answered, decayed
     _seconds: float = 0.0  # spent on them, decayed
 
@@ -114,6 +116,7 @@ class Replica:
         if sent is None:
             return False
         self.num_answered += 1
+        self._answers = _DECAY * self._answers + 1
         self._tokens = _DECAY * self._tokens + sent.tokens
         self._seconds = _DECAY * self._seconds + (now - self._began)
         self._began = self._heard = now
@@ -140,6 +143,11 @@ class Replica:
     def tokens_per_s(self) -> float | None:
         """Measured rate; None before the first answer (and where none took any time)."""
         return self._tokens / self._seconds if self._seconds > 0 else None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether a partition takes it so little time that the latency of asking counts."""
+        return self._answers > 0 and self._seconds / self._answers < _QUICK_S
 
     def elapsed_s(self, now: float) -> float:
         """Seconds spent on the partition that is being worked on."""
