@@ -6,7 +6,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import StoppingRule, check_rule
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.corpus import CorpusReader
-from mas_batch.errors import ExitCode, JobError
+from mas_batch.errors import ExitCode, JobError, RunError
 from mas_batch.job import Job
 from mas_batch.monitor.event_log import EventLog
 from mas_batch.monitor.events import Event, RunFinished, RunStarted
@@ -131,8 +131,11 @@ def _logged(store: Store, emit: Emit) -> Iterator[Emit]:
 
     try:
         yield emit_and_keep
-    finally:
-        log.flush()
+    except BaseException:
+        with suppress(RunError):  # a full disk, say: what failed first is what people must read
+            log.flush()
+        raise
+    log.flush()
 
 
 def preview(job: Job) -> Preview:

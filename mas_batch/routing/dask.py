@@ -89,6 +89,7 @@ class DaskRouter:
         self._merges: dict[int, tuple[Merge, Future, int]] = {}  # partition → …, attempt
         self._dispatcher: Dispatcher | None = None
         self._native: NativeFeed | None = None
+        self._proven: set[str] = set()  # agents that have answered natively
         self._last_check = 0.0
         self._last_failure: dict[str, str] = {}
         self._wanted: dict[str, int] = {}
@@ -142,6 +143,8 @@ class DaskRouter:
         """
         self._dispatcher = dispatcher
         self._hosting.listener = self
+        for agent_id in self._proven:
+            dispatcher.trust(agent_id)
         for address, agent_id in sorted(self._hosting.ready.items()):
             self.joined(address, agent_id)
         while not dispatcher.done:
@@ -337,6 +340,7 @@ class DaskRouter:
         partition, agent_id = facts["partition"], facts["agent_id"]
         self._forget((partition, agent_id, address))
         if self._native is not None:
+            self._proven.add(agent_id)
             self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
         if self._dispatcher is None:
             return

@@ -72,6 +72,10 @@ class Dispatcher:
 
     # Events
 
+    def trust(self, agent_id: str) -> None:
+        """The agent has answered in this execution, before this dispatcher was asked."""
+        self._proven.add(agent_id)
+
     def replica_joined(self, replica_id: str, agent_id: str, now: float) -> list[Instruction]:
         """A worker that holds the agent's model is ready for work."""
         self._pool.add(replica_id, agent_id, now)

@@ -1,0 +1,272 @@
+"""Routing on a real cluster in this process: modes, adaptive answers, workers that come and go."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from distributed import Client, Scheduler, SpecCluster, Worker
+
+import mas_batch
+from mas_batch import pipeline
+from mas_batch.errors import JobError, ModelError, OutputError
+from mas_batch.job import Job
+from mas_batch.monitor.events import (
+    AgentDraining,
+    AgentLost,
+    AgentReady,
+    AgentsScaled,
+    AnswerFailed,
+    Event,
+    PartitionAnswered,
+    PartitionAsked,
+    PartitionMerged,
+    PartitionUndecided,
+)
+from mas_batch.results import Run
+from mas_batch.storage import Store
+from tests.test_run import Recorder
+
+MakeJob = Callable[..., Job]
+LABELS = ["x", "y", "z"]
+
+
+def labelling(error_rates: dict[str, float]) -> dict[str, Any]:
+    """Sections of a job of agents that label, some of them often wrong."""
+    return {
+        "task": {"kind": "classify", "labels": LABELS},
+        "agents": [
+            {
+                "name": name,
+                "model": f"echo:{name}",
+                "options": {"labels": LABELS, "error_rate": rate},
+            }
+            for name, rate in error_rates.items()
+        ],
+        "merge": {"method": "vote"},
+    }
+
+
+def contents(run: Run) -> dict[str, bytes]:
+    names = [*run.files("results"), *run.files("failures")]
+    return {name: run.store.read_bytes(name) for name in names}
+
+
+@pytest.fixture
+def worker_spec() -> dict[str, Any]:
+    return {"cls": Worker, "options": {"nthreads": 3, "resources": {"summarize": 1}}}
+
+
+@pytest.fixture
+def elastic(worker_spec: dict[str, Any]) -> Iterator[SpecCluster]:
+    """A cluster of one worker, to which others may be added."""
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    scheduler = {"cls": Scheduler, "options": options}
+    with SpecCluster(
+        workers={"w-0": worker_spec}, scheduler=scheduler, silence_logs=logging.ERROR
+    ) as cluster:
+        yield cluster
+
+
+class Elastic:
+    """Adds and takes away workers as the router wants; what a user's scaler would do."""
+
+    def __init__(self, cluster: SpecCluster, spec: dict[str, Any]) -> None:
+        self.cluster, self.spec = cluster, spec
+        self.retired: list[str] = []
+
+    def scale(self, wanted: Any, retire: Any) -> None:
+        spec = self.cluster.worker_spec
+        for name in retire:
+            self.retired.append(name)
+            spec.pop(name, None)
+        number = 0
+        while len(spec) < sum(wanted.values()):
+            spec.setdefault(f"w-{number}", self.spec)
+            number += 1
+        self.cluster.scale(len(spec))
+
+
+def test_native_mode_gives_the_same_bytes(cluster_client: Client, make_job: MakeJob) -> None:
+    windowed = mas_batch.open_run(pipeline.run(make_job(), client=cluster_client).run)
+    expected = contents(windowed)
+    windowed.store.remove_folder("")
+    events = Recorder()
+    job = make_job(routing={"mode": "native", "policy": "capability"})
+    summary = pipeline.run(job, client=cluster_client, emit=events)
+    native = mas_batch.open_run(summary.run)
+    assert native.store.url == windowed.store.url, "how it is routed does not change what it is"
+    assert contents(native) == expected
+    assert events.of(PartitionAsked) == []
+    assert len(events.of(PartitionAnswered)) == 14
+    assert len(events.of(PartitionMerged)) == 7
+
+
+def test_native_mode_asks_the_first_agents_that_are_enough(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    routing = {"mode": "native", "policy": "capability", "answers_per_record": 1}
+    summary = pipeline.run(make_job(routing=routing), client=cluster_client)
+    assert set(mas_batch.open_run(summary.run).pandas("answers")["agent_id"]) == {"strong"}
+
+
+def test_native_mode_hands_over_to_the_window_at_the_first_trouble(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    faults = {f"number {i} ": "error" for i in range(3)}  # all of partition 0
+    agents = [
+        {"name": "strong", "model": "echo:s", "options": {"faults": faults}},
+        {"name": "weak", "model": "echo:w"},
+    ]
+    events = Recorder()
+    job = make_job(agents=agents, routing={"mode": "native", "policy": "capability"})
+    summary = pipeline.run(job, client=cluster_client, emit=events)
+    assert events.of(AnswerFailed)[-1].given_up
+    answered = mas_batch.open_run(summary.run).pandas()
+    assert list(answered["num_answers"]) == [1] * 3 + [2] * 17
+    merged = [event.partition for event in events.of(PartitionMerged)]
+    assert sorted(set(merged)) == list(range(7))
+
+
+def test_adaptive_asks_less_and_the_votes_come_out_the_same(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    rows = [{"id": f"r{i}", "text": f"some words about {i}"} for i in range(60)]
+    sections = labelling({"a": 0.2, "b": 0.2, "c": 0.2})
+    for agent, capability in zip(sections["agents"], ("strong", "weak"), strict=False):
+        agent["capabilities"] = ["classify", capability]
+    sections["agents"][2]["capabilities"] = ["classify"]
+    sections["agents"] = sections["agents"][:2]
+    fixed = mas_batch.open_run(pipeline.run(make_job(rows, **sections), client=cluster_client).run)
+    events = Recorder()
+    routing = {"policy": "capability", "adaptive": {"first": 1, "confidence": 0.6}}
+    job = make_job(
+        rows,
+        **{**sections, "merge": {"method": "weighted", "accuracies": {"a": 0.8, "b": 0.8}}},
+        routing=routing,
+    )
+    adaptive = mas_batch.open_run(pipeline.run(job, client=cluster_client, emit=events).run)
+    assert len(adaptive.arrow("answers")) < len(fixed.arrow("answers")) == 120
+    assert len(adaptive.arrow()) == 60
+
+
+def test_adaptive_looks_at_the_first_answers_and_asks_one_more_where_they_differ(
+    elastic: SpecCluster, worker_spec: dict[str, Any], make_job: MakeJob
+) -> None:
+    rows = [{"id": f"r{i}", "text": f"some words about {i}"} for i in range(60)]
+    worker_spec["options"]["resources"] = {"classify": 1}
+    sections = labelling({"a": 0.2, "b": 0.2, "c": 0.2})
+    elastic.worker_spec.update({f"w-{number}": worker_spec for number in (1, 2, 3)})
+    elastic.scale(4)
+    with Client(elastic) as client:
+        client.wait_for_workers(4)
+        fixed = pipeline.run(make_job(rows, **sections), client=client)
+        events = Recorder()
+        job = make_job(rows, **sections, routing={"adaptive": {"first": 2}})
+        adaptive = pipeline.run(job, client=client, emit=events)
+    assert adaptive.run != fixed.run, "it decides who is asked, so it is another run"
+    expected, found = (mas_batch.open_run(s.run).pandas() for s in (fixed, adaptive))
+    assert list(found["answer"]) == list(expected["answer"])
+    undecided = sum(event.num_undecided for event in events.of(PartitionUndecided))
+    assert 0 < undecided < 60
+    assert list(expected["num_answers"]) == [3] * 60
+    assert sum(found["num_answers"]) == 120 + undecided
+    third = [e for e in events.of(PartitionAnswered) if e.num_records < 3 and e.partition < 20]
+    assert sum(event.num_records for event in third) == undecided
+
+
+def test_adaptive_refuses_what_it_cannot_judge(make_job: MakeJob, cluster_client: Client) -> None:
+    job = make_job(merge={"method": "mbr"}, routing={"adaptive": {"first": 1}})
+    with pytest.raises(JobError, match=r"routing\.adaptive"):
+        pipeline.run(job, client=cluster_client)
+
+
+def test_a_worker_that_appears_under_way_is_used_and_an_idle_one_given_back(
+    elastic: SpecCluster, worker_spec: dict[str, Any], make_job: MakeJob
+) -> None:
+    rows = [{"id": f"r{i}", "text": f"text number {i} of the corpus"} for i in range(60)]
+    agents = [
+        {
+            "name": "w",
+            "model": "echo:w",
+            "max_count": 3,
+            "options": {"seconds_per_batch": 0.4},
+        }
+    ]
+    events = Recorder()
+    scaler = Elastic(elastic, worker_spec)
+    with Client(elastic) as client:
+        pipeline.run(make_job(rows, agents=agents), client=client, scaler=scaler, emit=events)
+    assert {event.worker for event in events.of(AgentReady)} == {"w-0", "w-1", "w-2"}
+    assert {event.worker for event in events.of(PartitionAnswered)} == {"w-0", "w-1", "w-2"}
+    assert events.of(AgentsScaled)[0].wanted == {"w": 3}
+
+
+def test_a_worker_that_is_retired_is_drained_and_nothing_is_blamed(
+    elastic: SpecCluster, worker_spec: dict[str, Any], make_job: MakeJob
+) -> None:
+    rows = [{"id": f"r{i}", "text": f"text number {i} of the corpus"} for i in range(45)]
+    options = {"seconds_per_batch": 0.2}
+    agents = [{"name": "w", "model": "echo:w", "count": 2, "options": options}]
+    elastic.worker_spec["w-1"] = worker_spec
+    elastic.scale(2)
+    events = Recorder()
+    with Client(elastic) as client:
+        client.wait_for_workers(2)
+        busy = next(a for a, w in client.scheduler_info()["workers"].items() if w["name"] == "w-1")
+
+        def retire() -> None:
+            while not events.of(PartitionAnswered):
+                time.sleep(0.05)
+            client.retire_workers([busy])
+
+        thread = threading.Thread(target=retire)
+        thread.start()
+        summary = pipeline.run(make_job(rows, agents=agents), client=client, emit=events)
+        thread.join()
+    lost = [event.message for event in [*events.of(AgentLost), *events.of(AgentDraining)]]
+    assert any("the worker left" in message or "closing" in message for message in lost), lost
+    assert {event.purpose for event in events.of(PartitionAsked)} <= {"answer", "copy"}
+    assert summary.manifest["counts"]["results"] == 45
+
+
+def test_an_agent_that_cannot_load_is_done_without_where_others_are_enough(
+    cluster_client: Client, make_job: MakeJob
+) -> None:
+    agents = [
+        {"name": "strong", "model": "echo:s"},
+        {"name": "weak", "model": "echo:w", "options": {"fail_to_load": True}},
+    ]
+    events = Recorder()
+    job = make_job(agents=agents, routing={"answers_per_record": 1})
+    pipeline.run(job, client=cluster_client, emit=events)
+    assert {event.agent_id for event in events.of(PartitionAnswered)} == {"strong"}
+    assert [event.agent_id for event in events.of(AgentLost)] == ["weak"]
+    with pytest.raises(ModelError, match=r"agents\.weak: no worker could load echo:w"):
+        pipeline.run(make_job(agents=agents), client=cluster_client)
+
+
+def test_an_output_that_cannot_be_written_is_no_agents_fault(
+    cluster_client: Client, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Store, name: str, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = make_job()
+    events = Recorder()
+
+    def emit(event: Event) -> None:
+        events(event)
+        if isinstance(event, PartitionMerged):  # workers are in this process
+            monkeypatch.setattr(Store, "_write_temporary", full)
+
+    with pytest.raises(OutputError, match=r"part-\d+.parquet cannot be written: .*No space left"):
+        pipeline.run(job, client=cluster_client, emit=emit)
+    assert events.of(AnswerFailed) == []
+    monkeypatch.undo()
+    assert pipeline.run(job, client=cluster_client).manifest["counts"]["results"] == 20
