@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench lock clean
+.PHONY: help demo test chaos check format bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,11 @@ demo: $(VENV)/run.done  ## answer the bundled data with real models on an embedd
 
 test: $(VENV)/dev.done  ## run all tests
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/dev.done  ## the chaos suite in its long form (SEED=0 ROUNDS=5): kill, stop, starve, compare
+	$(BIN)/python -m pytest tests/test_chaos.py --chaos-seed $(SEED) --chaos-rounds $(ROUNDS)
+SEED   ?= 0
+ROUNDS ?= 5
 
 check: $(VENV)/dev.done  ## lint, types, layers, spelling
 	$(BIN)/ruff check .

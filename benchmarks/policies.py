@@ -1,6 +1,7 @@
 """Compare routing policies: makespan ÷ the bound that no schedule can beat.
 
     python benchmarks/policies.py            the project's dispatcher on a virtual clock (seconds)
+    python benchmarks/policies.py --grow 64  one dispatcher, ever longer runs (two minutes)
     python benchmarks/policies.py --dask     real Dask workers, echo agents that take time (minutes)
 
 On a virtual clock the work is equal to the token; on Dask the CPU time of the scheduler and of
@@ -25,7 +26,7 @@ from threading import Timer
 
 import psutil
 from distributed import Client
-from routing_model import FAST, SCENARIOS, Scenario, Worker, simulate, workers
+from routing_model import SCENARIOS, Scenario, Worker, simulate, simulate_many, workers
 
 from mas_batch import pipeline
 from mas_batch.job import Job
@@ -37,11 +38,14 @@ from mas_batch.routing.policies import POLICIES
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dask", action="store_true", help="measure on real Dask workers")
+    parser.add_argument("--grow", type=int, metavar="WORKERS", help="the dispatcher at scale")
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
     parser.add_argument("--partitions", type=int, default=60, help="per run on Dask")
     parser.add_argument("--seconds", type=float, default=0.25, help="of a partition on Dask")
     args = parser.parse_args()
-    if args.dask:
+    if args.grow:
+        grow(args.grow)
+    elif args.dask:
         measure(args.policies, args.partitions, args.seconds)
     else:
         compare(args.policies)
@@ -63,13 +67,23 @@ def compare(policies: list[str]) -> None:
         for policy in policies:
             cells = [f"{ratio(scenario, policy, **rules):.3f}" for scenario in SCENARIOS]
             print(f"| {policy} | {' | '.join(cells)} |")
-    big = Scenario("64 workers", workers(*[FAST] * 64), num_partitions=20_000)
-    start = time.process_time()
-    simulate(big, "least-loaded")
-    spent_us = (time.process_time() - start) / big.num_partitions * 1e6
-    print(
-        f"\n64 workers, 20,000 partitions: {spent_us:.0f} µs of CPU per partition, model included"
-    )
+
+
+def grow(num_workers: int) -> None:
+    """Show that a decision costs the same, and the state stays the same, however long the run."""
+    print(f"\nDispatcher alone, {num_workers} workers, model included\n")
+    print("| partitions | CPU per partition | memory grown |")
+    print("|---|---|---|")
+    for num_partitions in (10_000, 100_000, 1_000_000):
+        before_mb, start = rss_mb(), time.process_time()
+        simulate_many(num_partitions, num_workers, "least-loaded")
+        spent_us = (time.process_time() - start) / num_partitions * 1e6
+        grown_mb = rss_mb() - before_mb
+        print(f"| {num_partitions:,} | {spent_us:.0f} µs | {grown_mb:.1f} MB |", flush=True)
+
+
+def rss_mb() -> float:
+    return float(psutil.Process().memory_info().rss) / 1e6
 
 
 def ratio(scenario: Scenario, policy: str, **rules: object) -> float:

@@ -84,7 +84,8 @@ class Cluster:
     dispatcher: Dispatcher
     workers: dict[str, Worker]
     samples: dict[str, int]
-    sizes: dict[int, int]
+    size_of: Callable[[int], int]
+    """Partition → its tokens, for one answer per record."""
     now: float = 0.0
     makespan_s: float = 0.0
     num_asks: int = 0
@@ -134,7 +135,8 @@ class Cluster:
         self.num_copies += ask.purpose == "copy"
         worker = self.workers[ask.replica_id]
         start = max(self.now, self._busy_until.get(worker.name, 0.0))
-        end = start + self.sizes[ask.partition] * self.samples[ask.agent_id] / worker.tokens_per_s
+        tokens = self.size_of(ask.partition) * self.samples[ask.agent_id]
+        end = start + tokens / worker.tokens_per_s
         self._busy_until[worker.name] = end
         self._at(end, lambda: self._answered(ask))
 
@@ -157,8 +159,18 @@ def simulate(scenario: Scenario, policy: str, *, seed: int = 0, **rules: object)
         dispatcher,
         {worker.name: worker for worker in scenario.workers},
         scenario.agents,
-        {work.index: work.estimated_tokens for work in plan},
+        {work.index: work.estimated_tokens for work in plan}.__getitem__,
     )
+    cluster.run()
+    return cluster
+
+
+def simulate_many(num_partitions: int, num_workers: int, policy: str) -> Cluster:
+    """Run equal partitions that are made one by one, as a run's plan is read: nothing is kept."""
+    scenario = Scenario("many", workers(*[FAST] * num_workers), num_partitions)
+    plan = (Work(index, 1000) for index in range(num_partitions))
+    dispatcher = Dispatcher({"a": 1}, Rules(1), POLICIES[policy](), plan, num_partitions)
+    cluster = Cluster(dispatcher, {w.name: w for w in scenario.workers}, {"a": 1}, lambda _: 1000)
     cluster.run()
     return cluster
 
