@@ -14,13 +14,14 @@ from typing import Any
 import click
 from rich.console import Console
 
-from mas_batch import __version__, models, pipeline, show
+from mas_batch import __version__, explain, models, pipeline, show
 from mas_batch.errors import ExitCode, MasBatchError
 from mas_batch.job import Job
 from mas_batch.job_file import load_job
 from mas_batch.monitor.events import Event
 from mas_batch.monitor.progress import Bar, LogLines, Throughput
 from mas_batch.results import open_run
+from mas_batch.storage import Store
 
 EXIT_CODES = """\b
 Exit codes:
@@ -147,6 +148,33 @@ def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
 def show_run(run: str, num_shown: int) -> None:
     """Show the results of a published run."""
     show.print_run(Console(), open_run(run), num_shown)
+
+
+@main.command("explain")
+@click.argument("run")
+@click.argument("partition", type=int, required=False)
+@click.option(
+    "--record", "record_id", metavar="ID", help="Explain the partition of this record (a scan)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it for machines.")
+@_clear_errors
+def explain_partition(
+    run: str, partition: int | None, record_id: str | None, as_json: bool
+) -> None:
+    """Say who was asked about a partition, when, why, and what came of it.
+
+    The figures are those that the routing policy saw. RUN need not be complete.
+    """
+    store = Store(run)
+    if partition is None and record_id is not None:
+        partition = explain.find_record(store, record_id)
+    elif partition is None or record_id is not None:
+        raise click.UsageError("give either PARTITION or --record ID")
+    told = explain.explain(store, partition)
+    if as_json:
+        click.echo(json.dumps(show.explanation_facts(told), ensure_ascii=False))
+    else:
+        show.print_explanation(Console(), told)
 
 
 @main.command()

@@ -18,14 +18,14 @@ from distributed import Client
 
 from mas_batch import cluster, results
 from mas_batch.agents.spec import AgentSpec, agent_specs
-from mas_batch.agents.work import RunRef, partition_statistics
+from mas_batch.agents.work import COMMITTED, RunRef, partition_statistics
 from mas_batch.aggregate.merge import MergeSpec
-from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import StoppingRule, check_rule
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import ExitCode, JobError, RunError
 from mas_batch.job import Job
+from mas_batch.lock import RunLock
 from mas_batch.monitor.event_log import EventLog
 from mas_batch.monitor.events import Event, RunFinished, RunStarted
 from mas_batch.partition import Partition, partition
@@ -35,13 +35,16 @@ from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import POLICIES
 from mas_batch.routing.scaling import Scaler
-from mas_batch.storage import Store, parquet_bytes
+from mas_batch.storage import Store, parquet_bytes, without_credentials
 from mas_batch.tasks import make_task
 
 Emit = Callable[[Event], None]
 
 PARTITIONS_PER_LEAF = 16
-"""Partitions that one leaf of the statistics tree reads."""
+"""Partitions that one leaf of the statistics tree reads, at least."""
+
+MAX_LEAVES = 1024
+"""Of the statistics tree: the scheduler keeps some kB of each until it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ def run(
 
     Raises:
         JobError: the job cannot run as written; no task was started.
+        RunLockedError: another process works on this run, or has taken it over.
         MasBatchError: the run failed; what is committed is kept and resumed next time.
     """
     start = time.perf_counter()
@@ -99,24 +103,32 @@ def run(
         client = cluster.current_client()
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
-    manifest = results.read_manifest(store)
-    if manifest is not None:
-        return _summary(job, store, manifest, time.perf_counter() - start, already_complete=True)
-    plan = results.read_plan(store) or _stage(job, store, corpus)
-    specs = agent_specs(job, embedded=cluster.is_embedded(job.cluster, client), num_cores=CPU_COUNT)
-    # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
-    topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
-    ref = RunRef(store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text)
-    with (
-        cluster.connect(job, specs, topic, client, scaler) as connection,
-        _logged(store, emit) as log,
-    ):
-        _answer(connection, job, ref, specs, plan, name, log)
-        statistics = _statistics(connection.client, ref, specs, plan)
-        manifest = _publish(job, ref, name, plan, statistics)
-        wall_s = time.perf_counter() - start
-        counts = manifest["counts"]
-        log(RunFinished(counts["results"], counts["failures"], wall_s))
+    if (summary := _published(job, store, start)) is not None:
+        return summary
+    with RunLock(store) as lock:
+        # Whoever held the lock before may have completed the run.
+        if (summary := _published(job, store, start)) is not None:
+            return summary
+        plan = results.read_plan(store) or _stage(job, store, corpus, lock)
+        specs = agent_specs(
+            job, embedded=cluster.is_embedded(job.cluster, client), num_cores=CPU_COUNT
+        )
+        # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
+        topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
+        ref = RunRef(
+            store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text
+        )
+        with (
+            cluster.connect(job, specs, topic, client, scaler) as connection,
+            _logged(store, emit) as log,
+        ):
+            _answer(connection, job, ref, specs, plan, name, log, lock)
+            statistics = _statistics(connection.client, ref, specs, plan)
+            lock.check()
+            manifest = _publish(job, ref, name, plan, statistics)
+            wall_s = time.perf_counter() - start
+            counts = manifest["counts"]
+            log(RunFinished(counts["results"], counts["failures"], wall_s))
     return _summary(job, store, manifest, wall_s, already_complete=False)
 
 
@@ -215,12 +227,12 @@ def _partitions(job: Job, corpus: CorpusReader) -> Iterator[Partition]:
     )
 
 
-def _stage(job: Job, store: Store, corpus: CorpusReader) -> Plan:
+def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
     results.write_job(store, job)
     try:
         return results.stage(store, corpus, _partitions(job, corpus))
     except JobError:
-        store.remove_folder("")  # a wrong job leaves nothing behind
+        lock.remove_run()  # a wrong job leaves nothing behind
         raise
 
 
@@ -232,15 +244,18 @@ def _answer(
     plan: Plan,
     name: str,
     emit: Emit,
+    lock: RunLock,
 ) -> None:
     """Ask the agents about everything that is not committed yet."""
     client = connection.client
-    done = results.committed(ref.store, specs)
+    done = results.committed(ref.store, plan, specs)
     emit(_started(client, job, ref.store, plan, done, name))
-    if len(done.merged) == plan.num_partitions:
+    if done.num_merged == plan.num_partitions:
         return  # killed between the last merge and the manifest
     ref.store.remove_folder(results.JOURNAL)
-    with DaskRouter(client, job, ref, specs, emit, scaler=connection.scaler) as router:
+    with DaskRouter(
+        client, job, ref, specs, emit, check=lock.check, scaler=connection.scaler
+    ) as router:
         router.host()
         results.write_engines(ref.store, router.engine_facts)
         work = _work(plan, done)
@@ -252,7 +267,7 @@ def _answer(
                 _rules(job),
                 POLICIES[job.routing.policy](),
                 work,
-                plan.num_partitions - len(done.merged),
+                plan.num_partitions - done.num_merged,
             )
         )
 
@@ -273,7 +288,7 @@ def _rules(job: Job) -> Rules:
 
 def _work(plan: Plan, done: Committed) -> Iterator[Work]:
     for index, num_records, tokens in plan.sizes():
-        if index not in done.merged:
+        if not done.merged[index]:
             yield Work(index, tokens, num_records, done.agents(index))
 
 
@@ -281,12 +296,12 @@ def _started(
     client: Client, job: Job, store: Store, plan: Plan, done: Committed, name: str
 ) -> RunStarted:
     return RunStarted(
-        run=store.url,
+        run=without_credentials(store.url),
         num_partitions=plan.num_partitions,
         num_records=plan.num_records,
-        partitions_done=len(done.merged),
-        records_done=sum(n for index, n, _ in plan.sizes() if index in done.merged),
-        answers_done=sum(len(parts - done.merged) for parts in done.answered.values()),
+        partitions_done=done.num_merged,
+        records_done=plan.num_records_in(done.merged),
+        answers_done=done.num_answers_to_open,
         answers_per_record=job.answers_per_record,
         earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
         dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
@@ -296,20 +311,21 @@ def _started(
 def _statistics(
     client: Client, ref: RunRef, specs: Sequence[str] | dict[str, AgentSpec], plan: Plan
 ) -> Any:
-    """Count the committed tables, by a tree of tasks on the workers."""
+    """Count the committed tables and find their failures files, by a tree of tasks on workers."""
     indices = range(plan.num_partitions)
+    per_leaf = max(PARTITIONS_PER_LEAF, -(-plan.num_partitions // MAX_LEAVES))
     groups = (
-        (ref, indices[i : i + PARTITIONS_PER_LEAF], tuple(specs))
-        for i in range(0, plan.num_partitions, PARTITIONS_PER_LEAF)
+        (ref, indices[first : first + per_leaf], tuple(specs)) for first in indices[::per_leaf]
     )
-    partial = tree_reduce(client, partition_statistics, groups, RUN_STATISTICS)
-    return RUN_STATISTICS.combine([]) if partial is None else partial
+    partial = tree_reduce(client, partition_statistics, groups, COMMITTED)
+    return COMMITTED.combine([]) if partial is None else partial
 
 
 def _publish(job: Job, ref: RunRef, name: str, plan: Plan, partial: Any) -> dict[str, Any]:
     """Check the invariant, write the agents table and the manifest."""
     store = ref.store
-    counts = RUN_STATISTICS.finalize(partial)
+    statistics = COMMITTED.finalize(partial)
+    counts = statistics["counts"]
     results.check_invariant(plan, counts["results"], counts["failures"])
     agents = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
     store.replace("agents.parquet", parquet_bytes(pa.Table.from_pylist(agents)))
@@ -328,7 +344,9 @@ def _publish(job: Job, ref: RunRef, name: str, plan: Plan, partial: Any) -> dict
                 for package in ("mas_batch", "dask", "distributed", "pyarrow")
             },
         },
-        "files": results.manifest_files(store, plan, [agent.name for agent in job.agents]),
+        "files": results.manifest_files(
+            store, plan, [agent.name for agent in job.agents], statistics["failures_files"]
+        ),
     }
     store.remove_folder(results.JOURNAL)
     store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
@@ -341,6 +359,14 @@ def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
     if spec.method == "mbr":
         facts["utility"] = spec.utility
     return facts
+
+
+def _published(job: Job, store: Store, start: float) -> Summary | None:
+    """Return what came of the run if it is complete."""
+    manifest = results.read_manifest(store)
+    if manifest is None:
+        return None
+    return _summary(job, store, manifest, time.perf_counter() - start, already_complete=True)
 
 
 def _summary(

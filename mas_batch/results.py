@@ -10,7 +10,7 @@
         agents.parquet                        per agent: answers, failures, tokens, times
         engines.json                          what each agent's engine says of itself
         events/<time>-0000.jsonl              every routing decision and every outcome
-    journal/                              while a record that kills its worker is searched for
+        journal/                              while a record that kills its worker is searched for
         manifest.json                         what is valid, counts, versions; published last
 
 The folder's name is a hash of everything that determines the results, so that resuming is
@@ -21,13 +21,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import heapq
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from mas_batch.corpus import CorpusReader, conform, records_table
@@ -37,13 +44,21 @@ from mas_batch.partition import Partition
 from mas_batch.records import ANSWERS, FAILURES, PLAN, RESULT_FIELDS
 from mas_batch.storage import Store, parquet_bytes
 
-FORMAT = 1
-"""Version of this layout; a change of it is a change of every fingerprint."""
+FORMAT = 2
+"""Version of this layout; a change of it is a change of every fingerprint.
+
+1: the manifest named every file. 2: it holds ranges of partition numbers; see `manifest_files`.
+"""
 
 JOURNAL = "journal"
 """Folder of what `agents.quarantine` notes in one execution: the next may have better machines."""
 
-_PART = re.compile(r"part-(\d+)\.parquet")
+Bitmap: TypeAlias = npt.NDArray[np.bool_]
+"""One bool per partition of the run."""
+
+_PLAN_ROWS_AT_ONCE = 4096
+
+_PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")  # as `part` writes them
 _PASSTHROUGH = b"mas_batch.passthrough"
 _FAILURES = b"mas_batch.failures"
 
@@ -113,15 +128,17 @@ class Plan:
     @property
     def num_records(self) -> int:
         """How many rows the corpus has, unusable ones included."""
-        return sum(self.table["num_records"].to_pylist())
+        return int(pc.sum(self.table["num_records"]).as_py() or 0)
+
+    def num_records_in(self, partitions: Bitmap) -> int:
+        """How many rows the given partitions have."""
+        return int(self.table["num_records"].to_numpy()[partitions].sum())
 
     def sizes(self) -> Iterator[tuple[int, int, int]]:
         """Yield (partition, records, estimated tokens) in order."""
-        columns = (
-            self.table[name].to_pylist()
-            for name in ("partition", "num_records", "estimated_tokens")
-        )
-        yield from zip(*columns, strict=True)
+        table = self.table.select(["partition", "num_records", "estimated_tokens"])
+        for batch in table.to_batches(max_chunksize=_PLAN_ROWS_AT_ONCE):
+            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
 
 def read_plan(run: Store) -> Plan | None:
@@ -140,21 +157,18 @@ def stage(run: Store, corpus: CorpusReader, partitions: Iterable[Partition]) -> 
     one reader, and a file that changes under a resumed run changes nothing.
     """
     run.remove_folder("partitions")  # of a staging that was cut short
-    rows = []
+    columns = {name: array("q") for name in PLAN.names}
     for partition in partitions:
         known = corpus.passthrough_schema() if corpus.has_schema else None
         run.commit_table(staged_name(partition.index), records_table(partition.records, known))
-        rows.append(
-            {
-                "partition": partition.index,
-                "first_record": partition.first_record,
-                "num_records": len(partition.records),
-                "estimated_tokens": partition.estimated_tokens,
-            }
-        )
+        columns["partition"].append(partition.index)
+        columns["first_record"].append(partition.first_record)
+        columns["num_records"].append(len(partition.records))
+        columns["estimated_tokens"].append(partition.estimated_tokens)
     passthrough = corpus.passthrough_schema()
     encoded = base64.b64encode(passthrough.serialize().to_pybytes())
-    table = pa.Table.from_pylist(rows, schema=PLAN).replace_schema_metadata({_PASSTHROUGH: encoded})
+    table = pa.table({name: np.asarray(column) for name, column in columns.items()}).cast(PLAN)
+    table = table.replace_schema_metadata({_PASSTHROUGH: encoded})
     run.commit_table("plan.parquet", table)
     return Plan(table, passthrough)
 
@@ -167,29 +181,60 @@ def read_records(run: Store, partition: int, passthrough: pa.Schema) -> pa.Table
 # During the run: commits, and what is left
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Committed:
-    """What earlier executions of the run left behind."""
+    """What earlier executions of the run left behind: a byte per partition and folder."""
 
-    merged: frozenset[int]
-    answered: Mapping[str, frozenset[int]]
-    """Agent → partitions whose answers are there."""
+    merged: Bitmap
+    """Partition → its results are there."""
+    answered: Mapping[str, Bitmap]
+    """Agent → partition → its answers are there."""
+
+    @property
+    def num_merged(self) -> int:
+        """How many partitions are merged."""
+        return int(np.count_nonzero(self.merged))
+
+    @property
+    def num_answers_to_open(self) -> int:
+        """How many answers, of one agent to one partition, wait for a merge."""
+        return sum(int(np.count_nonzero(parts & ~self.merged)) for parts in self.answered.values())
 
     def agents(self, partition: int) -> frozenset[str]:
         """Agents whose answers to the partition are there."""
-        return frozenset(agent for agent, parts in self.answered.items() if partition in parts)
+        return frozenset(agent for agent, parts in self.answered.items() if parts[partition])
 
 
-def committed(run: Store, agents: Iterable[str]) -> Committed:
+def committed(run: Store, plan: Plan, agents: Iterable[str]) -> Committed:
     """List what is committed; one listing per folder."""
-    answered = {agent: _partitions(run.list(f"answers/agent={agent}")) for agent in agents}
-    return Committed(_partitions(run.list("results")), answered)
+    size = plan.num_partitions
+    answered = {agent: _bitmap(_names(run, f"answers/agent={agent}"), size) for agent in agents}
+    return Committed(_bitmap(_names(run, "results"), size), answered)
 
 
-def _partitions(names: Iterable[str]) -> frozenset[int]:
-    """Number the partitions of file names; what else a filesystem keeps there is passed over."""
-    found = (_PART.fullmatch(name) for name in names)
-    return frozenset(int(match[1]) for match in found if match)
+def _names(run: Store, folder: str) -> Iterator[str]:
+    """Stream the names in a folder; a local one is not held in memory, nor is each file asked."""
+    if not run.is_local:
+        yield from run.list(folder)
+        return
+    try:
+        with os.scandir(run.path(folder)) as entries:
+            for entry in entries:
+                yield entry.name
+    except FileNotFoundError:
+        return
+    except OSError:
+        yield from run.list(folder)  # raises the error that people can act on
+
+
+def _bitmap(names: Iterable[str], size: int) -> Bitmap:
+    """Mark the partitions of file names; what else a filesystem keeps there is passed over."""
+    members = np.zeros(size, np.bool_)
+    for name in names:
+        match = _PART.fullmatch(name)
+        if match and int(match[1]) < size:
+            members[int(match[1])] = True
+    return members
 
 
 def commit_results(
@@ -209,25 +254,16 @@ def commit_results(
     metadata = {_FAILURES: (name or "").encode()}
     if run.commit_table(results_name(partition), merged.replace_schema_metadata(metadata)):
         return merged.num_rows, failures.num_rows
-    merged, failures = read_results(run, partition)
+    merged, failures, _ = read_results(run, partition)
     return merged.num_rows, failures.num_rows
 
 
-def read_results(run: Store, partition: int) -> tuple[pa.Table, pa.Table]:
-    """Read a partition's committed results and failures."""
+def read_results(run: Store, partition: int) -> tuple[pa.Table, pa.Table, str | None]:
+    """Read a partition's committed results and failures; the failures file's name, if any."""
     merged = run.read_table(results_name(partition))
-    name = failures_name(merged.schema)
-    failures = run.read_table(name) if name else _no_failures()
-    return merged.replace_schema_metadata(None), failures
-
-
-def failures_name(schema: pa.Schema) -> str | None:
-    """Return the failures file that belongs to a results file of this schema."""
-    return ((schema.metadata or {}).get(_FAILURES) or b"").decode() or None
-
-
-def _no_failures() -> pa.Table:
-    return FAILURES.empty_table()
+    name = ((merged.schema.metadata or {}).get(_FAILURES) or b"").decode() or None
+    failures = run.read_table(name) if name else FAILURES.empty_table()
+    return merged.replace_schema_metadata(None), failures, name
 
 
 # After the run: invariant, manifest
@@ -259,6 +295,39 @@ def read_engines(run: Store) -> dict[str, Any]:
     return facts
 
 
+def manifest_files(
+    run: Store, plan: Plan, agents: Iterable[str], failures: Mapping[int, str]
+) -> dict[str, Any]:
+    """Say which files are valid, in a size that hardly grows with the number of partitions.
+
+    Results and answers have one possible name per partition: `results` is ranges `[first, stop)`
+    of partition numbers, `answers` is agent → ranges. A failures file's name holds a hash:
+    `failures` is names, in corpus order.
+
+    Args:
+        failures: partition → its failures file, of those that have one.
+    """
+    done = committed(run, plan, agents)
+    return {
+        "results": to_ranges(np.ones(plan.num_partitions, np.bool_)),
+        "failures": [failures[partition] for partition in sorted(failures)],
+        "answers": {agent: to_ranges(parts) for agent, parts in done.answered.items()},
+    }
+
+
+def to_ranges(members: Bitmap) -> list[list[int]]:
+    """Return the members of a bitmap as ascending ranges `[first, stop)` that do not touch."""
+    edges = np.flatnonzero(np.diff(members, prepend=False, append=False))
+    ranges: list[list[int]] = edges.reshape(-1, 2).tolist()
+    return ranges
+
+
+def from_ranges(ranges: Iterable[Sequence[int]]) -> Iterator[int]:
+    """Yield the members of ranges `[first, stop)`."""
+    for first, stop in ranges:
+        yield from range(first, stop)
+
+
 def publish(run: Store, manifest: Mapping[str, Any]) -> None:
     """Publish the manifest: from now on readers see the run as complete."""
     run.replace("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
@@ -288,40 +357,49 @@ class Run:
         return f"<Run {self.manifest['run']}: {results} results, {failures} failures>"
 
     def arrow(self, table: str = "results") -> pa.Table:
-        """Read a whole table: `results`, `failures`, `answers` or `agents`."""
-        names = self.files(table)
-        if not names:
-            return _EMPTY[table].empty_table()
-        return pa.concat_tables(
-            [self.store.read_table(n).replace_schema_metadata(None) for n in names]
-        )
+        """Read a whole table: `results`, `failures`, `answers` or `agents`.
+
+        One file is open at a time; its rows are in chunks of 64 files, of which each file by
+        itself would be a chunk of every column.
+        """
+        groups = _in_groups(self.files(table), _FILES_PER_GROUP)
+        tables = [_read_files(names, self.store) for names in groups]
+        return pa.concat_tables(tables) if tables else _EMPTY[table].empty_table()
 
     def pandas(self, table: str = "results") -> Any:
         """Read a whole table as a pandas DataFrame."""
         return self.arrow(table).to_pandas()
 
     def dask(self, table: str = "results") -> Any:
-        """Open a table as a Dask DataFrame, one partition per file."""
+        """Open a table as a Dask DataFrame.
+
+        A Dask partition is one file for up to 1,000 files; of more it is several, at most 64.
+        """
         import dask.dataframe as dd
 
-        names = self.files(table)
+        names = list(self.files(table))
         if not names:
             return dd.from_pandas(_EMPTY[table].empty_table().to_pandas(), npartitions=1)
-        empty = _read_pandas(names[0], self.store).iloc[:0]
-        return dd.from_map(_read_pandas, names, store=self.store, meta=empty)
+        groups = _in_groups(names, min(_FILES_PER_GROUP, -(-len(names) // _DASK_PARTITIONS)))
+        empty = _read_pandas(names[:1], self.store).iloc[:0]
+        return dd.from_map(_read_pandas, list(groups), store=self.store, meta=empty)
 
-    def files(self, table: str) -> list[str]:
-        """List the table's files, in corpus order.
+    def files(self, table: str) -> Iterator[str]:
+        """Yield the names of the table's files, in corpus order.
 
         Raises:
             RunError: there is no such table.
         """
         if table == "agents":
-            return ["agents.parquet"]
+            return iter(["agents.parquet"])
         if table not in ("results", "failures", "answers"):
             raise RunError(f"no table {table!r}; allowed: results, failures, answers, agents")
-        files: list[str] = self.manifest["files"][table]
-        return files
+        files = self.manifest["files"][table]
+        if table == "failures" or self.manifest["format"] == 1:
+            return iter(files)
+        if table == "results":
+            return map(results_name, from_ranges(files))
+        return _answers_names(files)
 
 
 _EMPTY = {
@@ -331,15 +409,40 @@ _EMPTY = {
 }
 
 
-def _read_pandas(name: str, store: Store) -> Any:
-    return store.read_table(name).replace_schema_metadata(None).to_pandas()
+_FILES_PER_GROUP = 64
+_DASK_PARTITIONS = 1000
+"""Up to so many, a Dask partition is one file."""
+
+
+def _in_groups(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(names)
+    return iter(lambda: list(islice(rest, size)), [])
+
+
+def _read_files(names: Sequence[str], store: Store) -> pa.Table:
+    tables = [store.read_table(name).replace_schema_metadata(None) for name in names]
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _read_pandas(names: Sequence[str], store: Store) -> Any:
+    return _read_files(names, store).to_pandas()
+
+
+def _answers_names(ranges: Mapping[str, Sequence[Sequence[int]]]) -> Iterator[str]:
+    """Yield partition by partition, its agents in the manifest's order."""
+
+    def of(position: int, agent: str) -> Iterator[tuple[int, int, str]]:
+        return ((partition, position, agent) for partition in from_ranges(ranges[agent]))
+
+    for partition, _, agent in heapq.merge(*(of(i, agent) for i, agent in enumerate(ranges))):
+        yield answers_name(partition, agent)
 
 
 def open_run(path: str, storage_options: Mapping[str, Any] | None = None) -> Run:
     """Open a published run by its folder (or URL).
 
     Raises:
-        RunError: there is no complete run there.
+        RunError: there is no complete run there, or one of a later version's format.
     """
     store = Store(str(path), storage_options or {})
     manifest = read_manifest(store)
@@ -347,18 +450,9 @@ def open_run(path: str, storage_options: Mapping[str, Any] | None = None) -> Run
         raise RunError(
             f"{path}: no manifest.json; the run is not complete (or this is not a run folder)"
         )
+    if manifest["format"] > FORMAT:
+        raise RunError(
+            f"{path}: manifest.json is of format {manifest['format']}, this version of mas_batch "
+            f"reads 1 to {FORMAT}; use the version that wrote it: {manifest['versions']}"
+        )
     return Run(store, manifest)
-
-
-def manifest_files(run: Store, plan: Plan, agents: Iterable[str]) -> dict[str, list[str]]:
-    """List the valid files of every table, in corpus order."""
-    done = committed(run, agents)
-    results = [results_name(p) for p, _, _ in plan.sizes()]
-    failures = [name for n in results if (name := failures_name(run.read_schema(n)))]
-    answers = [
-        answers_name(p, a)
-        for p, _, _ in plan.sizes()
-        for a in done.answered
-        if p in done.answered[a]
-    ]
-    return {"results": results, "failures": failures, "answers": answers}

@@ -7,9 +7,12 @@ it is absent, the first copy wins, and every later one learns that it lost.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from mas_batch.errors import JobError, RunError
+from mas_batch.errors import JobError, MasBatchError, OutputError, RunError
 
 _TEMPORARY = ".tmp-"
+_USER_INFO = re.compile(
+    # `user@`, `token@` or `user:password@` before a host. S3 secrets may hold a `/`, so a password
+    # goes as far as the `@`; but digits that end at a `/` are a port, and an `@` after it a path's.
+    r"(?<=://)(?:[^/\s:@]+|[^/\s:@]*:(?!\d+/)[^\s@]*)@"
+)
+_SHORTEST_SECRET = 4
+"""Characters; to blank out shorter pieces of credentials would garble a message, not guard it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,12 @@ class Store:
     """A folder on a filesystem; names inside it are relative, with `/`. Cheap to pickle."""
 
     url: str
+    """May hold credentials: for people, take `location`."""
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Not in `repr`: Dask logs the arguments of failed tasks, and these may be secrets."""
+
+    def __repr__(self) -> str:
+        return f"Store({without_credentials(self.url)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "options": dict(self.options)}
@@ -41,11 +55,13 @@ class Store:
         try:
             filesystem, root = fsspec.core.url_to_fs(self.url, **self.options)
         except ImportError as error:
-            raise JobError(f"{self.url!r}: {error}", key="output.path") from error
+            message = f"{without_credentials(self.url)!r}: {self._words(error)}"
+            raise JobError(message, key="output.path") from self._cause(error)
         except ValueError as error:
-            raise JobError(
-                f"{self.url!r} is not a path or URL that fsspec knows: {error}", key="output.path"
-            ) from error
+            message = f"{without_credentials(self.url)!r} is not a path or URL that fsspec knows"
+            raise JobError(f"{message}: {self._words(error)}", key="output.path") from self._cause(
+                error
+            )
         return filesystem, root.rstrip("/")
 
     @property
@@ -62,40 +78,67 @@ class Store:
         root = self._filesystem[1]
         return f"{root}/{name}" if name else root
 
+    def location(self, name: str) -> str:
+        """Return the path or URL of `name` for people and for logs: without credentials."""
+        if self.is_local:
+            return self.path(name)
+        url = without_credentials(self.url).rstrip("/")
+        return f"{url}/{name}" if name else url
+
     def exists(self, name: str) -> bool:
-        """Say whether `name` is committed."""
+        """Say whether `name` is committed.
+
+        Raises:
+            RunError: the filesystem cannot tell (forbidden, unreachable).
+        """
         filesystem, _ = self._filesystem
         filesystem.invalidate_cache()
-        return bool(filesystem.exists(self.path(name)))
+        with self._naming(name, "looked up"):
+            try:
+                # Not fsspec's `exists`: on some filesystems any error at all means "no" to it.
+                filesystem.info(self.path(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
 
     def read_bytes(self, name: str) -> bytes:
         """Return the whole content of `name`.
 
         Raises:
             FileNotFoundError: it is not there.
+            RunError: it cannot be read (forbidden, damaged, unreachable).
         """
-        content: bytes = self._filesystem[0].cat_file(self.path(name))
+        with self._naming(name, "read"):
+            content: bytes = self._filesystem[0].cat_file(self.path(name))
         return content
 
     def read_table(self, name: str) -> pa.Table:
-        """Read the Parquet file `name`."""
-        return pq.read_table(pa.BufferReader(self.read_bytes(name)))
+        """Read the Parquet file `name`; raises what `read_bytes` raises."""
+        content = self.read_bytes(name)
+        with self._naming(name, "read"):
+            return pq.read_table(pa.BufferReader(content))
 
     def read_schema(self, name: str) -> pa.Schema:
-        """Read only the footer of the Parquet file `name`."""
-        with self._filesystem[0].open(self.path(name), "rb") as file:
+        """Read only the footer of the Parquet file `name`; raises what `read_bytes` raises."""
+        with self._naming(name, "read"), self._filesystem[0].open(self.path(name), "rb") as file:
             return pq.read_schema(file)
 
     def list(self, folder: str) -> set[str]:
-        """List the committed names directly below `folder`, without the folder; empty if absent."""
+        """List the committed names directly below `folder`, without the folder; empty if absent.
+
+        Raises:
+            RunError: it cannot be listed (forbidden, unreachable, not a folder).
+        """
         filesystem, _ = self._filesystem
         filesystem.invalidate_cache()
-        try:
-            entries = filesystem.ls(self.path(folder), detail=False)
-        except FileNotFoundError:
-            return set()
-        except NotADirectoryError as error:
-            raise RunError(f"{self.path(folder)} is in the way: a folder must be there") from error
+        path = self.path(folder)
+        with self._naming(folder, "listed"):
+            try:
+                entries = filesystem.ls(path, detail=False)
+            except FileNotFoundError:
+                return set()
+        if entries == [path]:  # what fsspec lists of a file
+            raise RunError(f"{self.location(folder)} is in the way: a folder must be there")
         names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
         return {name for name in names if not name.startswith(_TEMPORARY)}
 
@@ -106,16 +149,12 @@ class Store:
             True if this call created it, False if it was there already.
 
         Raises:
-            RunError: the filesystem refused to write (read-only, full, forbidden).
+            OutputError: the filesystem refused to write (read-only, full, forbidden).
         """
-        try:
-            return (
-                self._commit_local(name, content)
-                if self.is_local
-                else self._commit_object(name, content)
-            )
-        except OSError as error:
-            raise RunError(f"{self.path(name)} cannot be written: {error}") from error
+        with self._naming(name, "written", OutputError):
+            if self.is_local:
+                return self._commit_local(name, content)
+            return self._commit_object(name, content)
 
     def commit_table(self, name: str, table: pa.Table) -> bool:
         """Commit a table as one Parquet file; equal tables give equal bytes."""
@@ -125,16 +164,22 @@ class Store:
         """Write `name` whether or not it exists; readers see the old or the new, never a part.
 
         Raises:
-            RunError: the filesystem refused to write.
+            OutputError: the filesystem refused to write (read-only, full, forbidden).
         """
-        try:
+        with self._naming(name, "written", OutputError):
             if self.is_local:
-                temporary = self._write_temporary(name, content)
-                temporary.replace(self.path(name))
+                self._replace_local(name, content)
             else:
                 self._filesystem[0].pipe_file(self.path(name), content)
-        except OSError as error:
-            raise RunError(f"{self.path(name)} cannot be written: {error}") from error
+
+    def remove(self, name: str) -> None:
+        """Remove the file `name`, if it is there.
+
+        Raises:
+            OutputError: the filesystem refused to remove it.
+        """
+        with self._naming(name, "removed", OutputError), suppress(FileNotFoundError):
+            self._filesystem[0].rm_file(self.path(name))
 
     def remove_folder(self, folder: str) -> None:
         """Remove a folder and all below it, if it is there."""
@@ -155,6 +200,39 @@ class Store:
             orphan.unlink(missing_ok=True)
         return len(orphans)
 
+    @contextmanager
+    def _naming(self, name: str, done: str, kind: type[RunError] = RunError) -> Iterator[None]:
+        """Turn a filesystem's errors into ones that name the file and what was not done to it.
+
+        Raises:
+            FileNotFoundError: what was to be read is not there.
+        """
+        try:
+            yield
+        except MasBatchError:
+            raise
+        except Exception as error:  # botocore's, aiohttp's, pyarrow's: there is no common base
+            location = self.location(name)
+            if isinstance(error, FileNotFoundError) and kind is not OutputError:
+                absent = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
+                raise absent from self._cause(error)
+            message = f"{location} cannot be {done}: {self._words(error)}"
+            raise kind(message) from self._cause(error)
+
+    def _words(self, error: Exception) -> str:
+        """Return what an error says, in one line and without pieces of the URL's credentials."""
+        known = isinstance(error, OSError) and error.strerror
+        words = " ".join((known or f"{type(error).__name__}: {error}").split())
+        for user_info in _USER_INFO.findall(self.url):
+            for piece in re.split("[:/@]", user_info):
+                if len(piece) >= _SHORTEST_SECRET:
+                    words = words.replace(piece, "***")
+        return words
+
+    def _cause(self, error: Exception) -> Exception | None:
+        """Return what to chain: not an error that shows the URL's credentials in its traceback."""
+        return None if _USER_INFO.search(self.url) else error
+
     def _orphans(self) -> Iterator[Path]:
         yield from Path(self.path("")).rglob(f"{_TEMPORARY}*")
 
@@ -171,6 +249,14 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise
         return temporary
+
+    def _replace_local(self, name: str, content: bytes) -> None:
+        temporary = self._write_temporary(name, content)
+        try:
+            temporary.replace(self.path(name))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _commit_local(self, name: str, content: bytes) -> bool:
         temporary = self._write_temporary(name, content)
@@ -194,6 +280,11 @@ class Store:
                 return False
             raise
         return True
+
+
+def without_credentials(url: str) -> str:
+    """Strip user, password and token from a URL; a path stays as it is."""
+    return _USER_INFO.sub("", url)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -9,11 +9,16 @@ import pytest
 from rich.console import Console
 
 from mas_batch.monitor.events import (
+    AgentDraining,
     AgentLost,
     AgentReady,
+    AgentsScaled,
     AnswerFailed,
+    BreakerChanged,
     PartitionAnswered,
     PartitionMerged,
+    PartitionUndecided,
+    RunFinished,
     RunStarted,
 )
 from mas_batch.monitor.progress import Bar, LogLines, Throughput
@@ -24,6 +29,12 @@ ANSWERED = PartitionAnswered(1, "plain", "plain-0", 1, 10, 10, 0, 900, 300, 2.0,
 MERGED = PartitionMerged(1, 9, 1)
 FAILED = AnswerFailed(2, "plain", "plain-0", 1, "cannot open [/data/x.gguf]", given_up=False)
 LOST = AgentLost("plain", "plain-0", "[Errno 2] no such [file]")
+ROUTING = (
+    AgentDraining("plain", "plain-0", "the worker's status is 'paused'"),
+    BreakerChanged("plain", "plain-1", "open", "3 failures in a row; no [file]"),
+    AgentsScaled({"plain": 4, "large": 1}, {"plain": 9, "large": 0}),
+    PartitionUndecided(1, 6, 10),
+)
 
 
 def test_the_bar_shows_records_rate_and_every_agent() -> None:
@@ -41,6 +52,37 @@ def test_the_bar_shows_records_rate_and_every_agent() -> None:
     assert "150 tok/s" in text  # of the agent: 300 tokens in 2 s of model time
     assert "cannot open [/data/x.gguf]; asked again" in text, "a message is not markup"
     assert "[Errno 2] no such [file]" in text
+
+
+def test_the_bar_tells_of_workers_and_counts_the_undecided() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=130, color_system=None)
+    with Bar(console) as bar:
+        for event in (STARTED, READY, *ROUTING, MERGED):
+            bar(event)
+    text = screen.getvalue()
+    assert "plain on plain-0 is asked nothing further: the worker's status is 'paused'" in text
+    assert "plain on plain-1, breaker open: 3 failures in a row; no [file]" in text
+    assert "workers wanted: plain 4, large 1 (partitions to do: plain 9, large 0)" in text
+    assert "6 asked further" in text
+    assert "undecided" not in text, "what is counted needs no line"
+
+
+def test_log_lines_tell_of_workers_and_count_the_undecided(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "mas_batch.run")
+    read = LogLines()
+    for event in (*ROUTING, RunFinished(9, 1, 2.0)):
+        read(event)
+    assert [record.getMessage() for record in caplog.records] == [
+        "event=agent_draining agent=plain worker=plain-0 "
+        "message=\"the worker's status is 'paused'\"",
+        "event=breaker agent=plain worker=plain-1 state=open "
+        'message="3 failures in a row; no [file]"',
+        'event=agents_scaled wanted="plain 4, large 1" backlog="plain 9, large 0"',
+        "event=run_finished results=9 failures=1 undecided=6 wall_s=2.0",
+    ]
 
 
 def test_log_lines_are_few_and_quoted(caplog: pytest.LogCaptureFixture) -> None:

@@ -55,6 +55,8 @@ class WorkerInfo:
     resources: Mapping[str, float]
     status: str = "running"
     """Dask's: `paused` by memory, `closing_gracefully` when it is being retired."""
+    last_seen: float = 0.0
+    """Unix time of its last heartbeat, on the scheduler's clock."""
 
 
 def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentSpec]:

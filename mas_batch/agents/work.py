@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from mas_batch.agents.host import current_host, report
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.aggregate.merge import MergeSpec, merge_answers
-from mas_batch.aggregate.reductions import RUN_STATISTICS
+from mas_batch.aggregate.reductions import RUN_STATISTICS, Partial, Reduction
 from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.engines.base import Sampling
 from mas_batch.errors import EngineError, Reason
@@ -183,17 +184,37 @@ def _agreement(
     return {agent: (each["agreements"], each["answers"]) for agent, each in counts.items()}
 
 
-def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Any:
+def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Leaf of the statistics tree: count what is committed for these partitions."""
-    return RUN_STATISTICS.combine([_statistics(run, partition, agents) for partition in partitions])
+    return COMMITTED.combine([COMMITTED.chunk(run, partition, agents) for partition in partitions])
 
 
-def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Any:
-    merged, failures = results.read_results(run.store, partition)
+def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+    merged, failures, name = results.read_results(run.store, partition)
     names = [results.answers_name(partition, agent) for agent in agents]
     tables = [run.store.read_table(name) for name in names if run.store.exists(name)]
     answers = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
-    return RUN_STATISTICS.chunk(merged, failures, answers)
+    counts = RUN_STATISTICS.chunk(merged, failures, answers)
+    return {"counts": counts, "failures_files": {partition: name} if name else {}}
+
+
+def _add_statistics(partials: Sequence[Partial]) -> Partial:
+    files = (partial["failures_files"].items() for partial in partials)
+    return {
+        "counts": RUN_STATISTICS.combine([partial["counts"] for partial in partials]),
+        "failures_files": dict(chain.from_iterable(files)),
+    }
+
+
+def _finalize_statistics(partial: Partial) -> dict[str, Any]:
+    return {**partial, "counts": RUN_STATISTICS.finalize(partial["counts"])}
+
+
+COMMITTED = Reduction("run_statistics", _statistics, _add_statistics, _finalize_statistics)
+"""`counts` of `RUN_STATISTICS`; `failures_files`: partition → its failures file, where it has one.
+
+The results file names it, and workers have to read that anyway.
+"""
 
 
 def _profile(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:

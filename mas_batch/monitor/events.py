@@ -93,8 +93,8 @@ class PartitionAsked(Event):
     task near the end) or `probe` (of a worker that kept failing)."""
     policy: str
     candidates: dict[str, dict[str, float]]
-    """What the policy saw of every worker that could have been chosen: `in_flight` partitions,
-    `in_flight_tokens`, `tokens_per_s`, `agreement`, `num_answered`."""
+    """What the policy saw of the workers that could have been chosen (the chosen one and up to 15
+    others): `in_flight` partitions, `in_flight_tokens`, `tokens_per_s`, `agreement`, and so on."""
     num_busy: int
     """Capable workers that could not be chosen because their windows were full."""
 

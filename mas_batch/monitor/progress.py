@@ -20,12 +20,16 @@ from rich.progress import (
 )
 
 from mas_batch.monitor.events import (
+    AgentDraining,
     AgentLost,
     AgentReady,
+    AgentsScaled,
     AnswerFailed,
+    BreakerChanged,
     Event,
     PartitionAnswered,
     PartitionMerged,
+    PartitionUndecided,
     RunFinished,
     RunStarted,
 )
@@ -40,6 +44,8 @@ class Throughput:
         self.records = 0
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.undecided = 0
+        """Times that one more agent was asked about a record."""
         self._start: float | None = None
         self._last = 0.0
 
@@ -53,6 +59,8 @@ class Throughput:
                 self.prompt_tokens += event.prompt_tokens
                 self.completion_tokens += event.completion_tokens
                 self._last = now
+            case PartitionUndecided():
+                self.undecided += event.num_undecided
             case PartitionMerged():
                 self.records += event.num_results + event.num_failures
                 self._last = now
@@ -102,29 +110,18 @@ class Bar:
         match event:
             case RunStarted():
                 self._started(event)
-            case AgentReady():
-                self._console.log(
-                    f"{event.agent_id} ready on {event.worker} ({event.load_s:.1f} s)"
-                )
-            case AgentLost():
-                self._console.log(
-                    f"[yellow]agent {event.agent_id} on {event.worker}: {escape(event.message)}"
-                )
-            case AnswerFailed():
-                what = "given up" if event.given_up else "asked again"
-                self._console.log(
-                    f"[yellow]partition {event.partition}, {event.agent_id} on {event.worker}, "
-                    f"attempt {event.attempt}: {escape(event.message)}; {what}"
-                )
             case PartitionAnswered():
                 self._answered(event)
             case PartitionMerged() if self._total is not None:
                 rate = self._throughput.per_second(self._throughput.completion_tokens)
+                undecided = self._throughput.undecided
                 self._progress.update(
                     self._total,
                     advance=event.num_results + event.num_failures,
-                    rate=f"{rate:.0f} tok/s",
+                    rate=f"{rate:.0f} tok/s" + (f", {undecided} asked further" * bool(undecided)),
                 )
+            case _ if line := _sentence(event):
+                self._console.log(line)
 
     def _started(self, event: RunStarted) -> None:
         for earlier in event.earlier_runs:
@@ -154,6 +151,33 @@ class Bar:
         self._progress.update(
             self._agents[event.agent_id], advance=event.num_records, rate=f"{rate:.0f} tok/s"
         )
+
+
+def _sentence(event: Event) -> str | None:
+    """Tell people of an event, in rich's markup; None if it is not worth a line."""
+    match event:
+        case AgentReady(agent_id, worker, load_s):
+            return f"{agent_id} ready on {escape(worker)} ({load_s:.1f} s)"
+        case AgentLost(agent_id, worker, message):
+            return f"[yellow]agent {agent_id} on {escape(worker)}: {escape(message)}"
+        case AgentDraining(agent_id, worker, message):
+            return f"{agent_id} on {escape(worker)} is asked nothing further: {escape(message)}"
+        case BreakerChanged(agent_id, worker, state, message):
+            style = "green" if state == "closed" else "yellow"
+            return f"[{style}]{agent_id} on {escape(worker)}, breaker {state}: {escape(message)}"
+        case AgentsScaled(wanted, backlog):
+            return f"workers wanted: {_counts(wanted)} (partitions to do: {_counts(backlog)})"
+        case AnswerFailed():
+            what = "given up" if event.given_up else "asked again"
+            return (
+                f"[yellow]partition {event.partition}, {event.agent_id} on {escape(event.worker)}, "
+                f"attempt {event.attempt}: {escape(event.message)}; {what}"
+            )
+    return None
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{agent_id} {number}" for agent_id, number in numbers.items())
 
 
 class LogLines:
@@ -187,8 +211,14 @@ class LogLines:
                     worker=event.worker,
                     load_s=round(event.load_s, 2),
                 )
-            case AgentLost():
-                _log("agent_lost", agent=event.agent_id, worker=event.worker, message=event.message)
+            case AgentLost(agent_id, worker, message):
+                _log("agent_lost", agent=agent_id, worker=worker, message=message)
+            case AgentDraining(agent_id, worker, message):
+                _log("agent_draining", agent=agent_id, worker=worker, message=message)
+            case BreakerChanged(agent_id, worker, state, message):
+                _log("breaker", agent=agent_id, worker=worker, state=state, message=message)
+            case AgentsScaled(wanted, backlog):
+                _log("agents_scaled", wanted=_counts(wanted), backlog=_counts(backlog))
             case AnswerFailed():
                 _log(
                     "answer_failed",
@@ -204,6 +234,7 @@ class LogLines:
                     "run_finished",
                     results=event.num_results,
                     failures=event.num_failures,
+                    undecided=self._throughput.undecided or None,
                     wall_s=round(event.wall_s, 1),
                 )
             case PartitionMerged() if time.monotonic() - self._last > self._every_s:
@@ -213,6 +244,7 @@ class LogLines:
                 _log(
                     "progress",
                     records=f"{done}/{self._records[1]}",
+                    undecided=self._throughput.undecided or None,
                     tokens_per_s=round(self._throughput.per_second(tokens), 1),
                 )
 

@@ -13,6 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -50,6 +51,17 @@ from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
 
 _CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3
+_KEPT_CANDIDATES = 16
+_MERGE_PATIENCE_S = 60.0
+"""A merge takes milliseconds; after so long it is at a worker that hangs, and is sent again."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Merging:
+    merge: Merge
+    future: Future
+    attempt: int
+    sent: float
 
 
 class DaskRouter:
@@ -86,7 +98,7 @@ class DaskRouter:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._hosting = Hosting(client, job, run, specs, emit, self._watch, wait_s)
         self._asked: dict[tuple[int, str, str], tuple[Ask, Future]] = {}  # …, worker address
-        self._merges: dict[int, tuple[Merge, Future, int]] = {}  # partition → …, attempt
+        self._merges: dict[int, _Merging] = {}  # by partition
         self._dispatcher: Dispatcher | None = None
         self._native: NativeFeed | None = None
         self._proven: set[str] = set()  # agents that have answered natively
@@ -104,8 +116,8 @@ class DaskRouter:
         self._hosting.close()
         for _, future in self._asked.values():
             future.release()
-        for _, future, _ in self._merges.values():
-            future.release()
+        for merging in self._merges.values():
+            merging.future.release()
 
     @property
     def engine_facts(self) -> dict[str, dict[str, Any]]:
@@ -189,6 +201,7 @@ class DaskRouter:
         if self._dispatcher is None or self._dispatcher.done:
             return
         self._act(self._dispatcher.tick(time.monotonic()))
+        self._hurry_merges()
         self._scale(self._dispatcher)
         for agent_id in sorted(self._dispatcher.distrusted_agents()):
             raise RunError(
@@ -329,7 +342,8 @@ class DaskRouter:
                 purpose=ask.purpose,
                 policy=self._job.routing.policy,
                 candidates={
-                    self._hosting.name(view.replica_id): _seen(view) for view in ask.candidates
+                    self._hosting.name(view.replica_id): _seen(view)
+                    for view in _kept_candidates(ask)
                 },
                 num_busy=ask.num_busy,
             )
@@ -383,18 +397,29 @@ class DaskRouter:
         if asked is not None:
             asked[1].release()
 
-    def _merge(self, merge: Merge, attempt: int) -> None:
+    def _merge(self, merge: Merge, attempt: int, workers: list[str] | None = None) -> None:
         future = self._client.submit(
             merge_partition,
             self._run,
             merge.partition,
             merge.agents,
             final=merge.final,
+            workers=workers,
             pure=False,
             priority=10,
         )
-        self._merges[merge.partition] = (merge, future, attempt)
-        self._watch(future, lambda failure: self._merge_ended(merge, attempt, failure))
+        merging = _Merging(merge, future, attempt, time.monotonic())
+        self._merges[merge.partition] = merging
+        self._watch(future, lambda failure: self._merge_ended(merging, failure))
+
+    def _hurry_merges(self) -> None:
+        """Send merges again that are stuck at a worker which does not answer."""
+        now = time.monotonic()
+        for merging in list(self._merges.values()):
+            workers = self._hosting.responsive()
+            if now - merging.sent > _MERGE_PATIENCE_S and workers:
+                merging.future.release()
+                self._merge(merging.merge, merging.attempt, workers)
 
     def _merged(self, facts: dict[str, Any]) -> None:
         partition, agents = facts.pop("partition"), tuple(facts.pop("agents"))
@@ -404,10 +429,10 @@ class DaskRouter:
         if self._dispatcher is None:
             return
         current = self._merges.get(partition)
-        if current is None or current[0].agents != agents:
+        if current is None or current.merge.agents != agents:
             return  # a second copy of the task
         del self._merges[partition]
-        current[1].release()
+        current.future.release()
         now = time.monotonic()
         if facts.get("num_undecided"):
             self._emit(PartitionUndecided(partition, **facts))
@@ -417,25 +442,35 @@ class DaskRouter:
         self._emit(PartitionMerged(partition, **facts))
         self._act(self._dispatcher.merged(partition, now, agreement))
 
-    def _merge_ended(self, merge: Merge, attempt: int, failure: Failure) -> None:
-        current = self._merges.get(merge.partition)
-        if current is None or current[0] is not merge or current[2] != attempt:
-            return
-        current[1].release()
+    def _merge_ended(self, merging: _Merging, failure: Failure) -> None:
+        partition = merging.merge.partition
+        if self._merges.get(partition) is not merging:
+            return  # it has reported, or it was sent again
+        merging.future.release()
         if isinstance(failure, (OutputError, JobError)):
             raise failure
-        if attempt >= _MAX_MERGE_ATTEMPTS:
-            raise RunError(f"partition {merge.partition} could not be merged: {failure}")
-        self._merge(merge, attempt + 1)
+        if merging.attempt >= _MAX_MERGE_ATTEMPTS:
+            raise RunError(f"partition {partition} could not be merged: {failure}")
+        self._merge(merging.merge, merging.attempt + 1)
+
+
+def _kept_candidates(ask: Ask) -> list[ReplicaView]:
+    """Return the chosen one and the first of the others: a thousand would drown the event log."""
+    others = [view for view in ask.candidates if view.replica_id != ask.replica_id]
+    chosen = [view for view in ask.candidates if view.replica_id == ask.replica_id]
+    return [*chosen, *others[: _KEPT_CANDIDATES - 1]]
 
 
 def _seen(view: ReplicaView) -> dict[str, float]:
     """Return what the policy saw of a candidate, for the event log."""
     return {
+        "agent_rank": view.agent_rank,
         "in_flight": view.in_flight,
         "in_flight_tokens": view.in_flight_tokens,
         "num_answered": view.num_answered,
         "num_asked": view.num_asked,
         "tokens_per_s": round(view.tokens_per_s or 0.0, 2),
         "agreement": round(view.agreement, 4),
+        "num_compared": view.num_compared,
+        **({} if view.weight is None else {"weight": view.weight}),
     }

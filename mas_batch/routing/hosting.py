@@ -19,6 +19,8 @@ from mas_batch.monitor.events import AgentDraining, AgentLost, AgentReady, Event
 
 Failure = Exception | None
 _RESTART_TIMEOUT_S = 30.0
+_HEARTBEAT_S = 15.0
+"""Workers of a small cluster send one every half second, of a large one every few seconds."""
 
 
 class Listener(Protocol):
@@ -71,6 +73,7 @@ class Hosting:
         self._refused: dict[str, tuple[str, Exception]] = {}  # address → agent, why not loaded
         self._paused: dict[str, str] = {}  # address → why
         self._retiring: set[str] = set()  # worker names that the router lets go
+        self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
         self._unserved_since: float | None = None
         self.ready: dict[str, str] = {}
         """Worker address → agent whose model it holds."""
@@ -216,6 +219,12 @@ class Hosting:
             names.append(self.name(address))
         return names
 
+    def responsive(self) -> list[str]:
+        """Workers with a model whose heartbeat is not much older than the freshest one."""
+        seen = {address: self._seen.get(address, 0.0) for address in self.ready}
+        newest = max(seen.values(), default=0.0)
+        return [address for address, when in seen.items() if newest - when < _HEARTBEAT_S]
+
     def counts(self) -> Counter[str]:
         """Agent → workers that serve it or will soon, without those that are let go."""
         return Counter(
@@ -229,6 +238,7 @@ class Hosting:
             raise RunError("the scheduler is lost; run the same command again to resume")
         workers = cluster_workers(self._client)
         self._names.update({worker.address: worker.name for worker in workers})
+        self._seen = {worker.address: worker.last_seen for worker in workers}
         self._retiring &= {worker.name for worker in workers}  # a later one may have the name
         return [worker for worker in workers if worker.name not in self._retiring]
 
@@ -277,6 +287,6 @@ def cluster_workers(client: Client) -> list[WorkerInfo]:
     """List the workers of the cluster with what they declare."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return [
-        WorkerInfo(address, str(info["name"]), info["resources"], info["status"])
+        WorkerInfo(address, str(info["name"]), info["resources"], info["status"], info["last_seen"])
         for address, info in workers.items()
     ]

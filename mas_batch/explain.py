@@ -1,0 +1,169 @@
+"""Why a partition was asked of whom, and what came of it: read from the run's files.
+
+Pure data out; `show` prints it. A run that is at work or was killed can be explained as well as
+a published one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+import fsspec
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mas_batch import results
+from mas_batch.errors import RunError
+from mas_batch.monitor.event_log import FOLDER, read_events
+from mas_batch.monitor.story import Decision, OutcomeKind, Step, Story
+from mas_batch.results import Plan
+from mas_batch.storage import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What one process did about the partition."""
+
+    name: str
+    """When the process began, as its event files are named."""
+    started: datetime
+    """Time of its first event, in UTC."""
+    steps: tuple[Step, ...]
+    """In order; an outcome stands with its decision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that a run's files tell of a partition's way through the router."""
+
+    run: str
+    partition: int
+    num_partitions: int
+    first_record: int
+    """Position of its first record in the corpus, from 0."""
+    num_records: int
+    estimated_tokens: int
+    """Text, context, prompt and new tokens of the usable records."""
+    answered_by: tuple[str, ...]
+    """Agents whose answers are committed."""
+    is_merged: bool
+    """Its results are committed."""
+    executions: tuple[Execution, ...]
+    """Those that had to do with it."""
+    num_executions: int
+    """All that left events."""
+    problems: tuple[str, ...]
+    """What the events leave untold."""
+
+
+def explain(store: Store, partition: int) -> Explanation:
+    """Tell the story of a partition. All events of the run are read, one file at a time.
+
+    Raises:
+        RunError: this is no run folder, there is no such partition, or no events are kept.
+    """
+    plan = _plan(store)
+    if not 0 <= partition < plan.num_partitions:
+        allowed = f"0 to {plan.num_partitions - 1}" if plan.num_partitions else "none, it is empty"
+        raise RunError(f"{store.url}: no partition {partition}; allowed: {allowed}")
+    problems: list[str] = []
+    stories = _stories(store, partition, problems.append)
+    answered_by = _answered_by(store, partition)
+    is_merged = store.exists(results.results_name(partition))
+    problems += _untold(stories, answered_by, is_merged)
+    row = plan.table.slice(partition, 1).to_pylist()[0]
+    return Explanation(
+        run=store.url,
+        partition=partition,
+        num_partitions=plan.num_partitions,
+        first_record=row["first_record"],
+        num_records=row["num_records"],
+        estimated_tokens=row["estimated_tokens"],
+        answered_by=answered_by,
+        is_merged=is_merged,
+        executions=tuple(
+            Execution(story.execution, story.started, tuple(story.steps))
+            for story in stories
+            if story.steps
+        ),
+        num_executions=len(stories),
+        problems=tuple(problems),
+    )
+
+
+def find_record(store: Store, record_id: str) -> int:
+    """Return the partition that holds a record, by a scan.
+
+    Nothing indexes record ids: of every staged partition, in order, the column of ids is read
+    until the record is there, which takes time in proportion to the corpus.
+
+    Raises:
+        RunError: this is no run folder, or no record has that id.
+    """
+    plan = _plan(store)
+    for partition, _, _ in plan.sizes():
+        url = store.child(results.staged_name(partition)).url
+        with fsspec.open(url, "rb", **store.options) as file:
+            ids = pq.read_table(file, columns=["record_id"])["record_id"]
+        if pc.index(ids, record_id).as_py() >= 0:
+            return partition
+    raise RunError(
+        f"{store.url}: none of its {plan.num_records:,} records has the id {record_id!r}"
+    )
+
+
+def _plan(store: Store) -> Plan:
+    plan = results.read_plan(store)
+    if plan is None:
+        is_run = store.exists("job.yaml")
+        why = "its corpus is not staged yet" if is_run else "this is not a run folder"
+        raise RunError(f"{store.url}: no plan.parquet; {why}")
+    return plan
+
+
+def _stories(store: Store, partition: int, report: Callable[[str], None]) -> list[Story]:
+    stories: list[Story] = []
+    for event in read_events(store, report):
+        if not stories or stories[-1].execution != event.execution:
+            answered = stories[-1].answered if stories else ()
+            stories.append(Story(partition, event.execution, event.time, answered))
+        stories[-1].take(event)
+    if not stories:
+        raise RunError(
+            f"{store.path(FOLDER)}: no events are kept; nobody has been asked yet, "
+            "or the run was made with an older version"
+        )
+    for story in stories:
+        story.end()
+    return stories
+
+
+def _answered_by(store: Store, partition: int) -> tuple[str, ...]:
+    folders = sorted(name for name in store.list("answers") if name.startswith("agent="))
+    agents = (folder.removeprefix("agent=") for folder in folders)
+    return tuple(a for a in agents if store.exists(results.answers_name(partition, a)))
+
+
+def _untold(stories: list[Story], answered_by: tuple[str, ...], is_merged: bool) -> list[str]:
+    """Say what is committed though no event tells of it."""
+    told = set(stories[-1].answered)
+    overtaken = {  # such a try may have committed its answers later
+        step.agent_id
+        for story in stories
+        for step in story.steps
+        if isinstance(step, Decision) and step.outcome.kind is OutcomeKind.OVERTAKEN
+    }
+    untold = [
+        f"answers of {agent_id} are committed, but no event tells of them: they came late, or "
+        "the event was lost with a process that was killed"
+        for agent_id in answered_by
+        if agent_id not in told | overtaken
+    ]
+    if is_merged and not any(story.is_merged for story in stories):
+        untold.append(
+            "the results are committed, but no event tells of the merge: it was lost with a "
+            "process that was killed"
+        )
+    return untold

@@ -1,0 +1,259 @@
+"""One submitter per run: a lock that a killed owner does not leave locked.
+
+    locks/000001.json        who holds the run; created only if absent, so that one of many wins
+    locks/000001.beat.json   the owner's heartbeat: a counter, and at the end the mark `released`
+
+The owner of the highest generation holds the run until it has released it. Whoever finds it dead
+creates the next generation. A process of the same user on the same boot of the same host is looked
+up; any other is told by its heartbeat, watched for a while on the newcomer's own clock, so that
+clocks need not agree. Host names must differ among the machines that share a store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+from mas_batch.errors import OutputError, RunError, RunLockedError
+from mas_batch.owner import Owner
+from mas_batch.storage import Store
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "locks"
+"""Folder of a run that holds its lock."""
+
+_LOCK = re.compile(r"(\d{6})\.json")
+_HELD: set[str] = set()
+"""Tokens of the locks that this process holds: being alive does not say that for itself."""
+
+
+class RunLock:
+    """Holds a run for this process while its `with` block lasts.
+
+    Args:
+        store: the run's folder.
+        beat_s: seconds between two heartbeats.
+        patience_s: seconds for which the heartbeat of an owner that cannot be looked up must
+            rest before its lock is taken over, and for which this process may fail to write its
+            own. Well above every submitter's `beat_s`.
+
+    Raises:
+        RunLockedError: on entering, another process is at work on the run.
+        OutputError: on entering, the lock cannot be written.
+    """
+
+    def __init__(self, store: Store, beat_s: float = 5.0, patience_s: float = 20.0) -> None:
+        self._store = store
+        self._beat_s = beat_s
+        self._patience_s = patience_s
+        self._own = Owner.this_process(0)
+        self._count = 0
+        self._last_beat = time.monotonic()
+        self._error: RunError | None = None
+        self._lost: str | None = None
+        self._ended = threading.Event()
+        self._beating = threading.Lock()
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="run-lock")
+
+    def __enter__(self) -> Self:
+        try:
+            self._acquire()
+            self._last_beat = time.monotonic()
+            self._beat()
+            self._thread.start()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._release()
+
+    def check(self) -> None:
+        """Make sure that this process still holds the run; cheap enough for every turn of a loop.
+
+        Raises:
+            RunLockedError: another process has taken it over, or the lock was removed.
+            OutputError: the heartbeat could not be written for `patience_s`: others may soon
+                take this process for dead.
+        """
+        if self._rested_s > self._patience_s:
+            self._beat()  # this process was stopped, or the filesystem fails: how is it now?
+        if self._lost is not None:
+            raise RunLockedError(self._lost)
+        if self._error is not None and self._rested_s > self._patience_s:
+            raise OutputError(
+                f"the heartbeat of the run's lock fails for {self._rested_s:.0f} s: {self._error}"
+            ) from self._error
+
+    def remove_run(self) -> None:
+        """Remove the run's whole folder; the lock goes last and ends with it.
+
+        Raises:
+            RunLockedError: another process has taken the run over; nothing is removed.
+        """
+        self._stop_beating()
+        self._beat()
+        self.check()
+        for name in self._store.list("") - {FOLDER}:
+            self._store.remove_folder(name)
+        self._store.remove_folder("")
+
+    # Taking it
+
+    def _acquire(self) -> None:
+        """Create the generation after the highest, if that one's owner is done or dead."""
+        last = self._newest()
+        if last is not None and not self._is_over(last):
+            raise self._refusal(last)
+        self._own = Owner.this_process(last.generation + 1 if last else 1)
+        _HELD.add(self._own.token)
+        name = _lock_name(self._own.generation)
+        content = json.dumps(asdict(self._own), indent=1, ensure_ascii=False)
+        is_created = self._store.commit(name, content.encode())
+        # Since this process looked, others may have taken that generation, left it again and
+        # removed its files, or removed the run and begun it anew: then it owns nothing.
+        newest = self._newest()
+        before = self._read(last.generation) if last else None
+        if newest is None or newest.token != self._own.token or before != last:
+            if is_created:
+                self._store.remove(name)
+            raise self._refusal(newest)
+        if last is not None:
+            self._remove_before(self._own.generation)
+
+    def _is_over(self, last: Owner) -> bool:
+        """Say whether the owner has released its lock, or can do no more work."""
+        beat = self._read_beat(last)
+        if beat is not None and beat["released"]:
+            return True
+        if last.is_same_process(self._own):
+            return last.token not in _HELD  # it could not write the mark: a full disk, say
+        is_dead = last.is_dead(self._own)
+        is_over = self._rests(last, beat) if is_dead is None else is_dead
+        if is_over:
+            logger.info("%s has left this run without a word; going on with it", last)
+        return is_over
+
+    def _rests(self, last: Owner, beat: dict[str, Any] | None) -> bool:
+        """Watch a heartbeat; say whether it rests or was the last one."""
+        logger.info("watching for %g s whether there is life in %s", self._patience_s, last)
+        end = time.monotonic() + self._patience_s
+        while time.monotonic() < end:
+            time.sleep(min(1.0, self._beat_s))
+            now = self._read_beat(last)
+            if now != beat:
+                return now is not None and bool(now["released"])
+        return True
+
+    def _refusal(self, owner: Owner | None) -> RunLockedError:
+        who = "another process" if owner is None else str(owner)
+        return RunLockedError(
+            f"{self._store.location('')}: {who} works on this run; wait until it is done, or end "
+            "it: then the same command resumes"
+        )
+
+    # Its files
+
+    def _newest(self) -> Owner | None:
+        """Return the owner of the highest generation, whether or not it has released it."""
+        for _ in range(2):  # what was listed may be gone by now: whoever removed it has a newer one
+            matches = (_LOCK.fullmatch(name) for name in self._store.list(FOLDER))
+            for number in sorted((int(match[1]) for match in matches if match), reverse=True):
+                if (owner := self._read(number)) is not None:
+                    return owner
+        return None
+
+    def _read(self, generation: int) -> Owner | None:
+        facts = self._read_json(_lock_name(generation), Owner.__dataclass_fields__)
+        return None if facts is None else Owner(**facts)
+
+    def _read_beat(self, owner: Owner) -> dict[str, Any] | None:
+        """Return the owner's last heartbeat; None: it has not written one yet."""
+        beat = self._read_json(_beat_name(owner.generation), ("token", "count", "released"))
+        return beat if beat is not None and beat["token"] == owner.token else None
+
+    def _read_json(self, name: str, keys: Iterable[str]) -> dict[str, Any] | None:
+        try:
+            facts = json.loads(self._store.read_bytes(name))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            facts = None
+        if not isinstance(facts, dict) or facts.keys() != set(keys):
+            raise RunError(
+                f"{self._store.location(name)} is no lock of this version of mas_batch; if no "
+                "process works on this run, remove the file"
+            )
+        return facts
+
+    def _remove_before(self, generation: int) -> None:
+        for name in self._store.list(FOLDER):
+            number = name.partition(".")[0]
+            if number.isdigit() and int(number) < generation:
+                self._store.remove(f"{FOLDER}/{name}")
+
+    # Keeping and leaving it
+
+    @property
+    def _rested_s(self) -> float:
+        return time.monotonic() - self._last_beat
+
+    def _keep_beating(self) -> None:
+        while self._lost is None and not self._ended.wait(self._beat_s):
+            self._beat()
+
+    def _beat(self, *, released: bool = False) -> None:
+        """Look whether the lock is still ours and say so; what is wrong is told by `check`."""
+        with self._beating:
+            try:
+                looked = time.monotonic()  # the process may be stopped between any two lines
+                self._lost = self._lost or self._what_happened()
+                if self._lost is None:
+                    self._count += 1
+                    beat = {"token": self._own.token, "count": self._count, "released": released}
+                    self._store.replace(_beat_name(self._own.generation), json.dumps(beat).encode())
+                    self._last_beat, self._error = looked, None
+            except RunError as error:
+                self._error = error
+                logger.debug("no heartbeat: %s", error)
+
+    def _what_happened(self) -> str | None:
+        """Say who has the lock if it is not this process; None: it is."""
+        newest = self._newest()
+        if newest is not None and newest.token == self._own.token:
+            return None
+        if newest is None:
+            return f"{self._store.location('')}: the run's lock was removed during this run"
+        return f"{self._store.location('')}: this run was taken over by {newest}"
+
+    def _stop_beating(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _release(self) -> None:
+        self._stop_beating()
+        self._beat(released=True)
+        _HELD.discard(self._own.token)
+
+
+def _lock_name(generation: int) -> str:
+    return f"{FOLDER}/{generation:06d}.json"
+
+
+def _beat_name(generation: int) -> str:
+    return f"{FOLDER}/{generation:06d}.beat.json"

@@ -1,0 +1,251 @@
+"""What happened to one partition, step by step: made from a run's events, and pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from mas_batch.errors import RunError
+from mas_batch.monitor.event_log import LoggedEvent
+from mas_batch.routing.policies import POLICIES
+
+
+class OutcomeKind(StrEnum):
+    """How a try ended."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    LOST = "lost"
+    """Its worker was lost, left or was restarted first."""
+    OVERTAKEN = "overtaken"
+    """Others answered first; nobody waits for it any longer."""
+    OPEN = "open"
+    """No event tells: it is at work, or the run's process ended before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of asking."""
+
+    kind: OutcomeKind
+    after_s: float | None = None
+    """From the decision to the news; None where no news is of this try."""
+    message: str = ""
+    given_up: bool = False
+    """After this failure the agent is not asked about the partition any more."""
+    num_answers: int = 0
+    num_failed: int = 0
+    """Records that the agent was asked about and has no answer to."""
+    compute_s: float = 0.0
+    """What the model took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that could have been chosen."""
+
+    worker: str
+    agent_id: str | None
+    """None where the event that says so is lost."""
+    chosen: bool
+    figures: dict[str, float]
+    """What the policy saw; see `monitor.events.PartitionAsked`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The router asked a worker."""
+
+    time: datetime
+    agent_id: str
+    worker: str
+    attempt: int
+    """Tries of the agent on the partition, with this one, since a breaker of its last closed."""
+    purpose: str
+    policy: str
+    why: str
+    """The rule by which it was chosen, in words."""
+    candidates: tuple[Candidate, ...]
+    num_busy: int
+    """Capable workers that could not be chosen."""
+    outcome: Outcome = field(default_factory=lambda: Outcome(OutcomeKind.OPEN))
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something else that happened to the partition, or to a worker that was asked about it."""
+
+    time: datetime
+    event: str
+    """Class of the event in `monitor.events`."""
+    message: str
+
+
+Step = Decision | News
+
+
+class Story:
+    """Gathers what one execution's events say about one partition.
+
+    Args:
+        execution: its name.
+        started: time of its first event.
+        answered: agents whose answers earlier executions' events tell of.
+    """
+
+    def __init__(
+        self, partition: int, execution: str, started: datetime, answered: Iterable[str] = ()
+    ) -> None:
+        self.execution = execution
+        self.started = started
+        self.steps: list[Step] = []
+        self.answered = list(answered)
+        self.is_merged = False
+        self._partition = partition
+        self._agents: dict[str, str] = {}  # worker → agent that it serves
+        self._tries: dict[tuple[str, str], int] = {}  # agent, worker → its last step
+
+    def take(self, event: LoggedEvent) -> None:
+        """Take note of the execution's next event.
+
+        Raises:
+            RunError: an event lacks a field: an older version wrote it.
+        """
+        try:
+            if event.name == "AgentReady":
+                self._agents[event.facts["worker"]] = event.facts["agent_id"]
+            elif event.name in ("AgentLost", "AgentDraining", "BreakerChanged"):
+                self._worker_news(event)
+            elif event.facts.get("partition") == self._partition:
+                self._partition_news(event)
+        except KeyError as error:
+            raise RunError(
+                f"execution {event.execution}: {event.name} has no {error}; an older version "
+                "wrote these events, which cannot be explained"
+            ) from error
+
+    def end(self) -> None:
+        """No further event comes: what is open in a merged partition was not waited for."""
+        if self.is_merged:
+            for index in self._open():
+                self._close(index, OutcomeKind.OVERTAKEN, "the answers of others were enough")
+
+    def _partition_news(self, event: LoggedEvent) -> None:
+        facts = event.facts
+        match event.name:
+            case "PartitionAsked":
+                self._tries[facts["agent_id"], facts["worker"]] = len(self.steps)
+                self.steps.append(_decision(event, self._agents))
+            case "PartitionAnswered":
+                self._answered(event)
+            case "AnswerFailed":
+                index = self._tries.get((facts["agent_id"], facts["worker"]))
+                if index is not None:
+                    outcome = Outcome(
+                        OutcomeKind.FAILED, message=facts["message"], given_up=facts["given_up"]
+                    )
+                    self._set_outcome(index, outcome, event.time)
+            case "PartitionUndecided":
+                count = f"{facts['num_undecided']:,} of {facts['num_records']:,} records"
+                self._add(event, f"{count} are undecided: one more agent is asked about them")
+            case "PartitionMerged":
+                self.is_merged = True
+                whose = f" from the answers of {', '.join(self.answered)}" if self.answered else ""
+                counts = f"{facts['num_results']:,} answered, {facts['num_failures']:,} failed"
+                self._add(event, f"merged{whose}: {counts}")
+
+    def _answered(self, event: LoggedEvent) -> None:
+        facts = event.facts
+        agent_id, worker = facts["agent_id"], facts["worker"]
+        index = self._tries.get((agent_id, worker))
+        if index is None:  # no decision of ours
+            self._add(
+                event,
+                f"{agent_id} on {worker}, where Dask's scheduler sent it (routing.mode: native), "
+                f"gave {facts['num_answers']:,} answers, {facts['num_failed']:,} failed",
+            )
+        else:
+            before = self._decision(index).outcome
+            late = before.kind is OutcomeKind.LOST
+            outcome = Outcome(
+                OutcomeKind.ANSWERED,
+                message=f"after it was taken for lost: {before.message}" if late else "",
+                num_answers=facts["num_answers"],
+                num_failed=facts["num_failed"],
+                compute_s=facts["compute_s"],
+            )
+            self._set_outcome(index, outcome, event.time)
+        for other in self._open():
+            if self._decision(other).agent_id == agent_id:
+                self._close(other, OutcomeKind.OVERTAKEN, f"{worker} answered first")
+        if agent_id not in self.answered:
+            self.answered.append(agent_id)
+
+    def _worker_news(self, event: LoggedEvent) -> None:
+        agent_id, worker = event.facts["agent_id"], event.facts["worker"]
+        if self.is_merged or worker not in {asked for _, asked in self._tries}:
+            return
+        message, who = event.facts["message"], f"{agent_id} on {worker}"
+        at_work = [i for i in self._open() if self._decision(i).worker == worker]
+        if event.name == "AgentLost" and at_work:
+            for index in at_work:
+                self._set_outcome(index, Outcome(OutcomeKind.LOST, message=message), event.time)
+            return
+        match event.name:
+            case "AgentDraining":
+                who += " is asked nothing further"
+            case "BreakerChanged":
+                who += f", breaker {event.facts['state']}"
+        self._add(event, f"{who}: {message}")
+
+    def _add(self, event: LoggedEvent, message: str) -> None:
+        self.steps.append(News(event.time, event.name, message))
+
+    def _open(self) -> list[int]:
+        return [
+            index
+            for index in self._tries.values()
+            if self._decision(index).outcome.kind is OutcomeKind.OPEN
+        ]
+
+    def _decision(self, index: int) -> Decision:
+        step = self.steps[index]
+        assert isinstance(step, Decision)
+        return step
+
+    def _set_outcome(self, index: int, outcome: Outcome, time: datetime) -> None:
+        step = self._decision(index)
+        after_s = (time - step.time).total_seconds()
+        self.steps[index] = replace(step, outcome=replace(outcome, after_s=after_s))
+
+    def _close(self, index: int, kind: OutcomeKind, message: str) -> None:
+        self.steps[index] = replace(self._decision(index), outcome=Outcome(kind, message=message))
+
+
+def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
+    facts = event.facts
+    candidates = tuple(
+        Candidate(worker, agents.get(worker), worker == facts["worker"], figures)
+        for worker, figures in facts["candidates"].items()
+    )
+    return Decision(
+        time=event.time,
+        agent_id=facts["agent_id"],
+        worker=facts["worker"],
+        attempt=facts["attempt"],
+        purpose=facts["purpose"],
+        policy=facts["policy"],
+        why=_why(facts),
+        candidates=candidates,
+        num_busy=facts["num_busy"],
+    )
+
+
+def _why(facts: dict[str, Any]) -> str:
+    if facts["purpose"] == "copy":  # the policy was not asked
+        return "it was idle and should finish clearly before the slow one"
+    policy = POLICIES.get(facts["policy"])
+    return policy.rule if policy else facts["policy"]

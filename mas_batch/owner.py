@@ -1,0 +1,99 @@
+"""Which process holds a run's lock, and whether it is still there."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+_SAME_START_S = 2.0
+"""A process id is not given again that fast, and the kernel counts seconds since its boot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that holds, or held, a generation of a lock (see `lock`)."""
+
+    generation: int
+    token: str
+    """Random: tells it from another owner of that number in a run that was removed meanwhile."""
+    host: str
+    boot_id: str | None
+    """Changes when the host is booted; None where the system has none."""
+    pid_namespace: str | None
+    """Containers of one host may share its name, but they number their processes anew."""
+    pid: int
+    started_s: float
+    """When the process started: seconds since boot where there is a `boot_id`, else since 1970."""
+    user: str
+    since: str
+    """When it took the lock, by its own clock; for people."""
+
+    @classmethod
+    def this_process(cls, generation: int) -> Owner:
+        """Describe the calling process as the owner of a generation."""
+        boot_id = _boot_id()
+        process = psutil.Process()
+        return cls(
+            generation=generation,
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            boot_id=boot_id,
+            pid_namespace=_pid_namespace(),
+            pid=process.pid,
+            started_s=_started_s(process, boot_id),
+            user=process.username(),
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def is_dead(self, newcomer: Owner) -> bool | None:
+        """Say whether the process has ended, as `newcomer` can tell from where it runs.
+
+        Returns:
+            None if it cannot: the process is on another host, in another container, or of another
+            user, whose processes a system may hide.
+        """
+        if self.host != newcomer.host:
+            return None
+        if self.boot_id != newcomer.boot_id:
+            return True
+        if (self.pid_namespace, self.user) != (newcomer.pid_namespace, newcomer.user):
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            is_another = abs(_started_s(process, self.boot_id) - self.started_s) > _SAME_START_S
+            # A zombie has ended; only its parent has not asked yet how.
+            return is_another or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return True
+
+    def is_same_process(self, other: Owner) -> bool:
+        """Say whether both are generations of one process."""
+        return self.pid == other.pid and self.is_dead(other) is False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} of {self.user} on {self.host} (since {self.since})"
+
+
+def _boot_id() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return None
+
+
+def _started_s(process: psutil.Process, boot_id: str | None) -> float:
+    """Return when a process started, so that setting the clock changes nothing."""
+    created: float = process.create_time()
+    return created if boot_id is None else created - psutil.boot_time()

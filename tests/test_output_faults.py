@@ -1,0 +1,234 @@
+"""Outputs that cannot be written: a clear end, and the same command completes when it is mended.
+
+The faults are real: small and read-only mounts in a namespace of their own, a limit of the
+kernel, a process without permission, files in the way, a bucket that is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import mas_batch
+from mas_batch import pipeline
+from mas_batch.errors import OutputError
+from mas_batch.job import Job
+
+NUM_WORKERS = 2
+JOB: dict[str, Any] = {
+    "name": "faults",
+    "corpus": {"path": "corpus.jsonl", "id": "id"},
+    "task": {"kind": "summarize", "max_new_tokens": 4},
+    "agents": [{"name": "a", "model": "echo:a", "count": NUM_WORKERS}],
+    "merge": {"method": "vote"},
+    "partition": {"max_records": 3},
+    "output": {"path": "runs"},
+    "cluster": {"dashboard_address": None},
+}
+SUBMIT = (sys.executable, "-m", "mas_batch.submit", "job.yaml", "--json")
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-ec")
+IN_NAMESPACE = """
+{fault}
+code=0; {submit} 2>first.err || code=$?; echo $code >first.code
+find runs -name '.tmp-*' >first.tmp
+{mend}
+code=0; {submit} 2>second.err || code=$?; echo $code >second.code
+cp -r runs kept
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a submission ended."""
+
+    code: int
+    stderr: str
+
+    def assert_one_clear_line(self, pattern: str) -> None:
+        assert self.code == 1, self.stderr
+        *before, last = self.stderr.splitlines()
+        assert re.fullmatch(f"mas-batch: {pattern}", last), self.stderr
+        assert not [line for line in before if line.startswith("mas-batch:")]
+        assert "Traceback" not in self.stderr
+
+
+class Site:
+    """A folder with a job whose output goes to `runs/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.runs.mkdir()
+        noise = random.Random(0)  # it cannot be compressed: partitions have 6 kB, answers 10, ...
+        rows = [
+            {"id": f"r{i:02d}", "text": f"record {i} has {noise.randbytes(400).hex()}"}
+            for i in range(24)
+        ]
+        (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+
+    def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            **options,
+        )
+
+    def submit(self, *prefix: str, **options: Any) -> Ended:
+        done = self.run(*prefix, *SUBMIT, **options)
+        return Ended(done.returncode, done.stderr)
+
+    def run_folder(self) -> Path:
+        """Return where the run goes, before it is there."""
+        return Path(json.loads(self.run(*SUBMIT, "--dry-run").stdout)["run"])
+
+    def submit_twice(self, fault: str, mend: str) -> tuple[Ended, Ended]:
+        """Submit in a mount namespace, after a shell command that breaks something, then again."""
+        script = IN_NAMESPACE.format(fault=fault, mend=mend, submit=shlex.join(SUBMIT))
+        done = self.run(*NAMESPACE, script)
+        assert done.returncode == 0, done.stderr
+        first, second = (
+            Ended(
+                int((self.folder / f"{n}.code").read_text()), (self.folder / f"{n}.err").read_text()
+            )
+            for n in ("first", "second")
+        )
+        # Of a worker that was ended while it wrote; not one of every attempt.
+        assert len((self.folder / "first.tmp").read_text().splitlines()) <= NUM_WORKERS
+        return first, second
+
+    def tables(self, runs: str = "runs") -> dict[str, bytes]:
+        """Return the only run's valid files, once it is complete and nothing else is left."""
+        (folder,) = (self.folder / runs).iterdir()
+        run = mas_batch.open_run(str(folder))
+        assert not list(folder.rglob(".tmp-*"))
+        names = [name for table in ("results", "failures") for name in run.files(table)]
+        assert len(names) == 8
+        return {name: run.store.read_bytes(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    site = Site(tmp_path_factory.mktemp("undisturbed"))
+    ended = site.submit()
+    assert ended.code == 0, ended.stderr
+    return site.tables()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def _mounts() -> None:
+    trial = [*NAMESPACE, "mount -t tmpfs none /mnt"]
+    if subprocess.run(trial, capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no process mount filesystems in a namespace of its own")
+
+
+# What is full is: the size of the filesystem, the file that does not fit
+FULL = {
+    "from the start": ("4k", "locks/000001.json"),
+    "while staging": ("48k", r"partitions/part-00000\d.parquet"),
+    "while answering": ("140k", r"(answers/agent=a|results)/part-00000\d.parquet"),
+}
+
+
+@pytest.mark.usefixtures("_mounts")
+@pytest.mark.parametrize(("size", "name"), FULL.values(), ids=FULL)
+def test_a_full_disk(site: Site, undisturbed: dict[str, bytes], size: str, name: str) -> None:
+    first, second = site.submit_twice(
+        f"mount -t tmpfs -o size={size} none runs", "mount -o remount,size=16m runs"
+    )
+    first.assert_one_clear_line(rf"\S+/{name} cannot be written: No space left on device")
+    assert second.code == 0, second.stderr
+    assert site.tables("kept") == undisturbed
+
+
+READ_ONLY = {"the output": "", "the results": "results", "the events": "events"}
+
+
+@pytest.mark.usefixtures("_mounts")
+@pytest.mark.parametrize("name", READ_ONLY.values(), ids=READ_ONLY)
+def test_a_read_only_disk(site: Site, undisturbed: dict[str, bytes], name: str) -> None:
+    folder = site.run_folder() / name if name else site.runs
+    folder.mkdir(parents=True, exist_ok=True)
+    first, second = site.submit_twice(
+        f"mount --bind {folder} {folder}; mount -o remount,bind,ro {folder}", f"umount {folder}"
+    )
+    first.assert_one_clear_line(rf"{folder}/\S+ cannot be written: Read-only file system")
+    assert second.code == 0, second.stderr
+    assert site.tables("kept") == undisturbed
+
+
+def test_a_limit_of_the_size_of_files(site: Site, undisturbed: dict[str, bytes]) -> None:
+    limit = (5000, 5000)
+    ended = site.submit(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    ended.assert_one_clear_line(
+        r"\S+/partitions/part-000000.parquet cannot be written: File too l.*"
+    )
+    assert not list(site.runs.rglob(".tmp-*"))
+    assert site.submit().code == 0
+    assert site.tables() == undisturbed
+
+
+def test_no_permission(site: Site, undisturbed: dict[str, bytes]) -> None:
+    # In a namespace that maps nobody, root is an ordinary owner of its files.
+    prefix = ("unshare", "--user") if os.geteuid() == 0 else ()
+    if prefix and site.run(*prefix, "true").returncode:
+        pytest.skip("this system lets root not drop its privileges")
+    site.runs.chmod(0o555)
+    ended = site.submit(*prefix)
+    ended.assert_one_clear_line(r"\S+/locks/000001.json cannot be written: Permission denied")
+    site.runs.chmod(0o755)
+    assert site.submit().code == 0
+    assert site.tables() == undisturbed
+
+
+IN_THE_WAY = {
+    "of the output": ("..", r"\S+/runs/faults-\w+/locks cannot be listed: Not a directory"),
+    "of the results": ("results", r"\S+/results is in the way: a folder must be there"),
+    "of the answers": ("answers", r"\S+/answers/agent=a cannot be listed: Not a directory"),
+}
+
+
+@pytest.mark.parametrize(("name", "words"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_a_file_in_the_way(
+    site: Site, undisturbed: dict[str, bytes], name: str, words: str
+) -> None:
+    file = Path(os.path.normpath(site.run_folder() / name))
+    if file == site.runs:
+        file.rmdir()
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("something else")
+    site.submit().assert_one_clear_line(words)
+    assert file.read_text() == "something else"
+    file.unlink()
+    assert site.submit().code == 0
+    assert site.tables() == undisturbed
+
+
+def test_a_bucket_that_is_not_there(
+    make_job: Callable[..., Job], s3_options: dict[str, Any]
+) -> None:
+    job = make_job(output={"path": "s3://missing/runs", "storage_options": s3_options})
+    with pytest.raises(OutputError, match=r"^s3://missing/runs/\S+ cannot be written: .*bucket"):
+        pipeline.run(job)
