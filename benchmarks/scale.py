@@ -274,7 +274,7 @@ def dask_cluster(folder: Path) -> Iterator[dict[str, psutil.Process]]:
 
 
 def submit(job: Job, times: Any) -> None:
-    """Run the job; put the number of merges and when the first and the last of them and all ended.
+    """Run the job; put when its first merge was, with their number, and when the last and the end.
 
     The first merge, as before it the scheduler and the workers import what the run needs.
     """
@@ -289,7 +289,8 @@ def submit(job: Job, times: Any) -> None:
             num_merged += 1
 
     pipeline.run(job, emit=note)
-    times.put((num_merged, first, last, time.time()))
+    times.put((first, num_merged))
+    times.put((last, time.time()))
 
 
 def whole_run(folder: Path, num_partitions: int) -> dict[str, Any]:
@@ -309,7 +310,7 @@ def whole_run(folder: Path, num_partitions: int) -> dict[str, Any]:
         samples = sample_until_end(client, processes | {"client": psutil.Process(client.pid)})
     if client.exitcode:
         raise SystemExit(f"{num_partitions:,} partitions: the run failed; the same command resumes")
-    figures = summarize(num_partitions, samples, *times.get())
+    figures = summarize(num_partitions, samples, times.get(), times.get())
     report.write_text(json.dumps(figures, indent=1))
     return figures
 
@@ -339,15 +340,14 @@ def sample_until_end(client: Any, processes: dict[str, psutil.Process]) -> dict[
 def summarize(
     num_partitions: int,
     samples: dict[str, list[Sample]],
-    num_merged: int,
-    first_s: float,
-    last_s: float,
-    end_s: float,
+    start: tuple[float, int],
+    end: tuple[float, float],
 ) -> dict[str, Any]:
     """Reduce samples to figures of the time between the first and the last merge."""
+    (first_s, num_merged), (last_s, end_s) = start, end
     figures: dict[str, Any] = {
         "partitions": num_partitions,
-        "merged_by_this_execution": num_merged,
+        "partitions_of_this_execution": num_merged,
         "wall_ms": (last_s - first_s) / num_merged * 1e3,
         "statistics_and_manifest_ms": (end_s - last_s) / num_partitions * 1e3,
     }

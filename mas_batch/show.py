@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -12,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mas_batch.errors import Reason
 from mas_batch.explain import Explanation
 from mas_batch.job import Job
 from mas_batch.monitor.progress import Throughput
@@ -71,7 +73,22 @@ def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[st
         "completion_tokens_per_s": round(throughput.per_second(throughput.completion_tokens), 3),
         "counts": manifest["counts"],
         "agents": manifest["agents"],
+        **({} if job.routing.adaptive is None else {"answers_saved": answers_saved(job, manifest)}),
     }
+
+
+def answers_saved(job: Job, manifest: Mapping[str, Any]) -> float:
+    """Return which share of the answers a job with fixed `answers_per_record` would have asked for
+    an adaptive one did without."""
+    counts = manifest["counts"]
+    unusable = sum(
+        count
+        for reason, count in counts["failures_by_reason"].items()
+        if Reason(reason).stage == "corpus"
+    )
+    fixed = job.answers_per_record * (counts["results"] + counts["failures"] - unusable)
+    asked = sum(agent["answers"] + agent["failed_answers"] for agent in manifest["agents"])
+    return round(1 - asked / fixed, 4) if fixed else 0.0
 
 
 def print_summary(
@@ -92,6 +109,9 @@ def print_summary(
             f"{summary.wall_s:.0f} s in all"
         )
     out.print(line)
+    if job.routing.adaptive is not None:
+        share = answers_saved(job, summary.manifest)
+        out.print(f"adaptive: {share:.0%} of {job.answers_per_record} answers per record saved")
 
 
 def print_run(out: Console, run: Run, num_shown: int) -> None:

@@ -6,6 +6,7 @@ to real processes, memory that is really eaten, exceptions raised where a model 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client, Nanny, Scheduler, SpecCluster
 
+from mas_batch import pipeline
+from mas_batch.job_file import load_job
+from mas_batch.monitor.events import Event, PartitionMerged
 from mas_batch.results import Run
 from tests.chaos import (
     CHAOS_TABLE,
@@ -218,6 +223,41 @@ def test_two_submitters_of_one_run(arena: Arena, reference: Run, table: Table) -
     outcome = compare("two submitters at once", 1, arena.opened(), reference)
     table.outcomes.append(outcome)
     assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+
+
+def test_the_cluster_scaled_down_with_work_in_flight(
+    arena: Arena, reference: Run, table: Table
+) -> None:
+    """Dask's own scaling asks nobody: it retires the workers that it likes."""
+    workers = {
+        name: {
+            "cls": Nanny,
+            "options": {"name": name, "nthreads": 2, "resources": {"summarize": 1}},
+        }
+        for name in ("a-0", "b-0", "a-1")  # the last ones go first
+    }
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    count = arena.rng.randint(1, 8)
+
+    def emit(event: Event) -> None:
+        if isinstance(event, PartitionMerged) and event.partition == count:
+            cluster.scale(2)
+
+    with (
+        SpecCluster(
+            workers=workers,
+            scheduler={"cls": Scheduler, "options": options},
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        client.wait_for_workers(3)
+        pipeline.run(load_job(str(arena.folder / "job.yaml")), client=client, emit=emit)
+        assert len(client.scheduler_info()["workers"]) == 2
+    outcome = compare("scaled down while busy", 1, arena.opened(), reference)
+    table.outcomes.append(outcome)
+    assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
+    assert {event["purpose"] for event in arena.events("PartitionAsked")} <= {"answer", "copy"}
 
 
 def test_workers_come_and_go_with_the_backlog(arena: Arena, reference: Run, table: Table) -> None:

@@ -29,6 +29,7 @@ from mas_batch.monitor.events import (
     PartitionUndecided,
 )
 from mas_batch.results import Run
+from mas_batch.show import answers_saved
 from mas_batch.storage import Store
 from tests.test_run import Recorder
 
@@ -176,6 +177,7 @@ def test_adaptive_looks_at_the_first_answers_and_asks_one_more_where_they_differ
     assert 0 < undecided < 60
     assert list(expected["num_answers"]) == [3] * 60
     assert sum(found["num_answers"]) == 120 + undecided
+    assert answers_saved(job, adaptive.manifest) == pytest.approx((60 - undecided) / 180, abs=1e-3)
     asked = sum(event.num_records for event in events.of(PartitionAnswered))
     assert asked == 120 + undecided, "the third agent is asked about the undecided records alone"
 
