@@ -8,8 +8,8 @@ agents, one failed record in every hundredth partition; most files are hard link
 and times what the submitting process does with them, in a process of its own per size. "Counting"
 is a worker's part, timed on 500 partitions.
 
-The second runs jobs of two echo agents with a scheduler and two workers in processes of their own
-and samples the processor time and the memory of each every second. Give it `--folder` to keep what
+The second runs jobs of an echo agent of two replicas with a scheduler and two workers in processes
+of their own and samples the processor time and the memory of each every second. Give it `--folder` to keep what
 it does: the same command then resumes a run that was cut short and repeats none that is complete.
 Its figures are then of the last execution. Linux only.
 """
@@ -49,12 +49,19 @@ RECORDS = 10
 AGENTS = ("a", "b")
 FAILED_EVERY = 100
 COUNTED = 500
+SAMPLE_S = 1.0
 MB = 1e6
 LINKS = 50_000
 """Names of one file: ext4 allows 65,000."""
 
 
-def make_job(folder: Path, num_partitions: int, **cluster: Any) -> Job:
+TWO_AGENTS = [{"name": name, "model": f"echo:{name}"} for name in AGENTS]
+TWO_REPLICAS = [{"name": "a", "model": "echo:a", "count": 2}]
+
+
+def make_job(
+    folder: Path, num_partitions: int, agents: list[dict[str, Any]], **cluster: Any
+) -> Job:
     """Build a job of so many partitions; writes its corpus, if it is not there."""
     corpus = folder / f"corpus-{num_partitions}.jsonl"
     if not corpus.exists():
@@ -67,7 +74,7 @@ def make_job(folder: Path, num_partitions: int, **cluster: Any) -> Job:
             "name": f"scale-{num_partitions}",
             "corpus": {"path": str(corpus), "id": "id"},
             "task": {"kind": "summarize", "max_new_tokens": 4},
-            "agents": [{"name": name, "model": f"echo:{name}"} for name in AGENTS],
+            "agents": agents,
             "merge": {"method": "vote"},
             "partition": {"max_records": RECORDS},
             "output": {"path": str(folder / "runs")},
@@ -120,7 +127,7 @@ def measure(step: Callable[[], object], num_partitions: int) -> Cost:
 
 def write_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     """Make the folder of a run that lacks only its manifest."""
-    job = make_job(folder, num_partitions)
+    job = make_job(folder, num_partitions, TWO_AGENTS)
     store = LinkingStore(str(folder / f"run-{num_partitions}"))
     corpus = CorpusReader(job.corpus)
     partitions = partition(
@@ -153,7 +160,7 @@ def answers_of(agent: str, records: pa.Table) -> pa.Table:
 
 def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     """Do what the submitting process does, from a resumed run's plan to a reader's names."""
-    job = make_job(folder, num_partitions)
+    job = make_job(folder, num_partitions, TWO_AGENTS)
     store = Store(str(folder / f"run-{num_partitions}"))
     plan = results.read_plan(store)
     assert plan is not None
@@ -259,7 +266,10 @@ def dask_cluster(folder: Path) -> Iterator[dict[str, psutil.Process]]:
     common = ("--scheduler-file", file, "--no-dashboard")
     with ExitStack() as stack:
         scheduler = stack.enter_context(
-            started("distributed.cli.dask_scheduler", *common, "--host", "127.0.0.1", "--port", "0")
+            started(
+                *("distributed.cli.dask_scheduler", *common, "--host", "127.0.0.1"),
+                *("--port", "0", "--dashboard-address", "127.0.0.1:0"),
+            )
         )
         workers = {
             f"worker {name}": stack.enter_context(
@@ -304,7 +314,7 @@ def whole_run(folder: Path, num_partitions: int) -> dict[str, Any]:
     with dask_cluster(folder) as processes:
         file = processes["scheduler"].cmdline()[4]
         wait_for_file(Path(file))
-        job = make_job(folder, num_partitions, scheduler_file=file, wait_s=30)
+        job = make_job(folder, num_partitions, TWO_REPLICAS, scheduler_file=file, wait_s=30)
         client = context.Process(target=submit, args=(job, times))
         client.start()
         samples = sample_until_end(client, processes | {"client": psutil.Process(client.pid)})
@@ -333,7 +343,7 @@ def sample_until_end(client: Any, processes: dict[str, psutil.Process]) -> dict[
             except psutil.NoSuchProcess:
                 continue  # the client, just now
             samples[name].append(Sample(time.time(), cpu.user + cpu.system, rss / MB))
-        client.join(1.0)
+        client.join(SAMPLE_S)
     return samples
 
 
@@ -345,6 +355,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Reduce samples to figures of the time between the first and the last merge."""
     (first_s, num_merged), (last_s, end_s) = start, end
+    if last_s - first_s < 2 * SAMPLE_S:
+        raise SystemExit(f"{num_partitions:,} partitions: there was too little (left) to sample")
     figures: dict[str, Any] = {
         "partitions": num_partitions,
         "partitions_of_this_execution": num_merged,

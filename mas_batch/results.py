@@ -42,7 +42,7 @@ from mas_batch.errors import RunError
 from mas_batch.job import Job, fingerprint
 from mas_batch.partition import Partition
 from mas_batch.records import ANSWERS, FAILURES, PLAN, RESULT_FIELDS
-from mas_batch.storage import Store, parquet_bytes
+from mas_batch.storage import Store, parquet_bytes, without_credentials
 
 FORMAT = 2
 """Version of this layout; a change of it is a change of every fingerprint.
@@ -109,7 +109,7 @@ def write_job(run: Store, job: Job) -> None:
     kept = job.model_dump(mode="json", exclude=secret)
     for agent in kept["agents"]:
         agent["options"].pop("extra_body", None)  # what endpoints want there may be a key
-    content = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    content = without_credentials(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
     run.replace("job.yaml", content.encode())
 
 

@@ -115,8 +115,9 @@ class Store:
     def read_table(self, name: str) -> pa.Table:
         """Read the Parquet file `name`; raises what `read_bytes` raises."""
         content = self.read_bytes(name)
-        with self._naming(name, "read"):
-            return pq.read_table(pa.BufferReader(content))
+        # Half the time of `pq.read_table`, whose datasets and threads pay for large files only.
+        with self._naming(name, "read"), pq.ParquetFile(pa.BufferReader(content)) as file:
+            return file.read(use_threads=False)
 
     def read_schema(self, name: str) -> pa.Schema:
         """Read only the footer of the Parquet file `name`; raises what `read_bytes` raises."""

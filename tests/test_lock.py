@@ -152,6 +152,8 @@ def test_a_run_is_held_by_one_until_it_is_released(store: Store) -> None:
             assert store.location("") in words
             assert f"process {os.getpid()} of " in words
             assert "works on this run; wait until it is done, or end it" in words
+            with pytest.raises(RunLockedError, match=f"process {os.getpid()} of"):
+                patient(store).__enter__()  # nor another thread of this process
             lock.check()
         assert other.take(store) == "ok"
         assert store.list(FOLDER) == {"000002.json", "000002.beat.json"}, "the first's are gone"

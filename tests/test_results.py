@@ -231,7 +231,7 @@ def own_cluster() -> Iterator[Callable[..., tuple[LocalCluster, Client]]]:
     open_ones: list[Any] = []
 
     def start(**options: Any) -> tuple[LocalCluster, Client]:
-        quiet = {"dashboard_address": None, "silence_logs": 60, "protocol": "tcp"}
+        quiet = {"dashboard_address": "127.0.0.1:0", "silence_logs": 60, "protocol": "tcp"}
         cluster = LocalCluster(**{"threads_per_worker": 1, "processes": False, **quiet, **options})
         client = Client(cluster, set_as_default=False)
         open_ones.extend((cluster, client))

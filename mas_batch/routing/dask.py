@@ -211,7 +211,7 @@ class DaskRouter:
             )
         no_workers = set() if self._hosting.ready or self._dispatcher.done else set(self._specs)
         missing = self._dispatcher.missing_agents() | no_workers
-        self._hosting.check_loaded(missing)
+        self._hosting.give_up_waiting(missing)
 
     def _scale(self, dispatcher: Dispatcher) -> None:
         bounds = {a.name: Bounds(a.count, a.most) for a in self._job.agents}

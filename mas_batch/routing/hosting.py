@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import dask
@@ -19,6 +20,7 @@ from mas_batch.monitor.events import AgentDraining, AgentLost, AgentReady, Event
 
 Failure = Exception | None
 _RESTART_TIMEOUT_S = 30.0
+_LOAD_AGAIN_S = 60.0
 _HEARTBEAT_S = 15.0
 """Workers of a small cluster send one every half second, of a large one every few seconds."""
 
@@ -37,6 +39,15 @@ class Listener(Protocol):
     def left(self, address: str, *, blamed: bool) -> None:
         """The worker is gone; not blamed: somebody took it away on purpose."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A worker that could not load an agent's model."""
+
+    agent_id: str
+    error: Exception
+    since: float
 
 
 class Hosting:
@@ -70,7 +81,7 @@ class Hosting:
         self._names: dict[str, str] = {}  # worker address → worker name
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
         self._loading: dict[str, Future] = {}
-        self._refused: dict[str, tuple[str, Exception]] = {}  # address → agent, why not loaded
+        self._refused: dict[str, _Refusal] = {}  # by address
         self._paused: dict[str, str] = {}  # address → why
         self._retiring: set[str] = set()  # worker names that the router lets go
         self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
@@ -118,11 +129,11 @@ class Hosting:
             ModelError: no worker of such an agent could load its model.
             RunError: its workers left and none came back.
         """
-        for agent_id, error in self._refused.values():
+        for agent_id, refusal in self._refusals().items():
             if agent_id in unserved and agent_id not in self._hosts.values():
                 model = self._specs[agent_id].agent.model
-                message = f"agents.{agent_id}: no worker could load {model}: {error}"
-                raise ModelError(message) from error
+                message = f"agents.{agent_id}: no worker could load {model}: {refusal.error}"
+                raise ModelError(message) from refusal.error
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
@@ -136,10 +147,15 @@ class Hosting:
             return
         self._unserved_since = self._unserved_since or time.monotonic()
         if time.monotonic() - self._unserved_since > self._wait_s:
+            refusal = self._refusals().get(min(unserved))
+            why = f" (its model could not be loaded: {refusal.error})" if refusal else ""
             raise RunError(
-                f"no worker serves agent {min(unserved)!r} for {self._wait_s:g} s; "
+                f"no worker serves agent {min(unserved)!r} for {self._wait_s:g} s{why}; "
                 "what is answered is kept: start a worker and run the same command again"
             )
+
+    def _refusals(self) -> dict[str, _Refusal]:
+        return {refusal.agent_id: refusal for refusal in self._refused.values()}
 
     def _load(self, address: str, agent_id: str) -> None:
         self._hosts[address] = agent_id
@@ -171,7 +187,7 @@ class Hosting:
         del self._loading[address]
         agent_id = self._hosts.pop(address)
         failure = failure or RunError("the task ended without a report")
-        self._refused[address] = (agent_id, failure)
+        self._refused[address] = _Refusal(agent_id, failure, time.monotonic())
         message = f"could not load the model: {failure}"
         self._emit(AgentLost(agent_id, self.name(address), message))
 
@@ -187,6 +203,9 @@ class Hosting:
         present = {worker.address for worker in workers}
         for address in sorted(self._hosts.keys() - present):
             self._drop(address)
+        for address, refusal in list(self._refused.items()):
+            if address not in present or time.monotonic() - refusal.since > _LOAD_AGAIN_S:
+                del self._refused[address]  # a download that failed may succeed now
         for worker in workers:
             self._note_status(worker)
             if worker.address not in self._hosts and worker.address not in self._refused:
