@@ -9,9 +9,9 @@ and times what the submitting process does with them, in a process of its own pe
 is a worker's part, timed on 500 partitions.
 
 The second runs jobs of an echo agent of two replicas with a scheduler and two workers in processes
-of their own and samples the processor time and the memory of each every second. Give it `--folder` to keep what
-it does: the same command then resumes a run that was cut short and repeats none that is complete.
-Its figures are then of the last execution. Linux only.
+of their own and samples the processor time and the memory of each every second. Give it `--folder`
+to keep what it does: the same command then resumes a run that was cut short and repeats none that
+is complete. Its figures are then of the last execution. Linux only.
 """
 
 from __future__ import annotations
