@@ -261,15 +261,18 @@ def _answer(
         work = _work(plan, done)
         if job.routing.mode == "native":
             work = router.run_native(work)
-        router.run(
-            Dispatcher(
-                {agent.name: agent.samples for agent in job.agents},
-                _rules(job),
-                POLICIES[job.routing.policy](),
-                work,
-                plan.num_partitions - done.num_merged,
-            )
+        dispatcher = Dispatcher(
+            {agent.name: agent.samples for agent in job.agents},
+            _rules(job),
+            POLICIES[job.routing.policy](),
+            work,
+            plan.num_partitions - done.num_merged,
         )
+        for agent_id in done.answered:
+            if done.answered[agent_id].any():  # it works, as far as an earlier execution knows
+                dispatcher.trust(agent_id)
+        router.run(dispatcher)
+        results.write_engines(ref.store, router.engine_facts)  # also of those that came later
 
 
 def _rules(job: Job) -> Rules:

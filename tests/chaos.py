@@ -135,6 +135,10 @@ class Arena:
             time.sleep(0.02)
         return True
 
+    def wait_for_merges(self, count: int, child: subprocess.Popen[bytes]) -> None:
+        """Wait until so many partitions are merged; the run must still be going on."""
+        assert self.wait_until(lambda: self.num_merged() >= count, child), "it was over too soon"
+
     def fired(self) -> int:
         """Whether the planned fault has happened."""
         return int((self.folder / "fired").exists())

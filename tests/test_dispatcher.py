@@ -267,6 +267,71 @@ def test_a_retry_goes_to_a_sibling_of_the_replica_that_failed() -> None:
     assert sim.in_flight[0].attempt == 3, "with nobody fresh left, anyone may try"
 
 
+def test_many_bad_siblings_do_not_give_up_what_a_healthy_one_has_not_tried() -> None:
+    sim = Simulation({"a": 1}, plan_of(12), Rules(1, max_attempts=3, speculate=False))
+    for number in range(8):
+        sim.join(f"a-{number}", "a")
+    for _ in range(60):
+        bad = [ask for ask in sim.in_flight if ask.replica_id != "a-0"]
+        if not bad:
+            break
+        sim.fail(bad[0])
+    assert not any(sim.dispatcher.given_up(p, "a") for p in range(12))
+    assert sim.dispatcher.distrusted_agents() == set()
+    while good := [ask for ask in sim.in_flight if ask.replica_id == "a-0"]:
+        sim.answer(good[0])
+    assert {merge.agents for merge in sim.to_merge} == {("a",)}
+    assert len(sim.to_merge) == 12
+
+
+def test_one_exception_after_a_death_is_not_the_end() -> None:
+    sim = Simulation({"a": 1}, plan_of(2), Rules(1, max_attempts=3))
+    sim.join("a-0", "a")
+    sim.leave("a-0")
+    sim.join("a-1", "a")
+    sim.fail(sim.in_flight[0])
+    assert not sim.dispatcher.given_up(0, "a")
+    assert sim.in_flight[0].purpose == "careful"
+
+
+def test_an_agent_whose_only_worker_is_paused_is_missing_once_it_is_idle() -> None:
+    sim = Simulation({"a": 1}, plan_of(3), Rules(1))
+    sim.join("a-0", "a")
+    sim.pause("a-0")
+    assert sim.dispatcher.missing_agents() == set(), "it is still at work"
+    sim.answer(sim.in_flight[0])
+    assert sim.dispatcher.missing_agents() == {"a"}
+
+
+def test_an_agent_in_doubt_that_is_gone_is_missing() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(1), Rules(2, max_attempts=1))
+    sim.join("a-0", "a")
+    sim.join("b-0", "b")
+    sim.answer(next(ask for ask in sim.in_flight if ask.agent_id == "a"))
+    sim.fail(next(ask for ask in sim.in_flight if ask.agent_id == "b"))
+    sim.leave("b-0")
+    assert sim.to_merge == []
+    assert sim.dispatcher.missing_agents() == {"b"}
+
+
+def test_what_an_earlier_execution_knew_of_an_agent_counts() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(1), Rules(2, max_attempts=1))
+    sim.dispatcher.trust("b")
+    sim.join("a-0", "a")
+    sim.join("b-0", "b")
+    sim.answer(next(ask for ask in sim.in_flight if ask.agent_id == "a"))
+    sim.fail(next(ask for ask in sim.in_flight if ask.agent_id == "b"))
+    assert sim.to_merge == [Merge(0, ("a",))], "the last partition cannot hold up every resume"
+
+
+def test_a_restart_that_came_to_nothing_is_tried_again() -> None:
+    sim = Simulation({"a": 1}, plan_of(3), Rules(1, timeout_s=10.0))
+    sim.join("a-0", "a")
+    sim.wait(11.0)
+    sim.wait(121.0)
+    assert len(sim.restarts) == 2
+
+
 def test_a_late_answer_of_an_abandoned_task_counts_once() -> None:
     sim = Simulation({"a": 1}, plan_of(1), Rules(1))
     sim.join("zombie", "a")
@@ -287,7 +352,7 @@ def test_a_silent_replica_is_restarted_and_asked_nothing_meanwhile() -> None:
     sim.wait(2.0)
     assert [(r.replica_id, r.partition, r.silent_s) for r in sim.restarts] == [("a-0", 0, 11.0)]
     sim.wait(20.0)
-    assert len(sim.restarts) == 1, "once is enough"
+    assert len(sim.restarts) == 1, "it is given time to come back"
 
 
 def test_without_a_limit_of_its_own_a_replica_goes_by_its_measured_rate() -> None:

@@ -14,6 +14,7 @@ from distributed import Client, Scheduler, SpecCluster, Worker
 
 import mas_batch
 from mas_batch import pipeline
+from mas_batch.agents import work
 from mas_batch.errors import JobError, ModelError, OutputError
 from mas_batch.job import Job
 from mas_batch.monitor.events import (
@@ -29,6 +30,7 @@ from mas_batch.monitor.events import (
     PartitionUndecided,
 )
 from mas_batch.results import Run
+from mas_batch.routing.hosting import cluster_workers
 from mas_batch.show import answers_saved
 from mas_batch.storage import Store
 from tests.test_run import Recorder
@@ -272,3 +274,48 @@ def test_an_output_that_cannot_be_written_is_no_agents_fault(
     assert events.of(AnswerFailed) == []
     monkeypatch.undo()
     assert pipeline.run(job, client=cluster_client).manifest["counts"]["results"] == 20
+
+
+def test_a_worker_without_a_nanny_that_hangs_is_cut_off(
+    elastic: SpecCluster, worker_spec: dict[str, Any], make_job: MakeJob
+) -> None:
+    """Its sibling does its work; the thread that hangs ends with the test's process."""
+    asked: list[str] = []
+
+    def hang_once(*args: Any) -> Any:
+        if not asked:
+            asked.append(threading.current_thread().name)
+            release.wait(60)
+        return answer_records(*args)
+
+    release = threading.Event()
+    answer_records = work.answer_records
+    elastic.worker_spec["w-1"] = worker_spec
+    elastic.scale(2)
+    agents = [{"name": "w", "model": "echo:w", "count": 2}]
+    events = Recorder()
+    with Client(elastic) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "answer_records", hang_once)  # workers are in this process
+        client.wait_for_workers(2)
+        job = make_job(agents=agents, routing={"timeout_s": 1.0, "speculate": False})
+        summary = pipeline.run(job, client=client, emit=events)
+        release.set()
+    assert summary.manifest["counts"]["results"] == 20
+    (draining,) = events.of(AgentDraining)
+    assert "silent about partition" in draining.message
+    assert [event.message for event in events.of(AgentLost)] == ["the worker was lost"]
+    assert "careful" in {event.purpose for event in events.of(PartitionAsked)}
+
+
+def test_the_list_of_workers_does_not_flicker(cluster_client: Client) -> None:
+    """The client's own callback keeps replacing what `Client.scheduler_info` returns."""
+    callback = cluster_client._periodic_callbacks["scheduler-info"]
+    interval, callback.callback_time = callback.callback_time, 5
+    callback.stop()
+    callback.start()
+    try:
+        assert {len(cluster_workers(cluster_client)) for _ in range(300)} == {3}
+    finally:
+        callback.stop()
+        callback.callback_time = interval
+        callback.start()

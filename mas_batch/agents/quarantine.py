@@ -12,7 +12,7 @@ fell on. Knows no Dask.
 
 Files are created if absent and never changed, so copies of a task can share a journal: the
 answers journalled first win, at worst a record is asked once per copy. A try that is still
-under way looks like a death; copies are started only of tasks whose worker is believed dead.
+under way looks like a death; the router makes no copies of careful tasks.
 """
 
 from __future__ import annotations

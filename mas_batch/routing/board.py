@@ -77,6 +77,7 @@ class OpenPartition:
             return False
         replicas.remove(replica_id)
         self.copied.discard(agent_id)
+        self.overtaken = False
         if not replicas:
             del self.asked[agent_id]
         return not replicas

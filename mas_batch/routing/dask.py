@@ -45,7 +45,7 @@ from mas_batch.routing.instructions import (
     Restart,
     Work,
 )
-from mas_batch.routing.native import NativeFeed, agents_asked
+from mas_batch.routing.native import NATIVE_PATIENCE_S, NativeFeed, agents_asked
 from mas_batch.routing.policies import ReplicaView
 from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
 
@@ -53,7 +53,7 @@ _CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3
 _KEPT_CANDIDATES = 16
 _MERGE_PATIENCE_S = 60.0
-"""A merge takes milliseconds; after so long it is at a worker that hangs, and is sent again."""
+"""After so long a merge may be at a worker that hangs: it is sent again, next time after twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class _Merging:
     future: Future
     attempt: int
     sent: float
+    patience_s: float = _MERGE_PATIENCE_S
 
 
 class DaskRouter:
@@ -135,10 +136,9 @@ class DaskRouter:
             RunError: an agent's workers left and none came back.
         """
         self._hosting.start()
-        while self._hosting.is_loading or self._needed_agents():
+        while self._needed_agents():
             self._handle_next()
-            if not self._hosting.is_loading:
-                self._hosting.check_loaded(self._needed_agents())
+            self._hosting.check_loaded(self._needed_agents())
 
     def _needed_agents(self) -> set[str]:
         """Agents without a worker, unless the others give answers enough."""
@@ -173,7 +173,8 @@ class DaskRouter:
         """
         samples = {agent.name: agent.samples for agent in self._job.agents}
         agents = agents_asked(samples, self._job.answers_per_record)
-        feed = NativeFeed(self._client, self._run, self._specs, agents)
+        patience_s = self._job.routing.timeout_s or NATIVE_PATIENCE_S
+        feed = NativeFeed(self._client, self._run, self._specs, agents, patience_s)
         self._native, self._hosting.listener = feed, self
         try:
             while not feed.in_trouble and not set(agents) & self._hosting.unserved:
@@ -195,6 +196,10 @@ class DaskRouter:
 
     def _look_around(self) -> None:
         self._check()
+        # First what the workers still had to say: a death is blamed on what they were at last.
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
         self._hosting.refresh()
         if self._native is not None:
             self._native.look()
@@ -221,8 +226,8 @@ class DaskRouter:
         wanted = wanted_replicas(backlog, current, bounds)
         retired = self._hosting.retire(
             address
-            for agent_id in wanted
-            for address in self._idle(dispatcher, agent_id)[: current[agent_id] - wanted[agent_id]]
+            for agent_id, count in wanted.items()
+            for address in self._idle(dispatcher, agent_id)[: max(0, current[agent_id] - count)]
         )
         if wanted != self._wanted or retired:
             self._emit(AgentsScaled(wanted, backlog))
@@ -270,10 +275,14 @@ class DaskRouter:
     def joined(self, address: str, agent_id: str) -> None:
         """A worker holds an agent's model."""
         if self._dispatcher is not None:
-            self._act(self._dispatcher.replica_joined(address, agent_id, time.monotonic()))
+            paused = self._hosting.is_paused(address)
+            now = time.monotonic()
+            self._act(self._dispatcher.replica_joined(address, agent_id, now, paused=paused))
 
     def paused(self, address: str, paused: bool) -> None:
         """A worker takes nothing further, or again."""
+        if self._native is not None and paused:
+            self._native.in_trouble = True
         if self._dispatcher is not None:
             self._act(self._dispatcher.replica_paused(address, paused, time.monotonic()))
 
@@ -397,7 +406,13 @@ class DaskRouter:
         if asked is not None:
             asked[1].release()
 
-    def _merge(self, merge: Merge, attempt: int, workers: list[str] | None = None) -> None:
+    def _merge(
+        self,
+        merge: Merge,
+        attempt: int,
+        workers: list[str] | None = None,
+        patience_s: float = _MERGE_PATIENCE_S,
+    ) -> None:
         future = self._client.submit(
             merge_partition,
             self._run,
@@ -408,7 +423,7 @@ class DaskRouter:
             pure=False,
             priority=10,
         )
-        merging = _Merging(merge, future, attempt, time.monotonic())
+        merging = _Merging(merge, future, attempt, time.monotonic(), patience_s)
         self._merges[merge.partition] = merging
         self._watch(future, lambda failure: self._merge_ended(merging, failure))
 
@@ -417,9 +432,9 @@ class DaskRouter:
         now = time.monotonic()
         for merging in list(self._merges.values()):
             workers = self._hosting.responsive()
-            if now - merging.sent > _MERGE_PATIENCE_S and workers:
+            if now - merging.sent > merging.patience_s and workers:
                 merging.future.release()
-                self._merge(merging.merge, merging.attempt, workers)
+                self._merge(merging.merge, merging.attempt, workers, 2 * merging.patience_s)
 
     def _merged(self, facts: dict[str, Any]) -> None:
         partition, agents = facts.pop("partition"), tuple(facts.pop("agents"))

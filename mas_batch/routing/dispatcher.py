@@ -37,6 +37,7 @@ from mas_batch.routing.speculation import Late, is_worth_it, latest_first
 
 _MAX_GIVEN_UP = 3
 """Partitions that an untrusted agent is given up on before the run stops."""
+_RESTART_AGAIN_S = 120.0
 _COPIES_CONSIDERED = 8
 """Of the latest tasks, per idle replica: with a thousand of each the rest is not worth a look."""
 
@@ -76,9 +77,11 @@ class Dispatcher:
         """The agent has answered in this execution, before this dispatcher was asked."""
         self._proven.add(agent_id)
 
-    def replica_joined(self, replica_id: str, agent_id: str, now: float) -> list[Instruction]:
-        """A worker that holds the agent's model is ready for work."""
-        self._pool.add(replica_id, agent_id, now)
+    def replica_joined(
+        self, replica_id: str, agent_id: str, now: float, *, paused: bool = False
+    ) -> list[Instruction]:
+        """A worker that holds the agent's model is ready for work, or will be (`paused`)."""
+        self._pool.add(replica_id, agent_id, now, paused=paused)
         return self._advance([], now)
 
     def replica_paused(self, replica_id: str, paused: bool, now: float) -> list[Instruction]:
@@ -126,7 +129,7 @@ class Dispatcher:
                 self._breaker_changed(replica, out)
         if self.awaits(partition, agent_id):
             state = self._board.open[partition]
-            self._disregard(state, agent_id)
+            state.asked.pop(agent_id, None)
             state.answered.add(agent_id)
             state.given_up.discard(agent_id)
             self._proven.add(agent_id)
@@ -148,8 +151,9 @@ class Dispatcher:
         if state is not None and state.take_back(agent_id, replica_id):
             state.failed_on.add(replica_id)
             state.failures[agent_id] += 1
-            # After deaths it was asked carefully: that it failed even so says enough.
-            if state.failures[agent_id] >= self._rules.max_attempts or state.deaths[agent_id]:
+            tried = state.failures[agent_id] >= self._rules.max_attempts
+            # Several workers of an agent may share a fault that one more does not have.
+            if tried and not self._pool.has_healthy(agent_id, besides=state.failed_on):
                 state.given_up.add(agent_id)
             self._settle(state, out)
         return self._advance(out, now)
@@ -188,12 +192,14 @@ class Dispatcher:
         """Time has passed: who has been silent for too long, who may be probed, who copied."""
         out: list[Instruction] = []
         for replica in self._pool:
-            if replica.hung or not replica.sent:
+            if not replica.sent:
+                continue
+            if replica.hung and now - replica.hung_since < _RESTART_AGAIN_S:
                 continue
             silent_s = replica.silent_s(now)
             if silent_s <= replica.max_silent_s(self._rules.timeout_s):
                 continue
-            replica.hung = True
+            replica.hung, replica.hung_since = True, now
             self._pool.update(replica, now)
             first = next(iter(replica.sent))
             out.append(Restart(replica.replica_id, replica.agent_id, first, silent_s))
@@ -241,6 +247,8 @@ class Dispatcher:
         for state in self._board:
             if state.samples_of(state.untried & served) < state.lacks:
                 missing |= state.untried - served
+            if state.index in self._withheld:
+                missing |= state.given_up - served
         return missing
 
     def distrusted_agents(self) -> set[str]:
@@ -323,8 +331,7 @@ class Dispatcher:
                 return
         elif state.asked and not state.overtaken:
             return  # an agent that is asked gives its answers, also where fewer would do
-        for agent_id in list(state.asked):
-            self._disregard(state, agent_id)
+        state.asked.clear()  # whatever is still under way is not needed
         may_ask_more = (
             self._rules.first is not None
             and state.num_answers < self._rules.answers_per_record
@@ -332,13 +339,6 @@ class Dispatcher:
         )
         state.merging = True
         out.append(Merge(state.index, self._by_rank(state.answered), final=not may_ask_more))
-
-    def _disregard(self, state: OpenPartition, agent_id: str) -> None:
-        """Whatever of the agent's tries is still under way is not needed."""
-        for replica_id in state.asked.pop(agent_id, []):
-            replica = self._pool.get(replica_id)
-            if replica is not None and state.index in replica.sent:
-                replica.sent[state.index].stale = True
 
     def _died(self, state: OpenPartition, agent_id: str) -> None:
         """A worker died at it. Asked carefully, each record can be at fault for two of them."""

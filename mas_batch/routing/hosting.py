@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,8 @@ from mas_batch.agents.work import RunRef, load_agent
 from mas_batch.errors import ModelError, RunError
 from mas_batch.job import Job
 from mas_batch.monitor.events import AgentDraining, AgentLost, AgentReady, Event
+
+logger = logging.getLogger(__name__)
 
 Failure = Exception | None
 _RESTART_TIMEOUT_S = 30.0
@@ -82,10 +85,11 @@ class Hosting:
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
         self._loading: dict[str, Future] = {}
         self._refused: dict[str, _Refusal] = {}  # by address
-        self._paused: dict[str, str] = {}  # address → why
-        self._retiring: set[str] = set()  # worker names that the router lets go
+        self._status: dict[str, str] = {}  # address → Dask's word for it
+        self._paused: set[str] = set()  # addresses
+        self._retiring: set[str] = set()  # addresses of workers that the router lets go
         self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
-        self._unserved_since: float | None = None
+        self._missing: dict[str, float] = {}  # agent → since when
         self.ready: dict[str, str] = {}
         """Worker address → agent whose model it holds."""
         self.listener: Listener | None = None
@@ -113,11 +117,6 @@ class Hosting:
             self._load(address, agent_id)
 
     @property
-    def is_loading(self) -> bool:
-        """Whether a model is on its way."""
-        return bool(self._loading)
-
-    @property
     def unserved(self) -> set[str]:
         """Agents that no worker can answer for now."""
         return self._specs.keys() - set(self.ready.values())
@@ -137,22 +136,22 @@ class Hosting:
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
-        """Note who is missing now.
+        """Note who is missing now; whose model is being loaded is not.
 
         Raises:
             RunError: somebody has been for too long.
         """
-        if not unserved:
-            self._unserved_since = None
-            return
-        self._unserved_since = self._unserved_since or time.monotonic()
-        if time.monotonic() - self._unserved_since > self._wait_s:
-            refusal = self._refusals().get(min(unserved))
-            why = f" (its model could not be loaded: {refusal.error})" if refusal else ""
-            raise RunError(
-                f"no worker serves agent {min(unserved)!r} for {self._wait_s:g} s{why}; "
-                "what is answered is kept: start a worker and run the same command again"
-            )
+        missing = unserved - {self._hosts[address] for address in self._loading}
+        now = time.monotonic()
+        self._missing = {agent: self._missing.get(agent, now) for agent in missing}
+        for agent_id, since in sorted(self._missing.items()):
+            if now - since > self._wait_s:
+                refusal = self._refusals().get(agent_id)
+                why = f" (its model could not be loaded: {refusal.error})" if refusal else ""
+                raise RunError(
+                    f"no worker serves agent {agent_id!r} for {self._wait_s:g} s{why}; "
+                    "what is answered is kept: start a worker and run the same command again"
+                )
 
     def _refusals(self) -> dict[str, _Refusal]:
         return {refusal.agent_id: refusal for refusal in self._refused.values()}
@@ -178,8 +177,10 @@ class Hosting:
         self._emit(AgentReady(agent_id, self.name(address), facts["load_s"], facts["engine"]))
         if self.listener is not None:
             self.listener.joined(address, agent_id)
-            if address in self._paused:
-                self.listener.paused(address, True)
+
+    def is_paused(self, address: str) -> bool:
+        """Whether the worker is to be asked nothing further."""
+        return address in self._paused
 
     def _load_ended(self, address: str, future: Future, failure: Failure) -> None:
         if self._loading.get(address) is not future:
@@ -199,7 +200,10 @@ class Hosting:
         Raises:
             RunError: the scheduler is lost.
         """
-        workers = self._workers()
+        try:
+            workers = self._workers()
+        except OSError:  # no news this time; a scheduler that is lost shows in the client's status
+            return
         present = {worker.address for worker in workers}
         for address in sorted(self._hosts.keys() - present):
             self._drop(address)
@@ -219,21 +223,31 @@ class Hosting:
         Without a nanny it is only cut off from the cluster, and its place stays empty until
         whoever started it starts it again.
         """
-        self._emit(AgentLost(self._hosts[address], self.name(address), message))
+        self._pause(address, message)
         # In a thread: a process that does not heed SIGTERM is waited for before it is killed.
         threading.Thread(
-            target=self._client.restart_workers,
-            args=([address],),
-            kwargs={"timeout": _RESTART_TIMEOUT_S, "raise_for_error": False},
-            daemon=True,
-            name="mas-batch-restart",
+            target=self._restart, args=(address,), daemon=True, name="mas-batch-restart"
         ).start()
+
+    def _restart(self, address: str) -> None:
+        # Not by `Client.restart_workers`, which refuses workers without a nanny.
+        try:
+            self._client.sync(
+                self._client.scheduler.restart_workers,
+                workers=[address],
+                timeout=_RESTART_TIMEOUT_S,
+                wait_for_workers=False,
+                on_error="return",
+                stimulus_id=f"mas-batch-restart-{time.time()}",
+            )
+        except Exception as error:  # it is tried again when the worker stays silent
+            logger.warning("worker %s could not be restarted: %s", address, error)
 
     def retire(self, addresses: Iterable[str]) -> list[str]:
         """Ask these idle workers nothing further; returns their names, for whoever ends them."""
         names = []
         for address in addresses:
-            self._retiring.add(self.name(address))
+            self._retiring.add(address)
             self._pause(address, "no work is left for it")
             names.append(self.name(address))
         return names
@@ -247,9 +261,7 @@ class Hosting:
     def counts(self) -> Counter[str]:
         """Agent → workers that serve it or will soon, without those that are let go."""
         return Counter(
-            agent_id
-            for address, agent_id in self._hosts.items()
-            if self.name(address) not in self._retiring
+            agent_id for address, agent_id in self._hosts.items() if address not in self._retiring
         )
 
     def _workers(self) -> list[WorkerInfo]:
@@ -258,8 +270,8 @@ class Hosting:
         workers = cluster_workers(self._client)
         self._names.update({worker.address: worker.name for worker in workers})
         self._seen = {worker.address: worker.last_seen for worker in workers}
-        self._retiring &= {worker.name for worker in workers}  # a later one may have the name
-        return [worker for worker in workers if worker.name not in self._retiring]
+        self._status = {worker.address: worker.status for worker in workers}
+        return [worker for worker in workers if worker.address not in self._retiring]
 
     def _note_status(self, worker: WorkerInfo) -> None:
         if worker.address not in self._hosts:
@@ -267,24 +279,25 @@ class Hosting:
         if worker.status != "running":
             self._pause(worker.address, f"the worker's status is {worker.status!r}")
         elif worker.address in self._paused:
-            del self._paused[worker.address]
+            self._paused.discard(worker.address)
             if self.listener is not None:
                 self.listener.paused(worker.address, False)
 
     def _pause(self, address: str, why: str) -> None:
         if address in self._paused:
             return
-        self._paused[address] = why
+        self._paused.add(address)
         self._emit(AgentDraining(self._hosts[address], self.name(address), why))
         if self.listener is not None:
             self.listener.paused(address, True)
 
     def _drop(self, address: str) -> None:
         agent_id = self._hosts.pop(address)
-        expected = address in self._paused or self._was_expected(address)
+        leaving = address in self._retiring or self._status.get(address) == "closing_gracefully"
+        expected = leaving or self._was_expected(address)
         how = "left" if expected else "was lost"
         self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
-        self._paused.pop(address, None)
+        self._paused.discard(address)
         loading = self._loading.pop(address, None)
         if loading is not None:
             loading.release()
@@ -303,8 +316,15 @@ class Hosting:
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:
-    """List the workers of the cluster with what they declare."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    """List the workers of the cluster with what they declare.
+
+    Not by `Client.scheduler_info`: that returns an attribute which the client's own periodic
+    callback replaces by one without workers, and now and then it does so in between.
+
+    Raises:
+        OSError: the scheduler did not answer.
+    """
+    workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     return [
         WorkerInfo(address, str(info["name"]), info["resources"], info["status"], info["last_seen"])
         for address, info in workers.items()

@@ -9,6 +9,7 @@ and hands over what is not merged.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import RunRef, answer_partition, merge_partition
 from mas_batch.routing.instructions import Work
 
+NATIVE_PATIENCE_S = 600.0
 _PARTITIONS_PER_WORKER = 16
 _MAX_GROUPS = 2
 """The next group is at the scheduler while one is worked on, so that no worker runs dry."""
@@ -37,15 +39,23 @@ class NativeFeed:
 
     Args:
         agents: who answers every partition.
+        patience_s: how long no partition may be merged before that is trouble.
     """
 
     def __init__(
-        self, client: Client, run: RunRef, specs: Mapping[str, AgentSpec], agents: Sequence[str]
+        self,
+        client: Client,
+        run: RunRef,
+        specs: Mapping[str, AgentSpec],
+        agents: Sequence[str],
+        patience_s: float = NATIVE_PATIENCE_S,
     ) -> None:
         self._client = client
         self._run = run
         self._specs = specs
         self._agents = agents
+        self._patience_s = patience_s
+        self._last_news = time.monotonic()
         self._groups: list[_Group] = []
         self.in_trouble = False
         """A worker was lost or a task failed: the dispatcher shall go on."""
@@ -98,13 +108,16 @@ class NativeFeed:
         """Take the news of a merge; False if it is a second copy's."""
         for group in self._groups:
             if group.open.pop(partition, None) is not None:
+                self._last_news = time.monotonic()
                 if not group.open:
                     self._groups.remove(group)
                 return True
         return False
 
     def look(self) -> None:
-        """See whether a task has failed."""
+        """See whether a task has failed, or nothing has come for too long."""
+        if time.monotonic() - self._last_news > self._patience_s:
+            self.in_trouble = True
         if any(f.status in ("error", "cancelled", "lost") for g in self._groups for f in g.futures):
             self.in_trouble = True
 
@@ -114,7 +127,7 @@ class NativeFeed:
         return not self._groups
 
     def take_back(self) -> list[Work]:
-        """Cancel everything; returns what is not merged, in order."""
+        """Let go of all tasks (those that run go on); returns what is not merged, in order."""
         left = [work for group in self._groups for work in group.open.values()]
         for group in self._groups:
             for future in group.futures:

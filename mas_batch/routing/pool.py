@@ -35,9 +35,10 @@ class Pool:
         """Return the replica if it is there."""
         return self._replicas.get(replica_id)
 
-    def add(self, replica_id: str, agent_id: str, now: float) -> None:
-        """A worker is ready to serve the agent."""
+    def add(self, replica_id: str, agent_id: str, now: float, *, paused: bool) -> None:
+        """A worker serves the agent."""
         replica = self._replicas.setdefault(replica_id, Replica(replica_id, agent_id))
+        replica.paused = paused
         self._of[replica.agent_id][replica_id] = replica
         self.update(replica, now)
 
@@ -90,8 +91,12 @@ class Pool:
         return self._free[agent_id]
 
     def served(self) -> set[str]:
-        """Agents that have a replica."""
-        return {agent_id for agent_id, replicas in self._of.items() if replicas}
+        """Agents with a replica that is at work or can be asked; a paused one may stay so."""
+        return {
+            agent_id
+            for agent_id, replicas in self._of.items()
+            if any(not r.hung and (r.sent or not r.paused) for r in replicas.values())
+        }
 
     def is_failing(self, agent_id: str) -> bool:
         """Whether the agent has replicas and the breaker of every one is open."""
@@ -134,7 +139,7 @@ class Pool:
             agent_id=replica.agent_id,
             agent_rank=self._rank[replica.agent_id],
             in_flight=len(replica.sent),
-            in_flight_tokens=sum(sent.tokens for sent in replica.sent.values()),
+            in_flight_tokens=sum(replica.sent.values()),
             num_answered=replica.num_answered,
             num_asked=replica.num_asked,
             tokens_per_s=replica.tokens_per_s,

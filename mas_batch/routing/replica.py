@@ -71,27 +71,19 @@ class Breaker:
 
 
 @dataclass(slots=True)
-class Sent:
-    """A partition at a replica."""
-
-    tokens: int
-    """Estimated; of all samples that the agent gives."""
-    stale: bool = False
-    """Its outcome is no longer needed, but its worker is still busy with it."""
-
-
-@dataclass(slots=True)
 class Replica:
     """One worker that serves an agent. Works on what it is sent one after the other."""
 
     replica_id: str
     agent_id: str
-    sent: dict[int, Sent] = field(default_factory=dict)
-    """Partition → what was sent, oldest first: the first is the one that is being worked on."""
+    sent: dict[int, int] = field(default_factory=dict)
+    """Partition → its estimated tokens (of all samples), oldest first: the first is the one that
+    is being worked on. Also what is no longer needed: the worker is busy with it all the same."""
     paused: bool = False
     """It may finish what it has, but is asked nothing further."""
     hung: bool = False
     """It was silent for too long and is being restarted."""
+    hung_since: float = 0.0
     num_asked: int = 0
     num_answered: int = 0
     breaker: Breaker = field(default_factory=Breaker)
@@ -105,19 +97,19 @@ class Replica:
         """Note that a partition is on its way."""
         if not self.sent:
             self._began = self._heard = now
-        self.sent[partition] = Sent(tokens)
+        self.sent[partition] = tokens
         self.num_asked += 1
         if self.breaker.state is BreakerState.OPEN:
             self.breaker.state = BreakerState.PROBING
 
     def answered(self, partition: int, now: float) -> bool:
         """Note an answer, needed or not; returns whether the breaker changed."""
-        sent = self.sent.pop(partition, None)
-        if sent is None:
+        tokens = self.sent.pop(partition, None)
+        if tokens is None:
             return False
         self.num_answered += 1
         self._answers = _DECAY * self._answers + 1
-        self._tokens = _DECAY * self._tokens + sent.tokens
+        self._tokens = _DECAY * self._tokens + tokens
         self._seconds = _DECAY * self._seconds + (now - self._began)
         self._began = self._heard = now
         return self.breaker.succeeded()
@@ -164,5 +156,5 @@ class Replica:
         rate = self.tokens_per_s
         if rate is None:
             return _UNMEASURED_TIMEOUT_S
-        first = next(iter(self.sent.values())).tokens
+        first = next(iter(self.sent.values()))
         return max(_MIN_TIMEOUT_S, _TIMEOUT_FACTOR * first / rate)

@@ -47,7 +47,7 @@ def is_worth_it(
     rate = free.tokens_per_s or rates.get(free.agent_id)
     if rate is None:
         return False
-    tokens = late.busy.sent[late.partition].tokens
+    tokens = late.busy.sent[late.partition]
     copy_s = tokens * samples[free.agent_id] / samples[late.agent_id] / rate
     return copy_s < _GAIN * late.left_s
 
@@ -59,8 +59,8 @@ def remaining_s(partition: int, busy: Replica, rates: Mapping[str, float], now: 
     if rate is None:
         return elapsed_s  # as long again: all that is known of it is that it is not done
     ahead = 0
-    for index, sent in busy.sent.items():
-        ahead += sent.tokens
+    for index, tokens in busy.sent.items():
+        ahead += tokens
         if index == partition:
             break
     expected_s = ahead / rate
