@@ -29,6 +29,8 @@ from mas_batch.routing.scaling import Scaler
 logger = logging.getLogger(__name__)
 
 _BROADCAST_S = 60.0
+_NANNY_PATIENCE_S = 5.0
+"""A nanny starts the next process within milliseconds of the end of the last."""
 
 
 def is_embedded(cluster: Cluster, client: Client | None) -> bool:
@@ -75,19 +77,30 @@ class EmbeddedScaler:
         self._cluster = cluster
         self._workers = workers
         self._most = {agent.name: agent.most for agent in job.agents}
+        self._dead_since: dict[str, float] = {}
 
     def scale(self, wanted: Mapping[str, int], retire: Collection[str]) -> None:
         """Have so many workers per agent; see `routing.scaling.Scaler`."""
         running: dict[str, Any] = self._cluster.worker_spec
-        for name in retire:
+        for name in [*retire, *self._given_up_by_nannies()]:
             running.pop(name, None)
         for agent_id, count in wanted.items():
             names = [replica_name(agent_id, number) for number in range(self._most[agent_id])]
-            missing = [name for name in names if name not in running]
-            num_started = max(0, count - (len(names) - len(missing)))
-            running.update({name: self._workers[name] for name in missing[:num_started]})
+            num_running = sum(name in running for name in names)
+            # A name that is still being closed is free again at a later call.
+            unused = [n for n in names if n not in running and n not in self._cluster.workers]
+            started = unused[: max(0, count - num_running)]
+            running.update({name: self._workers[name] for name in started})
         # It starts and ends workers until they are as specified; in the background.
         self._cluster.scale(len(running))
+
+    def _given_up_by_nannies(self) -> list[str]:
+        """Name workers that are gone for good: a nanny whose worker dies while it is starting it
+        never starts it again (seen in distributed 2026.8)."""
+        now = time.monotonic()
+        dead = [name for name, nanny in self._cluster.workers.items() if not nanny.is_alive()]
+        self._dead_since = {name: self._dead_since.get(name, now) for name in dead}
+        return [n for n, since in self._dead_since.items() if now - since > _NANNY_PATIENCE_S]
 
 
 @contextmanager

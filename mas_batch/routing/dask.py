@@ -204,6 +204,7 @@ class DaskRouter:
         if self._native is not None:
             self._native.look()
         if self._dispatcher is None or self._dispatcher.done:
+            self._keep_started()
             return
         self._act(self._dispatcher.tick(time.monotonic()))
         self._hurry_merges()
@@ -218,10 +219,17 @@ class DaskRouter:
         missing = self._dispatcher.missing_agents() | no_workers
         self._hosting.give_up_waiting(missing)
 
+    def _keep_started(self) -> None:
+        """Have the workers that the job starts with, also while models are being loaded."""
+        least = {agent.name: agent.count for agent in self._job.agents}
+        current = self._hosting.counts()
+        if self._scaler is not None and any(current[a] < n for a, n in least.items()):
+            self._scaler.scale(least, [])
+
     def _scale(self, dispatcher: Dispatcher) -> None:
-        bounds = {a.name: Bounds(a.count, a.most) for a in self._job.agents}
-        if self._scaler is None or all(bound.least == bound.most for bound in bounds.values()):
+        if self._scaler is None:
             return
+        bounds = {a.name: Bounds(a.count, a.most) for a in self._job.agents}
         backlog, current = dispatcher.backlog(), self._hosting.counts()
         wanted = wanted_replicas(backlog, current, bounds)
         retired = self._hosting.retire(
@@ -229,9 +237,13 @@ class DaskRouter:
             for agent_id, count in wanted.items()
             for address in self._idle(dispatcher, agent_id)[: max(0, current[agent_id] - count)]
         )
-        if wanted != self._wanted or retired:
+        changed = wanted != (
+            self._wanted or {agent.name: agent.count for agent in self._job.agents}
+        )
+        if changed or retired:
             self._emit(AgentsScaled(wanted, backlog))
-            self._scaler.scale(wanted, retired)
+        if changed or retired or any(current[agent_id] < n for agent_id, n in wanted.items()):
+            self._scaler.scale(wanted, retired)  # also when one that was started is not there
         self._wanted = wanted
 
     def _idle(self, dispatcher: Dispatcher, agent_id: str) -> list[str]:

@@ -20,6 +20,8 @@ class Scaler(Protocol):
     def scale(self, wanted: Mapping[str, int], retire: Collection[str]) -> None:
         """Have so many workers per agent; must return at once.
 
+        Called whenever the number changes, and every second while there are fewer.
+
         Args:
             wanted: agent → number of workers, within the job's bounds.
             retire: names of workers that are idle and asked nothing further: end these.
