@@ -105,7 +105,7 @@ class DaskRouter:
         self._proven: set[str] = set()  # agents that have answered natively
         self._last_check = 0.0
         self._last_failure: dict[str, str] = {}
-        self._wanted: dict[str, int] = {}
+        self._wanted = {agent.name: agent.count for agent in job.agents}
 
     def __enter__(self) -> DaskRouter:
         self._client.subscribe_topic(self._run.topic, self._on_report)
@@ -237,9 +237,7 @@ class DaskRouter:
             for agent_id, count in wanted.items()
             for address in self._idle(dispatcher, agent_id)[: max(0, current[agent_id] - count)]
         )
-        changed = wanted != (
-            self._wanted or {agent.name: agent.count for agent in self._job.agents}
-        )
+        changed = wanted != self._wanted
         if changed or retired:
             self._emit(AgentsScaled(wanted, backlog))
         if changed or retired or any(current[agent_id] < n for agent_id, n in wanted.items()):
