@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument("--dask", action="store_true", help="measure on real Dask workers")
     parser.add_argument("--grow", type=int, metavar="WORKERS", help="the dispatcher at scale")
     parser.add_argument("--policies", nargs="*", default=list(POLICIES), choices=list(POLICIES))
+    parser.add_argument("--scenarios", nargs="*", metavar="NAME", help="on Dask: only these")
     parser.add_argument("--partitions", type=int, default=60, help="per run on Dask")
     parser.add_argument("--seconds", type=float, default=0.25, help="of a partition on Dask")
     args = parser.parse_args()
     if args.grow:
         grow(args.grow)
     elif args.dask:
-        measure(args.policies, args.partitions, args.seconds)
+        measure(args.policies, args.partitions, args.seconds, args.scenarios)
     else:
         compare(args.policies)
 
@@ -123,8 +124,14 @@ def real_scenarios(num_partitions: int, seconds: float) -> list[tuple[Scenario, 
     ]
 
 
-def measure(policies: list[str], num_partitions: int, seconds: float) -> None:
-    scenarios = real_scenarios(num_partitions, seconds)
+def measure(
+    policies: list[str], num_partitions: int, seconds: float, only: list[str] | None
+) -> None:
+    scenarios = [
+        (scenario, fate)
+        for scenario, fate in real_scenarios(num_partitions, seconds)
+        if only is None or scenario.name in only
+    ]
     print(f"\nMakespan ÷ bound on Dask, {num_partitions} partitions of {seconds} s\n")
     names = [scenario.name for scenario, _ in scenarios]
     print(f"| policy | {' | '.join(names)} | scheduler CPU | client CPU |")

@@ -120,6 +120,16 @@ def test_a_dead_workers_partitions_go_to_its_sibling() -> None:
     assert sim.in_flight[-1].attempt == 1
 
 
+def test_what_a_dead_worker_had_committed_is_not_blamed_but_what_it_was_at_then() -> None:
+    sim = Simulation({"a": 1}, plan_of(9), Rules(1, window=2))
+    sim.join("a-0", "a")
+    sim.in_flight.clear()
+    sim.take(sim.dispatcher.replica_left("a-0", 1.0, committed=[0]))
+    sim.deaths[1, "a"] += 1
+    sim.join("a-1", "a")
+    assert [(a.partition, a.purpose) for a in sim.in_flight] == [(0, "answer"), (1, "careful")]
+
+
 def test_a_worker_that_leaves_on_purpose_blames_nothing() -> None:
     sim = Simulation({"a": 1}, plan_of(4), Rules(1))
     sim.join("a-0", "a")

@@ -34,6 +34,7 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     PartitionUndecided,
 )
+from mas_batch.results import answers_name
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.hosting import Failure, Hosting
 from mas_batch.routing.instructions import (
@@ -301,7 +302,16 @@ class DaskRouter:
         if self._native is not None:
             self._native.in_trouble = True
         if self._dispatcher is not None:
-            self._act(self._dispatcher.replica_left(address, time.monotonic(), blamed=blamed))
+            # A worker that is killed may have committed answers and not got to report them.
+            committed = [
+                partition
+                for partition, agent_id, worker in self._asked
+                if worker == address and self._run.store.exists(answers_name(partition, agent_id))
+            ]
+            instructions = self._dispatcher.replica_left(
+                address, time.monotonic(), blamed=blamed, committed=committed
+            )
+            self._act(instructions)
 
     # Instructions
 

@@ -16,7 +16,7 @@ answers does not matter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from mas_batch.routing.board import Board, OpenPartition
@@ -94,24 +94,31 @@ class Dispatcher:
         return self._advance([], now)
 
     def replica_left(
-        self, replica_id: str, now: float, *, blamed: bool = True
+        self,
+        replica_id: str,
+        now: float,
+        *,
+        blamed: bool = True,
+        committed: Collection[int] = (),
     ) -> list[Instruction]:
         """A worker is gone. What it had in flight goes back.
 
-        A replica works on its partitions one after the other, so only the first in flight can
-        have to do with its death: the agent is asked about that one carefully from now on. The
-        others are innocent, and so is every one if the worker left on purpose (not `blamed`).
+        A replica works on its partitions one after the other, so only the first whose answers
+        are not `committed` can have to do with its death: the agent is asked about that one
+        carefully from now on. The others are innocent, and so is every one if the worker left
+        on purpose (not `blamed`).
         """
         replica = self._pool.remove(replica_id)
         if replica is None:
             return []
         out: list[Instruction] = []
-        for place, index in enumerate(replica.sent):
+        suspect = next((index for index in replica.sent if index not in committed), None)
+        for index in replica.sent:
             out.append(Abandon(index, replica.agent_id, replica_id))
             state = self._board.get(index)
             if state is None or not state.take_back(replica.agent_id, replica_id):
                 continue
-            if blamed and place == 0:
+            if blamed and index == suspect:
                 self._died(state, replica.agent_id)
             self._settle(state, out)
         return self._advance(out, now)
