@@ -208,7 +208,9 @@ def test_the_merged_answers_do_not_depend_on_the_partitions(
 def test_fewer_answers_than_agents_are_shared_among_them(
     cluster_client: Client, make_job: MakeJob
 ) -> None:
-    job = make_job(routing={"answers_per_record": 1, "speculate": False}, partition={"max_records": 1})
+    job = make_job(
+        routing={"answers_per_record": 1, "speculate": False}, partition={"max_records": 1}
+    )
     run = mas_batch.open_run(pipeline.run(job, client=cluster_client).run)
     answers = run.pandas("answers")
     assert len(answers) == 20
