@@ -132,18 +132,24 @@ def test_a_worker_stopped_for_good(arena: Arena, reference: Run, table: Table) -
 def test_the_submitting_process_killed_again_and_again(
     arena: Arena, reference: Run, table: Table, chaos_rounds: int
 ) -> None:
-    kills = 20 if chaos_rounds > 1 else 3
-    for number in range(kills):
-        with arena.submitted() as child:
+    slow = ("--set", "agents.b.options.seconds_per_batch=0.4")  # or it would be over too soon
+    injected = 0
+    for number in range(20 if chaos_rounds > 1 else 3):
+        with arena.submitted(*slow) as child:
             done = arena.num_merged()
             if number % 2:  # at any moment: while it starts, stages, loads, answers or publishes
-                time.sleep(arena.rng.uniform(0.5, 6.0))
+                time.sleep(arena.rng.uniform(0.5, 4.0))
             else:
                 arena.wait_until(lambda done=done: arena.num_merged() > done, child)
+            if child.poll() is not None:
+                break  # the run is complete
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    outcome = compare("submitting process killed", kills, arena.submit(), reference)
+            injected += 1
+    run = arena.submit(*slow)
+    outcome = compare("submitting process killed", injected, run, reference)
     table.outcomes.append(outcome)
+    assert injected >= 3
     assert (outcome.lost, outcome.doubled, outcome.identical) == (0, 0, True)
 
 
