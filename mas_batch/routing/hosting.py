@@ -307,12 +307,17 @@ class Hosting:
 
     def _was_expected(self, address: str) -> bool:
         """Whether the scheduler took the worker off on purpose: retired, scaled down."""
-        events = self._client.get_events(address)
-        return any(
-            event["action"] == "remove-worker" and event["expected"]
-            for _, event in events
-            if isinstance(event, dict) and "action" in event
-        )
+        return any(_is_farewell(event) for _, event in self._client.get_events(address))
+
+
+def _is_farewell(event: object) -> bool:
+    """Whether an event of a worker's topic says that it was to go."""
+    match event:
+        case {"action": "remove-worker", "expected": True} | {"action": "retired"}:
+            return True
+        case {"action": "worker-status-change", "status": "closing_gracefully"}:
+            return True
+    return False
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:
