@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import yaml
 
 import mas_batch
+from tests.chaos import started, workers_of
 
 pytestmark = pytest.mark.faults
 
@@ -45,26 +46,9 @@ def job_file(tmp_path: Path) -> Path:
     return file
 
 
-@contextmanager
-def process(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a command in a session of its own; at the end end it and all its children."""
-    with log.open("wb") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.terminate()
-            try:
-                child.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+def process(*command: str, log: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Start a module as a command; at the end end it and all its children."""
+    return started(["-m", *command], log)
 
 
 def wait_for(condition: Callable[[], object], child: subprocess.Popen[bytes], log: Path) -> None:
@@ -92,25 +76,11 @@ def assert_complete(run: str, reference: dict[str, str]) -> None:
 REFERENCE = {f"r{i:02d}": f"record {i} has a" for i in range(NUM_RECORDS)}
 
 
-def children_named(parent: int, words: str) -> list[int]:
-    """List the processes below `parent` whose command line has `words`."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-            command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if int(fields[1]) == parent and words in command:
-            found.append(int(stat.parent.name))
-    return found
-
-
 def test_a_worker_killed_in_the_middle_costs_nothing(job_file: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with process("mas_batch.submit", str(job_file), "--show", "0", log=log) as child:
         wait_for(lambda: num_committed(tmp_path) >= 3, child, log)
-        workers = children_named(child.pid, "spawn_main")
+        workers = workers_of(child.pid)
         assert len(workers) == 3
         os.kill(workers[0], signal.SIGKILL)
         assert child.wait(90) == 0, log.read_text()
@@ -149,7 +119,7 @@ def test_a_terminated_run_ends_its_workers_and_says_how_to_go_on(
     log = tmp_path / "log"
     with process("mas_batch.submit", str(job_file), log=log) as child:
         wait_for(lambda: num_committed(tmp_path) >= 1, child, log)
-        workers = children_named(child.pid, "spawn_main")
+        workers = workers_of(child.pid)
         assert workers
         child.terminate()
         assert child.wait(60) == 1, log.read_text()

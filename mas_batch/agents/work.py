@@ -191,9 +191,8 @@ def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequenc
 
 def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     merged, failures, name = results.read_results(run.store, partition)
-    names = [results.answers_name(partition, agent) for agent in agents]
-    tables = [run.store.read_table(name) for name in names if run.store.exists(name)]
-    answers = pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+    there = [a for a in agents if run.store.exists(results.answers_name(partition, a))]
+    answers = _committed_answers(run, partition, there)
     counts = RUN_STATISTICS.chunk(merged, failures, answers)
     return {"counts": counts, "failures_files": {partition: name} if name else {}}
 

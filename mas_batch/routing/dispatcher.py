@@ -74,7 +74,7 @@ class Dispatcher:
     # Events
 
     def trust(self, agent_id: str) -> None:
-        """The agent has answered in this execution, before this dispatcher was asked."""
+        """The agent has answered before: natively, or in an earlier execution."""
         self._proven.add(agent_id)
 
     def replica_joined(

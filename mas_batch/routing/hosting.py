@@ -85,7 +85,6 @@ class Hosting:
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
         self._loading: dict[str, Future] = {}
         self._refused: dict[str, _Refusal] = {}  # by address
-        self._status: dict[str, str] = {}  # address → Dask's word for it
         self._paused: set[str] = set()  # addresses
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
         self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
@@ -270,7 +269,6 @@ class Hosting:
         workers = cluster_workers(self._client)
         self._names.update({worker.address: worker.name for worker in workers})
         self._seen = {worker.address: worker.last_seen for worker in workers}
-        self._status = {worker.address: worker.status for worker in workers}
         return [worker for worker in workers if worker.address not in self._retiring]
 
     def _note_status(self, worker: WorkerInfo) -> None:
@@ -293,8 +291,7 @@ class Hosting:
 
     def _drop(self, address: str) -> None:
         agent_id = self._hosts.pop(address)
-        leaving = address in self._retiring or self._status.get(address) == "closing_gracefully"
-        expected = leaving or self._was_expected(address)
+        expected = address in self._retiring or self._was_expected(address)
         how = "left" if expected else "was lost"
         self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
         self._paused.discard(address)
