@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+# Two at a time: half of what the tests do is wait for processes. The models are small.
+TOGETHER := --numprocesses 2 --dist worksteal
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
 .DEFAULT_GOAL := help
@@ -16,10 +18,10 @@ demo: $(VENV)/run.done  ## answer the bundled data with real models on an embedd
 	@for job in $(JOBS); do $(BIN)/mas-batch submit $$job || exit $$?; done
 
 test: $(VENV)/dev.done  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 chaos: $(VENV)/dev.done  ## the chaos suite in its long form (SEED=0 ROUNDS=5): kill, stop, starve, compare
-	$(BIN)/python -m pytest tests/test_chaos.py --chaos-seed $(SEED) --chaos-rounds $(ROUNDS)
+	$(BIN)/python -m pytest tests/test_chaos.py --chaos-seed $(SEED) --chaos-rounds $(ROUNDS) $(TOGETHER)
 SEED   ?= 0
 ROUNDS ?= 5
 

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 import mas_batch
@@ -53,30 +52,25 @@ class Outcome:
     note: str = ""
 
 
-@dataclass
-class Table:
-    """One line per kind of fault, added up over the rounds."""
-
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = ["| fault | times injected | lost | doubled | identical |", "|---|---|---|---|---|"]
-        faults = dict.fromkeys(outcome.fault for outcome in self.outcomes)
-        for fault in faults:
-            these = [outcome for outcome in self.outcomes if outcome.fault == fault]
-            injected, lost, doubled = (
-                sum(getattr(outcome, name) for outcome in these)
-                for name in ("injected", "lost", "doubled")
-            )
-            same = "yes" if all(outcome.identical for outcome in these) else "NO"
-            notes = {outcome.note for outcome in these if outcome.note}
-            lines.append(
-                f"| {fault} | {injected} | {lost} | {doubled} | {same}{''.join(sorted(notes))} |"
-            )
-        return "\n".join(lines)
+CHAOS = "chaos"
+"""Name of the property of a test's report that holds its outcome, as a dict."""
 
 
-CHAOS_TABLE = pytest.StashKey[Table]()
+def as_table(outcomes: Sequence[Outcome]) -> str:
+    """Return one line per kind of fault, added up over the rounds."""
+    lines = ["| fault | times injected | lost | doubled | identical |", "|---|---|---|---|---|"]
+    for fault in dict.fromkeys(outcome.fault for outcome in outcomes):
+        these = [outcome for outcome in outcomes if outcome.fault == fault]
+        injected, lost, doubled = (
+            sum(getattr(outcome, name) for outcome in these)
+            for name in ("injected", "lost", "doubled")
+        )
+        same = "yes" if all(outcome.identical for outcome in these) else "NO"
+        notes = {outcome.note for outcome in these if outcome.note}
+        lines.append(
+            f"| {fault} | {injected} | {lost} | {doubled} | {same}{''.join(sorted(notes))} |"
+        )
+    return "\n".join(lines)
 
 
 class Arena:

@@ -26,13 +26,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("chaos_seed", range(seed, seed + rounds))
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    from tests.chaos import CHAOS_TABLE
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    from tests.chaos import CHAOS, Outcome, as_table
 
-    table = config.stash.get(CHAOS_TABLE, None)
-    if table is not None and table.outcomes:
+    outcomes = [
+        Outcome(**value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == CHAOS and report.when == "call"
+    ]
+    if outcomes:
         terminalreporter.section("chaos")
-        terminalreporter.write_line(str(table))
+        terminalreporter.write_line(as_table(outcomes))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.errors import EngineError, EngineRefusedError, Reason
+from mas_batch.errors import EngineError, EngineRefusedError, Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.storage import Store
@@ -216,7 +216,7 @@ def test_a_storage_that_fails_after_the_record_was_asked_is_not_a_death(tmp_path
         return answer(records)
 
     for _ in range(3):
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(RunError, match="Is a directory"):
             carefully([record], ask_and_get_in_the_way, store)
         next(tmp_path.rglob("answers.parquet")).rmdir()
     assert carefully([record], answer, store)[0].reason is None

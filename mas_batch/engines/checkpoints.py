@@ -5,7 +5,6 @@ Weights come from safetensors only, and no code of a checkpoint is run; a .gguf 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
@@ -16,6 +15,7 @@ import transformers
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mas_batch.engines.streams import cache_argument
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
 
@@ -137,6 +137,6 @@ def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> A
                 key=f"agents.options.{unread[0]}",
             )
     loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings)
-    if "past_key_values" not in inspect.signature(loaded.forward).parameters:
+    if not cache_argument(loaded):
         raise ModelError(f"{model.source}: {type(loaded).__name__} does not decode with a cache")
     return loaded

@@ -110,9 +110,8 @@ class _DecoderOnly:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         optional = accepted(self._model, position_ids=positions, logits_to_keep=1)
-        output = self._model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **optional
-        )
+        optional[cache_argument(self._model)] = cache
+        output = self._model(input_ids=ids, attention_mask=mask, use_cache=True, **optional)
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
@@ -138,8 +137,8 @@ class _EncoderDecoder:
             encoder_outputs=(self._encoded,),
             attention_mask=self._mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=self._cache,
             use_cache=True,
+            **{cache_argument(self._model): self._cache},
         )
         logits: Tensor = output.logits[:, -1].float()
         return logits
@@ -206,6 +205,12 @@ def accepted(model: Any, **optional: Any) -> dict[str, Any]:
     """Leave out what the model's forward does not take, e.g. positions of an ALiBi model."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in optional.items() if name in known}
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name by which the model's forward takes a cache; empty if it takes none."""
+    # Renamed in transformers 5.24.
+    return next(iter(accepted(model, cache=None, past_key_values=None)), "")
 
 
 def pad_rows(

@@ -87,6 +87,7 @@ class Hosting:
         self._refused: dict[str, _Refusal] = {}  # by address
         self._paused: set[str] = set()  # addresses
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
+        self._hung: set[str] = set()  # addresses of workers that it has restarted
         self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
         self._missing: dict[str, float] = {}  # agent → since when
         self.ready: dict[str, str] = {}
@@ -223,6 +224,7 @@ class Hosting:
         whoever started it starts it again.
         """
         self._pause(address, message)
+        self._hung.add(address)
         # In a thread: a process that does not heed SIGTERM is waited for before it is killed.
         threading.Thread(
             target=self._restart, args=(address,), daemon=True, name="mas-batch-restart"
@@ -291,7 +293,10 @@ class Hosting:
 
     def _drop(self, address: str) -> None:
         agent_id = self._hosts.pop(address)
-        expected = address in self._retiring or self._was_expected(address)
+        # One that hung says goodbye too when it is ended for that; what it hung on is to blame.
+        hung = address in self._hung
+        expected = address in self._retiring or (not hung and self._was_expected(address))
+        self._hung.discard(address)
         how = "left" if expected else "was lost"
         self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
         self._paused.discard(address)
@@ -312,8 +317,8 @@ def _is_farewell(event: object) -> bool:
     match event:
         case {"action": "remove-worker", "expected": True} | {"action": "retired"}:
             return True
-        case {"action": "worker-status-change", "status": "closing_gracefully"}:
-            return True
+        case {"action": "worker-status-change", "status": "closing_gracefully" | "closing"}:
+            return True  # the second is all that one sees of a worker that a SpecCluster ends
     return False
 
 
