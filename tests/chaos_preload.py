@@ -113,15 +113,20 @@ def unloadable_worker(worker: Worker) -> None:
 async def act_on_scheduler(scheduler: Scheduler) -> None:
     """At the planned moment of the run take a busy worker away, or all it knows."""
     rng = random.Random(PLAN["seed"])
-    while not any(ws.processing for ws in scheduler.workers.values()):
+
+    def busy_ones() -> list[str]:
+        return sorted(
+            address
+            for address, ws in scheduler.workers.items()
+            if ws.processing and str(ws.name).startswith(PLAN["agent"])
+        )
+
+    while not busy_ones():
         await asyncio.sleep(0.05)
     await asyncio.sleep(PLAN["delay_s"])
-    busy = sorted(
-        address
-        for address, ws in scheduler.workers.items()
-        if ws.processing and str(ws.name).startswith(PLAN["agent"])
-    )
-    if not busy or not once("fired"):
+    while not (busy := busy_ones()):  # between two partitions
+        await asyncio.sleep(0.002)
+    if not once("fired"):
         return
     chosen = [rng.choice(busy)]
     if PLAN["fault"] == "retire":
