@@ -19,11 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -251,8 +252,10 @@ class Sample:
 
 
 @contextmanager
-def started(*command: str) -> Iterator[psutil.Process]:
-    with subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.DEVNULL) as child:
+def started(*command: str, environ: Mapping[str, str]) -> Iterator[psutil.Process]:
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], stderr=subprocess.DEVNULL, env={**os.environ, **environ}
+    ) as child:
         try:
             yield psutil.Process(child.pid)
         finally:
@@ -260,8 +263,18 @@ def started(*command: str) -> Iterator[psutil.Process]:
 
 
 @contextmanager
-def dask_cluster(folder: Path) -> Iterator[dict[str, psutil.Process]]:
-    """A scheduler and two workers, each a process; yields them by name."""
+def dask_cluster(folder: Path, ring: int) -> Iterator[dict[str, psutil.Process]]:
+    """A scheduler and two workers, each a process; yields them by name.
+
+    Args:
+        ring: entries of each of Dask's logs in memory. They take up to an hour to fill, and
+            while they fill nothing can be said of what grows besides.
+    """
+    environ = {
+        "DASK_DISTRIBUTED__ADMIN__LOG_LENGTH": str(ring),
+        "DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": str(ring),
+        "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__LOG_LENGTH": str(ring),
+    }
     file = str(Path(tempfile.mkdtemp(dir=folder)) / "scheduler.json")
     common = ("--scheduler-file", file, "--no-dashboard")
     with ExitStack() as stack:
@@ -269,6 +282,7 @@ def dask_cluster(folder: Path) -> Iterator[dict[str, psutil.Process]]:
             started(
                 *("distributed.cli.dask_scheduler", *common, "--host", "127.0.0.1"),
                 *("--port", "0", "--dashboard-address", "127.0.0.1:0"),
+                environ=environ,
             )
         )
         workers = {
@@ -276,6 +290,7 @@ def dask_cluster(folder: Path) -> Iterator[dict[str, psutil.Process]]:
                 started(
                     *("distributed.cli.dask_worker", *common, "--no-nanny", "--name", name),
                     *("--nthreads", "1", "--resources", "summarize=1"),
+                    environ=environ,
                 )
             )
             for name in AGENTS
@@ -303,7 +318,7 @@ def submit(job: Job, times: Any) -> None:
     times.put((last, time.time()))
 
 
-def whole_run(folder: Path, num_partitions: int) -> dict[str, Any]:
+def whole_run(folder: Path, num_partitions: int, ring: int) -> dict[str, Any]:
     """Run a job to its end; returns its figures, also those of an earlier call."""
     report = folder / f"run-{num_partitions}.json"
     if report.exists():
@@ -311,7 +326,7 @@ def whole_run(folder: Path, num_partitions: int) -> dict[str, Any]:
         return figures
     context = multiprocessing.get_context("spawn")
     times = context.SimpleQueue()
-    with dask_cluster(folder) as processes:
+    with dask_cluster(folder, ring) as processes:
         file = processes["scheduler"].cmdline()[4]
         wait_for_file(Path(file))
         job = make_job(folder, num_partitions, TWO_REPLICAS, scheduler_file=file, wait_s=30)
@@ -371,6 +386,10 @@ def summarize(
             "first_tenth_mb": max(s.rss_mb for s in within[:tenth]),
             "last_tenth_mb": max(s.rss_mb for s in within[-tenth:]),
             "peak_mb": max(s.rss_mb for s in taken),
+            "tenths_mb": [
+                round(max(s.rss_mb for s in within[i * tenth : (i + 1) * tenth]), 1)
+                for i in range(min(10, len(within)))
+            ],
         }
     return figures
 
@@ -401,13 +420,14 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, nargs="+", help="sizes to compare")
     parser.add_argument("--run", action="store_true", help="whole runs on a Dask cluster")
     parser.add_argument("--folder", type=Path, help="keep files and figures here, and resume")
+    parser.add_argument("--ring", type=int, default=1000, help="length of Dask's logs in memory")
     options = parser.parse_args()
     sizes = options.partitions or ([1000, 10_000] if options.run else [1000, 10_000, 100_000])
     with tempfile.TemporaryDirectory(prefix="mas-batch-scale-") as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if options.run:
-            print(run_table([whole_run(folder, size) for size in sizes]))
+            print(run_table([whole_run(folder, size, options.ring) for size in sizes]))
         else:
             print(folder_table(Path(temporary), sizes))
 

@@ -9,17 +9,18 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import click
+from distributed import Client
 from rich.console import Console
 
-from mas_batch import __version__, explain, models, pipeline, show
+from mas_batch import __version__, explain, models, pipeline, remerge, show
 from mas_batch.errors import ExitCode, MasBatchError
-from mas_batch.job import Job
-from mas_batch.job_file import load_job
+from mas_batch.job import Job, MergeMethod
+from mas_batch.job_file import load_job, parse_overrides
 from mas_batch.monitor.events import Event
-from mas_batch.monitor.progress import Bar, LogLines, Throughput
+from mas_batch.monitor.progress import Bar, LogLines, Throughput, sentence
 from mas_batch.results import open_run
 from mas_batch.storage import Store
 
@@ -175,6 +176,93 @@ def explain_partition(
         click.echo(json.dumps(show.explanation_facts(told), ensure_ascii=False))
     else:
         show.print_explanation(Console(), told)
+
+
+@main.command("merge")
+@click.argument("run")
+@click.option("--method", type=click.Choice(get_args(MergeMethod)), help="How to merge.")
+@click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True,
+    help="Override a key of the job's merge section, such as utility=bleu.",
+)  # fmt: skip
+@click.option("--name", help="Of the merge; else the method and a hash of the section.")
+@click.option("--scheduler", metavar="ADDRESS", help="Use this Dask scheduler.")
+@click.option("--json", "as_json", is_flag=True, help="Print a machine-readable summary.")
+@click.option("--records", "num_shown", default=10, show_default=True, help="Records to show.")
+@_clear_errors
+def merge_command(
+    run: str,
+    method: str | None,
+    overrides: tuple[str, ...],
+    name: str | None,
+    scheduler: str | None,
+    as_json: bool,
+    num_shown: int,
+) -> None:
+    """Merge a run's answers again, without asking any agent again.
+
+    The run stays as it is; the merge is kept beside it, in merges/.
+    """
+    changes = parse_overrides(overrides) | ({"method": method} if method else {})
+    opened = open_run(run)
+    with ExitStack() as stack:
+        client = stack.enter_context(Client(scheduler)) if scheduler else None
+        merged = remerge.merge_again(opened, changes, name=name, client=client, emit=_tell)
+    if as_json:
+        click.echo(json.dumps(show.merge_facts(merged), ensure_ascii=False))
+    else:
+        show.print_run(Console(), merged, num_shown)
+
+
+def _tell(event: Event) -> None:
+    if line := sentence(event):
+        Console(stderr=True).print(line)
+
+
+@main.command()
+@click.argument("run")
+@click.option(
+    "--reference", default="reference", show_default=True, metavar="COLUMN",
+    help="Column of the corpus that holds the right answers.",
+)  # fmt: skip
+@click.option(
+    "--method", "methods", multiple=True, type=click.Choice(get_args(MergeMethod)),
+    help="Judge these methods only; may be repeated. Else all that fit the answers.",
+)  # fmt: skip
+@click.option("--resamples", default=1000, show_default=True, help="Of the paired bootstrap.")
+@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--compare", multiple=True, metavar="RUN", help="The same job with other replicas: speed-up."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it for machines.")
+@_clear_errors
+def evaluate(
+    run: str,
+    reference: str,
+    methods: tuple[str, ...],
+    resamples: int,
+    seed: int,
+    compare: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Judge a run's agents and merges by its references: quality, agreement, cost, calibration."""
+    from mas_batch import evaluation
+
+    opened = open_run(run)
+    found = evaluation.evaluate(
+        opened,
+        reference,
+        methods=methods or None,
+        num_resamples=resamples,
+        seed=seed,
+        compare=[open_run(other) for other in compare],
+        merges={name: opened.merge(name).arrow() for name in opened.merges()},
+    )
+    evaluation.write(found, opened.store)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        evaluation.print_evaluation(Console(), found)
 
 
 @main.command()

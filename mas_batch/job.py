@@ -31,8 +31,19 @@ PolicyName = Literal[
     "throughput",
     "reliability",
 ]
-MergeMethod = Literal["vote", "mean", "weighted", "mbr"]
-EngineName = Literal["auto", "echo", "transformers", "marian", "ctranslate2", "openai"]
+MergeMethod = Literal["vote", "mean", "weighted", "reliability", "mbr", "rover", "best"]
+EngineName = Literal[
+    "auto",
+    "echo",
+    "transformers",
+    "marian",
+    "ctranslate2",
+    "openai",
+    "nearest",
+    "bayes",
+    "keywords",
+    "overlap",
+]
 
 # YAML gives lists; frozen models hold tuples.
 Names = Annotated[tuple[str, ...], Strict(False)]
@@ -102,6 +113,11 @@ class Task(_Model):
     minimum: float = 0.0
     maximum: float = 10.0
     """Scoring only: the range of the number."""
+    long_documents: Literal["hierarchical", "extractive", "join"] | None = None
+    """How the answers to the parts of a text over the context become one. None: the task's own
+    way; hierarchical for `summarize`."""
+    evidence: Annotated[int, Field(ge=0, le=16)] = 2
+    """Sentences of the source that are carried along with every part's summary."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -210,6 +226,26 @@ class Adaptive(_Model):
     answers that could still come cannot change the winner."""
 
 
+class Escalate(_Model):
+    """Ask one more agent, about the least confident records only, when all others have answered.
+
+    Its answer is one more vote, not the last word.
+    """
+
+    agent: str
+    """Name of the agent that is kept for this."""
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The share of all records that it is asked about at most."""
+    below: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Or: every record whose confidence is lower. Records that nobody answered always count."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.fraction is None) == (self.below is None):
+            raise ValueError("give either fraction or below")
+        return self
+
+
 class Routing(_Model):
     """Who is asked, and how much is in flight."""
 
@@ -220,6 +256,8 @@ class Routing(_Model):
     """At least so many (an agent that is asked gives all its samples). None: ask every agent."""
     adaptive: Adaptive | None = None
     """Then `answers_per_record` is the most that are asked for."""
+    escalate: Escalate | None = None
+    """A cascade: which records one more agent is asked about in the end."""
     mode: Literal["window", "native"] = "window"
     """`window`: the policy decides as late as possible. `native`: whole groups of partitions go
     to Dask's own scheduler, for very short partitions under the `capability` policy."""
@@ -252,14 +290,29 @@ class Merge(_Model):
 
     method: MergeMethod | None = None
     """None: the task's default."""
-    utility: Literal["chrf", "rouge-l"] | None = None
+    utility: Literal["chrf", "rouge-l", "bleu", "embedding"] | None = None
     """For `mbr`. None: rouge-l for summaries, chrf otherwise."""
+    encoder: Annotated[str, AfterValidator(_model_source)] | None = None
+    """Sentence-embedding model of `utility: embedding`."""
     accuracies: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
     """Agent → how often it is right; `weighted` uses log-odds of it, `mbr` and `mean` itself."""
-    weights: Literal["log-odds", "linear"] = "log-odds"
-    """For `weighted`: the optimal form for independent voters, or the literal accuracies."""
+    weights: Literal["log-odds", "linear", "learned"] | None = None
+    """For `weighted`: `log-odds` (the default, optimal for independent voters) or the literal
+    accuracies (`linear`). For `mbr`: `learned` from the whole corpus, by how well the others'
+    answers support an agent's; None: the accuracies, or all equal."""
+    history: str | None = None
+    """For `reliability`: folder or URL where what was learned is kept between runs and read as a
+    prior by the next."""
     abstain_below: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Records whose confidence is lower are marked `abstain`."""
+    """Records whose confidence is lower are marked `abstain` and copied to `review/`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.utility == "embedding") != (self.encoder is not None):
+            raise ValueError("encoder: the model of `utility: embedding`, and of no other")
+        if self.history is not None and self.method != "reliability":
+            raise ValueError("history: only `method: reliability` keeps what it has learned")
+        return self
 
 
 class Partitioning(_Model):
@@ -342,14 +395,27 @@ class Job(_Model):
                 raise ValueError(
                     f"routing.weights: no agent is called {name!r}; allowed: {', '.join(names)}"
                 )
+        self._check_escalation()
         self._check_answers()
         return self
 
+    def _check_escalation(self) -> None:
+        escalate = self.routing.escalate
+        if escalate is None:
+            return
+        if escalate.agent not in (names := [agent.name for agent in self.agents]):
+            raise ValueError(
+                f"routing.escalate.agent: no agent is called {escalate.agent!r}; "
+                f"allowed: {', '.join(names)}"
+            )
+        if len(names) < 2:
+            raise ValueError("routing.escalate: needs another agent, which is asked first")
+
     def _check_answers(self) -> None:
-        possible = sum(agent.samples for agent in self.agents)
+        possible = sum(agent.samples for agent in self.first_agents)
         wanted = self.routing.answers_per_record
         if wanted is not None and wanted > possible:
-            each = ", ".join(f"{a.name}: {a.samples}" for a in self.agents)
+            each = ", ".join(f"{a.name}: {a.samples}" for a in self.first_agents)
             raise ValueError(
                 f"routing.answers_per_record: {wanted} answers are more than the {possible} that "
                 f"the agents can give ({each}); raise agents.N.samples or add an agent"
@@ -363,8 +429,14 @@ class Job(_Model):
 
     @property
     def answers_per_record(self) -> int:
-        """Answers asked for each record."""
-        return self.routing.answers_per_record or sum(agent.samples for agent in self.agents)
+        """Answers asked for each record, before any is escalated."""
+        return self.routing.answers_per_record or sum(a.samples for a in self.first_agents)
+
+    @property
+    def first_agents(self) -> tuple[Agent, ...]:
+        """All agents but the one that only escalated records go to."""
+        escalate = self.routing.escalate
+        return tuple(a for a in self.agents if escalate is None or a.name != escalate.agent)
 
     def capabilities(self, agent: Agent) -> dict[str, float]:
         """The Dask resources that a worker must declare to host `agent`."""
@@ -387,7 +459,9 @@ class Job(_Model):
         adaptive = self.routing.adaptive
         if adaptive is not None:
             whole["routing"]["adaptive"] = adaptive.model_dump(mode="json")
-        if adaptive or self.answers_per_record < sum(agent.samples for agent in self.agents):
+        if self.routing.escalate is not None:
+            whole["routing"]["escalate"] = self.routing.escalate.model_dump(mode="json")
+        if adaptive or self.answers_per_record < sum(a.samples for a in self.first_agents):
             whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
             whole["routing"]["weights"] = self.routing.weights
         for agent in whole["agents"]:

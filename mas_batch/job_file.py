@@ -127,6 +127,18 @@ def _with_underscores(value: Any) -> Any:
     return value
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Read `key.path=value` words into the mapping that they describe.
+
+    Raises:
+        JobError: one is not of that form.
+    """
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -172,7 +184,7 @@ def _index(node: list[Any], name: str, key: str) -> int:
 
 
 _PATH_KEYS = (
-    *("corpus.path", "output.path"),
+    *("corpus.path", "output.path", "merge.history"),
     *(f"cluster.{name}" for name in ("scheduler_file", "tls_ca_file", "tls_cert", "tls_key")),
 )
 
@@ -194,6 +206,10 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
         model = agent.get("model") if isinstance(agent, dict) else None
         if isinstance(model, str) and model.startswith(("./", "../", "~")):
             agent["model"] = _anchor(model, base, f"agents.{i}.model")
+        options = agent.get("options") if isinstance(agent, dict) else None
+        if isinstance(options, dict) and "examples" in options:
+            key = f"agents.{i}.options.examples"
+            options["examples"] = _anchor(options["examples"], base, key)
 
 
 def _anchor(value: Any, base: Path, key: str) -> Any:

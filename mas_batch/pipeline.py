@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 from dask.system import CPU_COUNT
 from distributed import Client
 
 from mas_batch import cluster, results
-from mas_batch.agents.spec import AgentSpec, agent_specs
-from mas_batch.agents.work import COMMITTED, RunRef, partition_statistics
+from mas_batch.agents.spec import agent_specs
+from mas_batch.agents.work import RunRef
+from mas_batch.aggregate.escalation import check_method
 from mas_batch.aggregate.merge import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, check_rule
-from mas_batch.aggregate.tree import tree_reduce
+from mas_batch.asking import Asking
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import ExitCode, JobError, RunError
+from mas_batch.history import Memory
 from mas_batch.job import Job
+from mas_batch.learning import escalation, learned
 from mas_batch.lock import RunLock
 from mas_batch.monitor.event_log import EventLog
-from mas_batch.monitor.events import Event, RunFinished, RunStarted
+from mas_batch.monitor.events import Event, RunFinished
 from mas_batch.partition import Partition, partition
-from mas_batch.results import Committed, Plan
-from mas_batch.routing.dask import DaskRouter
-from mas_batch.routing.dispatcher import Dispatcher
-from mas_batch.routing.instructions import Rules, Work
-from mas_batch.routing.policies import POLICIES
+from mas_batch.publishing import publish
+from mas_batch.results import Plan
 from mas_batch.routing.scaling import Scaler
-from mas_batch.storage import Store, parquet_bytes, without_credentials
+from mas_batch.storage import Store
 from mas_batch.tasks import make_task
 
 Emit = Callable[[Event], None]
-
-PARTITIONS_PER_LEAF = 16
-"""Partitions that one leaf of the statistics tree reads, at least."""
-
-MAX_LEAVES = 1024
-"""Of the statistics tree: the scheduler keeps some kB of each until it is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +87,7 @@ def run(
         MasBatchError: the run failed; what is committed is kept and resumed next time.
     """
     start = time.perf_counter()
-    merge, stopping = merge_spec(job), stopping_rule(job)
+    merge, stopping = _merging(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
@@ -115,6 +105,7 @@ def run(
         )
         # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
         topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
+        memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text
         )
@@ -122,10 +113,10 @@ def run(
             cluster.connect(job, specs, topic, client, scaler) as connection,
             _logged(store, emit) as log,
         ):
-            _answer(connection, job, ref, specs, plan, name, log, lock)
-            statistics = _statistics(connection.client, ref, specs, plan)
+            asking = Asking(connection, job, specs, plan, name, log, lock, memory)
+            ref, statistics = _answer_and_merge(asking, ref)
             lock.check()
-            manifest = _publish(job, ref, name, plan, statistics)
+            manifest = publish(ref, name, plan, list(specs), statistics)
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
             log(RunFinished(counts["results"], counts["failures"], wall_s))
@@ -156,8 +147,7 @@ def preview(job: Job) -> Preview:
     Raises:
         JobError: the job cannot run as written.
     """
-    merge_spec(job)
-    stopping_rule(job)
+    _merging(job)
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
@@ -196,6 +186,9 @@ def merge_spec(job: Job) -> MergeSpec:
         abstain_below=job.merge.abstain_below,
         answer_kind=task.answer_kind,
         num_labels=len(job.task.labels) if job.task.labels else None,
+        labels=job.task.labels,
+        agents=tuple(agent.name for agent in job.agents),
+        encoder=job.merge.encoder,
     )
 
 
@@ -208,10 +201,18 @@ def stopping_rule(job: Job) -> StoppingRule | None:
     if job.routing.adaptive is None:
         return None
     # The last agent that is asked may give more than are wanted.
-    most = job.answers_per_record + max(agent.samples for agent in job.agents) - 1
+    most = job.answers_per_record + max(agent.samples for agent in job.first_agents) - 1
     rule = StoppingRule(job.routing.adaptive.confidence, most)
-    check_rule(merge_spec(job), rule)
+    check_rule(merge_spec(job).first_pass, rule)
     return rule
+
+
+def _merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
+    """Check all of the job that has to do with merging."""
+    merge = merge_spec(job)
+    if job.routing.escalate is not None:
+        check_method(merge.method)
+    return merge, stopping_rule(job)
 
 
 def _output(job: Job) -> Store:
@@ -236,132 +237,32 @@ def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
         raise
 
 
-def _answer(
-    connection: cluster.Connection,
-    job: Job,
-    ref: RunRef,
-    specs: dict[str, AgentSpec],
-    plan: Plan,
-    name: str,
-    emit: Emit,
-    lock: RunLock,
-) -> None:
-    """Ask the agents about everything that is not committed yet."""
-    client = connection.client
-    done = results.committed(ref.store, plan, specs)
-    emit(_started(client, job, ref.store, plan, done, name))
-    if done.num_merged == plan.num_partitions:
-        return  # killed between the last merge and the manifest
-    ref.store.remove_folder(results.JOURNAL)
-    with DaskRouter(
-        client, job, ref, specs, emit, check=lock.check, scaler=connection.scaler
-    ) as router:
-        router.host()
-        results.write_engines(ref.store, router.engine_facts)
-        work = _work(plan, done)
-        if job.routing.mode == "native":
-            work = router.run_native(work)
-        dispatcher = Dispatcher(
-            {agent.name: agent.samples for agent in job.agents},
-            _rules(job),
-            POLICIES[job.routing.policy](),
-            work,
-            plan.num_partitions - done.num_merged,
-        )
-        for agent_id in done.answered:
-            if done.answered[agent_id].any():  # it works, as far as an earlier execution knows
-                dispatcher.trust(agent_id)
-        router.run(dispatcher)
-        results.write_engines(ref.store, router.engine_facts)  # also of those that came later
+def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
+    """Answer the corpus and merge it; returns how it was merged, and the statistics.
 
-
-def _rules(job: Job) -> Rules:
-    routing = job.routing
-    return Rules(
-        answers_per_record=job.answers_per_record,
-        first=routing.adaptive.first if routing.adaptive else None,
-        window=routing.window,
-        max_attempts=routing.max_attempts,
-        weights=routing.weights,
-        accuracies=job.merge.accuracies,
-        speculate=routing.speculate,
-        timeout_s=routing.timeout_s,
-    )
-
-
-def _work(plan: Plan, done: Committed) -> Iterator[Work]:
-    for index, num_records, tokens in plan.sizes():
-        if not done.merged[index]:
-            yield Work(index, tokens, num_records, done.agents(index))
-
-
-def _started(
-    client: Client, job: Job, store: Store, plan: Plan, done: Committed, name: str
-) -> RunStarted:
-    return RunStarted(
-        run=without_credentials(store.url),
-        num_partitions=plan.num_partitions,
-        num_records=plan.num_records,
-        partitions_done=done.num_merged,
-        records_done=plan.num_records_in(done.merged),
-        answers_done=done.num_answers_to_open,
-        answers_per_record=job.answers_per_record,
-        earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
-        dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
-    )
-
-
-def _statistics(
-    client: Client, ref: RunRef, specs: Sequence[str] | dict[str, AgentSpec], plan: Plan
-) -> Any:
-    """Count the committed tables and find their failures files, by a tree of tasks on workers."""
-    indices = range(plan.num_partitions)
-    per_leaf = max(PARTITIONS_PER_LEAF, -(-plan.num_partitions // MAX_LEAVES))
-    groups = (
-        (ref, indices[first : first + per_leaf], tuple(specs)) for first in indices[::per_leaf]
-    )
-    partial = tree_reduce(client, partition_statistics, groups, COMMITTED)
-    return COMMITTED.combine([]) if partial is None else partial
-
-
-def _publish(job: Job, ref: RunRef, name: str, plan: Plan, partial: Any) -> dict[str, Any]:
-    """Check the invariant, write the agents table and the manifest."""
-    store = ref.store
-    statistics = COMMITTED.finalize(partial)
-    counts = statistics["counts"]
-    results.check_invariant(plan, counts["results"], counts["failures"])
-    agents = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
-    store.replace("agents.parquet", parquet_bytes(pa.Table.from_pylist(agents)))
-    manifest = {
-        "format": results.FORMAT,
-        "run": name,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "counts": counts,
-        "agents": agents,
-        "engines": results.read_engines(store),
-        "merge": _merge_facts(ref.merge),
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                package: version(package)
-                for package in ("mas_batch", "dask", "distributed", "pyarrow")
-            },
-        },
-        "files": results.manifest_files(
-            store, plan, [agent.name for agent in job.agents], statistics["failures_files"]
-        ),
-    }
-    store.remove_folder(results.JOURNAL)
-    store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
-    results.publish(store, manifest)
-    return manifest
-
-
-def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
-    facts: dict[str, Any] = {"method": spec.method, "accuracies": dict(spec.accuracies)}
-    if spec.method == "mbr":
-        facts["utility"] = spec.utility
-    return facts
+    Most merges are made as the answers come. One that needs the whole corpus, or whose least
+    confident records are escalated, is made in two passes: a provisional merge, which tells
+    which partitions are done, and the final one.
+    """
+    job, memory = asking.job, asking.memory
+    escalate = job.routing.escalate
+    first = tuple(agent.name for agent in job.first_agents)
+    every = tuple(agent.name for agent in job.agents)
+    if not ref.merge.needs_corpus and escalate is None:
+        asking.answer(ref, first)
+        return ref, asking.corpus(ref, every).statistics(merge=False)
+    provisional = replace(ref, merge=ref.merge.first_pass, into=results.FIRST_PASS)
+    asking.answer(provisional, first)
+    corpus = asking.corpus(replace(ref, stopping=None), first)
+    prior = memory.prior(besides=asking.name) if memory else None
+    if escalate is not None:
+        ranked = learned(corpus, "learned-before-escalation.json", prior)
+        chosen = escalation(ranked, escalate)
+        asking.escalate(replace(ranked.run, escalation=chosen, into=results.SECOND_PASS))
+    corpus = learned(replace(corpus, agents=every), "learned.json", prior)
+    if memory is not None and corpus.run.merge.reliability is not None:
+        memory.keep(asking.name, corpus.run.merge.reliability)
+    return corpus.run, corpus.statistics(merge=True)
 
 
 def _published(job: Job, store: Store, start: float) -> Summary | None:

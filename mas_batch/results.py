@@ -7,10 +7,15 @@
         answers/agent=<name>/part-….parquet   one row per answer
         results/part-….parquet                one row per answered record
         failures/part-…-<hash>.parquet        one row per record without an answer
+        review/part-….parquet                 records in a tie or of low confidence, for people
         agents.parquet                        per agent: answers, failures, tokens, times
+        learned.json                          what the merge learned from the whole corpus
+        escalation.json                       which records one more agent was asked about
+        merges/<name>/                        the answers merged again: results, failures, manifest
         engines.json                          what each agent's engine says of itself
         events/<time>-0000.jsonl              every routing decision and every outcome
         journal/                              while a record that kills its worker is searched for
+        first-pass/                           while answers come, if the merge needs all of them
         manifest.json                         what is valid, counts, versions; published last
 
 The folder's name is a hash of everything that determines the results, so that resuming is
@@ -50,6 +55,15 @@ FORMAT = 2
 1: the manifest named every file. 2: it holds ranges of partition numbers; see `manifest_files`.
 """
 
+FIRST_PASS = "first-pass"
+"""Folder of merges that serve until the whole corpus is answered."""
+
+SECOND_PASS = "second-pass"
+"""Folder of merges that only say which partitions' escalated records are answered."""
+
+MERGES = "merges"
+"""Folder of merges that were made afterwards, each a folder with a manifest."""
+
 JOURNAL = "journal"
 """Folder of what `agents.quarantine` notes in one execution: the next may have better machines."""
 
@@ -81,6 +95,11 @@ def answers_name(partition: int, agent_id: str) -> str:
 def results_name(partition: int) -> str:
     """Return where the partition's results are."""
     return f"results/{part(partition)}.parquet"
+
+
+def review_name(partition: int) -> str:
+    """Return where those of the partition's results are that people should look at."""
+    return f"review/{part(partition)}.parquet"
 
 
 # Before the run: identity, staging, plan
@@ -205,11 +224,17 @@ class Committed:
         return frozenset(agent for agent, parts in self.answered.items() if parts[partition])
 
 
-def committed(run: Store, plan: Plan, agents: Iterable[str]) -> Committed:
-    """List what is committed; one listing per folder."""
+def committed(
+    run: Store, plan: Plan, agents: Iterable[str], merged: Store | None = None
+) -> Committed:
+    """List what is committed; one listing per folder.
+
+    Args:
+        merged: where the merges are; None: in the run itself.
+    """
     size = plan.num_partitions
     answered = {agent: _bitmap(_names(run, f"answers/agent={agent}"), size) for agent in agents}
-    return Committed(_bitmap(_names(run, "results"), size), answered)
+    return Committed(_bitmap(_names(merged or run, "results"), size), answered)
 
 
 def _names(run: Store, folder: str) -> Iterator[str]:
@@ -295,21 +320,40 @@ def read_engines(run: Store) -> dict[str, Any]:
     return facts
 
 
+def commit_review(run: Store, partition: int, merged: pa.Table) -> int:
+    """Commit what people should look at, if anything; returns how many records.
+
+    These are the results in a tie or below the job's confidence, with all their candidates.
+    """
+    doubtful = merged.filter(pc.or_(merged["tie"], merged["abstain"]))
+    if doubtful.num_rows:
+        run.commit_table(review_name(partition), doubtful)
+    return int(doubtful.num_rows)
+
+
 def manifest_files(
-    run: Store, plan: Plan, agents: Iterable[str], failures: Mapping[int, str]
+    run: Store,
+    plan: Plan,
+    agents: Iterable[str],
+    failures: Mapping[int, str],
+    review: Iterable[int],
 ) -> dict[str, Any]:
     """Say which files are valid, in a size that hardly grows with the number of partitions.
 
     Results and answers have one possible name per partition: `results` is ranges `[first, stop)`
-    of partition numbers, `answers` is agent → ranges. A failures file's name holds a hash:
-    `failures` is names, in corpus order.
+    of partition numbers, so is `review`, and `answers` is agent → ranges. A failures file's
+    name holds a hash: `failures` is names, in corpus order.
 
     Args:
         failures: partition → its failures file, of those that have one.
+        review: partitions that have a review file.
     """
     done = committed(run, plan, agents)
+    reviewed = np.zeros(plan.num_partitions, np.bool_)
+    reviewed[list(review)] = True
     return {
         "results": to_ranges(np.ones(plan.num_partitions, np.bool_)),
+        "review": to_ranges(reviewed),
         "failures": [failures[partition] for partition in sorted(failures)],
         "answers": {agent: to_ranges(parts) for agent, parts in done.answered.items()},
     }
@@ -357,7 +401,7 @@ class Run:
         return f"<Run {self.manifest['run']}: {results} results, {failures} failures>"
 
     def arrow(self, table: str = "results") -> pa.Table:
-        """Read a whole table: `results`, `failures`, `answers` or `agents`.
+        """Read a whole table: `results`, `review`, `failures`, `answers` or `agents`.
 
         One file is open at a time; its rows are in chunks of 64 files, of which each file by
         itself would be a chunk of every column.
@@ -392,18 +436,38 @@ class Run:
         """
         if table == "agents":
             return iter(["agents.parquet"])
-        if table not in ("results", "failures", "answers"):
-            raise RunError(f"no table {table!r}; allowed: results, failures, answers, agents")
-        files = self.manifest["files"][table]
+        if table not in _EMPTY:
+            raise RunError(f"no table {table!r}; allowed: {', '.join(_EMPTY)}, agents")
+        files = self.manifest["files"].get(table, [])
         if table == "failures" or self.manifest["format"] == 1:
             return iter(files)
-        if table == "results":
-            return map(results_name, from_ranges(files))
-        return _answers_names(files)
+        if table == "answers":
+            return _answers_names(files)
+        return map(results_name if table == "results" else review_name, from_ranges(files))
+
+    def merges(self) -> list[str]:
+        """Name the merges that were made afterwards of this run's answers."""
+        return sorted(
+            name
+            for name in self.store.list(MERGES)
+            if self.store.exists(f"{MERGES}/{name}/manifest.json")
+        )
+
+    def merge(self, name: str) -> Run:
+        """Open one of `merges`: its results and failures, beside this run's answers.
+
+        Raises:
+            RunError: there is no such merge.
+        """
+        if name not in self.merges():
+            allowed = ", ".join(self.merges()) or "there is none"
+            raise RunError(f"{self.store.location(MERGES)}: no merge {name!r}; allowed: {allowed}")
+        return open_run(self.store.child(f"{MERGES}/{name}").url, self.store.options)
 
 
 _EMPTY = {
     "results": pa.schema([pa.field("record_id", pa.string()), *RESULT_FIELDS]),
+    "review": pa.schema([pa.field("record_id", pa.string()), *RESULT_FIELDS]),
     "failures": FAILURES,
     "answers": ANSWERS,
 }

@@ -126,6 +126,16 @@ def print_run(out: Console, run: Run, num_shown: int) -> None:
     )
 
 
+def merge_facts(merged: Run) -> dict[str, Any]:
+    """What `--json` prints of a merge that was made afterwards."""
+    manifest = merged.manifest
+    return {
+        "merge": merged.store.location(""),
+        "how": manifest["merge"],
+        "counts": manifest["counts"],
+    }
+
+
 def _records_table(run: Run, num_shown: int) -> Table:
     manifest = run.manifest
     table = Table(title=manifest["run"], show_lines=True, title_justify="left", expand=True)

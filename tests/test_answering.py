@@ -171,7 +171,7 @@ def test_an_unparsable_reply_keeps_what_it_took():
     assert answer.reason is Reason.UNPARSABLE_ANSWER
     assert answer.message == "expected a number from 0 to 10, got 'MANY WORDS BUT NO'"
     assert (answer.completion_tokens, answer.t_compute_s) == (4, 1.0)
-    assert answer.finish_reason == "length"
+    assert (answer.finish_reason, answer.sum_logprob) == ("length", None)
 
 
 # --- Seeds
@@ -261,36 +261,118 @@ def test_a_part_that_fails_fails_its_record_and_says_which():
     assert good.text == "g h"
 
 
-def test_summaries_are_summarised_until_they_fit():
-    engine = Recorder(max_context_tokens=12)
-    profile = replace(PROFILE, sampling=Sampling(max_new_tokens=4))
-    text = " ".join(f"w{i}" for i in range(32))
-    (answer,) = ask([text], engine, "summarize", profile)
-    # 32 words in 4 parts of 8; 4 × 4 words in 2 parts; 2 × 4 words fit.
-    assert [len(call) for call in engine.calls] == [4, 2, 1]
+# Summaries of parts: the parts hold `context - 4` words, so do the prompts that merge them
+
+
+MERGE = job.Task(kind="summarize", evidence=0, max_new_tokens=4)
+SHOWN = "(summaries of consecutive parts of one document, in order)"
+"""What the prompt says of the answers: 9 words."""
+
+
+def words(number: int) -> str:
+    return " ".join(f"w{i}" for i in range(number))
+
+
+def summarize(
+    text: str, engine: Engine, profile: AgentProfile = PROFILE, **keys: Any
+) -> list[Answer]:
+    task = make_task(MERGE.model_copy(update=keys))
+    return answer_records(records_of(text), task, engine, profile)
+
+
+def test_summaries_are_merged_level_by_level():
+    engine = Recorder(max_context_tokens=24)
+    (answer,) = summarize(words(84), engine)
+    # 84 words in parts of 20; 5 answers of 4 words; a prompt has room for 11 words of answers.
+    assert [sorted(call) for call in engine.texts[1:]] == [
+        ["W0 W1 W2 W3\n\nW20 W21 W22 W23", "W40 W41 W42 W43\n\nW60 W61 W62 W63"],
+        ["W0 W1 W2 W3\n\nW40 W41 W42 W43"],
+        ["W0 W1 W2 W3\n\nW80 W81 W82 W83"],  # the fifth part's went up unchanged
+    ]
     assert answer.text == "W0 W1 W2 W3"
-    assert (answer.num_parts, answer.finish_reason) == (4, "length")
-    assert (answer.sum_logprob, answer.completion_tokens) == (-7.0, 28)
+    assert (answer.num_parts, answer.finish_reason) == (5, "length")
+    assert (answer.sum_logprob, answer.t_compute_s) == (-9.0, 9.0)
+    assert answer.completion_tokens == 9 * 4
+    assert answer.prompt_tokens == 84 + 4 * (9 + 8)
+    assert engine.calls[1][0].messages[-1].content.split("\n\n")[0] == SHOWN
 
 
-def test_every_sample_is_summarised_again_by_itself():
-    engine = Recorder(max_context_tokens=12)
-    answers = ask(["a b c d e f g h i j"], engine, "summarize", samples(2))
-    assert [sorted(call) for call in engine.texts[1:]] == [["A B C D\n\nI J", "A B C D !\n\nI J !"]]
-    assert [(a.sample_id, a.text) for a in answers] == [(0, "A B C D"), (1, "A B C D")]
-    later = [request for call in engine.calls[1:] for request in call]
-    assert len({request.seed for request in later}) == len(later) == 2
+def test_evidence_of_the_source_goes_along():
+    engine = Recorder(max_context_tokens=40)
+    text = "The dam failed. " * 8 + "A cat sat. " + "Rain made the river rise. " * 6
+    (answer,) = summarize(text, engine, evidence=1)
+    merge = engine.texts[-1][0]
+    assert merge == "THE DAM FAILED. THE\n> The dam failed.\n\nRAIN MADE THE RIVER"  # five words
+    assert answer.text == "THE DAM FAILED. THE"
 
 
-def test_summaries_that_do_not_get_shorter_end():
-    engine = Recorder(max_context_tokens=8)
-    (answer,) = ask(["a b c d e f g h i"], engine, "summarize")
+def test_all_records_and_samples_share_the_call_of_a_level():
+    engine = Recorder(max_context_tokens=24)
+    texts = [words(30), "short", words(25)]
+    records = records_of(*texts)
+    answers = answer_records(records, make_task(MERGE), engine, samples(2))
+    assert [len(call) for call in engine.calls] == [5, 4]
+    assert [(a.record_id, a.sample_id, a.text) for a in answers] == [
+        ("r0", 0, "W0 W1 W2 W3"),
+        ("r0", 1, "W0 W1 W2 W3"),
+        ("r1", 0, "SHORT"),
+        ("r1", 1, "SHORT !"),
+        ("r2", 0, "W0 W1 W2 W3"),
+        ("r2", 1, "W0 W1 W2 W3"),
+    ]
+    later = engine.calls[1]
+    assert len({request.seed for request in later}) == len({r.request_id for r in later}) == 4
+    assert any("!" in request.text for request in later)  # a sample merges its own answers
+
+
+class Finisher(Recorder):
+    """Ends by itself when it merges."""
+
+    def _one(self, request: Request, sampling: Sampling, sample: int) -> Completion:
+        completion = Recorder._one(self, request, sampling, sample)
+        ended = "\n\n" in request.text
+        return replace(completion, finish_reason="stop") if ended else completion
+
+
+def test_the_last_merge_says_whether_the_answer_was_cut():
+    (answer,) = summarize(words(30), Finisher(max_context_tokens=24))
+    assert (answer.finish_reason, answer.text) == ("stop", "W0 W1 W2 W3")
+    profile = replace(PROFILE, sampling=Sampling(max_new_tokens=4))
+    engine = echo(max_context_tokens=24, words=4)
+    (answer,) = summarize(words(30), engine, profile)
+    assert (answer.finish_reason, answer.text) == ("stop", "w0 w1 w2 w3")
+    (answer,) = summarize(words(30), engine, profile, long_documents="join")
+    assert (answer.finish_reason, answer.text) == ("stop", "w0 w1 w2 w3\n\nw20 w21 w22 w23")
+    (answer,) = summarize(words(30), echo(max_context_tokens=24), profile, long_documents="join")
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message", "tokens"),
+    [
+        ("w25", "part 2 of 3: EngineError: fault", 8),
+        ("w0 w1 w2 w3\n\nw20", "merging parts 1 to 2: EngineError: fault", 12),
+        ("w0 w1 w2 w3\n\nw40", "merging parts 1 to 3: EngineError: fault", 16),
+    ],
+)
+def test_what_fails_on_the_way_is_named_and_what_it_took_is_kept(bad, message, tokens):
+    engine = echo(max_context_tokens=24, words=4, faults={bad: "error"})
+    (answer,) = summarize(words(60), engine)
+    assert (answer.reason, answer.text, answer.num_parts) == (Reason.ENGINE_ERROR, None, 3)
+    assert answer.message.startswith(message)
+    assert (answer.finish_reason, answer.completion_tokens) == ("error", tokens)
+
+
+def test_summaries_of_which_no_two_fit_a_prompt_are_given_up():
+    (answer,) = summarize(words(40), Recorder(max_context_tokens=20))
     assert answer.reason is Reason.TOO_LONG
     assert answer.message == (
-        "the answers to its parts hardly shorten it; the context is 8 tokens, "
-        "4 of them for the answer (task.max_new_tokens)"
+        "no two neighbouring answers to its parts fit a prompt together; "
+        "the context is 20 tokens, 4 of them for the answer (task.max_new_tokens)"
     )
-    assert (answer.completion_tokens, answer.finish_reason) == (9, "error")
+    assert (answer.completion_tokens, answer.finish_reason, answer.num_parts) == (12, "error", 3)
+    (answer,) = summarize(words(40), Recorder(max_context_tokens=20), long_documents="extractive")
+    assert answer.text == "W0 W1 W2 W3"
 
 
 @settings(max_examples=60, deadline=None)

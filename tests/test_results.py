@@ -129,7 +129,7 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
             run.replace(results.answers_name(p, agent), b"")
     failures = {10: "failures/part-000010-beef.parquet", 2: "failures/part-000002-cafe.parquet"}
 
-    files = results.manifest_files(run, plan, asked, failures)
+    files = results.manifest_files(run, plan, asked, failures, [1])
 
     assert files["results"] == [[0, 12]]
     assert files["answers"] == {
@@ -140,6 +140,7 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
     opened = published(tmp_path, **files)
     assert list(opened.files("results")) == [results.results_name(p) for p in range(12)]
     assert list(opened.files("failures")) == [failures[2], failures[10]]
+    assert list(opened.files("review")) == [results.review_name(1)]
     assert list(opened.files("answers")) == [
         results.answers_name(p, agent) for p in range(12) for agent in asked if p in asked[agent]
     ]
@@ -149,8 +150,12 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
 
 def test_the_manifest_of_a_large_run_is_small(tmp_path: Path) -> None:
     run, plan = Store(str(tmp_path)), plan_of(100_000)
-    files = results.manifest_files(run, plan, ["a"], {})
-    assert files == {"results": [[0, 100_000]], "failures": [], "answers": {"a": []}}
+    files = results.manifest_files(run, plan, ["a"], {}, [])
+    answers: dict[str, list[list[int]]] = {"a": []}
+    nothing: list[str] = []
+    assert files == {
+        "results": [[0, 100_000]], "review": [], "failures": nothing, "answers": answers,
+    }  # fmt: skip
 
 
 def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:

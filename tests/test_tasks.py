@@ -15,7 +15,7 @@ from mas_batch import job
 from mas_batch.engines.base import Message
 from mas_batch.errors import JobError, Reason, RecordError
 from mas_batch.records import Parsed
-from mas_batch.tasks import TASKS, Fitted, Rewrite, make_task
+from mas_batch.tasks import TASKS, Fitted, make_task
 from mas_batch.tasks.splitting import Part
 
 
@@ -278,9 +278,9 @@ def answers(*texts: str) -> list[Parsed]:
     return [Parsed(text, label=text) for text in texts]
 
 
-def test_summaries_of_parts_are_summarised_again():
+def test_summaries_are_joined_a_paragraph_each():
     joined = task_of("summarize").join(answers("a", "b", "c"), PARTS)
-    assert joined == Rewrite("a\n\nb\n\nc")
+    assert joined == Parsed("a\n\nb\n\nc")
 
 
 def test_translations_keep_the_sources_separators():

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, count, islice
 
-from mas_batch.engines.base import Completion, Engine, Request, Sampling
+from mas_batch.agents.account import add, failed, given_up, said
+from mas_batch.engines.base import Completion, Engine, Message, Request, Sampling
 from mas_batch.engines.batching import complete
 from mas_batch.errors import JobError, Reason, RecordError, RunError
 from mas_batch.job import fingerprint
 from mas_batch.records import Answer, Parsed, Record
-from mas_batch.tasks.base import Fitted, Rewrite, Task
+from mas_batch.tasks.base import Fitted, Task
+from mas_batch.tasks.longdoc import (
+    Extractive,
+    Hierarchical,
+    Piece,
+    evidence,
+    extract,
+    merge_text,
+    merged,
+    pack,
+)
 from mas_batch.tasks.splitting import Part
-
-MAX_REWRITE = 0.9
-"""What the parts' answers may keep of a text's length if they have to be cut again. Below 1, so
-that the number of waves grows with the logarithm of the length and asking ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +42,16 @@ class AgentProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Spent:
-    """What the completions behind one answer took together, whatever came of it."""
+class _Draft:
+    """An answer in pieces that the agent has still to merge."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    sum_logprob: float | None = 0.0
-    """None as soon as one of them is unknown."""
-    compute_s: float = 0.0
-    finish_reason: str = "stop"
-    """`error` if any failed, else `length` if any was cut, else `stop`."""
-
-    def plus(self, completion: Completion) -> _Spent:
-        known = self.sum_logprob is not None and completion.sum_logprob is not None
-        reasons = {self.finish_reason, completion.finish_reason}
-        return _Spent(
-            self.prompt_tokens + completion.prompt_tokens,
-            self.completion_tokens + completion.num_tokens,
-            (self.sum_logprob or 0.0) + (completion.sum_logprob or 0.0) if known else None,
-            self.compute_s + completion.compute_s,
-            next(reason for reason in ("error", "length", "stop") if reason in reasons),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A text to ask about: a record's in wave 0, later what a `Rewrite` made of its parts."""
-
-    record: Record
-    text: str
-    samples: tuple[int, ...]
-    """The sample numbers it is asked for: all of them in wave 0, one in later waves."""
-    wave: int = 0
-    num_parts: int = 1
-    """Parts that wave 0 cut the record into."""
-    spent: _Spent = _Spent()
-    """In the waves before."""
-    max_chars: float = math.inf
-    """A longer text is not cut again, it is given up."""
+    answer: Answer
+    """Without a text yet: whose it is, and what the completions behind it took so far."""
+    context: str | None
+    """Background, as it was shown with every part."""
+    pieces: tuple[Piece, ...]
+    """In the document's order, at least two."""
+    merging: Hierarchical
 
 
 def check_engine(task: Task, engine: Engine) -> None:
@@ -102,39 +80,34 @@ def answer_records(
 ) -> list[Answer]:
     """Ask about every record that has no `reason`: one answer per record and sample, in order.
 
-    All first requests go to the engine in one call, so that its batches are full; texts over
-    the context are cut, asked in parts and joined per sample. What cannot be asked, answered
-    or parsed becomes an answer with a reason. Tokens, seconds and log-probabilities are sums
-    over all the completions behind an answer; `finish_reason` is `length` if any was cut.
+    All first requests go to the engine in one call, so that its batches are full. A text over
+    the context is asked about in parts; where the task merges their answers by asking again,
+    each level of merging, of all records and samples, is one call too. What cannot be asked,
+    answered, parsed or merged becomes an answer with a reason. Tokens, seconds and
+    log-probabilities are sums over all the completions behind an answer; `finish_reason` is
+    the last merge's where there is one, else `length` if any part was cut.
     """
     asker = _Asker(task, engine, profile)
-    samples = tuple(range(profile.sampling.num_samples))
-    questions = [_Question(r, _text(r), samples) for r in records if r.reason is None]
-    order = [(q.record.record_id, sample) for q in questions for sample in samples]
+    good = [record for record in records if record.reason is None]
     answers: dict[tuple[str, int], Answer] = {}
-    while questions:
-        answered, questions = asker.ask(questions)
-        answers.update(((a.record_id, a.sample_id), a) for a in answered)
-    return [answers[key] for key in order]
+    outcomes = asker.ask(good)
+    for level in count(1):
+        settled = (outcome for outcome in outcomes if isinstance(outcome, Answer))
+        answers.update(((answer.record_id, answer.sample_id), answer) for answer in settled)
+        drafts = [outcome for outcome in outcomes if isinstance(outcome, _Draft)]
+        if not drafts:
+            break
+        outcomes = asker.merge(drafts, level)
+    samples = range(profile.sampling.num_samples)
+    return [answers[record.record_id, sample] for record in good for sample in samples]
 
 
 def failed_answers(
     record: Record, profile: AgentProfile, reason: Reason, message: str
 ) -> list[Answer]:
     """Return what stands for the answers to a record that is not asked: one per sample."""
-    return [
-        Answer(
-            record_id=record.record_id,
-            agent_id=profile.agent_id,
-            family_id=profile.family_id,
-            sample_id=sample,
-            text=None,
-            finish_reason="error",
-            reason=reason,
-            message=message,
-        )
-        for sample in range(profile.sampling.num_samples)
-    ]
+    error, samples = RecordError(reason, message), range(profile.sampling.num_samples)
+    return [given_up(_blank(record, profile, sample), error) for sample in samples]
 
 
 def _text(record: Record) -> str:
@@ -143,58 +116,82 @@ def _text(record: Record) -> str:
     return record.text
 
 
+def _blank(record: Record, profile: AgentProfile, sample: int) -> Answer:
+    """Begin an answer: nothing is said and nothing was spent."""
+    return Answer(
+        record.record_id, profile.agent_id, profile.family_id, sample, text=None, sum_logprob=0.0
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Asker:
     task: Task
     engine: Engine
     profile: AgentProfile
 
-    def ask(self, questions: Sequence[_Question]) -> tuple[list[Answer], list[_Question]]:
-        """Ask one wave; return the answers that are final and the questions they raise."""
-        answers: list[Answer] = []
-        asked: list[tuple[_Question, Fitted]] = []
-        for question in questions:
+    def ask(self, records: Sequence[Record]) -> list[Answer | _Draft]:
+        """Ask about the records, whole or in parts, in one call."""
+        sampling = self.profile.sampling
+        outcomes: list[Answer | _Draft] = []
+        asked: list[tuple[Record, Fitted]] = []
+        for record in records:
             try:
-                asked.append((question, self._fit(question)))
+                asked.append((record, self._fit(_text(record), record.context)))
             except RecordError as error:
-                failed = dataclasses.replace(question.spent, finish_reason="error")
-                answers += [self._failed(question, s, failed, error) for s in question.samples]
-        # A wave's questions all ask for equally many samples: all of them, or one each.
-        sampling = dataclasses.replace(self.profile.sampling, num_samples=len(questions[0].samples))
-        requests = [self._request(q, f, i) for q, f in asked for i in range(len(f.parts))]
+                outcomes += failed_answers(record, self.profile, error.reason, error.message)
+        requests = [
+            self._request((record.record_id, 0, 0, number), part.text, fitted.context)
+            for record, fitted in asked
+            for number, part in enumerate(fitted.parts)
+        ]
         replies = iter(complete(self.engine, requests, sampling))
-        raised: list[_Question] = []
-        for question, fitted in asked:
-            by_sample = zip(*islice(replies, len(fitted.parts)), strict=True)
-            for sample, completions in zip(question.samples, by_sample, strict=True):
-                outcome = self._settle(question, fitted, sample, completions)
-                if isinstance(outcome, Answer):
-                    answers.append(outcome)
-                else:
-                    raised.append(outcome)
-        return answers, raised
+        for record, fitted in asked:
+            outcomes += self._settle(record, fitted, list(islice(replies, len(fitted.parts))))
+        return outcomes
 
-    def _fit(self, question: _Question) -> Fitted:
+    def merge(self, drafts: Sequence[_Draft], level: int) -> list[Answer | _Draft]:
+        """Merge neighbouring pieces, as many as fit a prompt, of all drafts in one call."""
+        outcomes: list[Answer | _Draft] = []
+        planned: list[tuple[_Draft, list[tuple[Piece, ...]]]] = []
+        for draft in drafts:
+            groups = pack(draft.pieces, partial(self._mergeable, draft))
+            if len(groups) < len(draft.pieces):
+                planned.append((draft, groups))
+            else:
+                message = "no two neighbouring answers to its parts fit a prompt together"
+                error = RecordError(Reason.TOO_LONG, f"{message}; {self._limits()}")
+                outcomes.append(given_up(draft.answer, error))
+        requests = [
+            self._merge_request(draft, group, level)
+            for draft, groups in planned
+            for group in groups
+            if len(group) > 1
+        ]
+        sampling = replace(self.profile.sampling, num_samples=1)
+        replies = chain.from_iterable(complete(self.engine, requests, sampling))
+        outcomes += [self._settle_level(draft, groups, replies) for draft, groups in planned]
+        return outcomes
+
+    def _fit(self, text: str, context: str | None) -> Fitted:
         """Return the text whole if the engine's context holds it, else in parts.
 
         Raises:
             RecordError: `too_long`.
         """
-        context = question.record.context
 
         def fits(text: str, context: str | None) -> bool:
-            prompt_tokens = self.engine.prompt_tokens(self._prompt(text, context))
-            room = self.engine.max_context_tokens - self.profile.sampling.max_new_tokens
-            return prompt_tokens <= room
+            return self._has_room(self._request(("", 0, 0, 0), text, context))
 
-        if fits(question.text, context):
-            return Fitted((Part(question.text),), context, 1)
+        if fits(text, context):
+            return Fitted((Part(text),), context, 1)
         try:
-            if len(question.text) > question.max_chars:
-                raise RecordError(Reason.TOO_LONG, "the answers to its parts hardly shorten it")
-            return self.task.fit(question.text, context, fits)
+            return self.task.fit(text, context, fits)
         except RecordError as error:
             raise RecordError(error.reason, f"{error.message}; {self._limits()}") from None
+
+    def _has_room(self, request: Request) -> bool:
+        room = self.engine.max_context_tokens - self.profile.sampling.max_new_tokens
+        return self.engine.prompt_tokens(request) <= room
 
     def _limits(self) -> str:
         return (
@@ -202,93 +199,100 @@ class _Asker:
             f"{self.profile.sampling.max_new_tokens} of them for the answer (task.max_new_tokens)"
         )
 
-    def _prompt(self, text: str, context: str | None, name: str = "", seed: int = 0) -> Request:
-        messages = self.task.messages(
-            text, context, prompt=self.profile.prompt, system=self.profile.system
-        )
-        return Request(name, text, messages, seed)
+    def _mergeable(self, draft: _Draft, group: Sequence[Piece]) -> bool:
+        return self._has_room(self._merge_request(draft, group, 0))
 
-    def _request(self, question: _Question, fitted: Fitted, part: int) -> Request:
-        record_id, wave, sample = question.record.record_id, question.wave, question.samples[0]
+    def _merge_request(self, draft: _Draft, group: Sequence[Piece], level: int) -> Request:
+        place = (draft.answer.record_id, level, draft.answer.sample_id, group[0].first)
+        return self._request(place, merge_text(group), draft.context, draft.merging.prompt)
+
+    def _request(
+        self,
+        place: tuple[str, int, int, int],
+        text: str,
+        context: str | None,
+        prompt: str | None = None,
+    ) -> Request:
+        """Build a request; `place` is the record, the level, the sample and the part."""
+        record_id, level, sample, part = place
         # Only the request's own names: its random stream must not depend on its neighbours.
-        identity = [self.profile.seed, self.profile.agent_id, record_id, wave, sample, part]
+        identity = [self.profile.seed, self.profile.agent_id, record_id, level, sample, part]
         seed = int(fingerprint(identity), 16) >> 1  # 63 bits: many samplers take a signed int64
-        name = f"{record_id}#{wave}.{sample}.{part}"
-        return self._prompt(fitted.parts[part].text, fitted.context, name, seed)
+        own = prompt if prompt is not None else self.profile.prompt
+        messages = self.task.messages(text, context, prompt=own, system=self.profile.system)
+        return Request(f"{record_id}#{level}.{sample}.{part}", text, messages, seed)
 
     def _settle(
-        self,
-        question: _Question,
-        fitted: Fitted,
-        sample: int,
-        completions: Sequence[Completion],
-    ) -> Answer | _Question:
-        """Make of a sample's completions, one per part, an answer or a further question."""
-        spent = question.spent
-        for completion in completions:
-            spent = spent.plus(completion)
-        if question.wave == 0:
-            question = dataclasses.replace(question, num_parts=fitted.num_parts)
-        try:
-            parsed = list(self._parse(completions))
-        except RecordError as error:
-            return self._failed(question, sample, spent, error)
-        joined = parsed[0] if len(parsed) == 1 else self.task.join(parsed, fitted.parts)
-        if isinstance(joined, Rewrite):
-            return dataclasses.replace(
-                question,
-                text=joined.text,
-                samples=(sample,),
-                wave=question.wave + 1,
-                spent=spent,
-                max_chars=MAX_REWRITE * len(question.text),
-            )
-        return self._answered(question, sample, spent, joined)
-
-    def _parse(self, completions: Sequence[Completion]) -> Iterator[Parsed]:
-        for number, completion in enumerate(completions, 1):
+        self, record: Record, fitted: Fitted, replies: Sequence[Sequence[Completion]]
+    ) -> Iterator[Answer | _Draft]:
+        """Make of the replies, by part and sample, an answer or a draft per sample."""
+        merging = self.task.merging(self.profile.prompt) if len(fitted.parts) > 1 else None
+        limit = merging.num_evidence if merging is not None else 0
+        quotes = [evidence(part.text, self._is_short, limit) for part in fitted.parts]
+        for sample, completions in enumerate(zip(*replies, strict=True)):
+            blank = replace(_blank(record, self.profile, sample), num_parts=fitted.num_parts)
+            answer = add(blank, completions)
             try:
-                if completion.reason is not None:
-                    raise RecordError(completion.reason, completion.message)
-                yield self.task.parse(completion.text)
+                parsed = self._parse_parts(completions)
             except RecordError as error:
-                if len(completions) == 1:
-                    raise
-                place = f"part {number} of {len(completions)}"
-                raise RecordError(error.reason, f"{place}: {error.message}") from None
+                yield failed(answer, error)
+                continue
+            if merging is None:
+                joined = parsed[0] if len(parsed) == 1 else self.task.join(parsed, fitted.parts)
+                yield said(answer, joined)
+                continue
+            answered = enumerate(zip(parsed, quotes, completions, strict=True), 1)
+            pieces = tuple(
+                Piece(p.text, quoted, i, i, cut=completion.finish_reason == "length")
+                for i, (p, quoted, completion) in answered
+            )
+            if isinstance(merging, Extractive):
+                yield said(answer, Parsed(extract(pieces, self._is_short)))
+            else:
+                yield _Draft(answer, fitted.context, pieces, merging)
 
-    def _answered(self, question: _Question, sample: int, spent: _Spent, parsed: Parsed) -> Answer:
-        return Answer(
-            record_id=question.record.record_id,
-            agent_id=self.profile.agent_id,
-            family_id=self.profile.family_id,
-            sample_id=sample,
-            text=parsed.text,
-            label=parsed.label,
-            value=parsed.value,
-            sum_logprob=spent.sum_logprob,
-            finish_reason=spent.finish_reason,
-            prompt_tokens=spent.prompt_tokens,
-            completion_tokens=spent.completion_tokens,
-            num_parts=question.num_parts,
-            t_compute_s=spent.compute_s,
-        )
+    def _settle_level(
+        self, draft: _Draft, groups: Sequence[tuple[Piece, ...]], replies: Iterator[Completion]
+    ) -> Answer | _Draft:
+        """Put the merged answers in their groups' places; the replies are taken one per group."""
+        completions = [next(replies) if len(group) > 1 else None for group in groups]
+        given = [completion for completion in completions if completion is not None]
+        answer = add(draft.answer, given)
+        pieces: list[Piece] = []
+        try:
+            for group, completion in zip(groups, completions, strict=True):
+                if completion is None:
+                    pieces += group
+                    continue
+                stretch = f"merging parts {group[0].first} to {group[-1].last}"
+                text = self._parse(completion, stretch).text
+                pieces.append(merged(group, text, self._is_short, draft.merging.num_evidence))
+        except RecordError as error:
+            return failed(answer, error)
+        if len(pieces) > 1:
+            return replace(draft, answer=answer, pieces=tuple(pieces))
+        # Which summaries were cut on the way does not show in the last one.
+        answer = replace(answer, finish_reason=given[-1].finish_reason)
+        return said(answer, Parsed(pieces[0].text))
 
-    def _failed(
-        self, question: _Question, sample: int, spent: _Spent, error: RecordError
-    ) -> Answer:
-        """Record what went wrong; what it took is kept, a likelihood of no answer is not."""
-        return Answer(
-            record_id=question.record.record_id,
-            agent_id=self.profile.agent_id,
-            family_id=self.profile.family_id,
-            sample_id=sample,
-            text=None,
-            finish_reason=spent.finish_reason,
-            prompt_tokens=spent.prompt_tokens,
-            completion_tokens=spent.completion_tokens,
-            num_parts=question.num_parts,
-            t_compute_s=spent.compute_s,
-            reason=error.reason,
-            message=error.message,
+    def _is_short(self, text: str) -> bool:
+        """Tell whether a text has no more tokens than an answer may have."""
+        tokens, template = (
+            self.engine.prompt_tokens(Request("", t, (Message("user", t),))) for t in (text, "")
         )
+        return tokens - template <= self.profile.sampling.max_new_tokens
+
+    def _parse_parts(self, completions: Sequence[Completion]) -> list[Parsed]:
+        if len(completions) == 1:
+            return [self._parse(completions[0])]
+        names = (f"part {number} of {len(completions)}" for number in count(1))
+        return [self._parse(c, name) for c, name in zip(completions, names, strict=False)]
+
+    def _parse(self, completion: Completion, place: str = "") -> Parsed:
+        try:
+            if completion.reason is not None:
+                raise RecordError(completion.reason, completion.message)
+            return self.task.parse(completion.text)
+        except RecordError as error:
+            message = f"{place}: {error.message}" if place else error.message
+            raise RecordError(error.reason, message) from None

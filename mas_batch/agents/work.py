@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 
 from mas_batch import results
 from mas_batch.agents.answering import AgentProfile, answer_records, check_engine, prompt_hash
+from mas_batch.agents.encoding import encoder_for
 from mas_batch.agents.host import current_host, report
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.spec import AgentSpec
+from mas_batch.aggregate.escalation import Escalation, picked
 from mas_batch.aggregate.merge import MergeSpec, merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS, Partial, Reduction
 from mas_batch.aggregate.stopping import StoppingRule, undecided
@@ -44,6 +46,16 @@ class RunRef:
     """Adaptive: when a record needs no further answer; None: every agent asked answers all."""
     passthrough: pa.Schema
     keep_text: bool
+    into: str = ""
+    """Folder of the run in which merges are committed: a first pass, or a merge made afterwards;
+    empty: they are the run's results."""
+    escalation: Escalation | None = None
+    """Which records its agent is asked about; all other agents are asked about every one."""
+
+    @property
+    def merged(self) -> Store:
+        """Where merges are committed."""
+        return self.store.child(self.into) if self.into else self.store
 
 
 def load_agent(run: RunRef, spec: AgentSpec) -> None:
@@ -155,24 +167,60 @@ def merge_partition(
     """
     identity = {"partition": partition, "agents": list(agents)}
     records = results.read_records(run.store, partition, run.passthrough)
-    answers = _committed_answers(run, partition, agents)
+    answers = committed_answers(run, partition, agents)
+    spec = run.merge
+    if run.escalation is not None:  # this only marks what is answered; the final merge comes later
+        records = records.filter(pc.is_in(records["record_id"], answers["record_id"]))
+        spec = spec.first_pass
     if not final and run.stopping is not None:
-        still_open = undecided(records, answers, run.merge, run.stopping)
+        still_open = _undecided(run, records, answers)
         if still_open:
             facts = {"num_undecided": len(still_open), "num_records": records.num_rows}
             report(run.topic, "merge_partition", {**identity, **facts})
             return
-    merged, failures = merge_answers(records, answers, run.merge)
+    merged, failures = merge_answers(records, answers, spec, encoder_for(spec, answers))
     agreement = _agreement(merged, failures, answers)
-    if not run.keep_text:
-        merged = merged.drop_columns(["text"])
-    num_results, num_failures = results.commit_results(run.store, partition, merged, failures)
+    num_results, num_failures = commit_merged(run, partition, merged, failures)
     facts = {"num_results": num_results, "num_failures": num_failures, "agreement": agreement}
     report(run.topic, "merge_partition", {**identity, **facts})
 
 
-def _committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
-    tables = [run.store.read_table(results.answers_name(partition, agent)) for agent in agents]
+def _undecided(run: RunRef, records: pa.Table, answers: pa.Table) -> list[str]:
+    if run.stopping is None:
+        return []
+    return undecided(records, answers, run.merge, run.stopping, encoder_for(run.merge, answers))
+
+
+def commit_merged(
+    run: RunRef, partition: int, merged: pa.Table, failures: pa.Table
+) -> tuple[int, int]:
+    """Commit a partition's merge; returns how many results and failures it has."""
+    if not run.keep_text:
+        merged = merged.drop_columns(["text"])
+    return results.commit_results(run.merged, partition, merged, failures)
+
+
+def merge_of(
+    run: RunRef, partition: int, agents: Sequence[str], records: pa.Table
+) -> tuple[pa.Table, pa.Table]:
+    """Merge the answers of those of the agents that have any; returns (results, failures)."""
+    answers = committed_answers(run, partition, agents, all_there=False)
+    return merge_answers(records, answers, run.merge, encoder_for(run.merge, answers))
+
+
+def committed_answers(
+    run: RunRef, partition: int, agents: Sequence[str], *, all_there: bool = True
+) -> pa.Table:
+    """Read the answers of these agents to the partition.
+
+    Args:
+        all_there: False: some of the agents may not have been asked, or have failed.
+
+    Raises:
+        FileNotFoundError: one of them has none, and all must be there.
+    """
+    names = [results.answers_name(partition, agent) for agent in agents]
+    tables = [run.store.read_table(n) for n in names if all_there or run.store.exists(n)]
     return pa.concat_tables(tables) if tables else ANSWERS.empty_table()
 
 
@@ -190,11 +238,13 @@ def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequenc
 
 
 def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    merged, failures, name = results.read_results(run.store, partition)
-    there = [a for a in agents if run.store.exists(results.answers_name(partition, a))]
-    answers = _committed_answers(run, partition, there)
-    counts = RUN_STATISTICS.chunk(merged, failures, answers)
-    return {"counts": counts, "failures_files": {partition: name} if name else {}}
+    merged, failures, name = results.read_results(run.merged, partition)
+    answers = committed_answers(run, partition, agents, all_there=False)
+    return {
+        "counts": RUN_STATISTICS.chunk(merged, failures, answers),
+        "failures_files": {partition: name} if name else {},
+        "reviewed": [partition] if results.commit_review(run.merged, partition, merged) else [],
+    }
 
 
 def _add_statistics(partials: Sequence[Partial]) -> Partial:
@@ -202,6 +252,7 @@ def _add_statistics(partials: Sequence[Partial]) -> Partial:
     return {
         "counts": RUN_STATISTICS.combine([partial["counts"] for partial in partials]),
         "failures_files": dict(chain.from_iterable(files)),
+        "reviewed": sorted(chain.from_iterable(partial["reviewed"] for partial in partials)),
     }
 
 
@@ -210,10 +261,9 @@ def _finalize_statistics(partial: Partial) -> dict[str, Any]:
 
 
 COMMITTED = Reduction("run_statistics", _statistics, _add_statistics, _finalize_statistics)
-"""`counts` of `RUN_STATISTICS`; `failures_files`: partition → its failures file, where it has one.
-
-The results file names it, and workers have to read that anyway.
-"""
+"""`counts` of `RUN_STATISTICS`; `failures_files`: partition → its failures file, where it has one
+(the results file names it, and workers have to read that anyway); `reviewed`: partitions of which
+something is in `review/`. The chunk commits what belongs there."""
 
 
 def _profile(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
@@ -236,12 +286,15 @@ def _profile(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
 
 
 def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list[Record]:
-    """Read the partition's usable records, or those that earlier answers leave undecided."""
+    """Read the partition's usable records, or those that are undecided or escalated."""
     table = run.store.read_table(results.staged_name(partition))
+    if run.escalation is not None:
+        others = [a for a in run.merge.agents if a != run.escalation.agent_id]
+        merged, failures = merge_of(run, partition, others, table)
+        return _good_records(picked(run.escalation, table, merged, failures))
     if not earlier or run.stopping is None:
         return _good_records(table)
-    answers = _committed_answers(run, partition, earlier)
-    still_open = undecided(table, answers, run.merge, run.stopping)
+    still_open = _undecided(run, table, committed_answers(run, partition, earlier))
     return _good_records(
         table.filter(pc.is_in(table["record_id"], pa.array(still_open, pa.string())))
     )

@@ -29,9 +29,8 @@ def chrf_matrix(texts: Sequence[str]) -> Matrix:
     lengths = np.array([len(code) for code in codes], dtype=np.int64)
     precision = np.zeros((len(texts), len(texts)))
     effective_orders = np.zeros_like(precision)
-    for order, matches in enumerate(_shared_ngrams(codes, lengths), start=1):
+    for order, matches in enumerate(shared_ngrams(codes, CHAR_ORDER), start=1):
         totals = np.maximum(lengths - order + 1, 0)
-        np.fill_diagonal(matches, totals)
         both = (totals[:, None] > 0) & (totals[None, :] > 0)
         precision += np.divide(matches, totals[:, None], out=np.zeros_like(precision), where=both)
         effective_orders += both
@@ -42,34 +41,38 @@ def chrf_matrix(texts: Sequence[str]) -> Matrix:
     return np.divide(product, denominator, out=np.zeros_like(product), where=denominator > 0)
 
 
+def shared_ngrams(texts: Sequence[npt.NDArray[np.uint32]], max_order: int) -> list[Matrix]:
+    """Count, per order from 1, the n-grams that each two texts have in common; [N, N] each.
+
+    A text is its symbols, characters or numbered words; with itself it shares all its n-grams.
+    An n-gram is numbered by (number of its prefix, last symbol), so equal numbers mean equal
+    n-grams, without hashing. What only one text has is dropped before the next order: a longer
+    n-gram that contains it is in one text too.
+    """
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    text_of = np.repeat(np.arange(len(texts)), lengths)
+    end_of = np.repeat(np.cumsum(lengths), lengths)
+    alphabet, symbols = np.unique(
+        np.concatenate([*texts, np.empty(0, np.uint32)]), return_inverse=True
+    )
+    symbols = symbols.astype(np.int64)
+    starts = np.arange(len(symbols))
+    numbers = np.zeros(len(symbols), dtype=np.int64)
+    matches = []
+    for order in range(1, max_order + 1):
+        fits = starts + order <= end_of[starts]
+        starts, prefixes = starts[fits], numbers[fits]
+        keys = prefixes * len(alphabet) + symbols[starts + order - 1]
+        starts, numbers = _in_two_texts(starts, keys, text_of)
+        shared = _matches(text_of[starts], numbers, len(texts))
+        np.fill_diagonal(shared, np.maximum(lengths - order + 1, 0))
+        matches.append(shared)
+    return matches
+
+
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
     joined = "".join(text.split())
     return np.frombuffer(joined.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
-
-
-def _shared_ngrams(codes: Sequence[npt.NDArray[np.uint32]], lengths: Integers) -> list[Matrix]:
-    """Count, per order, the n-grams that each two texts have in common; [N, N] each.
-
-    The diagonals are not filled. An n-gram is numbered by (number of its prefix, last
-    character), so equal numbers mean equal n-grams, without hashing. What only one text has
-    is dropped before the next order: a longer n-gram that contains it is in one text too.
-    """
-    text_of = np.repeat(np.arange(len(codes)), lengths)
-    end_of = np.repeat(np.cumsum(lengths), lengths)
-    alphabet, characters = np.unique(
-        np.concatenate([*codes, np.empty(0, np.uint32)]), return_inverse=True
-    )
-    characters = characters.astype(np.int64)
-    starts = np.arange(len(characters))
-    numbers = np.zeros(len(characters), dtype=np.int64)
-    matches = []
-    for order in range(1, CHAR_ORDER + 1):
-        fits = starts + order <= end_of[starts]
-        starts, prefixes = starts[fits], numbers[fits]
-        keys = prefixes * len(alphabet) + characters[starts + order - 1]
-        starts, numbers = _in_two_texts(starts, keys, text_of)
-        matches.append(_matches(text_of[starts], numbers, len(codes)))
-    return matches
 
 
 def _in_two_texts(starts: Integers, keys: Integers, text_of: Integers) -> tuple[Integers, Integers]:

@@ -6,14 +6,21 @@ retries, and however the records are cut into partitions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from mas_batch.aggregate.mbr import UTILITIES, minimum_bayes_risk
+from mas_batch.aggregate.best import best
+from mas_batch.aggregate.mbr import UTILITIES, Utility, embedding_utility, minimum_bayes_risk
 from mas_batch.aggregate.normalise import deduplicate, nfc, normalise_text, shown_answer
+from mas_batch.aggregate.posterior_vote import by_reliability
+from mas_batch.aggregate.reliability import Posterior, Reliability
+from mas_batch.aggregate.rover import rover
 from mas_batch.aggregate.vote import (
     Ballot,
     Candidate,
@@ -30,10 +37,13 @@ from mas_batch.records import FAILURES, RECORD_FIELDS, RESULT_FIELDS
 _METHODS = {
     "vote": ("text", "label", "value"),
     "weighted": ("text", "label", "value"),
+    "reliability": ("text", "label"),
+    "best": ("text", "label", "value"),
     "mean": ("value",),
     "mbr": ("text",),
+    "rover": ("text",),
 }
-_WEIGHTS = ("log-odds", "linear")
+_WEIGHTS = (None, "log-odds", "linear", "learned")
 
 # Why a record has no answer, most telling first: what the record itself causes, what the
 # agent said, what broke on the way.
@@ -48,6 +58,13 @@ _TELLING = (
 )
 
 
+EMBEDDING = "embedding"
+"""The utility that needs a model: cosines of sentence vectors."""
+
+Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+"""Texts → vectors [N, d] of length 1."""
+
+
 @dataclass(frozen=True, slots=True)
 class MergeSpec:
     """How the answers to a record become one.
@@ -57,20 +74,29 @@ class MergeSpec:
     """
 
     method: str
-    """`vote`, `weighted`, `mean` or `mbr`."""
+    """`vote`, `weighted`, `reliability`, `mean`, `mbr`, `rover` or `best`."""
     utility: str | None
-    """Of `mbr`: `chrf` or `rouge-l`; ignored by the other methods."""
+    """Of `mbr`: one of `UTILITIES` or `embedding`; ignored by the other methods."""
     accuracies: Mapping[str, float]
-    """Agent → how often it is right. `weighted` needs every agent's; in `mbr` and `mean` an
-    agent without one weighs 1."""
-    weights: str
-    """Of `weighted`: `log-odds` or `linear`."""
+    """Agent → how often it is right. `weighted` needs every agent's; in `mbr`, `rover` and `mean`
+    an agent without one weighs 1; `best` prefers the highest."""
+    weights: str | None
+    """Of `weighted`: `linear`, else log-odds. Of `mbr`: `learned`, and then `learned_from` puts
+    what the corpus says in the place of the accuracies."""
     abstain_below: float
     """Lower confidences are marked; does not apply to `mean`, whose is a standard error."""
     answer_kind: str
     """Which column answers are compared by: `text`, `label` or `value`."""
     num_labels: int | None
     """Size of the closed set that the answers come from; None for an open one."""
+    labels: tuple[str, ...] | None = None
+    """That set, for `reliability`."""
+    agents: tuple[str, ...] = ()
+    """All that may have answered, in the job's order: `best` prefers the first, all else equal."""
+    encoder: str | None = None
+    """Source of the sentence-embedding model of `utility: embedding`."""
+    reliability: Reliability | None = None
+    """What `reliability` has learned from the whole corpus; the method cannot do without."""
 
     def __post_init__(self) -> None:
         _check_word("merge.method", self.method, _METHODS)
@@ -84,13 +110,38 @@ class MergeSpec:
                 key="merge.method",
             )
         if self.method == "mbr":
-            _check_word("merge.utility", self.utility, UTILITIES)
+            _check_word("merge.utility", self.utility, (*UTILITIES, EMBEDDING))
+        if self.weights == "learned" and self.method != "mbr":
+            raise JobError(
+                f"{self.method!r} does not learn weights; allowed: with merge.method mbr. "
+                "Of labels and short answers, merge.method reliability learns",
+                key="merge.weights",
+            )
         if self.num_labels is not None and self.num_labels < 2:
             raise JobError(f"at least two, got {self.num_labels}", key="task.labels")
 
+    @property
+    def default_weight(self) -> float:
+        """Of an agent without an accuracy; where weights are learned, that of an average one."""
+        if self.weights != "learned" or not self.accuracies:
+            return 1.0
+        return math.fsum(self.accuracies.values()) / len(self.accuracies)
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether the merge of one record needs statistics of all."""
+        return self.method == "reliability" or self.weights == "learned"
+
+    @property
+    def first_pass(self) -> MergeSpec:
+        """How to merge while the corpus is not complete."""
+        if self.method == "reliability":
+            return replace(self, method="vote")
+        return replace(self, weights=None) if self.weights == "learned" else self
+
 
 def merge_answers(
-    records: pa.Table, answers: pa.Table, spec: MergeSpec
+    records: pa.Table, answers: pa.Table, spec: MergeSpec, encode: Encode | None = None
 ) -> tuple[pa.Table, pa.Table]:
     """Merge a partition's answers; returns (results, failures), both in record order.
 
@@ -100,12 +151,14 @@ def merge_answers(
     Args:
         records: `RECORD_FIELDS` and passthrough columns; the latter are kept.
         answers: `ANSWERS` rows for these records, in any order, repeated or not.
+        encode: texts → vectors [N, d] of length 1, for `utility: embedding`.
 
     Raises:
         RunError: the tables contradict each other or their contract.
         JobError: `weighted` lacks an agent's accuracy.
     """
     replies = replies_by_record(records, answers)
+    known: dict[str, Posterior] = {}
     positions: list[int] = []
     verdicts: list[Verdict] = []
     failures: list[dict[str, Any]] = []
@@ -117,7 +170,7 @@ def merge_answers(
             failures.append(_failure(record["record_id"], record))
         elif ballots:
             positions.append(position)
-            verdicts.append(verdict_of(ballots, spec))
+            verdicts.append(verdict_of(ballots, spec, encode, known))
         else:
             failures.append(_failure(record["record_id"], _most_telling(rows)))
     return _results(records, positions, verdicts, spec), pa.Table.from_pylist(failures, FAILURES)
@@ -149,24 +202,66 @@ def ballots_of(rows: Sequence[Mapping[str, Any]], spec: MergeSpec) -> list[Ballo
     return [_ballot(row, spec) for row in rows if row["reason"] is None]
 
 
-def verdict_of(ballots: Sequence[Ballot], spec: MergeSpec) -> Verdict:
+def verdict_of(
+    ballots: Sequence[Ballot],
+    spec: MergeSpec,
+    encode: Encode | None = None,
+    known: MutableMapping[str, Posterior] | None = None,
+) -> Verdict:
     """Merge at least one valid answer to a record by the spec's method.
+
+    Args:
+        encode: as `merge_answers` takes it.
+        known: of `reliability`: posteriors that other records needed; filled and used.
 
     Raises:
         JobError: `weighted` lacks an agent's accuracy.
+        RunError: `reliability` has not learned anything yet.
     """
-    if spec.method == "vote":
-        return vote(ballots)
-    if spec.method == "weighted":
-        _check_accuracies(ballots, spec)
-        if spec.weights == "linear":
-            return weighted_linear(ballots, spec.accuracies)
-        num_wrong = None if spec.num_labels is None else spec.num_labels - 1
-        return weighted_log_odds(ballots, spec.accuracies, num_wrong)
-    weights = [spec.accuracies.get(ballot.agent_id, 1.0) for ballot in ballots]
-    if spec.method == "mean":
-        return mean(ballots, weights)
-    return minimum_bayes_risk(ballots, weights, UTILITIES[spec.utility or ""])
+    weights = [spec.accuracies.get(ballot.agent_id, spec.default_weight) for ballot in ballots]
+    match spec.method:
+        case "vote":
+            return vote(ballots)
+        case "weighted":
+            return _weighted(ballots, spec)
+        case "reliability":
+            if spec.reliability is None:
+                raise RunError("`reliability` merges when all records are answered, not before")
+            return by_reliability(ballots, spec.reliability, known)
+        case "mean":
+            return mean(ballots, weights)
+        case "rover":
+            return rover(ballots, weights)
+        case "best":
+            return best(ballots, _by_preference(spec))
+        case _:
+            return minimum_bayes_risk(ballots, weights, utility_of(spec, encode))
+
+
+def utility_of(spec: MergeSpec, encode: Encode | None) -> Utility:
+    """Return the utility that `mbr` compares texts by.
+
+    Raises:
+        RunError: it needs an encoder, and none is given.
+    """
+    if spec.utility != EMBEDDING:
+        return UTILITIES[spec.utility or ""]
+    if encode is None:
+        raise RunError("utility `embedding` needs the vectors of an encoder")
+    return embedding_utility(encode)
+
+
+def _weighted(ballots: Sequence[Ballot], spec: MergeSpec) -> Verdict:
+    _check_accuracies(ballots, spec)
+    if spec.weights == "linear":
+        return weighted_linear(ballots, spec.accuracies)
+    num_wrong = None if spec.num_labels is None else spec.num_labels - 1
+    return weighted_log_odds(ballots, spec.accuracies, num_wrong)
+
+
+def _by_preference(spec: MergeSpec) -> list[str]:
+    """Sort the agents, most accurate first; those of unknown accuracy come last."""
+    return sorted(spec.agents, key=lambda agent: -spec.accuracies.get(agent, 0.0))
 
 
 def _check_word(key: str, word: str | None, allowed: Collection[str | None]) -> None:
@@ -176,7 +271,7 @@ def _check_word(key: str, word: str | None, allowed: Collection[str | None]) -> 
 
 _REPLY_COLUMNS = [
     *("record_id", "agent_id", "family_id", "sample_id", "attempt", "text", "label", "value"),
-    *("finish_reason", "num_parts", "reason", "message"),
+    *("finish_reason", "num_parts", "reason", "message", "sum_logprob", "completion_tokens"),
 ]
 
 
@@ -186,19 +281,21 @@ def _ballot(row: Mapping[str, Any], spec: MergeSpec) -> Ballot:
         agent_id=row["agent_id"],
         family_id=row["family_id"],
         sample_id=row["sample_id"],
-        key=_key(spec)(shown),
+        key=key_of(spec)(shown),
         shown=shown,
         value=float(shown) if spec.answer_kind == "value" else None,
         finish_reason=row["finish_reason"],
         num_parts=row["num_parts"],
+        logprob_sum=row["sum_logprob"],
+        num_logprobs=row["completion_tokens"],
     )
 
 
-def _key(spec: MergeSpec) -> Callable[[str], str]:
+def key_of(spec: MergeSpec) -> Callable[[str], str]:
     """Return what makes two answers one: labels and numbers are exact, texts are forgiving."""
     if spec.answer_kind != "text":
         return str
-    return nfc if spec.method == "mbr" else normalise_text
+    return nfc if spec.method in ("mbr", "rover", "best") else normalise_text
 
 
 def _check_accuracies(ballots: Sequence[Ballot], spec: MergeSpec) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.merge import MergeSpec, ballots_of, replies_by_record, verdict_of
+from mas_batch.aggregate.merge import Encode, MergeSpec, ballots_of, replies_by_record, verdict_of
 from mas_batch.aggregate.vote import Ballot, Candidate
 from mas_batch.errors import JobError
 
@@ -72,7 +72,11 @@ def check_rule(spec: MergeSpec, rule: StoppingRule) -> None:
 
 
 def undecided(
-    records: pa.Table, answers: pa.Table, spec: MergeSpec, rule: StoppingRule
+    records: pa.Table,
+    answers: pa.Table,
+    spec: MergeSpec,
+    rule: StoppingRule,
+    encode: Encode | None = None,
 ) -> list[str]:
     """Return the ids of the usable records, in their order, that need another answer.
 
@@ -89,6 +93,7 @@ def undecided(
     Args:
         records: columns `record_id` and `reason`; a record with a reason is not usable.
         answers: `ANSWERS` rows for these records, in any order, repeated or not.
+        encode: as `merge_answers` takes it.
 
     Raises:
         JobError: the rule does not go with the method; `weighted` lacks an agent's accuracy.
@@ -97,10 +102,12 @@ def undecided(
     check_rule(spec, rule)
     replies = replies_by_record(records, answers)
     usable = records.filter(pc.is_null(records["reason"]))["record_id"].to_pylist()
-    return [record_id for record_id in usable if not _is_decided(replies[record_id], spec, rule)]
+    return [r for r in usable if not _is_decided(replies[r], spec, rule, encode)]
 
 
-def _is_decided(rows: Sequence[Mapping[str, Any]], spec: MergeSpec, rule: StoppingRule) -> bool:
+def _is_decided(
+    rows: Sequence[Mapping[str, Any]], spec: MergeSpec, rule: StoppingRule, encode: Encode | None
+) -> bool:
     num_open = rule.max_answers - len(rows)
     if num_open <= 0:
         return True
@@ -110,7 +117,7 @@ def _is_decided(rows: Sequence[Mapping[str, Any]], spec: MergeSpec, rule: Stoppi
     if rule.confidence is None:
         # Not ">=": were the runner-up to draw level, the tie rule might prefer it.
         return _lead(verdict_of(ballots, spec).support) > num_open
-    return _is_sure(ballots, spec, rule.confidence)
+    return _is_sure(ballots, spec, rule.confidence, encode)
 
 
 def _lead(support: Sequence[Candidate]) -> int:
@@ -119,11 +126,13 @@ def _lead(support: Sequence[Candidate]) -> int:
     return counts[0] - sum(counts[1:])
 
 
-def _is_sure(ballots: Sequence[Ballot], spec: MergeSpec, confidence: float) -> bool:
-    bayesian = spec.method == "weighted" and spec.weights == "log-odds"
+def _is_sure(
+    ballots: Sequence[Ballot], spec: MergeSpec, confidence: float, encode: Encode | None
+) -> bool:
+    bayesian = spec.method == "weighted" and spec.weights != "linear"
     if len(ballots) < 2 and not bayesian:
         return False
-    verdict = verdict_of(ballots, spec)
+    verdict = verdict_of(ballots, spec, encode)
     if verdict.tie and spec.method != "mbr":
         return False
     reached = _posterior(verdict.support, spec.num_labels) if bayesian else verdict.confidence

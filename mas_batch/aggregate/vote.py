@@ -35,6 +35,10 @@ class Ballot:
     value: float | None = None
     finish_reason: str | None = None
     num_parts: int | None = None
+    logprob_sum: float | None = None
+    """Nats, over the answer's tokens; None where the engine does not say."""
+    num_logprobs: int | None = None
+    """Tokens that the sum is over."""
 
     @property
     def order(self) -> tuple[str, int]:

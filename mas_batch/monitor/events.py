@@ -148,6 +148,26 @@ class PartitionMerged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Learned(Event):
+    """The merge has learned from the whole corpus how far each agent can be trusted."""
+
+    method: str
+    weights: dict[str, float]
+    """Agent → estimated accuracy, or weight, as the method has it."""
+    why: str
+    """In words, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Escalated(Event):
+    """All others have answered: the least confident records go to one more agent."""
+
+    agent_id: str
+    num_records: int
+    num_records_of_all: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """All partitions are merged and the manifest is published."""
 

@@ -26,7 +26,9 @@ from mas_batch.monitor.events import (
     AgentsScaled,
     AnswerFailed,
     BreakerChanged,
+    Escalated,
     Event,
+    Learned,
     PartitionAnswered,
     PartitionMerged,
     PartitionUndecided,
@@ -110,6 +112,8 @@ class Bar:
         match event:
             case RunStarted():
                 self._started(event)
+            case Escalated():
+                self._escalated(event)
             case PartitionAnswered():
                 self._answered(event)
             case PartitionMerged() if self._total is not None:
@@ -120,7 +124,7 @@ class Bar:
                     advance=event.num_results + event.num_failures,
                     rate=f"{rate:.0f} tok/s" + (f", {undecided} asked further" * bool(undecided)),
                 )
-            case _ if line := _sentence(event):
+            case _ if line := sentence(event):
                 self._console.log(line)
 
     def _started(self, event: RunStarted) -> None:
@@ -140,6 +144,13 @@ class Bar:
             "merged", total=event.num_records, completed=event.records_done, rate=""
         )
 
+    def _escalated(self, event: Escalated) -> None:
+        self._console.log(_escalation(event))
+        self._total = self._progress.add_task("escalated", total=event.num_records, rate="")
+        self._agents[event.agent_id] = self._progress.add_task(
+            f"  {event.agent_id}", total=event.num_records, rate=""
+        )
+
     def _answered(self, event: PartitionAnswered) -> None:
         self._agent_tokens[event.agent_id] += event.completion_tokens
         self._agent_compute_s[event.agent_id] += event.compute_s
@@ -153,7 +164,14 @@ class Bar:
         )
 
 
-def _sentence(event: Event) -> str | None:
+def _escalation(event: Escalated) -> str:
+    return (
+        f"{event.agent_id} is asked about the least confident {event.num_records:,} "
+        f"of {event.num_records_of_all:,} records"
+    )
+
+
+def sentence(event: Event) -> str | None:
     """Tell people of an event, in rich's markup; None if it is not worth a line."""
     match event:
         case AgentReady(agent_id, worker, load_s):
@@ -165,6 +183,9 @@ def _sentence(event: Event) -> str | None:
         case BreakerChanged(agent_id, worker, state, message):
             style = "green" if state == "closed" else "yellow"
             return f"[{style}]{agent_id} on {escape(worker)}, breaker {state}: {escape(message)}"
+        case Learned(method, weights, why):
+            each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
+            return f"{method} has learned: {escape(each)}; {escape(why)}"
         case AgentsScaled(wanted, backlog):
             return f"workers wanted: {_counts(wanted)} (partitions to do: {_counts(backlog)})"
         case AnswerFailed():
@@ -228,6 +249,14 @@ class LogLines:
                     attempt=event.attempt,
                     given_up=event.given_up,
                     message=event.message,
+                )
+            case Learned(method, weights, why):
+                _log("learned", method=method, why=why, **weights)
+            case Escalated():
+                _log(
+                    "escalated",
+                    agent=event.agent_id,
+                    records=f"{event.num_records}/{event.num_records_of_all}",
                 )
             case RunFinished():
                 _log(

@@ -13,6 +13,7 @@ from mas_batch import job
 from mas_batch.engines.base import Message
 from mas_batch.errors import Reason, RecordError
 from mas_batch.records import Parsed
+from mas_batch.tasks.longdoc import Extractive, Hierarchical
 from mas_batch.tasks.splitting import Part, split
 
 # Nothing else in braces is ours: prompts hold JSON.
@@ -20,13 +21,6 @@ _FIELD = re.compile(r"\{(text|context|language|source_language|labels|minimum|ma
 _THINKING = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 _QUOTES = ('""', "''", "“”", "„“", "„”", "‘’", "«»", "»«", "「」", "『』")
 _EXCERPT_CHARS = 80
-
-
-@dataclass(frozen=True, slots=True)
-class Rewrite:
-    """A text to be asked about in its turn: what the parts' answers give is not the answer yet."""
-
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +87,15 @@ class Task(Protocol):
         """
         ...
 
-    def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed | Rewrite:
+    def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
+        """Say how the answers to the parts of a text become one; None: `join` does it.
+
+        Args:
+            prompt: the agent's own template of the user turn, if it has one.
+        """
+        ...
+
+    def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
         """Make one answer of the answers to the parts, in the parts' order."""
         ...
 
@@ -107,6 +109,8 @@ class PromptedTask:
 
     system_template: ClassVar[str]
     user_template: ClassVar[str]
+    long_documents: ClassVar[tuple[str, ...]] = ()
+    """What `task.long_documents` may be; empty: there is no choice."""
 
     def messages(
         self, text: str, context: str | None, *, prompt: str | None, system: str | None
@@ -125,6 +129,10 @@ class PromptedTask:
         # Whitespace around a text means nothing to any task, but could be a part of its own.
         parts = split(text.strip(), lambda part: fits(part, context))
         return Fitted(tuple(parts), context, len(parts))
+
+    def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
+        """Leave it to `join` (see `Task`)."""
+        return None
 
     def _default_prompt(self, context: str | None) -> str:
         return self.user_template

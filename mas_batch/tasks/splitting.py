@@ -64,6 +64,14 @@ def split(text: str, fits: Callable[[str], bool]) -> list[Part]:
     return parts
 
 
+def sentences(text: str) -> list[str]:
+    """Cut a text into its sentences; the end of a line ends one too. Whitespace is dropped."""
+    _, breaks, _ = _breaks(text)
+    starts = [0, *(cut.resume for cut in breaks)]
+    cuts = (text[start : cut.end].strip() for start, cut in zip(starts, breaks, strict=False))
+    return [sentence for sentence in cuts if sentence]
+
+
 def largest(limit: int, holds: Callable[[int], bool]) -> int:
     """Return the largest n in 1..limit for which `holds(n)` was seen, 0 if none, by bisection."""
     low, high = 0, limit

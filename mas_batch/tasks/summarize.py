@@ -1,4 +1,4 @@
-"""Summarize: a long text is summarised in parts, and the summaries are summarised again."""
+"""Summarize: a long text is summarised in parts, and neighbouring summaries are merged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mas_batch.records import Parsed
-from mas_batch.tasks.base import PromptedTask, Rewrite, plain_answer
+from mas_batch.tasks.base import PromptedTask, plain_answer
+from mas_batch.tasks.longdoc import Extractive, Hierarchical, describe
 from mas_batch.tasks.splitting import Part
 
 
@@ -24,11 +25,34 @@ class Summarize(PromptedTask):
     # ROUGE-L no lower than other wordings' (SmolLM2-135M on package descriptions).
     system_template: ClassVar[str] = ""
     user_template: ClassVar[str] = "Summarize this text in one sentence, in {language}:\n\n{text}"
+    merge_template: ClassVar[str] = (
+        "These are {pieces}. Write one summary of the whole document, in one sentence, in "
+        "{language}:\n\n{text}"
+    )
+    long_documents: ClassVar[tuple[str, ...]] = ("hierarchical", "extractive", "join")
 
     def parse(self, reply: str) -> Parsed:
         """Take the whole reply, without a `Summary:` before it or quotes around it."""
         return plain_answer(reply, "summary", "a summary")
 
-    def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Rewrite:
-        """Put the summaries one after the other, to be summarised in their turn."""
-        return Rewrite("\n\n".join(answer.text for answer in answers))
+    def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
+        """Merge level by level unless the job wants it otherwise (see `Task`).
+
+        A prompt of the agent's or the job's own is kept, with its demands on language, length
+        and style; it is shown the summaries, and told what they are, in place of the text.
+        """
+        if self.spec.long_documents == "join":
+            return None
+        if self.spec.long_documents == "extractive":
+            return Extractive(self.spec.evidence)
+        pieces = describe(self.spec.evidence)
+        own = prompt if prompt is not None else self.spec.prompt
+        if own is None:
+            template = self.merge_template.replace("{pieces}", pieces)
+        else:
+            template = own.replace("{text}", f"({pieces})\n\n{{text}}")
+        return Hierarchical(template, self.spec.evidence)
+
+    def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
+        """Put the summaries one after the other, a paragraph each."""
+        return Parsed("\n\n".join(answer.text for answer in answers))

@@ -20,6 +20,7 @@ class Translate(PromptedTask):
     default_merge: ClassVar[str] = "mbr"
     default_utility: ClassVar[str] = "chrf"
     system_template: ClassVar[str] = "You translate from {source_language} to {language}."
+    long_documents: ClassVar[tuple[str, ...]] = ("join",)
     user_template: ClassVar[str] = (
         "Translate this {source_language} text to {language}. "
         "Answer with the translation only.\n\n{text}"

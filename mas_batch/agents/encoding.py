@@ -1,0 +1,41 @@
+"""Sentence vectors on a worker, for merges that compare texts by meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mas_batch.aggregate.merge import EMBEDDING, Encode, MergeSpec
+from mas_batch.aggregate.normalise import nfc
+from mas_batch.engines.base import EngineConfig
+from mas_batch.engines.encoder import Encoder
+from mas_batch.models import fetch
+
+
+def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
+    """Encode all answers of a partition in one go; None if the merge needs no vectors.
+
+    Raises:
+        ModelError: the encoder cannot be had or loaded.
+    """
+    if spec.method != "mbr" or spec.utility != EMBEDDING or spec.encoder is None:
+        return None
+    texts = sorted({nfc(text) for text in answers["text"].to_pylist() if text is not None})
+    if not texts:
+        return None
+    vectors = dict(zip(texts, _load(spec.encoder).encode(texts), strict=True))
+
+    def encode(asked: Sequence[str]) -> npt.NDArray[np.float32]:
+        return np.stack([vectors[text] for text in asked])
+
+    return encode
+
+
+@lru_cache(maxsize=1)
+def _load(source: str) -> Encoder:
+    """Keep the model resident: every merge on this worker uses the same."""
+    return Encoder.load(fetch(source), EngineConfig())

@@ -1,0 +1,78 @@
+"""Worker side of merges that need the whole corpus: leaves of trees over its partitions.
+
+Only counts travel up a tree. A text is merged where its partition is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow.compute as pc
+
+from mas_batch import results
+from mas_batch.agents.encoding import encoder_for
+from mas_batch.agents.work import (
+    COMMITTED,
+    RunRef,
+    commit_merged,
+    committed_answers,
+    merge_of,
+)
+from mas_batch.aggregate.consensus import SUPPORT, loo_partial
+from mas_batch.aggregate.escalation import CONFIDENCES
+from mas_batch.aggregate.merge import ballots_of, key_of, replies_by_record, utility_of
+from mas_batch.aggregate.normalise import deduplicate
+from mas_batch.aggregate.patterns import add_patterns, count_answers
+from mas_batch.aggregate.reductions import Partial, Reduction
+
+PATTERNS = Reduction("patterns", count_answers, add_patterns, dict)
+"""Pattern of agreement → records; see `aggregate.patterns`."""
+
+
+def pattern_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Count who agreed with whom, for `reliability`."""
+    spec = run.merge
+    partials: list[Partial] = []
+    for partition in partitions:
+        answers = deduplicate(committed_answers(run, partition, agents, all_there=False))
+        partials.append(count_answers(answers, agents, spec.labels, spec.answer_kind, key_of(spec)))
+    return PATTERNS.combine(partials)
+
+
+def support_sums(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Add up how well the others' answers support each agent's, for learned weights of `mbr`."""
+    return SUPPORT.combine([_support(run, partition, agents) for partition in partitions])
+
+
+def _support(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+    records = run.store.read_table(results.staged_name(partition))
+    answers = committed_answers(run, partition, agents, all_there=False)
+    utility = utility_of(run.merge, encoder_for(run.merge, answers))
+    replies = replies_by_record(records, answers).values()
+    return SUPPORT.combine([loo_partial(ballots_of(rows, run.merge), utility) for rows in replies])
+
+
+def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Count records by the confidence of their merge, to find the least confident ones."""
+    return CONFIDENCES.combine([_confidences(run, partition, agents) for partition in partitions])
+
+
+def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Merge the partitions' answers; commit and count them as the statistics tree does."""
+    return COMMITTED.combine([_merged_and_counted(run, p, agents) for p in partitions])
+
+
+def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+    records = run.store.read_table(results.staged_name(partition))
+    merged, failures = merge_of(run, partition, agents, records)
+    askable = records.filter(pc.is_null(records["reason"]))["record_id"]
+    asked = failures.filter(pc.is_in(failures["record_id"], askable))
+    return CONFIDENCES.chunk(merged, asked)
+
+
+def _merged_and_counted(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+    if not run.merged.exists(results.results_name(partition)):
+        records = results.read_records(run.store, partition, run.passthrough)
+        merged, failures = merge_of(run, partition, agents, records)
+        commit_merged(run, partition, merged, failures)
+    return COMMITTED.chunk(run, partition, agents)

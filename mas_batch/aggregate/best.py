@@ -1,0 +1,96 @@
+"""Of several answers to one record the most trusted is published; nobody is outvoted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mas_batch.aggregate.mbr import shares_of
+from mas_batch.aggregate.vote import (
+    UNITS,
+    Ballot,
+    Candidate,
+    Verdict,
+    gather,
+    rank_candidates,
+    to_units,
+    verdict,
+)
+
+
+def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
+    """Return the answer that its model finds likeliest, else that of the most preferred agent.
+
+    Where all ballots are of one family and say how likely they are, the highest mean
+    log-probability per token wins; the confidence is its exponential, the geometric mean of
+    the tokens' probabilities. Log-probabilities of different models do not compare. There the
+    first agent of the preference that has answered wins, by its likeliest sample where all
+    its samples say how likely they are, else by its first; nothing is known of the
+    confidence.
+
+    Args:
+        preference: agent ids, best first; agents that are not in it come last, by id.
+
+    Source of the division by length: Wu et al., "Google's neural machine translation system",
+    2016, section 7, length penalty of exponent 1.
+    """
+    likelihoods = _comparable(ballots)
+    if likelihoods is None:
+        return _most_preferred(ballots, preference)
+    support = _by_highest(ballots, [to_units(likelihood) for likelihood in likelihoods])
+    weights = [math.exp(candidate.score / UNITS) for candidate in support]
+    margin = weights[0] - sum(weights[1:2])
+    support = [replace(c, weight=weight) for c, weight in zip(support, weights, strict=True)]
+    return verdict(support, shares_of(weights), weights[0], "sequence_probability", margin)
+
+
+def mean_logprob(ballot: Ballot) -> float | None:
+    """Return the mean log-probability per token in nats; None where it is not known."""
+    if ballot.logprob_sum is None or not ballot.num_logprobs:
+        return None
+    mean = ballot.logprob_sum / ballot.num_logprobs
+    return mean if math.isfinite(mean) else None
+
+
+def _comparable(ballots: Sequence[Ballot]) -> list[float] | None:
+    """Return everybody's mean log-probability, or None where somebody's does not compare."""
+    likelihoods = [mean for ballot in ballots if (mean := mean_logprob(ballot)) is not None]
+    families = {ballot.family_id for ballot in ballots}
+    return likelihoods if len(likelihoods) == len(ballots) and len(families) == 1 else None
+
+
+def _most_preferred(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
+    support = _by_highest(ballots, _places(ballots, preference))
+    weights = [1.0] + [0.0] * (len(support) - 1)  # all of the trust is in the first
+    support = [replace(c, weight=weight) for c, weight in zip(support, weights, strict=True)]
+    merged = verdict(support, weights, 1.0, "preference", 1.0)
+    return replace(merged, confidence=None, margin=None)
+
+
+def _places(ballots: Sequence[Ballot], preference: Sequence[str]) -> list[int]:
+    """Number the ballots from the last, 1, to the most preferred."""
+    rank = {agent_id: place for place, agent_id in enumerate(preference)}
+    of_agent: dict[str, list[Ballot]] = {}
+    for ballot in ballots:
+        of_agent.setdefault(ballot.agent_id, []).append(ballot)
+    agents = sorted(of_agent, key=lambda agent_id: (rank.get(agent_id, len(rank)), agent_id))
+    in_order = [ballot for agent_id in agents for ballot in _likeliest_first(of_agent[agent_id])]
+    place = {ballot.order: len(in_order) - i for i, ballot in enumerate(in_order)}
+    return [place[ballot.order] for ballot in ballots]
+
+
+def _likeliest_first(samples: Sequence[Ballot]) -> list[Ballot]:
+    likelihoods = _comparable(samples) or [0.0] * len(samples)
+    pairs = zip(samples, likelihoods, strict=True)
+    return [b for b, _ in sorted(pairs, key=lambda pair: (-pair[1], pair[0].sample_id))]
+
+
+def _by_highest(ballots: Sequence[Ballot], weights: Sequence[int]) -> list[Candidate]:
+    """Rank answers by their highest backer, in its words: a crowd behind it adds nothing."""
+    weight_of = {ballot.order: weight for ballot, weight in zip(ballots, weights, strict=True)}
+    ranked = []
+    for candidate in gather(ballots, weights):
+        leader = max(candidate.backers, key=lambda ballot: weight_of[ballot.order])
+        ranked.append(replace(candidate, answer=leader.shown, score=candidate.max_weight))
+    return rank_candidates(ranked)

@@ -1,0 +1,142 @@
+"""Asks agents about whatever is not committed yet: a plan, a router and a dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from distributed import Client
+
+from mas_batch import results
+from mas_batch.agents.spec import AgentSpec
+from mas_batch.agents.work import RunRef
+from mas_batch.cluster import Connection
+from mas_batch.history import Memory
+from mas_batch.job import Job
+from mas_batch.learning import Corpus
+from mas_batch.lock import RunLock
+from mas_batch.monitor.events import Event, RunStarted
+from mas_batch.results import Committed, Plan
+from mas_batch.routing.dask import DaskRouter
+from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.instructions import Rules, Work
+from mas_batch.routing.policies import POLICIES
+from mas_batch.storage import Store, without_credentials
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Asks agents about everything that is not committed yet."""
+
+    connection: Connection
+    job: Job
+    specs: dict[str, AgentSpec]
+    plan: Plan
+    name: str
+    emit: Callable[[Event], None]
+    lock: RunLock
+    memory: Memory | None
+    """What earlier runs have learned of the agents, if the job keeps it."""
+
+    def corpus(self, ref: RunRef, agents: tuple[str, ...]) -> Corpus:
+        """Return all answers of these agents, for what is to be found in them."""
+        return Corpus(self.connection.client, ref, self.plan, agents, self.emit)
+
+    def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
+        """Ask these agents about every record, as the job's routing says."""
+        done = results.committed(ref.store, self.plan, agents, ref.merged)
+        client = self.connection.client
+        self.emit(_started(client, self.job, ref.store, self.plan, done, self.name))
+        known = self.memory.accuracies() if self.memory else {}
+        self._route(self._job_of(agents), ref, done, known)
+
+    def escalate(self, ref: RunRef) -> None:
+        """Ask the last agent about the records that were chosen for it."""
+        assert ref.escalation is not None
+        agent_id = ref.escalation.agent_id
+        done = results.committed(ref.store, self.plan, [agent_id], ref.merged)
+        plain = {"answers_per_record": None, "adaptive": None, "escalate": None, "mode": "window"}
+        routing = self.job.routing.model_copy(update=plain)
+        job = self._job_of([agent_id]).model_copy(update={"routing": routing})
+        self._route(job, ref, done, {})
+
+    def _job_of(self, agents: Sequence[str]) -> Job:
+        chosen = tuple(agent for agent in self.job.agents if agent.name in agents)
+        return self.job.model_copy(update={"agents": chosen})
+
+    def _route(self, job: Job, ref: RunRef, done: Committed, known: Mapping[str, float]) -> None:
+        if done.num_merged == self.plan.num_partitions:
+            return  # an earlier execution was killed after the last merge
+        ref.store.remove_folder(results.JOURNAL)
+        specs = {agent.name: self.specs[agent.name] for agent in job.agents}
+        with DaskRouter(
+            self.connection.client,
+            job,
+            ref,
+            specs,
+            self.emit,
+            check=self.lock.check,
+            scaler=self.connection.scaler,
+        ) as router:
+            router.host()
+            self._keep_engines(ref.store, router)
+            work = _work(self.plan, done)
+            if job.routing.mode == "native":
+                work = router.run_native(work)
+            dispatcher = Dispatcher(
+                {agent.name: agent.samples for agent in job.agents},
+                _rules(job, known),
+                POLICIES[job.routing.policy](),
+                work,
+                self.plan.num_partitions - done.num_merged,
+            )
+            for agent_id in done.answered:
+                if done.answered[agent_id].any():  # it works, as far as earlier executions know
+                    dispatcher.trust(agent_id)
+            router.run(dispatcher)
+            self._keep_engines(ref.store, router)  # also of those that came later
+
+    def _keep_engines(self, store: Store, router: DaskRouter) -> None:
+        results.write_engines(store, results.read_engines(store) | router.engine_facts)
+
+
+def _rules(job: Job, known: Mapping[str, float]) -> Rules:
+    """Return what the dispatcher keeps to.
+
+    Args:
+        known: agent → accuracy that earlier runs have learned.
+    """
+    routing = job.routing
+    return Rules(
+        answers_per_record=job.answers_per_record,
+        first=routing.adaptive.first if routing.adaptive else None,
+        window=routing.window,
+        max_attempts=routing.max_attempts,
+        weights=routing.weights,
+        accuracies={**known, **job.merge.accuracies},
+        speculate=routing.speculate,
+        timeout_s=routing.timeout_s,
+    )
+
+
+def _work(plan: Plan, done: Committed) -> Iterator[Work]:
+    for index, num_records, tokens in plan.sizes():
+        if not done.merged[index]:
+            yield Work(index, tokens, num_records, done.agents(index))
+
+
+def _started(
+    client: Client, job: Job, store: Store, plan: Plan, done: Committed, name: str
+) -> RunStarted:
+    output = Store(job.output.path, job.output.storage_options)
+    return RunStarted(
+        run=without_credentials(store.url),
+        num_partitions=plan.num_partitions,
+        num_records=plan.num_records,
+        partitions_done=done.num_merged,
+        records_done=plan.num_records_in(done.merged),
+        answers_done=done.num_answers_to_open,
+        answers_per_record=job.answers_per_record,
+        earlier_runs=tuple(results.earlier_runs(output, job.name, name)),
+        dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
+    )

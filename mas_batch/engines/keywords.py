@@ -1,0 +1,60 @@
+"""The label whose words occur most often in the text: the baseline that needs no examples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mas_batch.engines.base import EngineConfig
+from mas_batch.engines.bayes import words
+from mas_batch.engines.predicting import PredictingEngine, Prediction, read_options
+from mas_batch.models import ModelFiles
+
+Label = Annotated[str, Field(min_length=1)]
+
+
+class Options(BaseModel):
+    """What `agents.options` may hold for this engine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    labels: Annotated[dict[Label, str], Field(min_length=1)]
+    """Label → its words, apart by spaces; whole words count, without case."""
+
+
+class Keywords:
+    """Counts words; a text that has none of any label gets no answer."""
+
+    def __init__(self, options: Options) -> None:
+        self._words = {label: set(words(text)) for label, text in options.labels.items()}
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Return the label with most occurrences; of equals the earlier in the job."""
+        return [Prediction(self._pick(text)) for text in texts]
+
+    def count_tokens(self, text: str) -> int:
+        """Count the words."""
+        return len(words(text))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _pick(self, text: str) -> str:
+        counts = Counter(words(text))
+        hits = {label: sum(counts[w] for w in own) for label, own in self._words.items()}
+        best = max(hits, key=lambda label: hits[label])
+        return best if hits[best] else ""
+
+
+def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
+    """Make the engine.
+
+    Raises:
+        JobError: an option is unknown, missing or has a value that is not allowed.
+    """
+    options = read_options(Options, config.options, "keywords")
+    facts = {"engine": "keywords", "options": options.model_dump(mode="json")}
+    return PredictingEngine(Keywords(options), facts, config)

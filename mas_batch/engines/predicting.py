@@ -1,0 +1,149 @@
+"""What the engines without a decoder share: each text gets the one answer that a rule picks.
+
+They read `Request.text` and no prompt. They are deterministic, so one answer per record is all
+that they have, and they read texts of any length whole, so nothing is ever cut into parts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
+from mas_batch.errors import EngineRefusedError, JobError
+
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+NO_LIMIT = 2**31 - 1
+"""Tokens of context, where a text may have any length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An answer."""
+
+    text: str
+    """Empty where there is none: the task then counts it as a missing answer."""
+    log_probability: float | None = None
+    """Of the answer among all those that could have been given; None where there is no such."""
+
+
+class Predictor(Protocol):
+    """Picks an answer for each text."""
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Return one answer per text; none may depend on the other texts."""
+        ...
+
+    def count_tokens(self, text: str) -> int:
+        """Count what is read of a text."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
+
+
+class PredictingEngine:
+    """An engine around a predictor. `Completion.token_ids` are empty: nothing was decoded."""
+
+    takes_messages = True  # it may do other tasks than translate, though it reads no prompt
+    max_context_tokens = NO_LIMIT
+
+    def __init__(
+        self, predictor: Predictor, facts: Mapping[str, Any], config: EngineConfig
+    ) -> None:
+        self._predictor = predictor
+        self._facts = facts
+        self.max_batch_tokens = config.max_batch_tokens
+
+    def prompt_tokens(self, request: Request) -> int:
+        """Count the tokens of the text."""
+        return self._predictor.count_tokens(request.text)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Answer every request; an answer over `max_new_tokens` words is cut.
+
+        Raises:
+            EngineRefusedError: the sampling asks for more than the one answer there is.
+        """
+        if sampling.num_samples > 1 or sampling.temperature > 0 or sampling.num_beams > 1:
+            raise EngineRefusedError(
+                "this engine picks one answer and samples none: samples, sampling.temperature "
+                "and sampling.num_beams have to keep their defaults"
+            )
+        start = time.perf_counter()
+        found = self._predictor.predict([request.text for request in requests])
+        lengths = [self.prompt_tokens(request) for request in requests]
+        token_s = (time.perf_counter() - start) / max(1, sum(lengths))
+        return [
+            [_completion(prediction, length, token_s * length, sampling.max_new_tokens)]
+            for prediction, length in zip(found, lengths, strict=True)
+        ]
+
+    def describe(self) -> Mapping[str, Any]:
+        """Facts for the manifest."""
+        return self._facts
+
+    def close(self) -> None:
+        """Free what the predictor holds."""
+        self._predictor.close()
+
+
+def _completion(prediction: Prediction, length: int, compute_s: float, limit: int) -> Completion:
+    words = prediction.text.split()
+    whole = len(words) <= limit
+    return Completion(
+        text=prediction.text if whole else " ".join(words[:limit]),
+        token_ids=(),
+        sum_logprob=prediction.log_probability,
+        num_tokens=min(len(words), limit),
+        finish_reason="stop" if whole else "length",
+        prompt_tokens=length,
+        compute_s=compute_s,
+    )
+
+
+def most_likely(
+    scores: NDArray[np.float64], owners: NDArray[np.intp], answers: Sequence[str]
+) -> Prediction:
+    """Normalise log-scores, add up those of one answer, and take the likeliest answer.
+
+    Args:
+        scores: [n], unnormalised log-probabilities of n hypotheses, at least one.
+        owners: [n], the position in `answers` that each hypothesis speaks for.
+
+    Of equals the earlier in `answers` is taken.
+    """
+    best = scores.max()
+    shares = np.bincount(owners, np.exp(scores - best), len(answers))
+    winner = int(shares.argmax())
+    # The sum is at least 1: the best hypothesis is in it.
+    return Prediction(answers[winner], float(np.log(shares[winner] / shares.sum())))
+
+
+def read_options(model: type[OptionsT], given: Mapping[str, Any], engine: str) -> OptionsT:
+    """Return `agents.options`, checked.
+
+    Raises:
+        JobError: the first key that is unknown or missing, or value that is not allowed.
+    """
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(["agents.options", *map(str, first["loc"])])
+        if first["type"] == "extra_forbidden":
+            allowed = ", ".join(model.model_fields)
+            problem = f"unknown option; the engine {engine} allows: {allowed}"
+        elif first["type"] == "missing":
+            problem = f"the engine {engine} needs it"
+        else:
+            problem = f"{first['input']!r} is not allowed: {first['msg']}"
+        raise JobError(problem, key=key) from None

@@ -1,0 +1,211 @@
+"""Read a run's records, answers and results, partition by partition, and merge them anew."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from mas_batch.aggregate.merge import MergeSpec, ballots_of, replies_by_record, verdict_of
+from mas_batch.aggregate.normalise import shown_answer
+from mas_batch.errors import JobError, RunError
+from mas_batch.evaluation.systems import Confidences, Evidence, Key, Kind, Ledger
+from mas_batch.records import ANSWERS
+from mas_batch.results import Plan, Run, part, read_plan, read_records, read_results
+
+Published: TypeAlias = tuple[str, float | None, str]
+"""An answer, its confidence and the confidence's kind."""
+
+Reply: TypeAlias = dict[str, Any]
+"""A row of the answers table."""
+
+_PUBLISHED = ("record_id", "answer", "confidence", "confidence_kind")
+_NOTHING: tuple[None, None, str] = (None, None, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to gather."""
+
+    reference: str
+    """Column of the corpus that holds the right answers."""
+    own: MergeSpec
+    """The run's merge."""
+    others: Mapping[str, MergeSpec]
+    """Method → how to merge the stored answers once more."""
+    merges: Mapping[str, pa.Table]
+    """Name → merged already: `record_id`, `answer`, `confidence` and `confidence_kind`."""
+    agents: tuple[str, ...]
+    """In the job's order."""
+    always_asked: frozenset[str]
+    """Agents that were asked about every record: an answer of theirs that is not there failed."""
+
+
+def collect(run: Run, question: Question) -> Evidence:
+    """Gather all answers to the records that have a reference.
+
+    Files are read one partition at a time; what is kept is one string per distinct answer to a
+    record, and some integers per answer.
+
+    Raises:
+        RunError: there is no such column, no record has a reference, a file is missing.
+    """
+    plan = read_plan(run.store)
+    if plan is None:
+        raise RunError(f"{run.store.location('plan.parquet')} is missing; evaluation needs it")
+    gathering = _Gathering(question)
+    for partition, answers in enumerate(answers_by_partition(run, plan)):
+        records = read_records(run.store, partition, plan.passthrough)
+        results, _, _ = read_results(run.store, partition)
+        gathering.add_partition(records, answers, _published(results))
+    return gathering.evidence()
+
+
+def answers_by_partition(run: Run, plan: Plan) -> Iterator[pa.Table]:
+    """Yield the answers of one partition after the other."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in run.files("answers"):
+        names[name.rsplit("/", 1)[-1]].append(name)
+    for partition in range(plan.num_partitions):
+        tables = [run.store.read_table(name) for name in names[f"{part(partition)}.parquet"]]
+        yield pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+
+
+def _published(table: pa.Table) -> dict[str, Published]:
+    ids, *rest = (table[name].to_pylist() for name in _PUBLISHED)
+    return dict(zip(ids, zip(*rest, strict=True), strict=True))
+
+
+@dataclass(slots=True)
+class _Gathering:
+    question: Question
+    ledger: Ledger = field(default_factory=Ledger)
+    merges: dict[str, dict[str, Published]] = field(init=False)
+    others: dict[str, MergeSpec] = field(init=False)
+    confidences: dict[Key, list[float]] = field(default_factory=dict)
+    confidence_kinds: dict[Key, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    num_without_reference: int = 0
+    num_unusable: int = 0
+
+    def __post_init__(self) -> None:
+        self.others = dict(self.question.others)
+        self.merges = {name: _published(t) for name, t in self.question.merges.items()}
+        for name in self.merges:
+            self.others.pop(name, None)  # it is there already
+
+    def add_partition(
+        self, records: pa.Table, answers: pa.Table, published: Mapping[str, Published]
+    ) -> None:
+        replies = replies_by_record(records, answers)
+        references = _references(records, self.question.reference)
+        columns = (records[name].to_pylist() for name in ("record_id", "reason"))
+        for record_id, reason, reference in zip(*columns, references, strict=True):
+            if reason is not None:
+                self.num_unusable += 1
+            elif reference is None:
+                self.num_without_reference += 1
+            else:
+                self.ledger.start_record(reference)
+                self._add_agents(replies[record_id])
+                self._add_merges(record_id, replies[record_id], published)
+
+    def _add_agents(self, rows: Sequence[Reply]) -> None:
+        given: dict[str, list[str | None]] = {agent: [] for agent in self.question.agents}
+        for row in rows:
+            failed = row["reason"] is not None
+            answer = None if failed else shown_answer(row, self.question.own.answer_kind)
+            given[row["agent_id"]].append(answer)
+        pool: list[str | None] = []
+        for agent, answers in given.items():
+            if not answers and agent in self.question.always_asked:
+                answers.append(None)
+            self.ledger.add(Kind.AGENT, agent, answers)
+            pool += answers
+        self.ledger.add(Kind.RANDOM, "random agent", pool or [None])
+
+    def _add_merges(
+        self, record_id: str, rows: Sequence[Reply], published: Mapping[str, Published]
+    ) -> None:
+        own = self.question.own
+        self._add_merge((Kind.RUN, own.method), published.get(record_id))
+        for name, table in self.merges.items():
+            self._add_merge((Kind.MERGE, name), table.get(record_id))
+        for method, spec in list(self.others.items()):
+            try:
+                merged = _merge(rows, spec)
+            except JobError as error:  # an agent without an accuracy
+                self._give_up(method, str(error))
+            else:
+                self._add_merge((Kind.MERGE, method), merged)
+
+    def _add_merge(self, key: Key, merged: Published | None) -> None:
+        answer, confidence, kind = merged or _NOTHING
+        self.ledger.add(*key, [answer])
+        self.confidences.setdefault(key, []).append(math.nan if confidence is None else confidence)
+        if kind:
+            self.confidence_kinds[key] = kind
+
+    def _give_up(self, method: str, why: str) -> None:
+        del self.others[method]
+        self.skipped[method] = why
+        self.ledger.discard(Kind.MERGE, method)
+        self.confidences.pop((Kind.MERGE, method), None)
+
+    def evidence(self) -> Evidence:
+        if not self.ledger.references:
+            raise RunError(
+                f"no usable record has a reference in column {self.question.reference!r}: "
+                f"{self.num_without_reference:,} have none"
+            )
+        systems = self.ledger.systems()
+        if not any(system.kind is Kind.AGENT for system in systems):
+            raise RunError("no agent was asked about a record that has a reference")
+        return Evidence(
+            references=self.ledger.references,
+            answers=self.ledger.answers,
+            record_of=np.array(self.ledger.record_of, np.int64),
+            systems=systems,
+            confidences={
+                key: Confidences(self.confidence_kinds[key], np.array(values))
+                for key, values in self.confidences.items()
+                if key in self.confidence_kinds
+            },
+            skipped=self.skipped,
+            num_without_reference=self.num_without_reference,
+            num_unusable=self.num_unusable,
+        )
+
+
+def _merge(rows: Sequence[Reply], spec: MergeSpec) -> Published | None:
+    """Merge the answers to a record; None if there is none."""
+    ballots = ballots_of(rows, spec)
+    if not ballots:
+        return None
+    verdict = verdict_of(ballots, spec)
+    return verdict.answer, verdict.confidence, verdict.confidence_kind
+
+
+def _references(records: pa.Table, column: str) -> list[str | None]:
+    """Return the column as text; what is null, blank or not a number counts as not there.
+
+    Raises:
+        RunError: there is no such column, or it holds lists, structs or bytes.
+    """
+    if column not in records.column_names:
+        allowed = ", ".join(records.column_names)
+        raise RunError(f"no column {column!r} to judge by; allowed: {allowed}")
+    values = records[column].to_pylist()
+    for record_id, value in zip(records["record_id"].to_pylist(), values, strict=True):
+        if not isinstance(value, str | int | float | None):
+            raise RunError(
+                f"record {record_id!r}: column {column!r} holds {type(value).__name__}; "
+                "allowed: text or a number"
+            )
+    texts = [None if value is None else str(value) for value in values]
+    return [text if text and text.strip() and text != "nan" else None for text in texts]

@@ -1,0 +1,180 @@
+"""Evaluate a run against its references: what was it worth, and would one agent have done?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from mas_batch.aggregate.merge import MergeSpec
+from mas_batch.errors import RunError
+from mas_batch.evaluation.agreement import PairAgreement, pairwise_agreement
+from mas_batch.evaluation.collect import Question, collect
+from mas_batch.evaluation.confidence import ConfidenceQuality, judge_confidence
+from mas_batch.evaluation.cost import AgentCost, agent_costs
+from mas_batch.evaluation.metrics import Metrics, metrics_for
+from mas_batch.evaluation.quality import Quality, Verdict, best_agent, qualities, verdict
+from mas_batch.evaluation.scaling import Scale, read_job, scaling
+from mas_batch.evaluation.specs import other_specs, run_spec
+from mas_batch.evaluation.systems import Evidence, Kind, oracle
+from mas_batch.job import Job
+from mas_batch.results import Run
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a run was worth. `write` keeps it, `print_evaluation` shows it."""
+
+    run: str
+    task: str
+    answer_kind: str
+    reference: str
+    """The column of right answers."""
+    goal: str
+    """The metric that decides who is best."""
+    higher_is_better: bool
+    """Of the goal metric."""
+    num_records: int
+    """Records that are judged."""
+    num_without_reference: int
+    num_unusable: int
+    """Records that no agent was asked about, because they had no usable text."""
+    num_resamples: int
+    seed: int
+    best_agent: str
+    verdict: Verdict
+    """The run's merge against the best single agent."""
+    qualities: tuple[Quality, ...]
+    skipped: Mapping[str, str]
+    """Merge method → why it is not judged."""
+    signatures: Mapping[str, str]
+    """Metric → version and settings, to be quoted beside a figure."""
+    notes: tuple[str, ...]
+    agreement: tuple[PairAgreement, ...]
+    confidences: tuple[ConfidenceQuality, ...]
+    costs: tuple[AgentCost, ...]
+    scaling: tuple[Scale, ...]
+    """Empty: there was no other run to compare with."""
+
+    @property
+    def merge(self) -> Quality:
+        """Return the quality of what the run published."""
+        return next(quality for quality in self.qualities if quality.kind is Kind.RUN)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for `json.dumps`; what is not defined is None."""
+        facts: dict[str, Any] = _plain(asdict(self))
+        return facts
+
+
+def evaluate(
+    run: Run,
+    reference: str = "reference",
+    *,
+    methods: Sequence[str] | None = None,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    compare: Sequence[Run] = (),
+    merges: Mapping[str, pa.Table] | None = None,
+    spec: MergeSpec | None = None,
+) -> Evaluation:
+    """Judge the run's agents, its merge, other merges of the same answers, and its confidences.
+
+    No model is asked. All answers are held in memory: 10^6 records of labels or numbers, or
+    some 10^5 of texts, fit a few GB.
+
+    Args:
+        reference: column of the corpus that holds the right answers.
+        methods: merge methods to try on the stored answers; None: all that fit the task.
+        num_resamples: of the paired bootstrap; more make p finer.
+        compare: runs of the same job with other numbers of replicas.
+        merges: name → results table of a merge that was made already.
+        spec: how the run was merged; None: what its manifest and job say.
+
+    Raises:
+        RunError: an argument or a column is wrong, or no record has a reference.
+    """
+    if num_resamples < 1:
+        raise RunError(f"num_resamples is {num_resamples}; allowed: 1 or more")
+    job = read_job(run)
+    own = spec or run_spec(run, job)
+    others, skipped = other_specs(run, own, job, methods)
+    agents = tuple(agent.name for agent in job.agents)
+    question = Question(reference, own, others, merges or {}, agents, _always_asked(job))
+    evidence = collect(run, question)
+    metrics = metrics_for(job.task, own.answer_kind, evidence)
+    baseline = best_agent(evidence.of(Kind.AGENT), metrics.goal)
+    systems = [*evidence.systems, oracle(evidence, metrics.goal.losses)]
+    judged = qualities(evidence, systems, baseline, metrics, num_resamples, seed)
+    (merged,) = (quality for quality in judged if quality.kind is Kind.RUN)
+    return Evaluation(
+        run=run.store.location(""),
+        task=job.task.kind,
+        answer_kind=own.answer_kind,
+        reference=reference,
+        goal=metrics.goal.name,
+        higher_is_better=metrics.goal.perfect > 0,
+        num_records=evidence.num_records,
+        num_without_reference=evidence.num_without_reference,
+        num_unusable=evidence.num_unusable,
+        num_resamples=num_resamples,
+        seed=seed,
+        best_agent=baseline.name,
+        verdict=verdict(merged, metrics.goal),
+        qualities=judged,
+        skipped={**skipped, **evidence.skipped},
+        signatures=metrics.signatures,
+        notes=(*metrics.notes, *_notes(own, metrics, judged)),
+        agreement=pairwise_agreement(evidence, own.answer_kind, seed),
+        confidences=_confidences(evidence, metrics, seed),
+        costs=agent_costs(run),
+        scaling=scaling([run, *compare]) if compare else (),
+    )
+
+
+def _always_asked(job: Job) -> frozenset[str]:
+    """Name the agents that were asked about every record."""
+    first = job.first_agents
+    all_asked = job.answers_per_record >= sum(agent.samples for agent in first)
+    if job.routing.adaptive is not None or not all_asked:
+        return frozenset()
+    return frozenset(agent.name for agent in first)
+
+
+def _confidences(evidence: Evidence, metrics: Metrics, seed: int) -> tuple[ConfidenceQuality, ...]:
+    judged = (
+        judge_confidence(system, evidence.confidences[system.key], metrics.goal, seed)
+        for system in evidence.systems
+        if system.key in evidence.confidences
+    )
+    return tuple(each for each in judged if each is not None)
+
+
+def _notes(own: MergeSpec, metrics: Metrics, judged: Sequence[Quality]) -> list[str]:
+    notes = []
+    if own.method == "mbr" and (own.utility or "").casefold() == metrics.goal.name.casefold():
+        notes.append(
+            f"mbr chooses by {metrics.goal.name}, so {metrics.goal.name} flatters it: "
+            "look at the other metrics too"
+        )
+    partly = [q.name for q in judged if q.kind is Kind.AGENT and q.num_records < _most(judged)]
+    if partly:
+        notes.append(
+            f"{', '.join(partly)}: not asked about every record; compared on those that they were"
+        )
+    return notes
+
+
+def _most(judged: Sequence[Quality]) -> int:
+    return max(quality.num_records for quality in judged)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,114 @@
+"""Keep an evaluation beside the run that it judges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from mas_batch.evaluation.evaluate import Evaluation
+from mas_batch.storage import Store, parquet_bytes
+
+FOLDER = "evaluation"
+"""In the run's folder."""
+
+QUALITY = pa.schema(
+    [
+        pa.field("kind", pa.string(), nullable=False),  # agent, random, run, merge or oracle
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("num_records", pa.int64(), nullable=False),  # that it was asked about
+        pa.field("num_missing", pa.int64(), nullable=False),  # answers that count as wrong
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("low", pa.float64()),  # 95 % interval
+        pa.field("high", pa.float64()),
+        pa.field("difference", pa.float64()),  # minus the best single agent
+        pa.field("difference_low", pa.float64()),
+        pa.field("difference_high", pa.float64()),
+        pa.field("p", pa.float64()),  # of no difference, two-sided
+    ]
+)
+
+AGREEMENT = pa.schema(
+    [
+        pa.field("agent_a", pa.string(), nullable=False),
+        pa.field("agent_b", pa.string(), nullable=False),
+        pa.field("num_records", pa.int64(), nullable=False),  # that both answered
+        pa.field("equal", pa.float64()),
+        pa.field("kappa", pa.float64()),
+        pa.field("same_error", pa.float64()),
+        pa.field("utility", pa.float64()),
+        pa.field("mean_difference", pa.float64()),
+    ]
+)
+
+_LATENCIES = [
+    pa.field(f"{part}_{percentile}_s", pa.float64(), nullable=False)
+    for part in ("compute", "total")
+    for percentile in ("p50", "p95", "p99")
+]
+
+AGENTS = pa.schema(
+    [
+        pa.field("agent_id", pa.string(), nullable=False),
+        pa.field("answers", pa.int64(), nullable=False),
+        pa.field("failed_answers", pa.int64(), nullable=False),
+        pa.field("prompt_tokens", pa.int64(), nullable=False),
+        pa.field("completion_tokens", pa.int64(), nullable=False),
+        pa.field("tokens_per_s", pa.float64()),
+        pa.field("records_per_s", pa.float64()),
+        *_LATENCIES,
+    ]
+)
+
+
+def write(evaluation: Evaluation, store: Store) -> None:
+    """Keep the figures in the run's folder `evaluation/`, in the place of earlier ones.
+
+    `quality.parquet` (a row per system and metric), `agreement.parquet` (per pair of agents),
+    `agents.parquet` (per agent) and `calibration.json` (per merge).
+
+    Args:
+        store: the run's folder.
+
+    Raises:
+        OutputError: the filesystem refused to write.
+    """
+    facts = evaluation.to_json()
+    quality = [_quality_row(each, score) for each in facts["qualities"] for score in each["scores"]]
+    costs = [_cost_row(cost) for cost in facts["costs"]]
+    _write_table(store, "quality", quality, QUALITY)
+    _write_table(store, "agreement", facts["agreement"], AGREEMENT)
+    _write_table(store, "agents", costs, AGENTS)
+    content = json.dumps(facts["confidences"], indent=1, ensure_ascii=False)
+    store.replace(f"{FOLDER}/calibration.json", content.encode())
+
+
+def _write_table(store: Store, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    table = pa.Table.from_pylist(rows, schema)
+    store.replace(f"{FOLDER}/{name}.parquet", parquet_bytes(table))
+
+
+def _quality_row(quality: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, Any]:
+    difference = score["difference"] or {}
+    system = {name: quality[name] for name in ("kind", "name", "num_records", "num_missing")}
+    own = {name: score[name] for name in ("metric", "value", "low", "high")}
+    return {
+        **system,
+        **own,
+        "difference": difference.get("value"),
+        "difference_low": difference.get("low"),
+        "difference_high": difference.get("high"),
+        "p": difference.get("p"),
+    }
+
+
+def _cost_row(cost: Mapping[str, Any]) -> dict[str, Any]:
+    latencies = {
+        f"{part}_{percentile}": seconds
+        for part in ("compute", "total")
+        for percentile, seconds in cost[part].items()
+    }
+    return {**cost, **latencies}

@@ -1,0 +1,122 @@
+"""What runs have learned about their agents, kept for the next run of the same task.
+
+    <merge.history>/<task>/<run>.json
+
+One file per run, so that a run which is resumed or repeated is counted once. The task's name
+is a hash of all that an agent's reliability depends on: the kind, the languages, the labels,
+the prompts. An agent is known by its model and its own way of being asked, not by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mas_batch.aggregate.merge import MergeSpec
+from mas_batch.aggregate.reliability import AgentHistory, History, Reliability
+from mas_batch.errors import RunError
+from mas_batch.job import Agent, Job, fingerprint
+from mas_batch.storage import Store
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """One run's file, its agents by their identity."""
+
+    labels: tuple[str, ...] | None
+    agents: dict[str, AgentHistory]
+
+
+class Memory:
+    """Reads what earlier runs have learned, and keeps what this one has.
+
+    Args:
+        job: with `merge.history`.
+        spec: how the job merges.
+
+    Raises:
+        RunError: a file there cannot be read, or is none of ours.
+    """
+
+    def __init__(self, job: Job, spec: MergeSpec) -> None:
+        assert job.merge.history is not None
+        self._labels = spec.labels
+        self._identities = {agent.name: _identity(agent) for agent in job.agents}
+        self._store = Store(job.merge.history, job.output.storage_options).child(_task(job))
+
+    def prior(self, besides: str = "") -> History | None:
+        """Add up the earlier runs; None if there are none.
+
+        Args:
+            besides: a run that does not count: this one, when it is repeated.
+        """
+        runs = [
+            self._read(name)
+            for name in sorted(self._store.list(""))
+            if name.endswith(".json") and name != f"{besides}.json"
+        ]
+        found = {
+            name: _sum([run.agents[identity] for run in runs if identity in run.agents])
+            for name, identity in self._identities.items()
+            if any(identity in run.agents for run in runs)
+        }
+        return History(found, self._labels) if found else None
+
+    def accuracies(self) -> dict[str, float]:
+        """Return how often each agent was right, of those that are known."""
+        prior = self.prior()
+        if prior is None:
+            return {}
+        return {
+            name: agent.correct / agent.total for name, agent in prior.agents.items() if agent.total
+        }
+
+    def keep(self, run: str, reliability: Reliability) -> None:
+        """Keep what the run has learned; nothing where it could learn nothing."""
+        learned = reliability.history()
+        agents = {self._identities[name]: asdict(agent) for name, agent in learned.agents.items()}
+        if agents:
+            content = {"labels": learned.labels, "agents": agents}
+            encoded = json.dumps(content, ensure_ascii=False, indent=1).encode()
+            self._store.replace(f"{run}.json", encoded)
+
+    def _read(self, name: str) -> _Kept:
+        try:
+            raw: dict[str, Any] = json.loads(self._store.read_bytes(name))
+            agents = {identity: _agent(value) for identity, value in raw["agents"].items()}
+            return _Kept(raw["labels"], agents)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{self._store.location(name)} is not what a run has learned: "
+                f"{type(error).__name__}: {error}; remove it, or set merge.history elsewhere"
+            ) from error
+
+
+def _task(job: Job) -> str:
+    task = job.task
+    return f"{task.kind}-{fingerprint(task.model_dump(mode='json'))}"
+
+
+def _identity(agent: Agent) -> str:
+    """Return what makes two agents of two jobs the same voter."""
+    asked = agent.model_dump(
+        mode="json", include={"model", "engine", "prompt", "system", "sampling", "options", "dtype"}
+    )
+    return fingerprint(asked)
+
+
+def _agent(value: dict[str, Any]) -> AgentHistory:
+    confusion = value["confusion"]
+    rows = None if confusion is None else tuple(tuple(map(float, row)) for row in confusion)
+    return AgentHistory(float(value["correct"]), float(value["total"]), rows)
+
+
+def _sum(parts: list[AgentHistory]) -> AgentHistory:
+    known = [part.confusion for part in parts if part.confusion is not None]
+    confusion = tuple(
+        tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*known, strict=True)
+    )
+    return AgentHistory(
+        sum(part.correct for part in parts), sum(part.total for part in parts), confusion or None
+    )

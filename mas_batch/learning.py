@@ -1,0 +1,132 @@
+"""What a merge needs to know of the whole corpus, found when all records are answered.
+
+Every step commits what it found to the run and takes what is there already, so an execution
+that was killed in between goes on with the same figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from distributed import Client
+
+from mas_batch.agents.second_pass import (
+    PATTERNS,
+    confidence_counts,
+    merge_and_count,
+    pattern_counts,
+    support_sums,
+)
+from mas_batch.agents.work import COMMITTED, RunRef, partition_statistics
+from mas_batch.aggregate.consensus import SUPPORT
+from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
+from mas_batch.aggregate.learning import learn
+from mas_batch.aggregate.reductions import Reduction
+from mas_batch.aggregate.reliability import History, Reliability
+from mas_batch.aggregate.tree import tree_reduce
+from mas_batch.job import Escalate
+from mas_batch.monitor.events import Escalated, Event, Learned
+from mas_batch.results import Plan, read_engines
+from mas_batch.storage import Store
+
+PARTITIONS_PER_LEAF = 16
+"""Partitions that one leaf of a tree reads, at least."""
+
+MAX_LEAVES = 1024
+"""Of a tree: the scheduler keeps some kB of each until it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """All answers of a run, as trees of tasks on workers read them."""
+
+    client: Client
+    run: RunRef
+    plan: Plan
+    agents: tuple[str, ...]
+    """Whose answers are merged; not all need to have answered everything."""
+    emit: Callable[[Event], None]
+
+    def reduce(self, leaf: Callable[..., Any], reduction: Reduction) -> Any:
+        """Run `leaf(run, partitions, agents)` over the corpus and combine its partials."""
+        indices = range(self.plan.num_partitions)
+        per_leaf = max(PARTITIONS_PER_LEAF, -(-self.plan.num_partitions // MAX_LEAVES))
+        groups = (
+            (self.run, indices[first : first + per_leaf], self.agents)
+            for first in indices[::per_leaf]
+        )
+        partial = tree_reduce(self.client, leaf, groups, reduction)
+        return reduction.combine([]) if partial is None else partial
+
+    def statistics(self, *, merge: bool) -> Any:
+        """Count what is committed; with `merge`, merge first what is not merged yet."""
+        return self.reduce(merge_and_count if merge else partition_statistics, COMMITTED)
+
+
+def learned(corpus: Corpus, name: str, prior: History | None = None) -> Corpus:
+    """Return the corpus with what its merge learns of all answers; kept in the run as `name`.
+
+    A method that learns nothing is returned as it is.
+
+    Args:
+        prior: of `reliability`: what earlier runs have learned.
+    """
+    spec, run = corpus.run.merge, corpus.run
+    if not spec.needs_corpus:
+        return corpus
+    if spec.method == "reliability":
+        found = _once(run.merged, name, lambda: _reliability(corpus, prior).to_json())
+        reliability = Reliability.from_json(found)
+        merge = replace(spec, reliability=reliability)
+        corpus.emit(Learned(spec.method, dict(reliability.accuracies), reliability.why))
+    else:
+        found = _once(run.merged, name, lambda: json.dumps(_weights(corpus), indent=1))
+        merge = replace(spec, accuracies=json.loads(found))
+        why = f"weights by how well the others' answers support an agent's ({spec.utility})"
+        corpus.emit(Learned(spec.method, dict(merge.accuracies), why))
+    return replace(corpus, run=replace(run, merge=merge))
+
+
+def escalation(corpus: Corpus, escalate: Escalate) -> Escalation:
+    """Decide which records one more agent is asked about; kept in the run as escalation.json."""
+
+    def find() -> str:
+        counts = corpus.reduce(confidence_counts, CONFIDENCES)
+        if escalate.fraction is not None:
+            chosen = choose(counts, escalate.agent, escalate.fraction)
+        else:
+            chosen = below(escalate.agent, escalate.below or 0.0)
+        picked = chosen.expected(counts)
+        return json.dumps({**asdict(chosen), "picked": picked, "of": counts["records"]}, indent=1)
+
+    facts = json.loads(_once(corpus.run.store, "escalation.json", find))
+    picked, of = facts.pop("picked"), facts.pop("of")
+    corpus.emit(Escalated(escalate.agent, picked, of))
+    return Escalation(**facts)
+
+
+def _reliability(corpus: Corpus, prior: History | None) -> Reliability:
+    patterns = corpus.reduce(pattern_counts, PATTERNS)
+    families = dict(_families(corpus.run.store, corpus.agents))
+    return learn(patterns, corpus.agents, families, corpus.run.merge.labels, prior)
+
+
+def _weights(corpus: Corpus) -> dict[str, float]:
+    return SUPPORT.finalize(corpus.reduce(support_sums, SUPPORT))
+
+
+def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each agent's model family; an agent that was never loaded is its own."""
+    engines = read_engines(store)
+    for agent in agents:
+        yield agent, engines.get(agent, {}).get("family_id", agent)
+
+
+def _once(store: Store, name: str, find: Callable[[], str]) -> str:
+    """Return what is committed under the name, else find it and commit it; the first wins."""
+    if not store.exists(name):
+        store.commit(name, find().encode())
+    return store.read_bytes(name).decode()

@@ -1,0 +1,238 @@
+"""Merges that need the whole corpus: learned reliability, escalation, merging again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mas_batch
+from mas_batch import pipeline
+from mas_batch.errors import JobError, RunError
+from mas_batch.job import Job
+from mas_batch.monitor.events import Escalated, Event, Learned
+from mas_batch.remerge import merge_again
+from mas_batch.results import FIRST_PASS, SECOND_PASS, Run
+from tests.test_routing_run import LABELS, contents, labelling
+from tests.test_run import Recorder
+
+MakeJob = Callable[..., Job]
+UNEQUAL = {"good": 0.05, "poor": 0.45, "bad": 0.5, "worse": 0.55}
+ROWS = [{"id": f"r{i:03d}", "text": f"text number {i} of the corpus"} for i in range(240)]
+
+
+@pytest.fixture(scope="module")
+def four_workers() -> Any:
+    """Enough workers for four or five agents."""
+    import logging
+
+    from distributed import Client, Scheduler, SpecCluster, Worker
+
+    workers = {
+        f"w-{i}": {"cls": Worker, "options": {"nthreads": 3, "resources": {"classify": 1}}}
+        for i in range(5)
+    }
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    scheduler = {"cls": Scheduler, "options": options}
+    with (
+        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
+        Client(cluster) as client,
+    ):
+        client.wait_for_workers(len(workers))
+        yield client
+
+
+def job_of(make_job: MakeJob, merge: dict[str, Any], **sections: Any) -> Job:
+    agents = labelling(sections.pop("error_rates", UNEQUAL))
+    return make_job(
+        ROWS, **{**agents, "merge": merge, "partition": {"max_records": 24}}, **sections
+    )
+
+
+def right_answers(make_job: MakeJob, client: Any) -> dict[str, str]:
+    """What an agent that never errs says: the echo's labels depend on the text alone."""
+    job = job_of(make_job, {"method": "vote"}, error_rates={"oracle": 0.0}, name="oracle")
+    run = mas_batch.open_run(pipeline.run(job, client=client).run)
+    return dict(zip(*(run.arrow()[c].to_pylist() for c in ("record_id", "answer")), strict=True))
+
+
+def accuracy(run: Run, right: dict[str, str]) -> float:
+    rows = run.arrow().select(["record_id", "answer"]).to_pylist()
+    return sum(right[row["record_id"]] == row["answer"] for row in rows) / len(rows)
+
+
+def answers_of(run: Run) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = run.arrow("answers").select(["record_id", "agent_id"]).to_pylist()
+    return rows
+
+
+def test_reliability_is_learned_without_labels_and_beats_the_vote(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    recorder = Recorder()
+    job = job_of(make_job, {"method": "reliability"})
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
+    right = right_answers(make_job, four_workers)
+    voted = merge_again(run, {"method": "vote"}, client=four_workers)
+    assert accuracy(run, right) > accuracy(voted, right) + 0.05
+    (learned,) = (event for event in recorder.events if isinstance(event, Learned))
+    assert learned.weights["good"] == max(learned.weights.values())
+    assert run.manifest["merge"]["reliability"] == json.loads(run.store.read_bytes("learned.json"))
+    assert not run.store.list(FIRST_PASS), "the provisional merges are gone"
+    assert set(run.arrow()["confidence_kind"].to_pylist()) == {"posterior"}
+
+
+def test_a_resumed_run_learns_the_same(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    job = job_of(make_job, {"method": "reliability"})
+    whole = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    expected = contents(whole)
+    for name in ("manifest.json", "results/part-000003.parquet", "results/part-000007.parquet"):
+        Path(whole.store.path(name)).unlink()
+    resumed = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    assert contents(resumed) == expected
+
+
+def test_partitions_and_workers_change_no_byte_of_a_record(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    answers = []
+    for size in (24, 31):
+        job = job_of(make_job, {"method": "reliability"}, name=f"of-{size}")
+        job = job.model_copy(update={"partition": job.partition.model_copy(
+            update={"max_records": size})})  # fmt: skip
+        run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+        answers.append(run.arrow().to_pylist())
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("limit", [{"fraction": 0.2}, {"below": 0.7}])
+def test_the_least_confident_go_to_one_more_agent(
+    limit: dict[str, float], make_job: MakeJob, four_workers: Any
+) -> None:
+    recorder = Recorder()
+    rates = {"a": 0.3, "b": 0.3, "c": 0.3, "expert": 0.0}
+    sections = {"error_rates": rates, "routing": {"escalate": {"agent": "expert", **limit}}}
+    job = job_of(make_job, {"method": "vote"}, **sections)
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
+    asked = {row["record_id"] for row in answers_of(run) if row["agent_id"] == "expert"}
+    (event,) = (event for event in recorder.events if isinstance(event, Escalated))
+    assert event.num_records == pytest.approx(len(asked), abs=len(ROWS) * 0.05)
+    if "fraction" in limit:
+        assert 0 < len(asked) <= len(ROWS) * 0.25
+    without = merge_again(run, {"method": "vote"}, client=four_workers)
+    assert without.arrow()["answer"].to_pylist() == run.arrow()["answer"].to_pylist()
+    right = right_answers(make_job, four_workers)
+    plain = job_of(
+        make_job, {"method": "vote"}, name="plain", error_rates={"a": 0.3, "b": 0.3, "c": 0.3}
+    )
+    unaided = mas_batch.open_run(pipeline.run(plain, client=four_workers).run)
+    assert accuracy(run, right) > accuracy(unaided, right)
+    sure = {
+        row["record_id"]: row["answer"]
+        for row in unaided.arrow().to_pylist()
+        if row["record_id"] not in asked
+    }
+    now = {row["record_id"]: row["answer"] for row in run.arrow().to_pylist()}
+    assert {record: now[record] for record in sure} == sure
+    assert not run.store.list(SECOND_PASS)
+
+
+def test_a_run_killed_while_it_escalates_goes_on(make_job: MakeJob, four_workers: Any) -> None:
+    sections = {
+        "error_rates": {"a": 0.3, "b": 0.3, "c": 0.3, "expert": 0.0},
+        "routing": {"escalate": {"agent": "expert", "fraction": 0.5}},
+    }
+    job = job_of(make_job, {"method": "reliability"}, **sections)
+    whole = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    expected = contents(whole)
+    again = job_of(make_job, {"method": "reliability"}, name="again", **sections)
+
+    class Stop(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if type(event).__name__ == "PartitionAnswered" and event.agent_id == "expert":  # type: ignore[attr-defined]
+            raise Stop
+
+    with pytest.raises(Stop):
+        pipeline.run(again, client=four_workers, emit=stop)
+    resumed = mas_batch.open_run(pipeline.run(again, client=four_workers).run)
+    assert contents(resumed) == expected
+
+
+def test_doubtful_records_go_to_review_with_all_their_candidates(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    job = job_of(make_job, {"method": "vote", "abstain_below": 0.6})
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    doubtful = [r for r in run.arrow().to_pylist() if r["tie"] or r["abstain"]]
+    assert run.arrow("review").to_pylist() == doubtful
+    assert doubtful
+    assert all(len(row["support"]) > 1 for row in doubtful)
+    counts = run.manifest["counts"]
+    assert counts["abstained"] == sum(row["abstain"] for row in doubtful)
+
+
+def test_merging_again_asks_nobody_and_leaves_the_run_as_it_is(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    job = job_of(make_job, {"method": "vote"})
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    before = contents(run)
+    accuracies = {name: 1 - rate for name, rate in UNEQUAL.items()}
+    changes = {"method": "weighted", "accuracies": accuracies}
+    merged = merge_again(run, changes, name="by-weight", client=four_workers)
+    assert merged.manifest["merge"]["method"] == "weighted"
+    assert merged.arrow().num_rows == len(ROWS)
+    assert contents(run) == before
+    assert run.merges() == ["by-weight"]
+    assert merge_again(run, changes, name="by-weight").arrow() == merged.arrow(), "as it is"
+    right = right_answers(make_job, four_workers)
+    assert accuracy(merged, right) > accuracy(run, right)
+
+
+def test_a_merge_that_does_not_fit_is_refused_by_its_key(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    run = mas_batch.open_run(
+        pipeline.run(job_of(make_job, {"method": "vote"}), client=four_workers).run
+    )
+    with pytest.raises(JobError, match=r"merge\.method"):
+        merge_again(run, {"method": "mbr"}, client=four_workers)
+    with pytest.raises(JobError, match="every agent"):
+        merge_again(run, {"method": "weighted"}, client=four_workers)
+    with pytest.raises(RunError, match="no merge 'x'; allowed: there is none"):
+        run.merge("x")
+
+
+def test_what_was_learned_is_a_prior_for_the_next_run(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    merge = {"method": "reliability", "history": str(tmp_path / "history")}
+    first = job_of(make_job, merge)
+    pipeline.run(first, client=four_workers)
+    files = list((tmp_path / "history").rglob("*.json"))
+    assert len(files) == 1
+    recorder = Recorder()
+    few = job_of(make_job, merge, corpus={**first.corpus.model_dump(), "limit": 12}, name="few")
+    pipeline.run(few, client=four_workers, emit=recorder)
+    alone = job_of(
+        make_job, {"method": "reliability"}, corpus=few.corpus.model_dump(), name="alone"
+    )
+    pipeline.run(alone, client=four_workers, emit=recorder)
+    informed, uninformed = (event.weights for event in recorder.of(Learned))
+
+    def error(weights: dict[str, float]) -> float:
+        return sum(abs(weights[agent] - (1 - rate)) for agent, rate in UNEQUAL.items())
+
+    assert error(informed) < error(uninformed), "twelve records alone tell little"
+    assert len(list((tmp_path / "history").rglob("*.json"))) == 2
+
+
+def test_labels_are_those_of_the_task() -> None:
+    assert LABELS == ["x", "y", "z"]
