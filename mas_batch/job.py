@@ -475,6 +475,8 @@ class Job(_Model):
                 "parallel",
             ):
                 agent.pop(key)
+            # Nor this path: the run's name has the fingerprint of what it names.
+            agent["options"].pop("examples", None)
         return whole
 
 

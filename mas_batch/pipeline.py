@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dask.system import CPU_COUNT
-from distributed import Client
+from distributed import Client, span
 
 from mas_batch import cluster, results
 from mas_batch.agents.spec import agent_specs
@@ -112,6 +112,9 @@ def run(
         with (
             cluster.connect(job, specs, topic, client, scaler) as connection,
             _logged(store, emit) as log,
+            # One for the run: Dask makes a new default span, for ever, whenever nothing is left
+            # to do of a kind for a moment. Its dashboard can tell runs apart by it.
+            span(name),
         ):
             asking = Asking(connection, job, specs, plan, name, log, lock, memory)
             ref, statistics = _answer_and_merge(asking, ref)

@@ -43,6 +43,7 @@ import pyarrow.compute as pc
 import yaml
 
 from mas_batch.corpus import CorpusReader, conform, records_table
+from mas_batch.engines import examples
 from mas_batch.errors import RunError
 from mas_batch.job import Job, fingerprint
 from mas_batch.partition import Partition
@@ -106,8 +107,13 @@ def review_name(partition: int) -> str:
 
 
 def run_name(job: Job, corpus: CorpusReader) -> str:
-    """Name the run after everything that determines its results."""
-    return f"{job.name}-{fingerprint([FORMAT, job.identity(), corpus.fingerprint])}"
+    """Name the run after everything that determines its results.
+
+    Raises:
+        JobError: an agent's examples are not there.
+    """
+    taught = [examples.fingerprint(agent.options) for agent in job.agents]
+    return f"{job.name}-{fingerprint([FORMAT, job.identity(), corpus.fingerprint, taught])}"
 
 
 def earlier_runs(output: Store, job_name: str, current: str) -> list[str]:

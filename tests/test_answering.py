@@ -363,6 +363,12 @@ def test_what_fails_on_the_way_is_named_and_what_it_took_is_kept(bad, message, t
     assert (answer.finish_reason, answer.completion_tokens) == ("error", tokens)
 
 
+def test_a_sentence_that_the_limit_cut_is_not_extracted():
+    text = "One two. Three four five six. " * 6
+    (answer,) = summarize(text, Recorder(max_context_tokens=24), long_documents="extractive")
+    assert (answer.text, answer.finish_reason) == ("ONE TWO.", "length")
+
+
 def test_summaries_of_which_no_two_fit_a_prompt_are_given_up():
     (answer,) = summarize(words(40), Recorder(max_context_tokens=20))
     assert answer.reason is Reason.TOO_LONG

@@ -154,7 +154,6 @@ def test_it_samples_nothing(tmp_path: Path, sampling: Sampling) -> None:
     ("options", "key", "message"),
     [
         ({}, "examples", "the engine bayes needs it"),
-        ({"exmples": "x"}, "examples", "needs it"),
         (
             {"examples": "{good}", "k": 3},
             "k",
@@ -206,6 +205,10 @@ def test_changed_examples_show(tmp_path: Path) -> None:
     assert fingerprint({"examples": path}) != before
     assert load("bayes", examples=path).describe()["examples_sha256"] != facts["examples_sha256"]
     assert fingerprint({"labels": {}}) is None
+    for wrong in (str(tmp_path / "missing.jsonl"), 7):
+        with pytest.raises(JobError) as caught:
+            fingerprint({"examples": wrong})
+        assert caught.value.key == "agents.options.examples"
 
 
 # --- Keywords

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from distributed import Client, Scheduler, SpecCluster, Worker
+from distributed import Client, Scheduler, SpecCluster, Worker, span
 
 import mas_batch
 from mas_batch import pipeline
@@ -30,6 +30,7 @@ from mas_batch.monitor.events import (
     PartitionUndecided,
 )
 from mas_batch.results import Run
+from mas_batch.routing import upkeep
 from mas_batch.routing.hosting import cluster_workers
 from mas_batch.show import answers_saved
 from mas_batch.storage import Store
@@ -319,3 +320,43 @@ def test_the_list_of_workers_does_not_flicker(cluster_client: Client) -> None:
         callback.stop()
         callback.callback_time = interval
         callback.start()
+
+
+def spans_of(dask_scheduler: Any) -> list[tuple[tuple[str, ...], int]]:
+    """Name every span that the scheduler knows, with its number of collections."""
+    spans = dask_scheduler.extensions["spans"].spans.values()
+    return [(span.name, len((span.metadata or {}).get("collections", []))) for span in spans]
+
+
+def test_the_scheduler_forgets_what_was_submitted(cluster_client: Client) -> None:
+    with span("many"):
+        for number in range(300):
+            cluster_client.submit(abs, number, pure=False).result()
+    assert (("many",), 300) in cluster_client.run_on_scheduler(spans_of), "an entry for each"
+    assert cluster_client.run_on_scheduler(upkeep.forget_collections) >= 200
+    assert (("many",), 100) in cluster_client.run_on_scheduler(spans_of)
+
+
+def test_a_run_is_one_span(cluster_client: Client, make_job: MakeJob) -> None:
+    before = cluster_client.run_on_scheduler(spans_of)
+    summary = pipeline.run(make_job(), client=cluster_client)
+    name = summary.manifest["run"]
+    new = cluster_client.run_on_scheduler(spans_of)[len(before) :]
+    assert [span for span, _ in new] == [(name,)]
+
+
+def test_upkeep_that_fails_ends_no_run(
+    cluster_client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tidy, calls = upkeep.Upkeep(cluster_client), []
+
+    def fail(function: Any) -> None:
+        calls.append(function)
+        raise AttributeError("this scheduler has no spans")
+
+    monkeypatch.setattr(cluster_client, "run_on_scheduler", fail)
+    tidy()
+    assert not calls, "it is not time"
+    monkeypatch.setattr(upkeep, "EVERY_S", 0.0)
+    tidy()
+    assert calls == [upkeep.forget_collections]

@@ -16,7 +16,7 @@ from mas_batch.job import Job
 from mas_batch.monitor.events import Escalated, Event, Learned
 from mas_batch.remerge import merge_again
 from mas_batch.results import FIRST_PASS, SECOND_PASS, Run
-from tests.test_routing_run import LABELS, contents, labelling
+from tests.test_routing_run import contents, labelling
 from tests.test_run import Recorder
 
 MakeJob = Callable[..., Job]
@@ -152,14 +152,14 @@ def test_a_run_killed_while_it_escalates_goes_on(make_job: MakeJob, four_workers
     expected = contents(whole)
     again = job_of(make_job, {"method": "reliability"}, name="again", **sections)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(event: Event) -> None:
         if type(event).__name__ == "PartitionAnswered" and event.agent_id == "expert":  # type: ignore[attr-defined]
-            raise Stop
+            raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         pipeline.run(again, client=four_workers, emit=stop)
     resumed = mas_batch.open_run(pipeline.run(again, client=four_workers).run)
     assert contents(resumed) == expected
@@ -232,7 +232,3 @@ def test_what_was_learned_is_a_prior_for_the_next_run(
 
     assert error(informed) < error(uninformed), "twelve records alone tell little"
     assert len(list((tmp_path / "history").rglob("*.json"))) == 2
-
-
-def test_labels_are_those_of_the_task() -> None:
-    assert LABELS == ["x", "y", "z"]

@@ -42,8 +42,8 @@ class Escalation:
 
     def expected(self, counts: Partial) -> int:
         """Return how many records it picks, of those of `CONFIDENCES`, to within the lots' luck."""
-        bins = {int(number): count for number, count in counts["bins"].items()}
-        lower: int = sum(count for number, count in bins.items() if number < self.below)
+        bins: dict[int, int] = {int(number): count for number, count in counts["bins"].items()}
+        lower = sum(count for number, count in bins.items() if number < self.below)
         return lower + round(self.share * bins.get(self.below, 0))
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mas_batch import job
 from mas_batch.corpus import CorpusReader
+from mas_batch.engines.predicting import read_options
 from mas_batch.errors import JobError
 from mas_batch.records import Record
 
@@ -80,12 +81,13 @@ def fingerprint(options: Mapping[str, Any]) -> str | None:
     As with a corpus, files are compared by name, size and version: nothing is read.
 
     Raises:
-        JobError: no such file.
+        JobError: no such file, or a value that names none.
     """
     if "examples" not in options:
         return None
+    only = read_options(ExampleOptions, {"examples": options["examples"]}, "of the agent")
     try:
-        return _reader(ExampleOptions(examples=options["examples"])).fingerprint
+        return _reader(only).fingerprint
     except JobError as error:
         raise _as_option(error) from error
 

@@ -19,9 +19,9 @@ from mas_batch.evaluation.systems import Kind
 _KINDS = {
     Kind.AGENT: "agent",
     Kind.RANDOM: "",
-    Kind.RUN: "the run's",
+    Kind.RUN: "run's",
     Kind.MERGE: "merge",
-    Kind.ORACLE: "upper bound",
+    Kind.ORACLE: "limit",
 }
 _STYLES = {
     Verdict.BETTER: "bold green",
@@ -90,7 +90,7 @@ def _print_quality(console: Console, evaluation: Evaluation) -> None:
     best = _best(evaluation, goal)
     for quality in evaluation.qualities:
         score = quality.score(goal)
-        kind = "best agent" if _is_baseline(quality, evaluation) else _KINDS[quality.kind]
+        kind = "best" if _is_baseline(quality, evaluation) else _KINDS[quality.kind]
         table.add_row(
             _name(quality.kind, quality.name),
             Text(kind, style="dim"),

@@ -49,6 +49,7 @@ from mas_batch.routing.instructions import (
 from mas_batch.routing.native import NATIVE_PATIENCE_S, NativeFeed, agents_asked
 from mas_batch.routing.policies import ReplicaView
 from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
+from mas_batch.routing.upkeep import Upkeep
 
 _CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3
@@ -105,6 +106,7 @@ class DaskRouter:
         self._native: NativeFeed | None = None
         self._proven: set[str] = set()  # agents that have answered natively
         self._last_check = 0.0
+        self._upkeep = Upkeep(client)
         self._last_failure: dict[str, str] = {}
         self._wanted = {agent.name: agent.count for agent in job.agents}
 
@@ -202,6 +204,7 @@ class DaskRouter:
             while True:
                 self._inbox.get_nowait()()
         self._hosting.refresh()
+        self._upkeep()
         if self._native is not None:
             self._native.look()
         if self._dispatcher is None or self._dispatcher.done:
