@@ -40,7 +40,7 @@ bench: $(VENV)/dev.done  ## measure, as ratios side by side (some minutes)
 	$(BIN)/python benchmarks/throughput.py
 
 lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
-	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd \
+	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd --extra evaluate \
 		-c requirements/constraints.txt -o requirements/dev.lock pyproject.toml
 	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu -c requirements/dev.lock -o requirements/run.lock pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements/*.lock  # a build tag is not on every index
