@@ -130,3 +130,11 @@ def test_fetch_names_the_model(job_file: Path) -> None:
     result = CliRunner().invoke(main, ["fetch", str(job_file)])
     assert result.exit_code == 0
     assert "echo" in result.output
+
+
+def test_the_command_line_imports_no_model_library() -> None:
+    """A submitting machine and a scheduler need none, and torch alone takes seconds to import."""
+    heavy = ["torch", "transformers", "ctranslate2", "openai", "sacrebleu", "rouge_score"]
+    code = f"import sys, mas_batch.submit; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,10 @@ import pyarrow as pa
 from mas_batch.aggregate.merge import EMBEDDING, Encode, MergeSpec
 from mas_batch.aggregate.normalise import nfc
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.encoder import Encoder
 from mas_batch.models import fetch
+
+if TYPE_CHECKING:
+    from mas_batch.engines.encoder import Encoder
 
 
 def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
@@ -38,4 +41,6 @@ def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
 @lru_cache(maxsize=1)
 def _load(source: str) -> Encoder:
     """Keep the model resident: every merge on this worker uses the same."""
+    from mas_batch.engines.encoder import Encoder  # it imports torch: seconds, hundreds of MB
+
     return Encoder.load(fetch(source), EngineConfig())
