@@ -1,9 +1,12 @@
 """Accuracy of unlike classifiers, of their vote, and of weights learned without labels.
 
     python benchmarks/classification.py TEXTS.jsonl [--folds 5] [--seeds 3]
+    python benchmarks/classification.py TEXTS.jsonl --examples OTHERS.jsonl
 
 Every row needs `text` and `label`; a `title` is put before the text. Each agent answers every
-row once, having learned from the other folds only; folds keep the labels' proportions.
+row once, having learned from the other folds only; folds keep the labels' proportions. With
+`--examples` it has learned from those instead, and every choice of three agents and more is
+merged as well: a merge is worth what its agents differ by.
 
 `oracle`: at least one agent is right. `log-odds`: weighted by the accuracies of the other folds,
 so it has seen labels. `reliability` has seen none. `best agent` is the best in hindsight.
@@ -15,6 +18,7 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -150,6 +154,36 @@ def accuracy(
     return mean(float(answers[i] == rows[i].label) for i in asked)
 
 
+def by_subset(rows: Sequence[Row], known: Sequence[Row], encoder: Remembering) -> str:
+    """Merge every choice of at least three agents that have learned from other rows."""
+    examples = Examples(tuple(r.text for r in known), tuple(r.label for r in known))
+    texts = [row.text for row in rows]
+    answers = {
+        name: [prediction.text for prediction in predictor.predict(texts)]
+        for name, predictor in agents(encoder, examples).items()
+    }
+    alone = {name: accuracy(rows, given) for name, given in answers.items()}
+    lines = [f"{len(rows)} rows: {', '.join(f'{name} {a:.3f}' for name, a in alone.items())}"]
+    fold = np.arange(len(rows)) % 5  # only for the accuracies that log-odds has seen
+    for size in range(3, len(answers) + 1):
+        for names in combinations(answers, size):
+            chosen = {name: answers[name] for name in names}
+            found = {
+                method.partition(" ")[0]: accuracy(rows, given)
+                for method, given in merged(rows, chosen, fold)
+            }
+            figures = [max(alone[name] for name in names), *found.values()]
+            cells = " | ".join(f"{figure:.3f}" for figure in figures)
+            lines.append(f"| {', '.join(names)} | {cells} |")
+    head = "| agents | best agent | vote | log-odds | reliability |\n|---|---|---|---|---|"
+    return "\n".join([lines[0], "", head, *lines[1:]])
+
+
+def read_rows(path: Path) -> list[Row]:
+    found = map(json.loads, path.read_text().splitlines())
+    return [Row("\n".join(filter(None, [r.get("title"), r["text"]])), r["label"]) for r in found]
+
+
 def measure(rows: Sequence[Row], encoder: Remembering, number: int, seed: int) -> dict[str, float]:
     fold = folds(rows, number, seed)
     answers = answer(rows, encoder, fold)
@@ -167,10 +201,13 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3, help="times that folds are drawn")
+    parser.add_argument("--examples", type=Path, help="learn from these, not from other folds")
     options = parser.parse_args()
-    found = map(json.loads, options.texts.read_text().splitlines())
-    rows = [Row("\n".join(filter(None, [r.get("title"), r["text"]])), r["label"]) for r in found]
+    rows = read_rows(options.texts)
     encoder = Remembering(Encoder.load(fetch(ENCODER), EngineConfig()))
+    if options.examples is not None:
+        print(by_subset(rows, read_rows(options.examples), encoder))
+        return
     rounds = [measure(rows, encoder, options.folds, seed) for seed in range(options.seeds)]
     print(f"{len(rows)} rows, {options.folds} folds, drawn {options.seeds} times")
     for name in rounds[0]:
