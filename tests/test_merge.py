@@ -127,7 +127,7 @@ def test_support_names_who_backs_what_best_first() -> None:
     ("method", "kind", "answer_", "value", "confidence_kind"),
     [
         ("vote", "label", "spam", None, "agreement"),
-        ("weighted", "label", "spam", None, "softmax"),
+        ("weighted", "label", "spam", None, "posterior"),
         ("vote", "value", "3.0", 3.0, "agreement"),
         ("mean", "value", "4.5", 4.5, "standard_error"),
         ("mbr", "text", "It is spam: 3", None, "expected_utility"),

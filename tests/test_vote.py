@@ -168,6 +168,13 @@ def test_log_odds_confidence_is_the_posterior_of_independent_agents() -> None:
     )
 
 
+def test_a_single_answer_is_as_sure_as_its_agent() -> None:
+    for num_wrong in (1, 2, 7, None):
+        verdict = weighted_log_odds([ballot("a", "x")], {"a": 0.8}, num_wrong)
+        assert (verdict.confidence, verdict.margin) == (pytest.approx(0.8), pytest.approx(0.8))
+        assert verdict.entropy == 0.0
+
+
 def test_an_agent_below_chance_speaks_against_its_answer() -> None:
     verdict = weighted_log_odds(
         [ballot("bad", "x"), ballot("bad", "x", sample=1), ballot("so-so", "y")],

@@ -6,7 +6,6 @@ which answers there are and on nothing else, so every worker that looks sees the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,24 +134,5 @@ def _is_sure(
     verdict = verdict_of(ballots, spec, encode)
     if verdict.tie and spec.method != "mbr":
         return False
-    reached = _posterior(verdict.support, spec.num_labels) if bayesian else verdict.confidence
+    reached = verdict.confidence
     return reached is not None and reached >= confidence - _ROUNDING
-
-
-def _posterior(support: Sequence[Candidate], num_labels: int | None) -> float:
-    """Return the probability of the best candidate among all labels, also those nobody gave.
-
-    Let all labels be equally likely and an agent of accuracy p err evenly over the m wrong
-    ones. A label's likelihood is Π p over the agents that gave it times Π (1 - p)/m over the
-    others; divided by Π (1 - p)/m over all agents it is Π m·p/(1 - p) over those that gave it.
-    That is e^score for a candidate, its score being the sum of log-odds, and e^0 for a label
-    that nobody gave. So one answer of an agent of accuracy p has probability p.
-
-    Args:
-        num_labels: m + 1. None: as the log-odds then take it, the candidates, at least two.
-    """
-    num_unseen = max((num_labels or 2) - len(support), 0)
-    scores = [candidate.weight for candidate in support]
-    highest = max(*scores, 0.0)
-    powers = [math.exp(score - highest) for score in scores]
-    return powers[0] / (math.fsum(powers) + num_unseen * math.exp(-highest))

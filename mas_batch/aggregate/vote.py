@@ -120,8 +120,12 @@ def weighted_log_odds(
 
     An agent of accuracy p adds ln(m·p / (1 - p)) to its answer, m being the number of wrong
     answers it could have given; below chance it subtracts. Every sample adds it again: the
-    samples of an agent count as independent voters. The confidence is the softmax of the
-    scores over the answers that somebody gave, so a single candidate always has 1.
+    samples of an agent count as independent voters.
+
+    The confidence is the answer's posterior probability, all m + 1 answers being equally likely
+    beforehand. An answer's likelihood is Π p over the agents that gave it times Π (1 - p)/m over
+    the others; divided by Π (1 - p)/m over all agents that is e^score, and e^0 for an answer
+    that nobody gave. So one answer of an agent of accuracy p has probability p.
 
     Args:
         num_wrong: m; None where the answers are not a closed set, and then m is the number
@@ -136,9 +140,11 @@ def weighted_log_odds(
     wrong = num_wrong or max(1, len({ballot.key for ballot in ballots}) - 1)
     weights = [to_units(log_odds(accuracies[b.agent_id], wrong)) for b in ballots]
     support = rank_candidates(gather(ballots, weights))
-    shares = _softmax([candidate.weight for candidate in support])
-    margin = shares[0] - sum(shares[1:2])
-    return verdict(support, shares, shares[0], "softmax", margin)
+    unseen = [0.0] * max(0, wrong + 1 - len(support))
+    scores = [candidate.weight for candidate in support]
+    posterior = _softmax([*scores, *unseen])
+    margin = posterior[0] - sum(posterior[1 : len(support)][:1])
+    return verdict(support, _softmax(scores), posterior[0], "posterior", margin)
 
 
 def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
