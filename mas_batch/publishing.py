@@ -66,7 +66,7 @@ def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
     """Say how answers were merged, for a manifest."""
     facts: dict[str, Any] = {"method": spec.method, "accuracies": dict(spec.accuracies)}
     if spec.method == "mbr":
-        facts["utility"] = spec.utility
+        facts |= {"utility": spec.utility, "weights": spec.weights}
     if spec.reliability is not None:
         facts["reliability"] = json.loads(spec.reliability.to_json())
     return facts
