@@ -52,7 +52,12 @@ Names = Annotated[tuple[str, ...], Strict(False)]
 _MAX_NAME_BYTES = 128
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """Return the name if it may name a folder.
+
+    Raises:
+        ValueError: it may not.
+    """
     allowed = "letters, digits, '-', '_' and '.', not first"
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ValueError(f"{name!r} is not allowed: it names a folder; allowed: {allowed}")
@@ -61,7 +66,7 @@ def _slug(name: str) -> str:
     return name
 
 
-Slug = Annotated[str, AfterValidator(_slug)]
+Slug = Annotated[str, AfterValidator(slug)]
 
 
 class _Model(BaseModel):

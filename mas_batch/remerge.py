@@ -14,7 +14,7 @@ from mas_batch.agents.work import RunRef
 from mas_batch.aggregate.merge import MergeSpec
 from mas_batch.errors import JobError, RunError
 from mas_batch.history import Memory
-from mas_batch.job import Job, fingerprint
+from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
 from mas_batch.learning import Corpus, learned
 from mas_batch.monitor.events import Event
@@ -50,6 +50,10 @@ def merge_again(
     job = _changed(run, changes)
     spec = merge_spec(job)
     name = name or f"{spec.method}-{fingerprint(job.merge.model_dump(mode='json'))}"
+    try:
+        slug(name)
+    except ValueError as error:
+        raise JobError(str(error), key="--name") from error
     if name in run.merges():
         return run.merge(name)
     plan = read_plan(run.store)
@@ -60,7 +64,7 @@ def merge_again(
         run.store, "", job.task, spec, None, plan.passthrough, job.output.keep_text,
         into=f"{MERGES}/{name}",
     )  # fmt: skip
-    prior = Memory(job, spec).prior() if job.merge.history else None
+    prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     with _connected(client) as connected:
         corpus = learned(Corpus(connected, ref, plan, agents, emit), "learned.json", prior)
         statistics = corpus.statistics(merge=True)

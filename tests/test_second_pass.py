@@ -206,6 +206,9 @@ def test_a_merge_that_does_not_fit_is_refused_by_its_key(
         merge_again(run, {"method": "mbr"}, client=four_workers)
     with pytest.raises(JobError, match="every agent"):
         merge_again(run, {"method": "weighted"}, client=four_workers)
+    for name in ("..", "../..", "a/b"):
+        with pytest.raises(JobError, match="it names a folder"):
+            merge_again(run, {"method": "vote"}, name=name, client=four_workers)
     with pytest.raises(RunError, match="no merge 'x'; allowed: there is none"):
         run.merge("x")
 
