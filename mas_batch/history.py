@@ -10,7 +10,7 @@ the prompts. An agent is known by its model and its own way of being asked, not 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from mas_batch.aggregate.merge import MergeSpec
@@ -18,14 +18,6 @@ from mas_batch.aggregate.reliability import AgentHistory, History, Reliability
 from mas_batch.errors import RunError
 from mas_batch.job import Agent, Job, fingerprint
 from mas_batch.storage import Store
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """One run's file, its agents by their identity."""
-
-    labels: tuple[str, ...] | None
-    agents: dict[str, AgentHistory]
 
 
 class Memory:
@@ -57,9 +49,9 @@ class Memory:
             if name.endswith(".json") and name != f"{besides}.json"
         ]
         found = {
-            name: _sum([run.agents[identity] for run in runs if identity in run.agents])
+            name: _sum([run[identity] for run in runs if identity in run])
             for name, identity in self._identities.items()
-            if any(identity in run.agents for run in runs)
+            if any(identity in run for run in runs)
         }
         return History(found, self._labels) if found else None
 
@@ -81,11 +73,11 @@ class Memory:
             encoded = json.dumps(content, ensure_ascii=False, indent=1).encode()
             self._store.replace(f"{run}.json", encoded)
 
-    def _read(self, name: str) -> _Kept:
+    def _read(self, name: str) -> dict[str, AgentHistory]:
+        """Return one run's agents by their identity."""
         try:
             raw: dict[str, Any] = json.loads(self._store.read_bytes(name))
-            agents = {identity: _agent(value) for identity, value in raw["agents"].items()}
-            return _Kept(raw["labels"], agents)
+            return {identity: _agent(value) for identity, value in raw["agents"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self._store.location(name)} is not what a run has learned: "

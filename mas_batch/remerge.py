@@ -11,7 +11,6 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 
 from mas_batch.agents.work import RunRef
-from mas_batch.aggregate.merge import MergeSpec
 from mas_batch.errors import JobError, RunError
 from mas_batch.history import Memory
 from mas_batch.job import Job, fingerprint, slug
@@ -70,15 +69,6 @@ def merge_again(
         statistics = corpus.statistics(merge=True)
     publish(corpus.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
     return run.merge(name)
-
-
-def spec_of(run: Run, changes: Mapping[str, Any] = {}) -> MergeSpec:
-    """Return how the run was merged, or would be with these changes, but for what it learned.
-
-    Raises:
-        JobError: as `merge_again`.
-    """
-    return merge_spec(_changed(run, changes))
 
 
 def _changed(run: Run, changes: Mapping[str, Any]) -> Job:

@@ -82,7 +82,9 @@ def cluster_client() -> Iterator[Any]:
     One per module: its threads draw random numbers, which upsets Hypothesis in other modules.
     `strong` and `weak` can do every task; `spare` declares nothing that an agent needs.
     """
-    from distributed import Client, Scheduler, SpecCluster, Worker
+    from distributed import Client, Worker
+
+    from tests.clusters import cluster_of
 
     tasks = dict.fromkeys(("summarize", "translate", "classify", "score", "reply"), 1.0)
     resources = {"strong-0": {**tasks, "strong": 1}, "weak-0": {**tasks, "weak": 1}, "spare": {}}
@@ -90,12 +92,7 @@ def cluster_client() -> Iterator[Any]:
         name: {"cls": Worker, "options": {"name": name, "nthreads": 3, "resources": declared}}
         for name, declared in resources.items()
     }
-    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    scheduler = {"cls": Scheduler, "options": options}
-    with (
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
-        Client(cluster) as client,
-    ):
+    with cluster_of(workers) as cluster, Client(cluster) as client:
         client.wait_for_workers(len(workers))
         yield client
 

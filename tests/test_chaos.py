@@ -6,7 +6,6 @@ to real processes, memory that is really eaten, exceptions raised where a model 
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed import Client, Nanny
 
 from mas_batch import pipeline
 from mas_batch.job_file import load_job
@@ -34,6 +33,7 @@ from tests.chaos import (
     started,
     workers_of,
 )
+from tests.clusters import cluster_of
 
 pytestmark = [pytest.mark.faults, pytest.mark.chaos]
 
@@ -231,21 +231,13 @@ def test_the_cluster_scaled_down_with_work_in_flight(
         }
         for name in ("a-0", "b-0", "a-1")  # the last ones go first
     }
-    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     count = arena.rng.randint(1, 8)
 
     def emit(event: Event) -> None:
         if isinstance(event, PartitionMerged) and event.partition == count:
             cluster.scale(2)
 
-    with (
-        SpecCluster(
-            workers=workers,
-            scheduler={"cls": Scheduler, "options": options},
-            silence_logs=logging.ERROR,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with cluster_of(workers) as cluster, Client(cluster) as client:
         client.wait_for_workers(3)
         pipeline.run(load_job(str(arena.folder / "job.yaml")), client=client, emit=emit)
         assert len(client.scheduler_info()["workers"]) == 2

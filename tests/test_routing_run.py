@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from distributed import Client, Scheduler, SpecCluster, Worker, span
+from distributed import Client, SpecCluster, Worker, span
 
 import mas_batch
 from mas_batch import pipeline
@@ -34,6 +33,7 @@ from mas_batch.routing import upkeep
 from mas_batch.routing.hosting import cluster_workers
 from mas_batch.show import answers_saved
 from mas_batch.storage import Store
+from tests.clusters import cluster_of
 from tests.test_run import Recorder
 
 MakeJob = Callable[..., Job]
@@ -69,11 +69,7 @@ def worker_spec() -> dict[str, Any]:
 @pytest.fixture
 def elastic(worker_spec: dict[str, Any]) -> Iterator[SpecCluster]:
     """A cluster of one worker, to which others may be added."""
-    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    scheduler = {"cls": Scheduler, "options": options}
-    with SpecCluster(
-        workers={"w-0": worker_spec}, scheduler=scheduler, silence_logs=logging.ERROR
-    ) as cluster:
+    with cluster_of({"w-0": worker_spec}) as cluster:
         yield cluster
 
 

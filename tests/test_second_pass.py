@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distributed import Client, Worker
 
 import mas_batch
 from mas_batch import pipeline
@@ -16,6 +17,7 @@ from mas_batch.job import Job
 from mas_batch.monitor.events import Escalated, Event, Learned
 from mas_batch.remerge import merge_again
 from mas_batch.results import FIRST_PASS, SECOND_PASS, Run
+from tests.clusters import cluster_of
 from tests.test_routing_run import contents, labelling
 from tests.test_run import Recorder
 
@@ -27,20 +29,11 @@ ROWS = [{"id": f"r{i:03d}", "text": f"text number {i} of the corpus"} for i in r
 @pytest.fixture(scope="module")
 def four_workers() -> Any:
     """Enough workers for four or five agents."""
-    import logging
-
-    from distributed import Client, Scheduler, SpecCluster, Worker
-
     workers = {
         f"w-{i}": {"cls": Worker, "options": {"nthreads": 3, "resources": {"classify": 1}}}
         for i in range(5)
     }
-    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    scheduler = {"cls": Scheduler, "options": options}
-    with (
-        SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
-        Client(cluster) as client,
-    ):
+    with cluster_of(workers) as cluster, Client(cluster) as client:
         client.wait_for_workers(len(workers))
         yield client
 

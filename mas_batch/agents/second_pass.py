@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch import results
@@ -18,10 +19,9 @@ from mas_batch.agents.work import (
     committed_answers,
     merge_of,
 )
-from mas_batch.aggregate.consensus import SUPPORT, loo_partial
+from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES
-from mas_batch.aggregate.merge import ballots_of, key_of, replies_by_record, utility_of
-from mas_batch.aggregate.normalise import deduplicate
+from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.aggregate.patterns import add_patterns, count_answers
 from mas_batch.aggregate.reductions import Partial, Reduction
 
@@ -31,12 +31,12 @@ PATTERNS = Reduction("patterns", count_answers, add_patterns, dict)
 
 def pattern_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Count who agreed with whom, for `reliability`."""
-    spec = run.merge
-    partials: list[Partial] = []
-    for partition in partitions:
-        answers = deduplicate(committed_answers(run, partition, agents, all_there=False))
-        partials.append(count_answers(answers, agents, spec.labels, spec.answer_kind, key_of(spec)))
-    return PATTERNS.combine(partials)
+    return PATTERNS.combine(
+        [
+            pattern_partial(_answers(run, partition, agents), run.merge, agents)
+            for partition in partitions
+        ]
+    )
 
 
 def support_sums(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
@@ -44,12 +44,14 @@ def support_sums(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) 
     return SUPPORT.combine([_support(run, partition, agents) for partition in partitions])
 
 
+def _answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
+    return committed_answers(run, partition, agents, all_there=False)
+
+
 def _support(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     records = run.store.read_table(results.staged_name(partition))
-    answers = committed_answers(run, partition, agents, all_there=False)
-    utility = utility_of(run.merge, encoder_for(run.merge, answers))
-    replies = replies_by_record(records, answers).values()
-    return SUPPORT.combine([loo_partial(ballots_of(rows, run.merge), utility) for rows in replies])
+    answers = _answers(run, partition, agents)
+    return support_partial(records, answers, run.merge, encoder_for(run.merge, answers))
 
 
 def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:

@@ -172,23 +172,18 @@ def merge_partition(
     if run.escalation is not None:  # this only marks what is answered; the final merge comes later
         records = records.filter(pc.is_in(records["record_id"], answers["record_id"]))
         spec = spec.first_pass
+    encode = encoder_for(spec, answers)
     if not final and run.stopping is not None:
-        still_open = _undecided(run, records, answers)
+        still_open = undecided(records, answers, spec, run.stopping, encode)
         if still_open:
             facts = {"num_undecided": len(still_open), "num_records": records.num_rows}
             report(run.topic, "merge_partition", {**identity, **facts})
             return
-    merged, failures = merge_answers(records, answers, spec, encoder_for(spec, answers))
+    merged, failures = merge_answers(records, answers, spec, encode)
     agreement = _agreement(merged, failures, answers)
     num_results, num_failures = commit_merged(run, partition, merged, failures)
     facts = {"num_results": num_results, "num_failures": num_failures, "agreement": agreement}
     report(run.topic, "merge_partition", {**identity, **facts})
-
-
-def _undecided(run: RunRef, records: pa.Table, answers: pa.Table) -> list[str]:
-    if run.stopping is None:
-        return []
-    return undecided(records, answers, run.merge, run.stopping, encoder_for(run.merge, answers))
 
 
 def commit_merged(
@@ -294,7 +289,9 @@ def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list
         return _good_records(picked(run.escalation, table, merged, failures))
     if not earlier or run.stopping is None:
         return _good_records(table)
-    still_open = _undecided(run, table, committed_answers(run, partition, earlier))
+    answers = committed_answers(run, partition, earlier)
+    encode = encoder_for(run.merge, answers)
+    still_open = undecided(table, answers, run.merge, run.stopping, encode)
     return _good_records(
         table.filter(pc.is_in(table["record_id"], pa.array(still_open, pa.string())))
     )

@@ -6,23 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-from mas_batch.aggregate.consensus import SUPPORT, loo_partial
+from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.learning import learn
-from mas_batch.aggregate.merge import (
-    EMBEDDING,
-    MergeSpec,
-    ballots_of,
-    key_of,
-    replies_by_record,
-    utility_of,
-)
-from mas_batch.aggregate.normalise import deduplicate
-from mas_batch.aggregate.patterns import count_answers
+from mas_batch.aggregate.merge import EMBEDDING, MergeSpec
+from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.collect import answers_by_partition
 from mas_batch.job import Job, MergeMethod
 from mas_batch.pipeline import merge_spec
-from mas_batch.results import Run, read_plan, read_records
+from mas_batch.results import Run, read_plan, staged_name
 from mas_batch.tasks import make_task
 
 METHODS: tuple[str, ...] = get_args(MergeMethod)
@@ -77,8 +69,8 @@ def other_specs(
 
 
 def _with_reliability(spec: MergeSpec, run: Run) -> MergeSpec:
-    answers = deduplicate(run.arrow("answers"))
-    patterns = count_answers(answers, spec.agents, spec.labels, spec.answer_kind, key_of(spec))
+    answers = run.arrow("answers")
+    patterns = pattern_partial(answers, spec, spec.agents)
     pairs = answers.select(["agent_id", "family_id"]).group_by(["agent_id", "family_id"])
     known = {row["agent_id"]: row["family_id"] for row in pairs.aggregate([]).to_pylist()}
     families = {agent: known.get(agent, agent) for agent in spec.agents}
@@ -86,15 +78,11 @@ def _with_reliability(spec: MergeSpec, run: Run) -> MergeSpec:
 
 
 def _with_weights(spec: MergeSpec, run: Run) -> MergeSpec:
-    utility = utility_of(spec, None)
     plan = read_plan(run.store)
     assert plan is not None
     partials = [
-        loo_partial(ballots_of(rows, spec), utility)
+        support_partial(run.store.read_table(staged_name(index)), answers, spec)
         for index, answers in enumerate(answers_by_partition(run, plan))
-        for rows in replies_by_record(
-            read_records(run.store, index, plan.passthrough), answers
-        ).values()
     ]
     weights = SUPPORT.finalize(SUPPORT.combine(partials))
     return replace(spec, weights="learned", accuracies=weights)
