@@ -44,6 +44,8 @@ class Request:
     seed: int = 0
     """Seed of this request's own random stream; the sample number is mixed in by the engine,
     so sample s of a request is the same whatever else is in the batch."""
+    context: str | None = None
+    """The background that the prompt holds too, for engines that take no prompt but can use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Completion:
     prompt_tokens: int
     compute_s: float = 0.0
     """This completion's share of its batch's model time."""
+    prefill_s: float | None = None
+    """Of that, its share of reading the prompts; None where the engine cannot tell."""
     reason: Reason | None = None
     """Set when there is no completion (finish_reason `error`)."""
     message: str = ""
@@ -95,6 +99,10 @@ class Engine(Protocol):
     """Budget of rows × (longest prompt + max_new_tokens) per batch; None = take all at once."""
     takes_messages: bool
     """False for engines that read `Request.text` and ignore the prompt."""
+    only_translates: bool
+    """True for translation models: there is nothing else that they can be asked."""
+    samples: bool
+    """False for engines that have one answer to a text, whatever the sampling."""
 
     def prompt_tokens(self, request: Request) -> int:
         """Count the tokens of the request's full prompt, template included."""

@@ -102,5 +102,7 @@ def _run(
 def _failed(
     sampling: Sampling, prompt_tokens: int, reason: Reason, message: str
 ) -> list[Completion]:
-    failure = Completion("", (), None, 0, "error", prompt_tokens, 0.0, reason, message)
+    failure = Completion(
+        "", (), None, 0, "error", prompt_tokens, prefill_s=0.0, reason=reason, message=message
+    )
     return [failure] * sampling.num_samples

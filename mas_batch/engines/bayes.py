@@ -127,4 +127,5 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
         "num_examples": len(examples.texts),
         "options": options.model_dump(mode="json", exclude_defaults=True),
     }
-    return PredictingEngine(NaiveBayes(examples, options), facts, config)
+    predictor = NaiveBayes(examples, options)
+    return PredictingEngine(predictor, facts, config, reads_context=options.context)

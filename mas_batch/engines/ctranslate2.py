@@ -70,6 +70,8 @@ class CTranslate2Engine:
     """
 
     takes_messages = False
+    only_translates = True
+    samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
         self.max_context_tokens = _check_options(config.options)

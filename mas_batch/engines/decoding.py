@@ -15,6 +15,7 @@ token.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,24 +50,38 @@ def decode(
     special: SpecialTokens,
     sampling: Sampling,
     seeds: Sequence[int],
-) -> list[list[Decoded]]:
+) -> tuple[list[list[Decoded]], float | None]:
     """Decode one batch of token prompts: per prompt, `sampling.num_samples` results.
+
+    Returns:
+        The results, and the seconds of reading the prompts; None of a beam search.
 
     Raises:
         EngineError: the model's logits are not finite.
     """
     copies = sampling.num_samples
     if sampling.num_beams > 1:
-        return [[best] for best in _beam_search(model, prompts, special, sampling)]
+        return [[best] for best in _beam_search(model, prompts, special, sampling)], None
     choose = _greedy if sampling.temperature == 0 else Sampler(sampling, seeds)
     stream = open_stream(model, special, sampling.max_new_tokens)
+    start = time.perf_counter()
     logits = stream.start(prompts)
+    _wait_for(logits.device)
+    prefill_s = time.perf_counter() - start
     if copies > 1:  # only now: every prompt has been read once, whatever the number of samples
         rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(copies)
         stream.keep(rows)
         logits = logits[rows]
     flat = _run(stream, logits, choose, special, sampling.max_new_tokens)
-    return [flat[i : i + copies] for i in range(0, len(flat), copies)]
+    return [flat[i : i + copies] for i in range(0, len(flat), copies)], prefill_s
+
+
+def _wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told: a time taken before means nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _run(

@@ -85,6 +85,8 @@ class EchoEngine:
     """Says what it was asked, or what its options say."""
 
     takes_messages = True
+    only_translates = False
+    samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig, options: Options) -> None:
         self._source = model.source

@@ -30,6 +30,8 @@ class ExampleOptions(BaseModel):
     """Column that is read after the text, on a new line: the answer, beside its question."""
     label: Annotated[str, Field(min_length=1)] = "label"
     """Column with the answer: a label, or the reply to the question. May be `text` itself."""
+    context: bool = False
+    """Read the record's context too, before its text: what was said earlier in a dialogue."""
 
 
 @dataclass(frozen=True, slots=True)

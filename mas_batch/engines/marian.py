@@ -18,7 +18,8 @@ import torch
 from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
 from mas_batch.engines.marian_decoding import Hypothesis, beam_search, decode, greedy, sampler
 from mas_batch.engines.marian_format import read_marian
-from mas_batch.engines.marian_network import Network
+from mas_batch.engines.marian_network import Network, State
+from mas_batch.engines.timing import BatchTime, batch_time
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
 from mas_batch.models import ModelFiles
 
@@ -42,6 +43,8 @@ class MarianEngine:
     """The engine `marian`: sentences in, translations out; prompts are not read."""
 
     takes_messages = False
+    only_translates = True
+    samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
         self.max_context_tokens = _context_option(config.options)
@@ -71,13 +74,16 @@ class MarianEngine:
         sources = [self._source(request) for request in requests]
         self._check(max(map(len, sources)), sampling)
         with torch.inference_mode(), _named_errors():
-            found = self._decode([request.seed for request in requests], sources, sampling)
-        num_tokens = [
-            len(s) + len(h.tokens) for s, hs in zip(sources, found, strict=True) for h in hs
-        ]
-        token_s = (time.perf_counter() - start) / sum(num_tokens)
+            seeds = [request.seed for request in requests]
+            found, prefill_s = self._decode(seeds, sources, sampling)
+        spent = batch_time(
+            time.perf_counter() - start,
+            prefill_s,
+            [len(source) for source in sources],
+            [[len(h.tokens) for h in hypotheses] for hypotheses in found],
+        )
         return [
-            [self._completion(hypothesis, len(source), token_s) for hypothesis in hypotheses]
+            [self._completion(hypothesis, len(source), spent) for hypothesis in hypotheses]
             for source, hypotheses in zip(sources, found, strict=True)
         ]
 
@@ -117,22 +123,32 @@ class MarianEngine:
 
     def _decode(
         self, seeds: Sequence[int], sources: Sequence[Sequence[int]], sampling: Sampling
-    ) -> list[list[Hypothesis]]:
-        """Return the hypotheses per source."""
-        network, length, eos_id = self._network, sampling.max_new_tokens, self._pieces.eos_id()
+    ) -> tuple[list[list[Hypothesis]], float]:
+        """Return the hypotheses per source, and the seconds of encoding the sources."""
+        network = self._network
+        start = time.perf_counter()
         state = network.encode(sources, sampling.num_beams)
+        if network.device.type == "cuda":
+            torch.cuda.synchronize(network.device)
+        prefill_s = time.perf_counter() - start
+        return self._extend(state, seeds, len(sources), sampling), prefill_s
+
+    def _extend(
+        self, state: State, seeds: Sequence[int], num_sources: int, sampling: Sampling
+    ) -> list[list[Hypothesis]]:
+        network, length, eos_id = self._network, sampling.max_new_tokens, self._pieces.eos_id()
         if sampling.num_beams > 1:
             return [[best] for best in beam_search(network, state, length, eos_id)]
         if sampling.temperature == 0:
             return [[h] for h in decode(network, state, length, eos_id, greedy)]
         n = sampling.num_samples
-        groups = torch.arange(len(sources), device=network.device).repeat_interleave(n)
+        groups = torch.arange(num_sources, device=network.device).repeat_interleave(n)
         choose = sampler(sampling, [(seed, sample) for seed in seeds for sample in range(n)])
         flat = decode(network, state.select(groups), length, eos_id, choose)
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
-    def _completion(self, h: Hypothesis, num_source: int, token_s: float) -> Completion:
-        """Spread the batch's time over its tokens, read and written, at `token_s` each."""
+    def _completion(self, h: Hypothesis, num_source: int, spent: BatchTime) -> Completion:
+        compute_s, prefill_s = spent.share(num_source, len(h.tokens))
         return Completion(
             text=self._pieces.decode(h.tokens[:-1] if h.ended else h.tokens),
             token_ids=tuple(h.tokens),
@@ -140,7 +156,8 @@ class MarianEngine:
             num_tokens=len(h.tokens),
             finish_reason="stop" if h.ended else "length",
             prompt_tokens=num_source,
-            compute_s=token_s * (num_source + len(h.tokens)),
+            compute_s=compute_s,
+            prefill_s=prefill_s,
         )
 
 

@@ -189,7 +189,9 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
             prototypes = centroids(prototypes)
     facts["num_prototypes"] = len(prototypes.owners)
     k = options.k if isinstance(options, Knn) else None
-    return PredictingEngine(Nearest(encoder, prototypes, options, k), facts, config)
+    predictor = Nearest(encoder, prototypes, options, k)
+    reads_context = isinstance(options, FromExamples) and options.context
+    return PredictingEngine(predictor, facts, config, reads_context=reads_context)
 
 
 def _options(given: Mapping[str, Any]) -> Knn | Centroid | ZeroShot | Similarity:

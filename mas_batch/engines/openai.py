@@ -65,6 +65,8 @@ class OpenAIEngine:
     """One model behind an endpoint, asked by several threads."""
 
     takes_messages = True
+    only_translates = False
+    samples = True
     max_batch_tokens = None  # the server makes its own batches: it gets all there is
 
     def __init__(self, model: str, options: Options, key: str | None) -> None:
@@ -141,9 +143,8 @@ class OpenAIEngine:
                 0,
                 "error",
                 self.prompt_tokens(request),
-                0.0,
-                error.reason,
-                error.message,
+                reason=error.reason,
+                message=error.message,
             )
             done += [failure] * missing
         share_s = (time.perf_counter() - start) / len(done)

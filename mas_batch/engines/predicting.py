@@ -1,7 +1,8 @@
 """What the engines without a decoder share: each text gets the one answer that a rule picks.
 
-They read `Request.text` and no prompt. They are deterministic, so one answer per record is all
-that they have, and they read texts of any length whole, so nothing is ever cut into parts.
+They read `Request.text`, some `Request.context` too, and no prompt. They are deterministic, so
+one answer per record is all that they have, and they read texts of any length whole, so nothing
+is ever cut into parts.
 """
 
 from __future__ import annotations
@@ -53,19 +54,33 @@ class Predictor(Protocol):
 class PredictingEngine:
     """An engine around a predictor. `Completion.token_ids` are empty: nothing was decoded."""
 
-    takes_messages = True  # it may do other tasks than translate, though it reads no prompt
+    takes_messages = False
+    only_translates = False
+    samples = False
     max_context_tokens = NO_LIMIT
 
     def __init__(
-        self, predictor: Predictor, facts: Mapping[str, Any], config: EngineConfig
+        self,
+        predictor: Predictor,
+        facts: Mapping[str, Any],
+        config: EngineConfig,
+        *,
+        reads_context: bool = False,
     ) -> None:
+        """Read `Request.text`, after `Request.context` if `reads_context`."""
+        self._reads_context = reads_context
         self._predictor = predictor
         self._facts = facts
         self.max_batch_tokens = config.max_batch_tokens
 
     def prompt_tokens(self, request: Request) -> int:
-        """Count the tokens of the text."""
-        return self._predictor.count_tokens(request.text)
+        """Count the tokens of what is read."""
+        return self._predictor.count_tokens(self._text(request))
+
+    def _text(self, request: Request) -> str:
+        if self._reads_context and request.context:
+            return f"{request.context}\n{request.text}"
+        return request.text
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Answer every request; an answer over `max_new_tokens` words is cut.
@@ -79,7 +94,7 @@ class PredictingEngine:
                 "and sampling.num_beams have to keep their defaults"
             )
         start = time.perf_counter()
-        found = self._predictor.predict([request.text for request in requests])
+        found = self._predictor.predict([self._text(request) for request in requests])
         lengths = [self.prompt_tokens(request) for request in requests]
         token_s = (time.perf_counter() - start) / max(1, sum(lengths))
         return [

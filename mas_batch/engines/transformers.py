@@ -26,6 +26,7 @@ from mas_batch.engines.checkpoints import (
 )
 from mas_batch.engines.decoding import Decoded, decode
 from mas_batch.engines.streams import SpecialTokens
+from mas_batch.engines.timing import BatchTime, batch_time
 from mas_batch.errors import EngineError, JobError, OutOfMemoryError
 from mas_batch.models import ModelFiles
 
@@ -42,6 +43,8 @@ class TransformersEngine:
     `Completion.token_ids` are without the end token; `num_tokens` and `sum_logprob` count it.
     """
 
+    samples = True
+
     def __init__(
         self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
     ) -> None:
@@ -52,6 +55,7 @@ class TransformersEngine:
         self._seq2seq = bool(model.config.is_encoder_decoder)
         self._special = _special_tokens(model, tokenizer, options)
         self.takes_messages = not self._seq2seq or options.reads == "messages"
+        self.only_translates = not self.takes_messages
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
 
@@ -74,17 +78,17 @@ class TransformersEngine:
         seeds = [request.seed for request in requests]
         start = time.perf_counter()
         with torch.inference_mode():
-            found = _run_freeing(
+            found, prefill_s = _run_freeing(
                 lambda: decode(self._model, prompts, self._special, sampling, seeds)
             )
-        num_tokens = sum(
-            len(prompt) + len(d.tokens)
-            for prompt, ds in zip(prompts, found, strict=True)
-            for d in ds
+        spent = batch_time(
+            time.perf_counter() - start,
+            prefill_s,
+            [len(prompt) for prompt in prompts],
+            [[len(decoded.tokens) for decoded in row] for row in found],
         )
-        token_s = (time.perf_counter() - start) / num_tokens
         return [
-            [self._completion(len(prompt), decoded, token_s) for decoded in row]
+            [self._completion(len(prompt), decoded, spent) for decoded in row]
             for prompt, row in zip(prompts, found, strict=True)
         ]
 
@@ -134,8 +138,8 @@ class TransformersEngine:
             ) from error
         return text, False  # the template has written them
 
-    def _completion(self, prompt_tokens: int, decoded: Decoded, token_s: float) -> Completion:
-        """Spread the batch's time over its tokens, read and written, at `token_s` each."""
+    def _completion(self, prompt_tokens: int, decoded: Decoded, spent: BatchTime) -> Completion:
+        compute_s, prefill_s = spent.share(prompt_tokens, len(decoded.tokens))
         kept = decoded.tokens[:-1] if decoded.ended else decoded.tokens
         return Completion(
             text=self._tokenizer.decode(kept, skip_special_tokens=True).strip(),
@@ -144,7 +148,8 @@ class TransformersEngine:
             num_tokens=len(decoded.tokens),
             finish_reason="stop" if decoded.ended else "length",
             prompt_tokens=prompt_tokens,
-            compute_s=token_s * (prompt_tokens + len(decoded.tokens)),
+            compute_s=compute_s,
+            prefill_s=prefill_s,
         )
 
 

@@ -1,0 +1,129 @@
+"""The ledger of a run: what took time, row by row, as the submitting process hears of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from mas_batch.monitor.events import (
+    AgentReady,
+    AnswerFailed,
+    Event,
+    PartitionAnswered,
+    PartitionMerged,
+    PartitionUndecided,
+    PhaseEnded,
+)
+from mas_batch.records import LEDGER
+from mas_batch.storage import Store
+
+FOLDER = "ledger"
+"""Folder of a run that holds its ledger's files."""
+
+_TIMES = ("wall_s", "queue_s", "read_s", "write_s", "compute_s", "prefill_s", "decode_s")
+_OF_TASKS = (*_TIMES, "process_s", "idle_s")
+
+
+class Ledger:
+    """Turns events into rows of `LEDGER` and writes them to the run, many to a file.
+
+    A killed process loses the rows since the last file, and never an answer.
+
+    Args:
+        execution: names the process; no two of a run have the same.
+        start: of the execution, by `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        execution: str,
+        start: float,
+        *,
+        flush_every: int = 5000,
+        flush_s: float = 60.0,
+    ) -> None:
+        self._store = store
+        self._execution = execution
+        self._start = start
+        self._flush_every = flush_every
+        self._flush_s = flush_s
+        self._last_flush = time.perf_counter()
+        self._rows: list[dict[str, Any]] = []
+        self._num_files = 0
+
+    def __call__(self, event: Event) -> None:
+        """Keep what an event says of time."""
+        now = time.perf_counter()
+        row = _row(event, now - self._start)
+        if row is not None:
+            self._rows.append({"execution": self._execution, **row})
+        is_late = now - self._last_flush >= self._flush_s
+        if len(self._rows) >= self._flush_every or is_late:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept so far."""
+        self._last_flush = time.perf_counter()
+        if self._rows:
+            table = pa.Table.from_pylist(self._rows, schema=LEDGER)
+            name = f"{FOLDER}/{self._execution}-{self._num_files:04d}.parquet"
+            self._store.commit_table(name, table)
+            self._num_files += 1
+            self._rows.clear()
+
+
+def read_ledger(store: Store) -> pa.Table:
+    """Read all rows of a run's executions; none for a run of an earlier version."""
+    names = sorted(name for name in store.list(FOLDER) if name.endswith(".parquet"))
+    tables = [store.read_table(f"{FOLDER}/{name}") for name in names]
+    return pa.concat_tables(tables) if tables else LEDGER.empty_table()
+
+
+def _row(event: Event, now_s: float) -> dict[str, Any] | None:
+    match event:
+        case PartitionAnswered():
+            identity = {
+                "agent_id": event.agent_id,
+                "attempt": event.attempt,
+                "num_answers": event.num_answers,
+                "prompt_tokens": event.prompt_tokens,
+                "completion_tokens": event.completion_tokens,
+                "peak_memory_bytes": event.peak_memory_bytes,
+            }
+            return {**_task("answer", event, now_s), **identity, "num_records": event.num_records}
+        case PartitionMerged():
+            num_records = event.num_results + event.num_failures
+            return {**_task("merge", event, now_s), "num_records": num_records}
+        case PartitionUndecided():
+            return {**_task("merge", event, now_s), "num_records": event.num_records}
+        case AnswerFailed():
+            spent = {"at_s": now_s - event.wall_s, "wall_s": event.wall_s, "queue_s": event.wall_s}
+            return {
+                "stage": "failed answer",
+                "partition": event.partition,
+                "agent_id": event.agent_id,
+                "worker": event.worker,
+                "attempt": event.attempt,
+                **spent,
+            }
+        case AgentReady(agent_id, worker, load_s):
+            times = {"at_s": now_s - load_s, "wall_s": load_s, "process_s": load_s}
+            return {"stage": "load", "agent_id": agent_id, "worker": worker, **times}
+        case PhaseEnded(phase, at_s, wall_s):
+            return {"stage": phase, "at_s": at_s, "wall_s": wall_s}
+    return None
+
+
+def _task(
+    stage: str, event: PartitionAnswered | PartitionMerged | PartitionUndecided, now_s: float
+) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "partition": event.partition,
+        "worker": event.worker,
+        "at_s": now_s - event.wall_s,
+        **{name: getattr(event, name) for name in _OF_TASKS},
+    }

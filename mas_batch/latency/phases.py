@@ -1,0 +1,59 @@
+"""The phases of an execution, one after the other without a gap: their sum is its wall time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from mas_batch.monitor.events import Event, PhaseEnded
+
+READING = "reading corpus"
+STARTING = "starting"
+LOADING = "first model"
+ANSWERING = "answering"
+LEARNING = "learning"
+COUNTING = "counting"
+PUBLISHING = "publishing"
+ALL = (READING, STARTING, LOADING, ANSWERING, LEARNING, COUNTING, PUBLISHING)
+
+
+class Phases:
+    """Times phases by one clock; each is told as an event when the next begins."""
+
+    def __init__(self, name: str, start: float) -> None:
+        """Begin the first phase.
+
+        Args:
+            start: when, by `time.perf_counter`.
+        """
+        self.start = start
+        self._name = name
+        self._began = start
+        self._emit: Callable[[Event], None] | None = None
+        self._untold: list[PhaseEnded] = []
+
+    def tell(self, emit: Callable[[Event], None]) -> None:
+        """Emit what has ended so far, and from now on each phase as it ends."""
+        self._emit = emit
+        for event in self._untold:
+            emit(event)
+        self._untold.clear()
+
+    def begin(self, name: str) -> None:
+        """End the present phase and begin another; one that goes on goes on."""
+        if name != self._name:
+            self._end()
+            self._name = name
+
+    def end(self) -> None:
+        """End the last phase."""
+        self._end()
+
+    def _end(self) -> None:
+        now = time.perf_counter()
+        event = PhaseEnded(self._name, self._began - self.start, now - self._began)
+        self._began = now
+        if self._emit is None:
+            self._untold.append(event)
+        else:
+            self._emit(event)

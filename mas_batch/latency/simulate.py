@@ -1,0 +1,306 @@
+"""A run on a virtual clock: the project's own dispatcher, workers that only take time.
+
+Deterministic: equal arguments give an equal history. What a task takes is the caller's business;
+this module knows who works when, who waits for whom, and what sharing a machine's cores costs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.instructions import Ask, Instruction, Merge
+
+_LOOK_S = 1.0
+"""How often the router looks around: until then it does not know that a worker is dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A replica, from when to when it is there, and what it takes of the machine."""
+
+    name: str
+    agent_id: str
+    load_s: float = 0.0
+    """Of its model, on a machine that it has to itself."""
+    cores: float = 0.0
+    """Cores of the shared machine that it keeps busy at work; 0: its hardware is its own."""
+    joins_s: float = 0.0
+    dies_s: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a run's tasks take, in seconds on a machine that each has to itself."""
+
+    answer_s: Callable[[Worker, Ask, float], float]
+    """(replica, question, share of the partition's records that are asked about) → seconds."""
+    merge_s: Callable[[int], float]
+    """Partition → seconds."""
+    handle_s: float = 0.0
+    """Of the submitting process and the scheduler, per piece of news and what follows from it."""
+    send_s: float = 0.0
+    """Until a task that was sent begins, if its worker is free."""
+    merge_cores: float = 0.0
+    """Cores of the shared machine that a merge keeps busy."""
+    num_cores: float = float("inf")
+    """Of the shared machine."""
+
+
+class Clock:
+    """Two queues of events: at a time, and when work is done whose speed depends on who works.
+
+    All who work on the shared machine get the same share of it: with more cores wanted than
+    there are, everybody's work takes as much longer (processor sharing).
+    """
+
+    def __init__(self, num_cores: float) -> None:
+        self.now = 0.0
+        self._num_cores = num_cores
+        self._wanted = 0.0
+        self._done = 0.0  # seconds of work that everybody at work has been able to do so far
+        self._timed: list[tuple[float, int, Callable[[], None]]] = []
+        self._working: list[tuple[float, int, float, Callable[[], None]]] = []
+        self._tie = count()
+
+    def at(self, when_s: float, event: Callable[[], None]) -> None:
+        """Call at a time that is not past."""
+        heapq.heappush(self._timed, (when_s, next(self._tie), event))
+
+    def work(self, work_s: float, cores: float, event: Callable[[], None]) -> None:
+        """Call when the work is done that begins now."""
+        if cores == 0:
+            self.at(self.now + work_s, event)
+            return
+        heapq.heappush(self._working, (self._done + work_s, next(self._tie), cores, event))
+        self._wanted += cores
+
+    def step(self) -> None:
+        """Go on to the next event and call it."""
+        due = self.now
+        if self._working:
+            due += max(0.0, self._working[0][0] - self._done) / self._speed
+        if self._working and not (self._timed and self._timed[0][0] <= due):
+            self._advance(due)
+            self._done, _, cores, event = heapq.heappop(self._working)
+            # Without this, sums of fractions would leave a trace of cores that nobody wants.
+            self._wanted = self._wanted - cores if self._working else 0.0
+        else:
+            when_s, _, event = heapq.heappop(self._timed)
+            self._advance(when_s)
+        event()
+
+    def _advance(self, now: float) -> None:
+        self._done += (now - self.now) * self._speed
+        self.now = now
+
+    @property
+    def num_events(self) -> int:
+        """Events that are to come."""
+        return len(self._timed) + len(self._working)
+
+    @property
+    def _speed(self) -> float:
+        return min(1.0, self._num_cores / self._wanted) if self._wanted else 1.0
+
+
+@dataclass(slots=True)
+class History:
+    """What came of a simulated run; times are seconds after its start."""
+
+    loaded_s: float = 0.0
+    """When enough models were loaded to begin."""
+    makespan_s: float = 0.0
+    """When the last partition was merged."""
+    busy_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Worker → seconds at work."""
+    ended_s: dict[str, float] = field(default_factory=dict)
+    """Worker → when it ended its last task."""
+    handling_s: float = 0.0
+    """The submitting process was busy for so long."""
+    num_asks: int = 0
+    num_copies: int = 0
+    """Of these, second tries of slow tasks."""
+
+    @property
+    def asking_s(self) -> float:
+        """Seconds from the first question to the last merge."""
+        return self.makespan_s - self.loaded_s
+
+    def followed_by(self, later: History) -> History:
+        """Return both passes as one: all models are loaded, then one pass follows the other."""
+        loaded_s = self.loaded_s + later.loaded_s
+        shift_s = loaded_s + self.asking_s - later.loaded_s
+        ended_s = {name: end + later.loaded_s for name, end in self.ended_s.items()}
+        return History(
+            loaded_s=loaded_s,
+            makespan_s=loaded_s + self.asking_s + later.asking_s,
+            busy_s=defaultdict(float, self.busy_s | later.busy_s),
+            ended_s=ended_s | {name: end + shift_s for name, end in later.ended_s.items()},
+            handling_s=self.handling_s + later.handling_s,
+            num_asks=self.num_asks + later.num_asks,
+            num_copies=self.num_copies + later.num_copies,
+        )
+
+
+class Simulation:
+    """Runs one dispatcher to its end.
+
+    Args:
+        dispatcher: fresh.
+        workers: each of an agent of the dispatcher's.
+        undecided: (partition, answers per record so far) → share of its records that need
+            another agent, of all its records; never more than the time before.
+        may_start: given the agents that are served, whether asking may begin.
+        on_merged: called with the time of every merge.
+        look_s: how often the router looks around.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        workers: Sequence[Worker],
+        costs: Costs,
+        *,
+        samples: dict[str, int],
+        undecided: Callable[[int, int], float] = lambda partition, num_answers: 0.0,
+        may_start: Callable[[set[str]], bool] = lambda served: True,
+        on_merged: Callable[[float], None] = lambda now: None,
+        look_s: float = _LOOK_S,
+    ) -> None:
+        self.history = History()
+        self._dispatcher = dispatcher
+        self._workers = {worker.name: worker for worker in workers}
+        self._costs = costs
+        self._samples = samples
+        self._undecided = undecided
+        self._may_start = may_start
+        self._on_merged = on_merged
+        self._look_s = look_s
+        self._clock = Clock(costs.num_cores)
+        self._queues: dict[str, deque[Ask]] = {worker.name: deque() for worker in workers}
+        self._ready: list[Worker] = []
+        self._gone: set[str] = set()
+        self._open: dict[int, float] = {}  # partition → share of its records that is undecided
+        self._has_started = False
+        self._free_s = 0.0  # when the submitting process has handled what it has heard
+
+    def run(self) -> History:
+        """Run to the last merge.
+
+        Raises:
+            RuntimeError: nothing can happen any more, and partitions are left.
+        """
+        for worker in self._workers.values():
+            self._clock.at(worker.joins_s, partial(self._load, worker))
+            if worker.dies_s != float("inf"):
+                self._clock.at(worker.dies_s, partial(self._gone.add, worker.name))
+                self._clock.at(worker.dies_s + self._look_s, partial(self._leave, worker))
+        self._clock.at(self._look_s, self._look)
+        num_idle = 0
+        while not self._dispatcher.done:
+            self._clock.step()
+            num_idle = num_idle + 1 if self._clock.num_events == 1 else 0  # the next look
+            if num_idle > 2:
+                raise RuntimeError(
+                    "nothing goes on: partitions are left for an agent without workers"
+                )
+        return self.history
+
+    # Workers
+
+    def _load(self, worker: Worker) -> None:
+        self._clock.work(worker.load_s, worker.cores, partial(self._loaded, worker))
+
+    def _loaded(self, worker: Worker) -> None:
+        self._ready.append(worker)
+        if self._has_started:
+            self._hear(partial(self._join, worker))
+        elif self._may_start({ready.agent_id for ready in self._ready}):
+            self._has_started = True
+            self.history.loaded_s = self._clock.now
+            for ready in self._ready:
+                self._hear(partial(self._join, ready))
+
+    def _arrive(self, ask: Ask) -> None:
+        queue = self._queues[ask.replica_id]
+        queue.append(ask)
+        if len(queue) == 1:
+            self._begin(ask)
+
+    def _begin(self, ask: Ask) -> None:
+        worker = self._workers[ask.replica_id]
+        share = self._open.get(ask.partition, 1.0) if ask.earlier else 1.0
+        self.history.num_asks += 1
+        work_s = self._costs.answer_s(worker, ask, share)
+        began = self._clock.now
+        self._clock.work(work_s, worker.cores, partial(self._end, ask, began))
+
+    def _end(self, ask: Ask, began: float) -> None:
+        if ask.replica_id in self._gone:
+            return
+        self.history.busy_s[ask.replica_id] += self._clock.now - began
+        self.history.ended_s[ask.replica_id] = self._clock.now
+        queue = self._queues[ask.replica_id]
+        queue.popleft()
+        if queue:
+            self._begin(queue[0])
+        self._hear(partial(self._answered, ask))
+
+    # The submitting process
+
+    def _hear(self, handle: Callable[[], list[Instruction]]) -> None:
+        """Handle news when what was heard before is handled."""
+        self._free_s = max(self._free_s, self._clock.now) + self._costs.handle_s
+        self.history.handling_s += self._costs.handle_s
+        self._clock.at(self._free_s, lambda: self._act(handle()))
+
+    def _join(self, worker: Worker) -> list[Instruction]:
+        return self._dispatcher.replica_joined(worker.name, worker.agent_id, self._clock.now)
+
+    def _answered(self, ask: Ask) -> list[Instruction]:
+        return self._dispatcher.answered(
+            ask.partition, ask.agent_id, ask.replica_id, self._clock.now
+        )
+
+    def _merged(self, merge: Merge) -> list[Instruction]:
+        partition, now = merge.partition, self._clock.now
+        if not merge.final:
+            num_answers = sum(self._samples[agent_id] for agent_id in merge.agents)
+            share = self._undecided(partition, num_answers)
+            if share > 0:
+                self._open[partition] = share
+                # The dispatcher only needs to know that there are some.
+                return self._dispatcher.undecided(partition, 1, now)
+        self._open.pop(partition, None)
+        self.history.makespan_s = now
+        self._on_merged(now)
+        return self._dispatcher.merged(partition, now)
+
+    def _leave(self, worker: Worker) -> None:
+        self._act(self._dispatcher.replica_left(worker.name, self._clock.now))
+
+    def _look(self) -> None:
+        self._clock.at(self._clock.now + self._look_s, self._look)
+        if self._has_started:
+            self._act(self._dispatcher.tick(self._clock.now))
+
+    def _act(self, instructions: list[Instruction]) -> None:
+        sent_s = self._clock.now + self._costs.send_s
+        for instruction in instructions:
+            match instruction:
+                case Ask():
+                    self.history.num_copies += instruction.purpose == "copy"
+                    self._clock.at(sent_s, partial(self._arrive, instruction))
+                case Merge():
+                    self._clock.at(sent_s, partial(self._merge, instruction))
+
+    def _merge(self, merge: Merge) -> None:
+        work_s = self._costs.merge_s(merge.partition)
+        heard = partial(self._hear, partial(self._merged, merge))
+        self._clock.work(work_s, self._costs.merge_cores, heard)

@@ -1,0 +1,89 @@
+"""Where a run's time went, out of its ledger and the sketches of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.latency.phases import ALL
+
+_OF_REPLICAS = ("answer", "failed answer")
+
+
+def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures that a manifest keeps of a run's latency.
+
+    Args:
+        ledger: `LEDGER` of all executions.
+        per_record: of `RECORD_LATENCY`: agent → part → figures.
+
+    Returns:
+        `wall_s` and `phases` of the submitting process, all executions together; `replicas`:
+        the seconds of the agents' workers, added up; `per_partition`: quantiles by stage and
+        agent; `per_record`: quantiles of an answer's seconds by agent and part.
+    """
+    phases = {name: _sum(_stage(ledger, name), "wall_s") for name in ALL}
+    rows = [
+        {"agent_id": agent_id, "part": part, **figures}
+        for agent_id, parts in per_record.items()
+        for part, figures in parts.items()
+    ]
+    return {
+        "wall_s": sum(phases.values()),
+        "phases": {name: seconds for name, seconds in phases.items() if seconds},
+        "replicas": _replicas(ledger),
+        "per_partition": _per_partition(ledger),
+        "per_record": rows,
+    }
+
+
+def _replicas(ledger: pa.Table) -> dict[str, Any]:
+    """Add up what the agents' workers did; together it is the time that they were there."""
+    tasks = ledger.filter(pc.is_in(ledger["stage"], pa.array(_OF_REPLICAS)))
+    answers, loads = _stage(tasks, "answer"), _stage(ledger, "load")
+    return {
+        "num": pc.count_distinct(loads["worker"]).as_py(),
+        "compute_s": _sum(answers, "compute_s"),
+        "transfer_s": _sum(answers, "read_s") + _sum(answers, "write_s"),
+        "processing_s": _sum(answers, "process_s"),
+        "failed_s": _sum(_stage(tasks, "failed answer"), "wall_s"),
+        "idle_s": _sum(answers, "idle_s"),
+        "load_s": _sum(loads, "wall_s"),
+        "queue_s": _sum(answers, "queue_s"),
+    }
+
+
+def _per_partition(ledger: pa.Table) -> list[dict[str, Any]]:
+    """Return quantiles of tasks' wall seconds and of their waiting, by stage and agent."""
+    tasks = ledger.filter(pc.is_valid(ledger["partition"]))
+    keys = (
+        tasks.group_by(["stage", "agent_id"])
+        .aggregate([])
+        .sort_by([("stage", "ascending"), ("agent_id", "ascending")])
+    )
+    found = []
+    for key in keys.to_pylist():
+        own = _stage(tasks, key["stage"])
+        if key["agent_id"] is not None:
+            own = own.filter(pc.equal(own["agent_id"], key["agent_id"]))
+        times = {name: _quantiles(own, f"{name}_s") for name in ("wall", "queue")}
+        found.append({**key, "count": own.num_rows, **times})
+    return found
+
+
+def _quantiles(table: pa.Table, column: str) -> dict[str, float]:
+    seconds = table[column].drop_null().to_numpy()
+    p50, p95, p99 = np.quantile(seconds, [0.5, 0.95, 0.99]) if len(seconds) else [0.0] * 3
+    return {"p50_s": float(p50), "p95_s": float(p95), "p99_s": float(p99)}
+
+
+def _stage(ledger: pa.Table, stage: str) -> pa.Table:
+    return ledger.filter(pc.equal(ledger["stage"], stage))
+
+
+def _sum(table: pa.Table, column: str) -> float:
+    return float(pc.sum(table[column]).as_py() or 0.0)
