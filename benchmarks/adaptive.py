@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.merge import MergeSpec, merge_answers
+from mas_batch.aggregate.merge import merge_answers
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.records import ANSWERS, RECORD_FIELDS
 

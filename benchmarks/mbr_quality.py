@@ -4,15 +4,19 @@
 
 RUN is the folder of a run with the agents of `JOB`; without it the job is run, or what is left of
 it (100 sentences, five minutes on two cores, most of it SmolLM2's, who cannot write Portuguese).
-Faults are simulated: so many of an agent's answers are its answers to other records; the mean of
-ten draws. `u` and `u^3` are learned weights with another exponent. chrF and BLEU are sacrebleu's,
-of the corpus; BLEU is there because chrF as utility favours chrF. `best` cannot see the faults:
-an answer to another record was just as likely there.
+Where Debian's `apertium-eng-spa` and `apertium-es-pt` are installed, a rule-based translator
+(English, Spanish, Portuguese) is a further agent. Faults are simulated: so many of an agent's
+answers are its answers to other records; the mean of ten draws. `u` and `u^3` are learned weights
+with another exponent. chrF and BLEU are sacrebleu's, of the corpus; BLEU is there because chrF as
+utility favours chrF. `best` cannot see the faults: an answer to another record was just as likely
+there.
 """
 
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +71,8 @@ SCENARIOS: dict[str, list[tuple[str, float]]] = {
     "30 % wrong, three": [("beam", 0.3), ("greedy", 0.3), ("sample", 0.3)],
     "30 % wrong, beam twice": [("beam", 0.3), ("greedy", 0.3), ("sample", 0.3), ("beam", 0.3)],
     "30 % wrong, and SmolLM2": [("beam", 0.3), ("greedy", 0.3), ("sample", 0.3), ("smollm2", 0)],
+    "30 % wrong, and rules": [("beam", 0.3), ("greedy", 0.3), ("sample", 0.3), ("rules", 0)],
+    "30 % wrong, rules too": [("beam", 0.3), ("greedy", 0.3), ("sample", 0.3), ("rules", 0.3)],
     "10/45/50/55/60 % wrong": [
         *(("beam", 0.1), ("greedy", 0.45), ("sample", 0.5)),
         *(("beam", 0.55), ("greedy", 0.6)),
@@ -97,6 +103,17 @@ def read(run: mas_batch.Run) -> tuple[dict[str, Answers], dict[str, str]]:
                 num_logprobs=row["completion_tokens"],
             )
     return answers, references
+
+
+def by_rules(texts: Mapping[str, str]) -> Answers:
+    """Translate by apertium's rules, one line per record."""
+    lines = "\n".join(" ".join(text.split()) for text in texts.values()) + "\n"
+    for pair in ("eng-spa", "es-pt_BR"):
+        command = ["apertium", "-u", pair]  # -u: unknown words without a mark
+        done = subprocess.run(command, input=lines, capture_output=True, text=True, check=True)
+        lines = done.stdout
+    found = zip(texts, lines.splitlines(), strict=True)
+    return {i: Ballot("rules", "apertium", 0, nfc(text), text) for i, text in found}
 
 
 def with_faults(answers: Answers, rate: float, name: str, rng: random.Random) -> Answers:
@@ -186,11 +203,16 @@ def main() -> None:
     if len(sys.argv) > 2:
         sys.exit(__doc__)
     path = sys.argv[1] if len(sys.argv) == 2 else mas_batch.run(mas_batch.check_job(JOB)).run
-    answers, references = read(mas_batch.open_run(path))
+    run = mas_batch.open_run(path)
+    answers, references = read(run)
+    if shutil.which("apertium"):
+        rows = run.arrow().select(["record_id", "text"]).to_pylist()
+        answers["rules"] = by_rules({row["record_id"]: row["text"] for row in rows})
     print(f"{'agents':26}{'':6}{'each alone':26}", end="")
     print("".join(f"{name:>9}" for name in ("equal", "u", "learned", "u^3", "rover", "best")))
     for title, given in SCENARIOS.items():
-        print_scenario(title, given, answers, references)
+        if all(name in answers for name, _ in given):
+            print_scenario(title, given, answers, references)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,21 @@
 
 One file per run, so that a run which is resumed or repeated is counted once. The task's name
 is a hash of all that an agent's reliability depends on: the kind, the languages, the labels,
-the prompts. An agent is known by its model and its own way of being asked, not by its name.
+the prompts. An agent is known by its model, its own way of being asked and the examples that it
+learned from, not by its name: agents that differ in the name alone are one, and what is learned of
+them is added up.
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from mas_batch.aggregate.merge import MergeSpec
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.reliability import AgentHistory, History, Reliability
+from mas_batch.engines import examples
 from mas_batch.errors import RunError
 from mas_batch.job import Agent, Job, fingerprint
 from mas_batch.storage import Store
@@ -28,6 +32,7 @@ class Memory:
         spec: how the job merges.
 
     Raises:
+        JobError: an agent's examples are not there.
         RunError: a file there cannot be read, or is none of ours.
     """
 
@@ -67,7 +72,10 @@ class Memory:
     def keep(self, run: str, reliability: Reliability) -> None:
         """Keep what the run has learned; nothing where it could learn nothing."""
         learned = reliability.history()
-        agents = {self._identities[name]: asdict(agent) for name, agent in learned.agents.items()}
+        alike: defaultdict[str, list[AgentHistory]] = defaultdict(list)
+        for name, agent in learned.agents.items():
+            alike[self._identities[name]].append(agent)
+        agents = {identity: asdict(_sum(parts)) for identity, parts in alike.items()}
         if agents:
             content = {"labels": learned.labels, "agents": agents}
             encoded = json.dumps(content, ensure_ascii=False, indent=1).encode()
@@ -95,6 +103,8 @@ def _identity(agent: Agent) -> str:
     asked = agent.model_dump(
         mode="json", include={"model", "engine", "prompt", "system", "sampling", "options", "dtype"}
     )
+    if taught := examples.fingerprint(agent.options):
+        asked["options"]["examples"] = taught  # what is in the files, not where they are
     return fingerprint(asked)
 
 

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from mas_batch import results
 from mas_batch.agents.work import COMMITTED, RunRef
-from mas_batch.aggregate.merge import MergeSpec
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.errors import MasBatchError
+from mas_batch.latency.ledger import read_ledger
+from mas_batch.latency.summary import summarize
+from mas_batch.lock import RunLock
 from mas_batch.results import Plan
-from mas_batch.storage import parquet_bytes
+from mas_batch.storage import Store, parquet_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def publish(
-    run: RunRef, name: str, plan: Plan, agents: Sequence[str], partial: Any
+    run: RunRef,
+    name: str,
+    plan: Plan,
+    agents: Sequence[str],
+    partial: Any,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Check the invariant, write the agents table and the manifest; returns that.
+
+    What only served on the way is removed last: until the manifest is there, an execution that
+    is killed needs it to go on. One that is killed in between leaves it to `remove_rest`.
 
     Args:
         name: of the run, or of a merge that was made afterwards.
         partial: of `agents.work.COMMITTED`.
+        facts: further ones for the manifest.
 
     Raises:
         RunError: records were lost or doubled; nothing is published.
     """
     store = run.merged
     statistics = COMMITTED.finalize(partial)
+    latency = summarize(read_ledger(store), statistics["latency"])
     counts = statistics["counts"]
     results.check_invariant(plan, counts["results"], counts["failures"])
     table = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
@@ -39,11 +57,13 @@ def publish(
     manifest = {
         "format": results.FORMAT,
         "run": name,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "counts": counts,
         "agents": table,
         "engines": results.read_engines(run.store),
         "merge": _merge_facts(run.merge),
+        "latency": latency,
+        **facts,
         "versions": {
             "python": platform.python_version(),
             **{
@@ -52,14 +72,29 @@ def publish(
             },
         },
         "files": results.manifest_files(
-            store, plan, agents, statistics["failures_files"], statistics["reviewed"]
+            plan,
+            {agent: statistics["answers"].get(agent, []) for agent in agents},
+            statistics["failures_files"],
+            statistics["reviewed"],
         ),
     }
-    for folder in (results.JOURNAL, results.FIRST_PASS, results.SECOND_PASS):
-        store.remove_folder(folder)
     store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
     results.publish(store, manifest)
+    results.remove_passes(store)
     return manifest
+
+
+def remove_rest(store: Store) -> None:
+    """Remove what an execution that was killed after it had published left in the run.
+
+    The run is complete with it or without: where it cannot be removed, it stays and is logged.
+    """
+    try:
+        if results.has_passes(store):
+            with RunLock(store):  # not beside the process that published, if it is still at it
+                results.remove_passes(store)
+    except (MasBatchError, OSError) as error:
+        logger.warning("%s: its provisional merges are not removed: %s", store.location(""), error)
 
 
 def _merge_facts(spec: MergeSpec) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 
 from mas_batch.agents.work import RunRef
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import JobError, RunError
 from mas_batch.history import Memory
 from mas_batch.job import Job, fingerprint, slug
@@ -20,6 +22,15 @@ from mas_batch.monitor.events import Event
 from mas_batch.pipeline import merge_spec
 from mas_batch.publishing import publish
 from mas_batch.results import MERGES, Run, read_plan
+from mas_batch.safe_text import without_credentials
+from mas_batch.storage import Store
+from mas_batch.tasks import make_task
+
+SECTION = "merge.json"
+"""File of a merge: the effective `merge` section that it is made by."""
+
+THE_RUN = ""
+"""The run's own merge, among the folders of its merges."""
 
 
 def merge_again(
@@ -34,34 +45,38 @@ def merge_again(
 
     The merge is a folder of its own in the run, with a manifest: the run stays as it is. What
     an execution that was cut short has committed is kept, and a merge that is complete is
-    returned as it is.
+    returned as it is: `merge.json`, which comes first, says what the folder is for. Only the
+    answers that the run itself merged are merged.
 
     Args:
-        changes: keys of the job's `merge` section; those not given keep the job's values if
-            the method stays the same, else their defaults.
+        changes: keys of the job's `merge` section, None for their defaults; those not given keep
+            the job's values if the method stays the same, else their defaults. `accuracies` of
+            agents that are not given are kept in any case.
         name: of the merge; None: the method and a hash of the whole section.
         client: the user's own; never closed. None: a cluster on this machine, for the time.
 
     Raises:
         JobError: the section is wrong, or the method cannot merge this task's answers.
-        RunError: the run is not whole, or the cluster was lost.
+        RunError: the run is not whole, the name is that of another merge, or the cluster was lost.
     """
     job = _changed(run, changes)
     spec = merge_spec(job)
-    name = name or f"{spec.method}-{fingerprint(job.merge.model_dump(mode='json'))}"
+    section = _section(job, spec)
+    name = name or f"{spec.method}-{fingerprint(section)}"
     try:
         slug(name)
     except ValueError as error:
         raise JobError(str(error), key="--name") from error
-    if name in run.merges():
-        return run.merge(name)
     plan = read_plan(run.store)
     if plan is None:
         raise RunError(f"{run.store.location('plan.parquet')}: not there; the run is not whole")
+    _claim(run.store.child(f"{MERGES}/{name}"), name, section)
+    if name in run.merges():
+        return run.merge(name)
     agents = tuple(agent.name for agent in job.agents)
     ref = RunRef(
         run.store, "", job.task, spec, None, plan.passthrough, job.output.keep_text,
-        into=f"{MERGES}/{name}",
+        into=f"{MERGES}/{name}", passes=(THE_RUN,),
     )  # fmt: skip
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     with _connected(client) as connected:
@@ -73,14 +88,55 @@ def merge_again(
 
 def _changed(run: Run, changes: Mapping[str, Any]) -> Job:
     raw = yaml.safe_load(run.store.read_bytes("job.yaml"))
-    kept = raw["merge"]
-    method = changes.get("method", kept["method"])
-    if method != kept["method"]:  # accuracies are facts about agents; the rest belongs to a method
-        kept = {key: kept[key] for key in ("accuracies", "abstain_below")}
+    raw["output"]["storage_options"] = dict(run.store.options)  # the history may be there too
     try:
-        return check_job({**raw, "merge": {**kept, **changes}}, file="job.yaml")
+        own = check_job(raw, file="job.yaml")
+        default = make_task(own.task).default_merge
+        kept = raw["merge"]
+        if "method" in changes and (changes["method"] or default) != (own.merge.method or default):
+            # Accuracies are facts about agents, the rest belongs to a method.
+            kept = {key: kept[key] for key in ("accuracies", "abstain_below")}
+        section = {**kept, **changes}
+        if isinstance(changes.get("accuracies"), Mapping):
+            section["accuracies"] = {**kept["accuracies"], **changes["accuracies"]}
+        given = {key: value for key, value in section.items() if value is not None}
+        return check_job({**raw, "merge": given}, file="job.yaml")
     except JobError as error:
         raise JobError(f"this run's job with {dict(changes)}: {error}") from error
+
+
+def _section(job: Job, spec: MergeSpec) -> dict[str, Any]:
+    """Return the effective merge section as plain data, defaults filled in, without secrets."""
+    utility = spec.utility if spec.method == "mbr" else job.merge.utility
+    filled = {**job.merge.model_dump(mode="json"), "method": spec.method, "utility": utility}
+    plain: dict[str, Any] = json.loads(without_credentials(json.dumps(filled)))
+    return plain
+
+
+def _claim(merge: Store, name: str, section: Mapping[str, Any]) -> None:
+    """Say what a merge's folder is for before anything else is in it; the first to say it wins.
+
+    Raises:
+        RunError: it is there for another merge.
+    """
+    strangers = merge.list("") - {SECTION}
+    if strangers and not merge.exists(SECTION):
+        raise RunError(
+            f"{merge.location(SECTION)} is missing: an earlier version made the merge {name!r} and "
+            "did not keep how; allowed: another --name"
+        )
+    merge.commit(SECTION, json.dumps(section, ensure_ascii=False, indent=1).encode())
+    there: dict[str, Any] = json.loads(merge.read_bytes(SECTION))
+    different = [
+        f"{key} is {there.get(key)!r}, asked for is {section.get(key)!r}"
+        for key in sorted({*there, *section})
+        if there.get(key) != section.get(key)
+    ]
+    if different:
+        raise RunError(
+            f"the merge {name!r} is another one: {'; '.join(different)}; "
+            "allowed: the same section again, or another --name"
+        )
 
 
 @contextmanager
@@ -90,7 +146,12 @@ def _connected(client: Client | None) -> Iterator[Client]:
         return
     with (
         LocalCluster(
-            n_workers=CPU_COUNT, threads_per_worker=1, dashboard_address=None, silence_logs=40
+            n_workers=CPU_COUNT,
+            threads_per_worker=1,
+            dashboard_address=None,
+            # Its other HTTP pages are served all the same: not at the port of a run's dashboard.
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            silence_logs=40,
         ) as cluster,
         Client(cluster) as own,
     ):

@@ -110,6 +110,17 @@ def test_neither_the_order_of_examples_nor_of_words_matters(
     assert learn(rows).predict(asked) == learn(shuffled).predict(turned)
 
 
+def test_what_was_said_before_is_read_if_asked_for(tmp_path: Path) -> None:
+    examples = write(tmp_path / "china.jsonl", CHINA)
+    before = "Tokyo Japan Tokyo Japan Tokyo Japan"
+    asked = Request("r", "Chinese", (), context=before)
+    for context, label in ((False, "china"), (True, "not china")):
+        engine = load("bayes", examples=examples, context=context)
+        ((completion,),) = engine.generate([asked], ANSWER)
+        assert completion.text == label
+        assert completion.prompt_tokens == (7 if context else 1)
+
+
 def test_a_reply_is_the_answer_whose_questions_have_the_words(tmp_path: Path) -> None:
     faq = [("how do i pay", "By card.\n\nOr cash."), ("where is my parcel", "On its way.")]
     engine = load("bayes", examples=write(tmp_path / "faq.jsonl", faq))
@@ -157,7 +168,7 @@ def test_it_samples_nothing(tmp_path: Path, sampling: Sampling) -> None:
         (
             {"examples": "{good}", "k": 3},
             "k",
-            "allows: examples, text, also, label, smoothing, prior",
+            "allows: examples, text, also, label, context, smoothing, prior",
         ),
         ({"examples": "{good}", "smoothing": 0.0}, "smoothing", "0.0 is not allowed"),
         ({"examples": "{missing}"}, "examples", "missing.jsonl"),

@@ -297,7 +297,7 @@ def test_facts_say_what_answered(tiny_bert: Path, tmp_path: Path) -> None:
         (
             {"method": "centroid", "examples": "x", "k": 3},
             "k",
-            "method centroid allows: examples, text, also, label, temp",
+            "method centroid allows: examples, text, also, label, context, temp",
         ),
         ({"examples": "x", "k": 0}, "k", "0 is not allowed"),
     ],

@@ -19,7 +19,8 @@ from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import Reason, RunError
 from mas_batch.evaluation import Calibration, Verdict, evaluate, print_evaluation, write
-from mas_batch.evaluation.specs import run_spec
+from mas_batch.evaluation.scaling import read_job
+from mas_batch.evaluation.specs import LEARNED_MBR, other_specs, run_spec
 from mas_batch.evaluation.systems import Kind
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
@@ -86,7 +87,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                 for agent, given in replies.items()
             ]
             merged = merge_answers(records, pa.concat_tables(tables), spec)
-            results.commit_results(store, index, *merged)
+            results.commit_results(store, index, *merged, list(replies))
         return results.open_run(store.url)
 
     return make
@@ -172,6 +173,38 @@ def test_weighted_is_tried_where_accuracies_are_known(make_run: MakeRun) -> None
     assert accuracies(found)["weighted"] == 6 / 8
     assert "best" not in accuracies(found)
     assert found.skipped == {}
+
+
+def texts_run(make_run: MakeRun, **merge: Any) -> Run:
+    references = ["the cat sat on the mat", "a dog ran in the park"]
+    replies = {"a": references, "b": ["the cat sat", "a dog ran"], "c": ["one bird", "two fish"]}
+    return make_run(references, replies, kind="translate", merge=merge)
+
+
+def test_learned_weights_are_no_accuracies_of_other_methods(make_run: MakeRun) -> None:
+    """`mbr` with learned weights publishes them where other merges have accuracies."""
+    run = texts_run(make_run, method="mbr", weights="learned")
+    run.manifest["merge"] |= {"weights": "learned", "accuracies": {"a": 0.4, "b": 1.0, "c": 0.1}}
+    job = read_job(run)
+    specs, _ = other_specs(run, run_spec(run, job), job, None)
+    assert specs.keys() == {"vote", "weighted", "reliability", "rover", "best"}
+    assert not any(spec.accuracies for spec in specs.values())
+    found = evaluate(run, "gold", num_resamples=10)
+    assert "'a' has none" in found.skipped["weighted"]
+    (best,) = (quality for quality in found.qualities if quality.name == "best")
+    assert best.score("chrF").value == 100, "it prefers the agent that the job names first"
+
+
+@pytest.mark.parametrize(
+    ("methods", "learns"), [(None, True), (["mbr"], True), (["vote"], False), (["rover"], False)]
+)
+def test_weights_are_learned_only_where_mbr_is_asked_for(
+    make_run: MakeRun, methods: list[str] | None, learns: bool
+) -> None:
+    run = texts_run(make_run, method="mbr")
+    job = read_job(run)
+    specs, _ = other_specs(run, run_spec(run, job), job, methods)
+    assert (LEARNED_MBR in specs) is learns
 
 
 def test_a_merge_that_is_worse_is_said_loudly(make_run: MakeRun) -> None:

@@ -211,7 +211,7 @@ def ask(
     records = [Record(text[:12], text) for text in texts]
     task = make_task(job.Task(kind="summarize", max_new_tokens=max_new_tokens, **keys))
     answers = answer_records(records, task, engine, AgentProfile("a", "f", None, None, sampling))
-    return [replace(answer, t_compute_s=0.0) for answer in answers]
+    return [replace(answer, t_compute_s=0.0, t_prefill_s=None) for answer in answers]
 
 
 def documents(lengths: Sequence[int]) -> list[str]:

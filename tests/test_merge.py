@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mas_batch.aggregate.merge import MergeSpec, merge_answers
+from mas_batch.aggregate.merge import merge_answers
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import JobError, Reason, RunError
 from mas_batch.records import ANSWERS, FAILURES, RECORD_FIELDS, RESULT_FIELDS
 
@@ -75,6 +76,19 @@ def merge(
     results, failures = merge_answers(staged, answers, how)
     assert failures.schema == FAILURES
     return results.to_pylist(), failures.to_pylist()
+
+
+def test_coverage_is_counted_where_a_text_was_read_in_parts() -> None:
+    staged = records("whole", "parts", "wordless", text=["A cat sat.", "A cat sat.", "A cat sat."])
+    answers = table(
+        answer("whole", "a", "the cat"),
+        answer("parts", "a", "The cat", num_parts=2),
+        answer("wordless", "a", "!?", num_parts=2),
+    )
+    results, _ = merge(staged, answers, spec("vote", covers_text=True))
+    assert [row["coverage"] for row in results] == [None, 0.5, None]
+    results, _ = merge(staged, answers, spec("vote"))
+    assert [row["coverage"] for row in results] == [None, None, None]
 
 
 def parquet(tables: tuple[pa.Table, pa.Table]) -> list[bytes]:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mas_batch.aggregate.merge import MergeSpec, merge_answers
+from mas_batch.aggregate.merge import merge_answers
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.errors import Reason
 from mas_batch.records import ANSWERS, RECORD_FIELDS
@@ -81,6 +82,7 @@ def test_counts_of_a_partition() -> None:
     assert agents["a"] == {
         "answers": 2,
         "failed_answers": 0,
+        "reused": 0,
         "agreements": 2,
         "wins": 1,  # "yes" agrees with "Yes.", which was published
         "prompt_tokens": 20,
@@ -106,6 +108,18 @@ def test_failures_and_abstentions_are_counted() -> None:
 
 def test_repeated_rows_count_once() -> None:
     assert partial([*FIRST, *FIRST[::-1], row("r1", "a", "late", attempt=2)]) == partial(FIRST)
+
+
+def test_answers_of_an_earlier_run_count_as_said_and_not_as_spent() -> None:
+    reused = [{**each, "reused_from": "yesterday"} for each in FIRST]
+    old, new = (partial(rows)["agents"]["a"] for rows in (reused, FIRST))
+    said = ("answers", "failed_answers", "agreements", "wins")
+    assert [old[key] for key in said] == [new[key] for key in said]
+    assert (old["reused"], old["prompt_tokens"], old["compute_us"]) == (new["answers"], 0, 0)
+    mixed = RUN_STATISTICS.finalize(RUN_STATISTICS.combine([partial(reused), partial(SECOND)]))
+    only_new = RUN_STATISTICS.finalize(partial(SECOND))
+    for mean in ("mean_compute_s", "mean_prompt_tokens"):
+        assert mixed["agents"]["a"][mean] == only_new["agents"]["a"][mean]
 
 
 def test_standard_errors_are_not_in_the_histogram() -> None:

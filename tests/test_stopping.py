@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mas_batch.aggregate.merge import MergeSpec, merge_answers
+from mas_batch.aggregate.merge import merge_answers
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, check_rule, undecided
 from mas_batch.errors import JobError, Reason, RunError
 from mas_batch.records import ANSWERS, RECORD_FIELDS
@@ -298,3 +299,19 @@ def test_an_agent_without_an_accuracy_is_refused() -> None:
 def test_answers_of_a_record_of_another_partition_are_refused() -> None:
     with pytest.raises(RunError, match="'elsewhere'"):
         undecided(records("r"), table(rows("elsewhere", "x")), spec(), CERTAIN)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "why"),
+    [
+        ("mean", "value", "its confidence is a standard error"),
+        ("best", "label", "its confidence is of one model's text"),
+        ("rover", "text", "its text is made of all answers word by word"),
+        ("reliability", "label", "it learns from all answers to all records"),
+    ],
+)
+def test_why_a_method_cannot_stop_early_is_true_of_that_method(
+    method: str, kind: str, why: str
+) -> None:
+    with pytest.raises(JobError, match=f"'{method}' cannot stop early: {why}.*allowed .*vote, we"):
+        check_rule(spec(method, kind), StoppingRule(0.9, 5))

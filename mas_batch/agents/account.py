@@ -16,20 +16,24 @@ from mas_batch.records import Answer, Parsed
 def add(answer: Answer, completions: Sequence[Completion]) -> Answer:
     """Add what completions took: tokens, seconds and log-probabilities are sums.
 
-    One log-probability that is unknown makes the sum unknown. `finish_reason` is `error` if
-    any failed, else `length` if any was cut, else `stop`.
+    One log-probability or prefill that is unknown makes its sum unknown. `finish_reason` is
+    `error` if any failed, else `length` if any was cut, else `stop`.
     """
-    log_probs = [answer.sum_logprob, *(c.sum_logprob for c in completions)]
-    known = [value for value in log_probs if value is not None]
     reasons = {answer.finish_reason, *(c.finish_reason for c in completions)}
     return replace(
         answer,
         prompt_tokens=answer.prompt_tokens + sum(c.prompt_tokens for c in completions),
         completion_tokens=answer.completion_tokens + sum(c.num_tokens for c in completions),
-        sum_logprob=sum(known) if len(known) == len(log_probs) else None,
+        sum_logprob=_sum([answer.sum_logprob, *(c.sum_logprob for c in completions)]),
         t_compute_s=answer.t_compute_s + sum(c.compute_s for c in completions),
+        t_prefill_s=_sum([answer.t_prefill_s, *(c.prefill_s for c in completions)]),
         finish_reason=next(r for r in ("error", "length", "stop") if r in reasons),
     )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
 
 
 def said(answer: Answer, parsed: Parsed) -> Answer:

@@ -10,7 +10,7 @@ from itertools import chain, count, islice
 from mas_batch.agents.account import add, failed, given_up, said
 from mas_batch.engines.base import Completion, Engine, Message, Request, Sampling
 from mas_batch.engines.batching import complete
-from mas_batch.errors import JobError, Reason, RecordError, RunError
+from mas_batch.errors import Reason, RecordError, RunError
 from mas_batch.job import fingerprint
 from mas_batch.records import Answer, Parsed, Record
 from mas_batch.tasks.base import Fitted, Task
@@ -52,21 +52,6 @@ class _Draft:
     pieces: tuple[Piece, ...]
     """In the document's order, at least two."""
     merging: Hierarchical
-
-
-def check_engine(task: Task, engine: Engine) -> None:
-    """Refuse an engine that cannot do the task.
-
-    Raises:
-        JobError: a translation model is asked to do anything but translate.
-    """
-    if not engine.takes_messages and task.kind != "translate":
-        name = engine.describe().get("engine", type(engine).__name__)
-        raise JobError(
-            f"{task.kind!r} is not allowed for an agent on the engine {name!r}: its model reads "
-            "no prompt, it only translates; allowed: translate",
-            key="task.kind",
-        )
 
 
 def prompt_hash(task: Task, profile: AgentProfile) -> str:
@@ -119,7 +104,13 @@ def _text(record: Record) -> str:
 def _blank(record: Record, profile: AgentProfile, sample: int) -> Answer:
     """Begin an answer: nothing is said and nothing was spent."""
     return Answer(
-        record.record_id, profile.agent_id, profile.family_id, sample, text=None, sum_logprob=0.0
+        record.record_id,
+        profile.agent_id,
+        profile.family_id,
+        sample,
+        text=None,
+        sum_logprob=0.0,
+        t_prefill_s=0.0,
     )
 
 
@@ -220,7 +211,7 @@ class _Asker:
         seed = int(fingerprint(identity), 16) >> 1  # 63 bits: many samplers take a signed int64
         own = prompt if prompt is not None else self.profile.prompt
         messages = self.task.messages(text, context, prompt=own, system=self.profile.system)
-        return Request(f"{record_id}#{level}.{sample}.{part}", text, messages, seed)
+        return Request(f"{record_id}#{level}.{sample}.{part}", text, messages, seed, context)
 
     def _settle(
         self, record: Record, fitted: Fitted, replies: Sequence[Sequence[Completion]]

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mas_batch.aggregate.merge import EMBEDDING, Encode, MergeSpec
+from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
 from mas_batch.aggregate.normalise import nfc
+from mas_batch.aggregate.verdicts import Encode
 from mas_batch.engines.base import EngineConfig
 from mas_batch.models import fetch
 

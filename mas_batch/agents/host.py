@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 from distributed import Worker, WorkerPlugin, get_worker
+from distributed.metrics import context_meter
 
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine
 from mas_batch.errors import RunError
+from mas_batch.latency.times import TaskTimes
 from mas_batch.models import fetch
 
 
@@ -34,6 +39,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         self._key = ""
         self._family_id = ""
         self._closing = False
+        self._idle_since = time.perf_counter()
         self.worker_name = str(worker.name)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="mas-batch-agent")
         worker.executors[self.name] = self._executor
@@ -67,7 +73,16 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         model = fetch(spec.agent.model)
         self._engine = load_engine(spec.agent.engine, model, spec.engine_config)
         self._key, self._family_id = spec.engine_key, model.family_id
-        return self._engine, self._family_id, time.perf_counter() - start
+        self._idle_since = time.perf_counter()
+        return self._engine, self._family_id, self._idle_since - start
+
+    def begin(self) -> float:
+        """Begin a task; returns for how many seconds there was nothing to do before it."""
+        return time.perf_counter() - self._idle_since
+
+    def end(self) -> None:
+        """End a task."""
+        self._idle_since = time.perf_counter()
 
     def _close(self) -> None:
         if self._engine is not None:
@@ -83,6 +98,23 @@ def report(topic: str, task: str, facts: Mapping[str, Any]) -> None:
     worker = get_worker()
     message = {"task": task, "worker": worker.address, "facts": json.dumps(facts, default=str)}
     worker.log_event(topic, message)
+
+
+def report_timed(topic: str, task: str, facts: Mapping[str, Any], times: TaskTimes) -> None:
+    """Tell what a task did and what it spent, which Dask's Fine Performance Metrics show too."""
+    known = {"prefill": times.prefill_s, "decode": times.decode_s}
+    if times.prefill_s is None:
+        known = {"compute": times.compute_s}
+    for label, seconds in {**known, "read": times.read_s, "write": times.write_s}.items():
+        if seconds:
+            context_meter.digest_metric(f"mas-batch-{label}", seconds, "seconds")
+    report(topic, task, {**facts, "times": asdict(times)})
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has had so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return getrusage(RUSAGE_SELF).ru_maxrss * unit
 
 
 def current_host(name: str) -> AgentHost:

@@ -15,15 +15,17 @@ from mas_batch.agents.encoding import encoder_for
 from mas_batch.agents.work import (
     COMMITTED,
     RunRef,
+    agents_merged,
     commit_merged,
     committed_answers,
     merge_of,
+    merge_partition,
 )
 from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES
 from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.aggregate.patterns import add_patterns, count_answers
-from mas_batch.aggregate.reductions import Partial, Reduction
+from mas_batch.aggregate.reductions import Partial, Reduction, add_up
 
 PATTERNS = Reduction("patterns", count_answers, add_patterns, dict)
 """Pattern of agreement → records; see `aggregate.patterns`."""
@@ -45,7 +47,7 @@ def support_sums(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) 
 
 
 def _answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
-    return committed_answers(run, partition, agents, all_there=False)
+    return committed_answers(run, partition, agents_merged(run, partition, agents))
 
 
 def _support(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
@@ -59,6 +61,20 @@ def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[s
     return CONFIDENCES.combine([_confidences(run, partition, agents) for partition in partitions])
 
 
+def merge_known(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Merge partitions of which all answers are there, as `merge_partition` does; count them."""
+    for partition in partitions:
+        if not run.merged.exists(results.results_name(partition)):
+            names = ((agent, results.answers_name(partition, agent)) for agent in agents)
+            voters = [agent for agent, name in names if run.store.exists(name)]
+            merge_partition(run, partition, voters)
+    return {"partitions": len(partitions)}
+
+
+MERGED = Reduction("merged", merge_known, add_up, dict)
+"""Partitions that are merged without asking anybody."""
+
+
 def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Merge the partitions' answers; commit and count them as the statistics tree does."""
     return COMMITTED.combine([_merged_and_counted(run, p, agents) for p in partitions])
@@ -66,7 +82,8 @@ def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str
 
 def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     records = run.store.read_table(results.staged_name(partition))
-    merged, failures = merge_of(run, partition, agents, records)
+    voters = agents_merged(run, partition, agents)
+    merged, failures = merge_of(run, partition, voters, records)
     askable = records.filter(pc.is_null(records["reason"]))["record_id"]
     asked = failures.filter(pc.is_in(failures["record_id"], askable))
     return CONFIDENCES.chunk(merged, asked)
@@ -75,6 +92,7 @@ def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
 def _merged_and_counted(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     if not run.merged.exists(results.results_name(partition)):
         records = results.read_records(run.store, partition, run.passthrough)
-        merged, failures = merge_of(run, partition, agents, records)
-        commit_merged(run, partition, merged, failures)
+        voters = agents_merged(run, partition, agents)
+        merged, failures = merge_of(run, partition, voters, records)
+        commit_merged(run, partition, merged, failures, voters)
     return COMMITTED.chunk(run, partition, agents)

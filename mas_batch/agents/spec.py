@@ -60,13 +60,13 @@ class WorkerInfo:
 
 
 def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentSpec]:
-    """Resolve the job's agents, in the job's order.
+    """Resolve the job's agents, in the job's order; there may be none to ask.
 
     `threads: 0` shares the cores among the embedded replicas; on a user's cluster it leaves
     the choice to the worker's own environment.
     """
     num_replicas = sum(agent.most for agent in job.agents)
-    share = max(1, num_cores // num_replicas) if embedded else 0
+    share = max(1, num_cores // max(1, num_replicas)) if embedded else 0
     return {agent.name: AgentSpec(agent, agent.threads or share) for agent in job.agents}
 
 
@@ -110,6 +110,9 @@ def worker_options(
                 "resources": job.capabilities(agent),
                 "memory_limit": memory_limit,
                 "local_directory": local_directory,
+                # Dask's defaults are every interface: whoever reaches a worker runs code on it.
+                "host": "127.0.0.1",
+                "dashboard_address": "127.0.0.1:0",
                 "env": env,
                 "silence_logs": logging.ERROR,
             }

@@ -6,7 +6,7 @@ event (see `routing.dask` for why). The function names are what the Dask dashboa
 
 from __future__ import annotations
 
-import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -16,18 +16,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch import results
-from mas_batch.agents.answering import AgentProfile, answer_records, check_engine, prompt_hash
+from mas_batch.agents.answering import AgentProfile, answer_records, prompt_hash
+from mas_batch.agents.checks import check_engine
 from mas_batch.agents.encoding import encoder_for
-from mas_batch.agents.host import current_host, report
+from mas_batch.agents.host import current_host, peak_memory_bytes, report, report_timed
 from mas_batch.agents.quarantine import Journal, answer_carefully
+from mas_batch.agents.reuse import asked_now, in_order, known_answers
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.aggregate.escalation import Escalation, picked
-from mas_batch.aggregate.merge import MergeSpec, merge_answers
+from mas_batch.aggregate.merge import merge_answers
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.reductions import RUN_STATISTICS, Partial, Reduction
 from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.engines.base import Sampling
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import Task
+from mas_batch.latency.sketch import RECORD_LATENCY
+from mas_batch.latency.times import Stopwatch
 from mas_batch.records import ANSWERS, Answer, Record
 from mas_batch.storage import Store
 from mas_batch.tasks import make_task
@@ -49,8 +54,13 @@ class RunRef:
     into: str = ""
     """Folder of the run in which merges are committed: a first pass, or a merge made afterwards;
     empty: they are the run's results."""
+    passes: tuple[str, ...] = ()
+    """Folders of the run with earlier merges: only answers that went into one of them are merged.
+    What came later is passed over, or the outcome would depend on when. Empty: there are none."""
     escalation: Escalation | None = None
     """Which records its agent is asked about; all other agents are asked about every one."""
+    reuses: bool = False
+    """Answers of an earlier run are there, in `reused/`: only the others are asked for."""
 
     @property
     def merged(self) -> Store:
@@ -65,7 +75,7 @@ def load_agent(run: RunRef, spec: AgentSpec) -> None:
         ModelError, JobError: it cannot be loaded, or cannot do the task.
     """
     engine, family_id, load_s = current_host(run.topic).engine(spec)
-    check_engine(make_task(run.task), engine)
+    check_engine(make_task(run.task), engine, spec.agent)
     facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
     report(run.topic, "load_agent", facts)
 
@@ -85,19 +95,25 @@ def answer_partition(
         careful: one record at a time, with a journal: a worker has died at this partition.
         earlier: ask only about records that these agents' answers leave undecided; empty: all.
     """
+    host, watch = current_host(run.topic), Stopwatch()
+    idle_s = host.begin()
     name = results.answers_name(partition, spec.agent_id)
     if run.store.exists(name):  # a twin of this task finished first
-        table, write_s = run.store.read_table(name), 0.0
+        table = run.store.read_table(name)
+        watch.lap("read")
     else:
-        table = _ask(run, spec, partition, attempt, careful=careful, earlier=earlier)
-        start = time.perf_counter()
+        table = _ask(run, spec, partition, attempt, watch, careful=careful, earlier=earlier)
+        watch.lap("process")
         if not run.store.commit_table(name, table):
             table = run.store.read_table(name)
-        write_s = time.perf_counter() - start
+        watch.lap("write")
     if careful:
         Journal(run.store, partition, spec.agent_id).remove()
-    identity = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
-    report(run.topic, "answer_partition", {**identity, **_facts(table, write_s)})
+    facts = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
+    facts |= _facts(asked_now(table))
+    watch.lap("process")
+    report_timed(run.topic, "answer_partition", facts, watch.times(idle_s))
+    host.end()
 
 
 def _ask(
@@ -105,17 +121,20 @@ def _ask(
     spec: AgentSpec,
     partition: int,
     attempt: int,
+    watch: Stopwatch,
     *,
     careful: bool,
     earlier: Sequence[str],
 ) -> pa.Table:
-    start = time.perf_counter()
     host = current_host(run.topic)
     engine, family_id, _ = host.engine(spec)
-    loaded = time.perf_counter()
+    watch.lap("process")
     records = _records_to_ask(run, partition, earlier)
-    read_s = time.perf_counter() - loaded
-    task, profile = make_task(run.task), _profile(run.task, spec, family_id)
+    known, answered, missing = ANSWERS.empty_table(), list[Record](), records
+    if run.reuses:
+        known, answered, missing = known_answers(run.store, partition, spec.agent_id, records)
+    read_s = watch.lap("read")
+    task, profile = make_task(run.task), profile_of(run.task, spec, family_id)
 
     def ask(asked: Sequence[Record]) -> list[Answer]:
         return answer_records(asked, task, engine, profile)
@@ -126,20 +145,22 @@ def _ask(
 
     if careful:
         journal = Journal(run.store, partition, spec.agent_id)
-        answers = answer_carefully(records, ask_and_tell, journal, profile)
+        answers = answer_carefully(missing, ask_and_tell, journal, profile)
     else:
-        answers = ask(records)
+        answers = ask(missing)
     host.check_open()
-    _check_engine_works(answers)
-    spent_s = time.perf_counter() - start
-    return _answers_table(
+    if _is_all_broken(answers):
+        # An earlier run may leave none but records that always fail: one that never did tells.
+        _check_engine_works([*answers, *ask(answered[:1])])
+    table = _answers_table(
         answers,
         worker=host.worker_name,
         attempt=attempt,
         prompt_hash=prompt_hash(task, profile),
         transfer_s=read_s,
-        processing_s=max(0.0, spent_s - read_s - sum(a.t_compute_s for a in answers)),
+        processing_s=watch.model(answers),
     )
+    return in_order([known, table], records) if known.num_rows else table
 
 
 _ENGINE_REASONS = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY, Reason.WORKER_DIED)
@@ -152,9 +173,12 @@ def _check_engine_works(answers: Sequence[Answer]) -> None:
         EngineError: it failed on every one of several records; nothing is committed, and the
             partition is tried again, elsewhere if possible.
     """
-    broken = [a for a in answers if a.reason in _ENGINE_REASONS]
-    if len(broken) == len(answers) and len({answer.record_id for answer in answers}) > 1:
-        raise EngineError(f"failed on all of {len(answers)} answers; {broken[0].message}")
+    if _is_all_broken(answers) and len({answer.record_id for answer in answers}) > 1:
+        raise EngineError(f"failed on all of {len(answers)} answers; {answers[0].message}")
+
+
+def _is_all_broken(answers: Sequence[Answer]) -> bool:
+    return bool(answers) and all(answer.reason in _ENGINE_REASONS for answer in answers)
 
 
 def merge_partition(
@@ -165,9 +189,10 @@ def merge_partition(
     Args:
         final: False: if records are undecided, only say how many, so that one more agent is asked.
     """
-    identity = {"partition": partition, "agents": list(agents)}
+    identity, watch = {"partition": partition, "agents": list(agents)}, Stopwatch()
     records = results.read_records(run.store, partition, run.passthrough)
     answers = committed_answers(run, partition, agents)
+    watch.lap("read")
     spec = run.merge
     if run.escalation is not None:  # this only marks what is answered; the final merge comes later
         records = records.filter(pc.is_in(records["record_id"], answers["record_id"]))
@@ -177,46 +202,67 @@ def merge_partition(
         still_open = undecided(records, answers, spec, run.stopping, encode)
         if still_open:
             facts = {"num_undecided": len(still_open), "num_records": records.num_rows}
-            report(run.topic, "merge_partition", {**identity, **facts})
+            watch.lap("process")
+            report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
             return
     merged, failures = merge_answers(records, answers, spec, encode)
     agreement = _agreement(merged, failures, answers)
-    num_results, num_failures = commit_merged(run, partition, merged, failures)
-    facts = {"num_results": num_results, "num_failures": num_failures, "agreement": agreement}
-    report(run.topic, "merge_partition", {**identity, **facts})
+    watch.lap("process")
+    num_results, num_failures = commit_merged(run, partition, merged, failures, agents)
+    watch.lap("write")
+    facts = {
+        "num_results": num_results,
+        "num_failures": num_failures,
+        "reasons": dict(Counter(failures["reason"].to_pylist())),
+        "agreement": agreement,
+    }
+    report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
 
 
 def commit_merged(
-    run: RunRef, partition: int, merged: pa.Table, failures: pa.Table
+    run: RunRef, partition: int, merged: pa.Table, failures: pa.Table, agents: Sequence[str]
 ) -> tuple[int, int]:
-    """Commit a partition's merge; returns how many results and failures it has."""
+    """Commit a partition's merge of these agents' answers; returns how many results and failures
+    it has."""
     if not run.keep_text:
         merged = merged.drop_columns(["text"])
-    return results.commit_results(run.merged, partition, merged, failures)
+    return results.commit_results(run.merged, partition, merged, failures, agents)
 
 
 def merge_of(
     run: RunRef, partition: int, agents: Sequence[str], records: pa.Table
 ) -> tuple[pa.Table, pa.Table]:
-    """Merge the answers of those of the agents that have any; returns (results, failures)."""
-    answers = committed_answers(run, partition, agents, all_there=False)
+    """Merge these agents' answers, all of which are there; returns (results, failures)."""
+    answers = committed_answers(run, partition, agents)
     return merge_answers(records, answers, run.merge, encoder_for(run.merge, answers))
 
 
-def committed_answers(
-    run: RunRef, partition: int, agents: Sequence[str], *, all_there: bool = True
-) -> pa.Table:
+def committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
     """Read the answers of these agents to the partition.
 
-    Args:
-        all_there: False: some of the agents may not have been asked, or have failed.
-
     Raises:
-        FileNotFoundError: one of them has none, and all must be there.
+        FileNotFoundError: one of them has none.
     """
     names = [results.answers_name(partition, agent) for agent in agents]
-    tables = [run.store.read_table(n) for n in names if all_there or run.store.exists(n)]
+    tables = [run.store.read_table(name) for name in names]
     return pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+
+
+def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
+    """Return those of the agents, in their order, whose answers went into the run's `passes`.
+
+    Not those whose answers are there: a copy of a slow task may commit after its partition was
+    merged without it. (Runs of formats 1 and 2 do not say whose went in; there it is all that
+    are there.)
+    """
+    named: set[str] = set()
+    for folder in run.passes:
+        found = results.merged_agents(run.store.child(folder), partition)
+        if found is None:
+            names = ((agent, results.answers_name(partition, agent)) for agent in agents)
+            return [agent for agent, name in names if run.store.exists(name)]
+        named.update(found)
+    return [agent for agent in agents if agent in named]
 
 
 def _agreement(
@@ -233,35 +279,50 @@ def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequenc
 
 
 def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    merged, failures, name = results.read_results(run.merged, partition)
-    answers = committed_answers(run, partition, agents, all_there=False)
+    merged = results.read_results(run.merged, partition)
+    voters = [agent for agent in agents if agent in (merged.agents or ())]
+    answers, name = committed_answers(run, partition, voters), merged.failures_name
+    reviewed = results.commit_review(run.merged, partition, merged.results)
     return {
-        "counts": RUN_STATISTICS.chunk(merged, failures, answers),
+        "counts": RUN_STATISTICS.chunk(merged.results, merged.failures, answers),
+        "answers": {agent: [[partition, partition + 1]] for agent in voters},
+        "latency": RECORD_LATENCY.chunk(asked_now(answers)),
         "failures_files": {partition: name} if name else {},
-        "reviewed": [partition] if results.commit_review(run.merged, partition, merged) else [],
+        "reviewed": [partition] if reviewed else [],
     }
 
 
 def _add_statistics(partials: Sequence[Partial]) -> Partial:
     files = (partial["failures_files"].items() for partial in partials)
+    ranges: defaultdict[str, list[results.Ranges]] = defaultdict(list)
+    for agent, parts in chain.from_iterable(partial["answers"].items() for partial in partials):
+        ranges[agent].append(parts)
     return {
+        "answers": {agent: results.join_ranges(parts) for agent, parts in ranges.items()},
         "counts": RUN_STATISTICS.combine([partial["counts"] for partial in partials]),
+        "latency": RECORD_LATENCY.combine([partial["latency"] for partial in partials]),
         "failures_files": dict(chain.from_iterable(files)),
         "reviewed": sorted(chain.from_iterable(partial["reviewed"] for partial in partials)),
     }
 
 
 def _finalize_statistics(partial: Partial) -> dict[str, Any]:
-    return {**partial, "counts": RUN_STATISTICS.finalize(partial["counts"])}
+    return {
+        **partial,
+        "counts": RUN_STATISTICS.finalize(partial["counts"]),
+        "latency": RECORD_LATENCY.finalize(partial["latency"]),
+    }
 
 
 COMMITTED = Reduction("run_statistics", _statistics, _add_statistics, _finalize_statistics)
-"""`counts` of `RUN_STATISTICS`; `failures_files`: partition → its failures file, where it has one
-(the results file names it, and workers have to read that anyway); `reviewed`: partitions of which
-something is in `review/`. The chunk commits what belongs there."""
+"""`counts` of `RUN_STATISTICS`; `latency` of `RECORD_LATENCY`; `answers`: agent → ranges of the
+partitions in whose merge its answers are; `failures_files`: partition → its failures file, where
+it has one (the results file names both, and workers have to read that anyway); `reviewed`:
+partitions of which something is in `review/`. The chunk commits what belongs there."""
 
 
-def _profile(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
+def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
+    """Return how the agent is asked: the job's prompts and decoding."""
     agent = spec.agent
     return AgentProfile(
         agent_id=agent.name,
@@ -285,7 +346,8 @@ def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list
     table = run.store.read_table(results.staged_name(partition))
     if run.escalation is not None:
         others = [a for a in run.merge.agents if a != run.escalation.agent_id]
-        merged, failures = merge_of(run, partition, others, table)
+        voters = agents_merged(run, partition, others)
+        merged, failures = merge_of(run, partition, voters, table)
         return _good_records(picked(run.escalation, table, merged, failures))
     if not earlier or run.stopping is None:
         return _good_records(table)
@@ -326,18 +388,16 @@ def _answers_table(
     )
 
 
-def _facts(table: pa.Table, write_s: float) -> dict[str, Any]:
-    def total(column: str) -> float:
-        return float(pc.sum(table[column]).as_py() or 0)
+def _facts(table: pa.Table) -> dict[str, Any]:
+    def total(column: str) -> int:
+        return int(pc.sum(table[column]).as_py() or 0)
 
     failed = table.num_rows - table["reason"].null_count
     return {
         "num_records": pc.count_distinct(table["record_id"]).as_py(),
         "num_answers": table.num_rows - failed,
         "num_failed": failed,
-        "prompt_tokens": int(total("prompt_tokens")),
-        "completion_tokens": int(total("completion_tokens")),
-        "compute_s": total("t_compute_s"),
-        "transfer_s": total("t_transfer_s") + write_s,
-        "processing_s": total("t_processing_s"),
+        "prompt_tokens": total("prompt_tokens"),
+        "completion_tokens": total("completion_tokens"),
+        "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -20,6 +20,11 @@ _TERM = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _Vector = Mapping[str, float]
 
 
+def terms(text: str) -> list[str]:
+    """Return the words of a text, without case; single characters of scripts without spaces."""
+    return _TERM.findall(text.casefold())
+
+
 def centrality(sentences: Sequence[str]) -> list[float]:
     """Score each sentence by the sum of its tf-idf cosines to all, itself included.
 
@@ -74,10 +79,10 @@ def _centrality(vectors: Sequence[_Vector]) -> list[float]:
 
 def _unit_vectors(sentences: Sequence[str]) -> list[_Vector]:
     """Weigh terms by tf-idf, scaled to length 1; no term, no entries."""
-    counts = [Counter(_TERM.findall(sentence.casefold())) for sentence in sentences]
-    occurs_in = Counter(term for terms in counts for term in terms)
+    counts = [Counter(terms(sentence)) for sentence in sentences]
+    occurs_in = Counter(term for count in counts for term in count)
     idf = {term: math.log((1 + len(sentences)) / n) for term, n in occurs_in.items()}
-    weighted = [{term: n * idf[term] for term, n in terms.items()} for terms in counts]
+    weighted = [{term: n * idf[term] for term, n in count.items()} for count in counts]
     norms = [math.hypot(*vector.values()) for vector in weighted]
     return [
         {term: weight / norm for term, weight in vector.items()}

@@ -7,17 +7,12 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from mas_batch.aggregate.consensus import SUPPORT, loo_partial
-from mas_batch.aggregate.merge import (
-    Encode,
-    MergeSpec,
-    ballots_of,
-    key_of,
-    replies_by_record,
-    utility_of,
-)
+from mas_batch.aggregate.merge import replies_by_record
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.normalise import deduplicate
 from mas_batch.aggregate.patterns import count_answers
 from mas_batch.aggregate.reductions import Partial
+from mas_batch.aggregate.verdicts import Encode, ballots_of, key_of, utility_of
 
 
 def pattern_partial(answers: pa.Table, spec: MergeSpec, agents: Sequence[str]) -> Partial:

@@ -55,9 +55,14 @@ def count_run(results: pa.Table, failures: pa.Table, answers: pa.Table) -> Parti
     }
 
 
+def add_up(partials: Sequence[Partial]) -> Partial:
+    """Add partials up, entry by entry; a missing entry is 0, and of none there is none."""
+    return reduce(_add, partials, {})
+
+
 def add_counts(partials: Sequence[Partial]) -> Partial:
-    """Add partials up, entry by entry; a missing entry is 0."""
-    return reduce(_add, partials, _NOTHING)
+    """Add up what `count_run` has counted; of none: all its entries, 0."""
+    return add_up([_NOTHING, *partials])
 
 
 def summarize_run(partial: Partial) -> dict[str, Any]:
@@ -91,6 +96,7 @@ def _count_agents(results: pa.Table, answers: pa.Table) -> dict[str, dict[str, i
             counts["failed_answers"] += 1
             continue
         counts["answers"] += 1
+        counts["reused"] += row["reused_from"] is not None
         shown, published = shown_answer(row, _answer_kind(row)), merged.get(row["record_id"])
         if published is None:
             continue
@@ -104,6 +110,7 @@ def _count_agents(results: pa.Table, answers: pa.Table) -> dict[str, dict[str, i
 _AGENT_COUNTS = (
     "answers",  # valid ones
     "failed_answers",  # those with a reason
+    "reused",  # valid ones that an earlier run had: they took this one nothing
     "agreements",  # valid answers that say what was published, in normalised form
     "wins",  # records whose published answer is one of the agent's, word for word
     "prompt_tokens",
@@ -120,7 +127,9 @@ def _answer_kind(row: Mapping[str, Any]) -> str:
 
 
 def _spent(row: Mapping[str, Any]) -> dict[str, int]:
-    """What an answer cost, valid or not; an unknown cost counts as 0."""
+    """What an answer cost, valid or not; an unknown cost counts as 0, and an earlier run's."""
+    if row["reused_from"] is not None:
+        return {}
     tokens = {name: row[name] or 0 for name in ("prompt_tokens", "completion_tokens")}
     times = {
         f"{part}_us": round((row[f"t_{part}_s"] or 0.0) * 1e6)
@@ -141,7 +150,8 @@ def _add(left: Any, right: Any) -> Any:
 
 def _summarize_agent(counts: Mapping[str, int]) -> dict[str, Any]:
     """Means are per answer asked for, failed ones included; None where there was none."""
-    asked = counts["answers"] + counts["failed_answers"]
+    answers = counts["answers"] + counts["failed_answers"]
+    asked = answers - counts["reused"]
     seconds = {
         f"{part}_s": counts[f"{part}_us"] / 1e6 for part in ("compute", "transfer", "processing")
     }
@@ -151,7 +161,7 @@ def _summarize_agent(counts: Mapping[str, int]) -> dict[str, Any]:
         **{f"mean_{name}": _ratio(total, asked) for name, total in seconds.items()},
         "mean_prompt_tokens": _ratio(counts["prompt_tokens"], asked),
         "mean_completion_tokens": _ratio(counts["completion_tokens"], asked),
-        "failed_fraction": _ratio(counts["failed_answers"], asked),
+        "failed_fraction": _ratio(counts["failed_answers"], answers),
         "agreement": _ratio(counts["agreements"], counts["answers"]),
     }
 

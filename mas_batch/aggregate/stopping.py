@@ -13,11 +13,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.merge import Encode, MergeSpec, ballots_of, replies_by_record, verdict_of
+from mas_batch.aggregate.merge import replies_by_record
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.verdicts import Encode, ballots_of, verdict_of
 from mas_batch.aggregate.vote import Ballot, Candidate
 from mas_batch.errors import JobError
 
 _METHODS = ("vote", "weighted", "mbr")
+_WHY_NOT = {
+    "mean": "its confidence is a standard error, in the values' unit",
+    "best": "its confidence is of one model's text, and no further answer makes it surer",
+    "reliability": "it learns from all answers to all records",
+    "rover": "its text is made of all answers word by word, so each further one may change it",
+}
 
 # Weights are rounded to 1e-9: one agent of accuracy .9 must count as 90 % sure.
 _ROUNDING = 1e-8
@@ -54,12 +62,13 @@ def check_rule(spec: MergeSpec, rule: StoppingRule) -> None:
     """Refuse a rule that the merge method cannot follow.
 
     Raises:
-        JobError: the method is `mean`, or is not `vote` and the rule has no confidence.
+        JobError: the method is `mean`, `best` or `rover`, or it is not `vote` and the rule has no
+            confidence.
     """
     if spec.method not in _METHODS:
         raise JobError(
-            f"{spec.method!r} cannot stop early: its confidence is a standard error, in the "
-            f"values' unit; allowed with merge.method: {', '.join(_METHODS)}",
+            f"{spec.method!r} cannot stop early: {_WHY_NOT[spec.method]}; "
+            f"allowed with merge.method: {', '.join(_METHODS)}",
             key="routing.adaptive",
         )
     if rule.confidence is None and spec.method != "vote":
@@ -101,12 +110,13 @@ def undecided(
     check_rule(spec, rule)
     replies = replies_by_record(records, answers)
     usable = records.filter(pc.is_null(records["reason"]))["record_id"].to_pylist()
-    return [r for r in usable if not _is_decided(replies[r], spec, rule, encode)]
+    return [r for r in usable if not is_decided(replies[r], spec, rule, encode)]
 
 
-def _is_decided(
+def is_decided(
     rows: Sequence[Mapping[str, Any]], spec: MergeSpec, rule: StoppingRule, encode: Encode | None
 ) -> bool:
+    """Tell whether a record with these rows of `ANSWERS` needs no further one; see `undecided`."""
     num_open = rule.max_answers - len(rows)
     if num_open <= 0:
         return True

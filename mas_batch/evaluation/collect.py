@@ -11,8 +11,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from mas_batch.aggregate.merge import MergeSpec, ballots_of, replies_by_record, verdict_of
+from mas_batch.aggregate.merge import replies_by_record
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.normalise import shown_answer
+from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.systems import Confidences, Evidence, Key, Kind, Ledger
 from mas_batch.records import ANSWERS
@@ -61,8 +63,8 @@ def collect(run: Run, question: Question) -> Evidence:
     gathering = _Gathering(question)
     for partition, answers in enumerate(answers_by_partition(run, plan)):
         records = read_records(run.store, partition, plan.passthrough)
-        results, _, _ = read_results(run.store, partition)
-        gathering.add_partition(records, answers, _published(results))
+        merged = read_results(run.store, partition)
+        gathering.add_partition(records, answers, _published(merged.results))
     return gathering.evidence()
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from mas_batch.evaluation.evaluate import Evaluation
+from mas_batch.results import EVALUATION
 from mas_batch.storage import Store, parquet_bytes
-
-FOLDER = "evaluation"
-"""In the run's folder."""
 
 QUALITY = pa.schema(
     [
@@ -83,12 +81,12 @@ def write(evaluation: Evaluation, store: Store) -> None:
     _write_table(store, "agreement", facts["agreement"], AGREEMENT)
     _write_table(store, "agents", costs, AGENTS)
     content = json.dumps(facts["confidences"], indent=1, ensure_ascii=False)
-    store.replace(f"{FOLDER}/calibration.json", content.encode())
+    store.replace(f"{EVALUATION}/calibration.json", content.encode())
 
 
 def _write_table(store: Store, name: str, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     table = pa.Table.from_pylist(rows, schema)
-    store.replace(f"{FOLDER}/{name}.parquet", parquet_bytes(table))
+    store.replace(f"{EVALUATION}/{name}.parquet", parquet_bytes(table))
 
 
 def _quality_row(quality: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.learning import learn
-from mas_batch.aggregate.merge import EMBEDDING, MergeSpec
+from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
 from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.collect import answers_by_partition
@@ -49,6 +49,7 @@ def other_specs(
     unknown = sorted(set(methods or ()) - set(METHODS))
     if unknown:
         raise RunError(f"no merge method {unknown[0]!r}; allowed: {', '.join(METHODS)}")
+    accuracies = merge_spec(job).accuracies  # the run's own may be learned weights of `mbr`
     specs: dict[str, MergeSpec] = {}
     skipped: dict[str, str] = {}
     for method in methods or METHODS:
@@ -56,16 +57,23 @@ def other_specs(
             continue
         utility = make_task(job.task).default_utility if own.utility == EMBEDDING else own.utility
         try:
-            other = replace(own, method=method, utility=utility, weights=None)
+            other = replace(
+                own, method=method, utility=utility, weights=None, accuracies=accuracies
+            )
         except JobError as error:  # not for this kind of answer
             if methods:
                 skipped[method] = error.message
             continue
         specs[method] = _with_reliability(other, run) if method == "reliability" else other
     mbr = own if own.method == "mbr" else specs.get("mbr")
-    if mbr is not None and mbr.weights is None and mbr.utility != EMBEDDING and len(mbr.agents) > 1:
+    asked = "mbr" in (methods or METHODS)
+    if asked and mbr is not None and _can_learn_weights(mbr):
         specs[LEARNED_MBR] = _with_weights(mbr, run)
     return specs, skipped
+
+
+def _can_learn_weights(mbr: MergeSpec) -> bool:
+    return mbr.weights is None and mbr.utility != EMBEDDING and len(mbr.agents) > 1
 
 
 def _with_reliability(spec: MergeSpec, run: Run) -> MergeSpec:

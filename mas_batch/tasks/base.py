@@ -49,6 +49,11 @@ class Task(Protocol):
         ...
 
     @property
+    def covers_text(self) -> bool:
+        """Whether an answer says what the text says, in the text's words as far as it can."""
+        ...
+
+    @property
     def default_merge(self) -> str:
         """The merge method of jobs that name none."""
         ...
@@ -107,6 +112,7 @@ class PromptedTask:
     spec: job.Task
     """The task as the job states it."""
 
+    covers_text: ClassVar[bool] = False
     system_template: ClassVar[str]
     user_template: ClassVar[str]
     long_documents: ClassVar[tuple[str, ...]] = ()

@@ -18,6 +18,7 @@ class Summarize(PromptedTask):
 
     kind: ClassVar[str] = "summarize"
     answer_kind: ClassVar[str] = "text"
+    covers_text: ClassVar[bool] = True
     default_merge: ClassVar[str] = "mbr"
     # chrF drifts to long candidates where their lengths differ as much as summaries' do.
     default_utility: ClassVar[str] = "rouge-l"

@@ -1,0 +1,101 @@
+"""Worker side of a pool: texts come with a call to the worker and their answers go back with it.
+
+A handler of the worker, not a task: a task passes the scheduler twice and takes ten times as
+long to come back as an idle worker to answer (docs/decisions/0007). The model is the one that
+`AgentHost` holds, in the host's one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distributed import Worker, WorkerPlugin
+from distributed.protocol import to_serialize
+
+from mas_batch.agents.answering import answer_records
+from mas_batch.agents.host import AgentHost
+from mas_batch.agents.spec import AgentSpec
+from mas_batch.agents.work import profile_of
+from mas_batch.errors import EngineError, MasBatchError, RunError
+from mas_batch.job import Task
+from mas_batch.latency.times import Stopwatch, TaskTimes
+from mas_batch.records import Answer, Record
+from mas_batch.tasks import make_task
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a worker says to a batch of texts."""
+
+    answers: tuple[Answer, ...]
+    """Of every record and sample, in the records' order."""
+    times: TaskTimes
+    """What the whole batch took; nothing is read or written."""
+    waited_s: float
+    """Before that, for the model's thread."""
+
+
+class TextHost(WorkerPlugin):  # type: ignore[misc]
+    """Lets the worker be called by the plugin's name, with an agent and records.
+
+    Args:
+        topic: name of the `AgentHost` whose engine answers.
+        task: what is asked of every text.
+        specs: agents by name.
+    """
+
+    def __init__(self, topic: str, task: Task, specs: Mapping[str, AgentSpec]) -> None:
+        self.name = texts_op(topic)
+        self._topic = topic
+        self._task = task
+        self._specs = dict(specs)
+
+    def setup(self, worker: Worker) -> None:
+        """Take calls from now on."""
+        self._worker = worker
+        worker.handlers[self.name] = self.answer
+
+    def teardown(self, worker: Worker) -> None:
+        """Take no more calls."""
+        worker.handlers.pop(self.name, None)
+
+    async def answer(self, agent_id: str, records: Sequence[tuple[str, str, str | None]]) -> Any:
+        """Ask the agent about the records (id, text, context); an `Answered` or error goes back.
+
+        Errors are values: raised, Dask would log a traceback on the worker for each.
+        """
+        arrived = time.perf_counter()
+        asked = [Record(*record) for record in records]
+        loop, executor = asyncio.get_running_loop(), self._worker.executors.get(self._topic)
+        try:
+            if executor is None:
+                raise RunError(f"worker {self._worker.name} hosts no agent any more")
+            reply = await loop.run_in_executor(executor, self._ask, agent_id, asked, arrived)
+            return to_serialize(reply)
+        except MasBatchError as error:
+            return to_serialize(error)
+        except Exception as error:  # whatever it is, it must survive the journey
+            return to_serialize(EngineError(f"{type(error).__name__}: {error}"))
+
+    def _ask(self, agent_id: str, records: Sequence[Record], arrived: float) -> Answered:
+        waited_s = time.perf_counter() - arrived
+        host: AgentHost = self._worker.plugins[self._topic]
+        spec, watch = self._specs[agent_id], Stopwatch()
+        idle_s = host.begin()
+        engine, family_id, _ = host.engine(spec)
+        profile = profile_of(self._task, spec, family_id)
+        watch.lap("process")
+        answers = answer_records(records, make_task(self._task), engine, profile)
+        host.check_open()
+        watch.model(answers)
+        host.end()
+        return Answered(tuple(answers), watch.times(idle_s), waited_s)
+
+
+def texts_op(topic: str) -> str:
+    """Return the name that workers are called by: of the plugin and of its handler."""
+    return f"{topic}-texts"
