@@ -1,4 +1,4 @@
-"""One submitter per run: a lock that a killed owner does not leave locked.
+"""One submitter per run, and per job: a lock that a killed owner does not leave locked.
 
     locks/000001.json        who holds the run; created only if absent, so that one of many wins
     locks/000001.beat.json   the owner's heartbeat: a counter, and at the end the mark `released`
@@ -35,23 +35,44 @@ _HELD: set[str] = set()
 """Tokens of the locks that this process holds: being alive does not say that for itself."""
 
 
+_JOBS = ".locks"
+"""Folder beside the runs that holds the locks of jobs; no job's name begins with a dot."""
+
+
+def job_lock(output: Store, job_name: str) -> RunLock:
+    """Return the lock of all runs of a job of that name in that output."""
+    return RunLock(output.child(f"{_JOBS}/{job_name}"), what="job")
+
+
 class RunLock:
     """Holds a run for this process while its `with` block lasts.
 
     Args:
-        store: the run's folder.
+        store: the run's folder; or any other, which then stands for `what`.
         beat_s: seconds between two heartbeats.
         patience_s: seconds for which the heartbeat of an owner that cannot be looked up must
             rest before its lock is taken over, and for which this process may fail to write its
             own. Well above every submitter's `beat_s`.
+        what: what is held, for messages.
+        within: a wider lock that this process holds too; `check` looks at both.
 
     Raises:
         RunLockedError: on entering, another process is at work on the run.
         OutputError: on entering, the lock cannot be written.
     """
 
-    def __init__(self, store: Store, beat_s: float = 5.0, patience_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        beat_s: float = 5.0,
+        patience_s: float = 20.0,
+        *,
+        what: str = "run",
+        within: RunLock | None = None,
+    ) -> None:
         self._store = store
+        self._what = what
+        self._within = within
         self._beat_s = beat_s
         self._patience_s = patience_s
         self._own = Owner.this_process(0)
@@ -90,13 +111,16 @@ class RunLock:
             OutputError: the heartbeat could not be written for `patience_s`: others may soon
                 take this process for dead.
         """
+        if self._within is not None:
+            self._within.check()
         if self._rested_s > self._patience_s:
             self._beat()  # this process was stopped, or the filesystem fails: how is it now?
         if self._lost is not None:
             raise RunLockedError(self._lost)
         if self._error is not None and self._rested_s > self._patience_s:
             raise OutputError(
-                f"the heartbeat of the run's lock fails for {self._rested_s:.0f} s: {self._error}"
+                f"the heartbeat of the {self._what}'s lock fails for {self._rested_s:.0f} s: "
+                f"{self._error}"
             ) from self._error
 
     def remove_run(self) -> None:
@@ -145,7 +169,7 @@ class RunLock:
         is_dead = last.is_dead(self._own)
         is_over = self._rests(last, beat) if is_dead is None else is_dead
         if is_over:
-            logger.info("%s has left this run without a word; going on with it", last)
+            logger.info("%s has left this %s without a word; going on", last, self._what)
         return is_over
 
     def _rests(self, last: Owner, beat: dict[str, Any] | None) -> bool:
@@ -162,8 +186,8 @@ class RunLock:
     def _refusal(self, owner: Owner | None) -> RunLockedError:
         who = "another process" if owner is None else str(owner)
         return RunLockedError(
-            f"{self._store.location('')}: {who} works on this run; wait until it is done, or end "
-            "it: then the same command resumes"
+            f"{self._store.location('')}: {who} works on this {self._what}; "
+            "wait until it is done, or end it: then the same command resumes"
         )
 
     # Its files
@@ -237,8 +261,10 @@ class RunLock:
         if newest is not None and newest.token == self._own.token:
             return None
         if newest is None:
-            return f"{self._store.location('')}: the run's lock was removed during this run"
-        return f"{self._store.location('')}: this run was taken over by {newest}"
+            what = f"the {self._what}'s lock was removed during this run"
+        else:
+            what = f"this {self._what} was taken over by {newest}"
+        return f"{self._store.location('')}: {what}"
 
     def _stop_beating(self) -> None:
         self._ended.set()

@@ -1,0 +1,116 @@
+"""Which of a partition's known answers a run would have come by, and whether they are all it needs.
+
+Known answers cost nothing, but a run that used all of them would merge more than a run that asks:
+where the job's routing stops after so many answers, or where the first agree, so does this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
+from mas_batch.aggregate.stopping import StoppingRule, undecided
+from mas_batch.job import Job
+from mas_batch.records import ANSWERS
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What becomes of a partition without asking anybody."""
+
+    answers: Mapping[str, pa.Table]
+    """Agent → all its answers to the partition, as if it had been asked."""
+    is_settled: bool
+    """Nobody has to be asked about it; an escalation comes later and is another matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settling:
+    """When the answers to a partition are all that the job's routing asks for."""
+
+    samples: Mapping[str, int]
+    """Agent → answers per record, of those that are asked first, in the job's order."""
+    answers_per_record: int
+    first: int | None
+    """Adaptive: answers per record before the first look."""
+    merge: MergeSpec
+    """How the looks of an adaptive job merge."""
+    rule: StoppingRule | None
+
+    @classmethod
+    def of(cls, job: Job, merge: MergeSpec, rule: StoppingRule | None) -> Settling:
+        """Read it out of the job."""
+        adaptive = job.routing.adaptive
+        return cls(
+            {agent.name: agent.samples for agent in job.first_agents},
+            job.answers_per_record,
+            adaptive.first if adaptive else None,
+            merge.first_pass,
+            rule,
+        )
+
+    def choose(
+        self, records: pa.Table, known: Mapping[str, pa.Table], done: Collection[str] = ()
+    ) -> Choice:
+        """Choose whose known answers count, in the job's order.
+
+        Args:
+            records: `record_id` and `reason` of the partition.
+            known: agent → its known answers, to some or all of the usable records.
+            done: agents whose answers an earlier execution has committed.
+        """
+        usable = records.filter(pc.is_null(records["reason"]))["record_id"].to_pylist()
+        wanted = min(self.first or self.answers_per_record, self.answers_per_record)
+        chosen: dict[str, pa.Table] = {}
+        for agent_id in self.samples:
+            if self._count({*done, *chosen}) >= wanted:
+                break
+            if agent_id not in done and _covers(known.get(agent_id), usable):
+                chosen[agent_id] = known.get(agent_id, ANSWERS.empty_table())
+        if self._count({*done, *chosen}) < wanted:
+            return Choice(chosen, is_settled=False)
+        if self.rule is None:
+            return Choice(chosen, is_settled=True)
+        if done or self._needs_encoder:
+            return Choice(chosen, is_settled=False)  # the workers have what it takes to look
+        return self._look(records, known, chosen, self.rule)
+
+    def _look(
+        self,
+        records: pa.Table,
+        known: Mapping[str, pa.Table],
+        chosen: dict[str, pa.Table],
+        rule: StoppingRule,
+    ) -> Choice:
+        """Take one more agent's answers, again and again, to the records still undecided."""
+        while self._count(chosen) < self.answers_per_record:
+            answers = pa.concat_tables(chosen.values())
+            still_open = undecided(records, answers, self.merge, rule)
+            if not still_open:
+                break
+            others = (agent_id for agent_id in self.samples if agent_id not in chosen)
+            further = next((a for a in others if _covers(known.get(a), still_open)), None)
+            if further is None:
+                return Choice(chosen, is_settled=False)
+            rows = known[further]
+            asked = pc.is_in(rows["record_id"], pa.array(still_open, pa.string()))
+            chosen[further] = rows.filter(asked)
+        return Choice(chosen, is_settled=True)
+
+    @property
+    def _needs_encoder(self) -> bool:
+        return self.merge.method == "mbr" and self.merge.utility == EMBEDDING
+
+    def _count(self, agents: Iterable[str]) -> int:
+        return sum(self.samples[agent_id] for agent_id in agents)
+
+
+def _covers(rows: pa.Table | None, record_ids: Collection[str]) -> bool:
+    """Tell whether the known answers are to all these records; to none of them always."""
+    if rows is None:
+        return not record_ids
+    return set(record_ids) <= set(rows["record_id"].to_pylist())

@@ -1,0 +1,264 @@
+"""Take answers over from an earlier run, a bounded part of the corpus at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mas_batch import results
+from mas_batch.incremental.earlier import EarlierRun, Wanted, last_published
+from mas_batch.incremental.identity import difference, draws, hash_of_prompt
+from mas_batch.incremental.index import COLUMNS, Keys, Matches, RecordIndex, record_keys
+from mas_batch.incremental.settling import Settling
+from mas_batch.job import Agent, Job
+from mas_batch.results import Committed, Plan
+from mas_batch.storage import Store
+
+FILE = "since.json"
+
+_RECORDS_AT_ONCE = 65_536
+"""Their answers are held in memory; a corpus in another order than the earlier one reads that
+run's answers once more for every so many records."""
+
+_THREADS = 8
+"""They wait for a disk or a network, mostly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """What an earlier run spares this one."""
+
+    run: str | None
+    """Its name; None: there is no earlier one."""
+    to_ask: tuple[str, ...]
+    """Agents that may have to be asked; whoever is not among them need not be loaded."""
+    records: Mapping[str, int] = field(default_factory=dict)
+    """This run's `unchanged`, `changed` and `new` records, and those that are `gone`."""
+    answers: Mapping[str, int] = field(default_factory=dict)
+    """Agent → earlier answers that would be today's."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Agent → why none of its earlier answers are."""
+
+
+def read_since(run: Store) -> Since | None:
+    """Return what `take_over` has found for this run; None: nothing was taken over."""
+    if not run.exists(FILE):
+        return None
+    facts: dict[str, Any] = json.loads(run.read_bytes(FILE))
+    return Since(**{**facts, "to_ask": tuple(facts["to_ask"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """The run that answers are taken over into; its corpus is staged."""
+
+    job: Job
+    output: Store
+    """Where the job's runs are."""
+    store: Store
+    name: str
+    plan: Plan
+    is_embedded: bool
+    """Models are loaded on this machine."""
+
+
+def take_over(
+    present: Present, settling: Settling, check: Callable[[], None] = lambda: None
+) -> Since:
+    """Take over what the last published run of the job has, unless this was done before.
+
+    Memory: 48 bytes per record of the earlier run, twice that for a moment, and the answers to
+    `_RECORDS_AT_ONCE` records.
+
+    Args:
+        check: called now and then; what it raises ends the call.
+
+    Raises:
+        JobError: an agent's examples are not there.
+        RunError: an earlier run cannot be read; nothing was asked.
+    """
+    if (known := read_since(present.store)) is not None:
+        return known
+    earlier = last_published(present.output, present.job.name, present.name)
+    if earlier is None:
+        since = Since(None, tuple(agent.name for agent in present.job.agents))
+    else:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="since-last") as pool:
+            since = _Taking.begin(present, settling, earlier, pool).run(check)
+    content = json.dumps(asdict(since), ensure_ascii=False, indent=1)
+    present.store.commit(FILE, content.encode())
+    return since
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A partition of the present run, without its texts."""
+
+    number: int
+    records: pa.Table
+    """`record_id` and `reason`."""
+    keys: Keys
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """Neighbouring partitions, and what the earlier run has of their records."""
+
+    parts: Sequence[_Part]
+    matches: Matches
+    usable: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, parts: Sequence[_Part], index: RecordIndex) -> _Block:
+        matches = index.find(np.concatenate([part.keys for part in parts]))
+        reasons = (part.records["reason"].is_null().to_numpy() for part in parts)
+        return cls(parts, matches, np.concatenate(list(reasons)))
+
+    def wanted(self, *, same_id: bool) -> Wanted:
+        """Return the usable records that the earlier run has, or has under the same id."""
+        matches = self.matches
+        there = matches.same_id if same_id else matches.position >= 0
+        owners = np.flatnonzero(there & self.usable)
+        ids = pa.chunked_array(part.records["record_id"].combine_chunks() for part in self.parts)
+        known = ids.take(pa.array(owners)).to_pylist()
+        return Wanted(known, owners, matches.position[owners], matches.same_id[owners])
+
+    def split(self, rows: pa.Table, owners: NDArray[np.int64]) -> list[pa.Table]:
+        """Return each partition's rows, in the order of its records."""
+        order = np.argsort(owners, kind="stable")
+        ends = accumulate((part.records.num_rows for part in self.parts), initial=0)
+        bounds = np.searchsorted(owners[order], np.fromiter(ends, np.int64))
+        rows = rows.take(pa.array(order)).combine_chunks()
+        return [rows.slice(start, stop - start) for start, stop in pairwise(bounds.tolist())]
+
+    def tally(self, is_gone: NDArray[np.bool_]) -> dict[str, int]:
+        """Count records by what has become of them; mark off those that are still there."""
+        position, changed = self.matches.position, self.matches.changed
+        # Unusable records are all alike; only ids tell them apart.
+        unchanged = self.matches.same_id | ((position >= 0) & self.usable)
+        is_gone[position[unchanged]] = False
+        is_gone[changed[changed >= 0]] = False
+        counts = {"unchanged": unchanged, "changed": ~unchanged & (changed >= 0)}
+        found = {kind: int(np.count_nonzero(mask)) for kind, mask in counts.items()}
+        return {**found, "new": len(unchanged) - sum(found.values())}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Taking:
+    present: Present
+    settling: Settling
+    earlier: EarlierRun
+    done: Committed
+    """What earlier executions have committed."""
+    agents: Sequence[Agent]
+    """Those whose earlier answers would be today's."""
+    refused: Mapping[str, str]
+    pool: Executor
+
+    @classmethod
+    def begin(
+        cls, present: Present, settling: Settling, earlier: EarlierRun, pool: Executor
+    ) -> _Taking:
+        job, manifest = present.job, earlier.run.manifest
+        refused = {
+            agent.name: why
+            for agent in job.agents
+            if (why := difference(job, agent, manifest, is_embedded=present.is_embedded))
+        }
+        agents = [agent for agent in job.agents if agent.name not in refused]
+        done = results.committed(present.store, present.plan, settling.samples)
+        return cls(present, settling, earlier, done, agents, refused, pool)
+
+    def run(self, check: Callable[[], None]) -> Since:
+        self._keep_engines()
+        index = self.earlier.index(self.pool)
+        is_gone = np.ones(len(index), np.bool_)
+        records: Counter[str] = Counter()
+        answers: Counter[str] = Counter()
+        to_ask = set(self._escalated)
+        for parts in self._parts():
+            check()
+            block = _Block.of(parts, index)
+            records.update(block.tally(is_gone))
+            known = {agent.name: self._known(agent, block) for agent in self.agents}
+            answers.update({agent: sum(map(len, tables)) for agent, tables in known.items()})
+            for asked in self.pool.map(self._settle, parts, _by_part(known, len(parts))):
+                to_ask |= asked
+        records["gone"] = int(np.count_nonzero(is_gone))
+        return Since(
+            self.earlier.name,
+            tuple(agent.name for agent in self.present.job.agents if agent.name in to_ask),
+            {kind: records[kind] for kind in ("unchanged", "changed", "new", "gone")},
+            {agent.name: answers[agent.name] for agent in self.agents},
+            self.refused,
+        )
+
+    @property
+    def _escalated(self) -> frozenset[str]:
+        """The agent that is asked in the end: about what, only the others' answers will tell."""
+        escalate = self.present.job.routing.escalate
+        return frozenset() if escalate is None else frozenset([escalate.agent])
+
+    def _keep_engines(self) -> None:
+        """Keep what the engines said of themselves; those that are loaded will say it again."""
+        spoke = self.earlier.run.manifest["engines"]
+        kept = {agent.name: spoke[agent.name] for agent in self.agents if agent.name in spoke}
+        store = self.present.store
+        results.write_engines(store, kept | results.read_engines(store))
+
+    def _parts(self) -> Iterator[list[_Part]]:
+        """Read the staged records, some partitions at a time."""
+        numbers: list[int] = []
+        num_records = 0
+        for number, count, _ in self.present.plan.sizes():
+            numbers.append(number)
+            num_records += count
+            if num_records >= _RECORDS_AT_ONCE:
+                yield list(self.pool.map(self._part, numbers))
+                numbers, num_records = [], 0
+        if numbers:
+            yield list(self.pool.map(self._part, numbers))
+
+    def _part(self, number: int) -> _Part:
+        name = results.staged_name(number)
+        records = self.present.store.read_table(name, [*COLUMNS, "reason"])
+        return _Part(number, records.select(["record_id", "reason"]), record_keys(records))
+
+    def _known(self, agent: Agent, block: _Block) -> list[pa.Table]:
+        """Return of each partition the agent's earlier answers that would be today's."""
+        prompt = hash_of_prompt(self.present.job, agent)
+        wanted = block.wanted(same_id=draws(agent))
+        found = self.earlier.answers(agent.name, agent.samples, prompt, wanted, self.pool)
+        return block.split(*found)
+
+    def _settle(self, part: _Part, known: Mapping[str, pa.Table]) -> set[str]:
+        """Commit a partition's known answers; returns who may have to be asked about it."""
+        store, done = self.present.store, self.done.agents(part.number)
+        choice = self.settling.choose(part.records, known, done)
+        for agent_id, rows in choice.answers.items():
+            store.commit_table(results.answers_name(part.number, agent_id), rows)
+        asked = (
+            set()
+            if choice.is_settled
+            else self.settling.samples.keys() - done - choice.answers.keys()
+        )
+        for agent_id in sorted(known.keys() & (asked | self._escalated)):
+            if known[agent_id].num_rows:
+                name = results.reused_name(part.number, agent_id)
+                store.commit_table(name, known[agent_id])
+        return asked
+
+
+def _by_part(
+    known: Mapping[str, Sequence[pa.Table]], num_parts: int
+) -> Iterator[dict[str, pa.Table]]:
+    return ({agent: tables[i] for agent, tables in known.items()} for i in range(num_parts))

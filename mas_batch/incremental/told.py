@@ -1,0 +1,57 @@
+"""What a run's manifest says of what it did not ask for: as facts, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def since_facts(manifest: Mapping[str, Any], *, nothing_new: bool = False) -> dict[str, Any] | None:
+    """Return what was reused and asked; None: the run did not look for an earlier one.
+
+    Args:
+        nothing_new: the run was complete before: it is itself what nothing is new since.
+    """
+    agents = {agent["agent_id"]: agent for agent in manifest["agents"]}
+    given = {a: each["answers"] + each["failed_answers"] for a, each in agents.items()}
+    if nothing_new:
+        return {
+            "nothing_new": True,
+            "run": manifest["run"],
+            "reused_answers": sum(given.values()),
+            "asked_answers": 0,
+        }
+    if (since := manifest.get("since")) is None:
+        return None
+    reused = {a: each.get("reused", 0) for a, each in agents.items()}
+    return {
+        "nothing_new": False,
+        "run": since["run"],
+        "reused_answers": sum(reused.values()),
+        "asked_answers": sum(given.values()) - sum(reused.values()),
+        "records": since["records"],
+        "agents": {a: {"reused": reused[a], "asked": given[a] - reused[a]} for a in agents},
+        "refused": since["refused"],
+    }
+
+
+def since_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Tell people of it, line by line; nothing of a run that did not look for an earlier one."""
+    facts = since_facts(manifest)
+    if facts is None:
+        return
+    if facts["run"] is None:
+        yield "since last: there was no earlier run, every record was asked about"
+        return
+    records = facts["records"]
+    yield (
+        f"since {facts['run']}: {facts['reused_answers']:,} answers reused, "
+        f"{facts['asked_answers']:,} asked for; records: {in_words(records)}"
+    )
+    for agent_id, why in facts["refused"].items():
+        yield f"of {agent_id} nothing was reused: {why}"
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Say `2 new, 1 gone`, in the order that they come in."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
