@@ -1,0 +1,270 @@
+"""Two runs' results side by side, joined by record id in bounded memory.
+
+A hash join that spills (Kitsuregawa et al., "Application of hash to data base machine", 1983):
+both runs' records go to files by a hash of their id, then file by file are joined. So the runs may
+have any order and partitioning, and memory holds some 50,000 records of each.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.aggregate.normalise import normalise_text
+from mas_batch.results import Run
+
+RECORDS_AT_ONCE = 50_000
+MAX_FILES = 256
+"""Open at once; beyond 12.8 million records a file holds more."""
+
+_SIDE = pa.schema(
+    [
+        pa.field("record_id", pa.string()),
+        pa.field("answer", pa.string()),  # null: the record failed
+        pa.field("confidence", pa.float64()),
+        pa.field("kind", pa.string()),
+        pa.field("reference", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPair:
+    """One record in both runs."""
+
+    record_id: str
+    answer_a: str
+    answer_b: str
+    confidence_a: float | None
+    confidence_b: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Common records with a reference, by whose published answer equals it."""
+
+    num_records: int
+    right_in_both: int
+    fixed: int
+    """Wrong in the first run, right in the second."""
+    broken: int
+    p: float
+    """Of as many fixed and broken were both equally likely: McNemar's exact test, two-sided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """How two runs' records compare."""
+
+    only_a: int
+    only_b: int
+    common: int
+    same: int
+    """Answered alike by both, up to normalisation (case, white space, punctuation at the ends)."""
+    different: int
+    newly_answered: int
+    """Failed in the first run, answered in the second."""
+    newly_failed: int
+    failed_in_both: int
+    confidence_change: float | None
+    """Mean, of records that both answered; None: the runs' confidences are of unlike kinds."""
+    changed: tuple[RecordPair, ...]
+    """Other answers, those first of which both runs are sure."""
+    shifted: tuple[RecordPair, ...]
+    """The biggest changes of confidence."""
+    judged: Judged | None
+    """None: no common record has a reference, or answers are not labels."""
+
+
+def compare_records(a: Run, b: Run, num_shown: int, *, judge: bool) -> Records:
+    """Join the runs' results and failures by record id, and count.
+
+    Args:
+        num_shown: records of each list, at most.
+        judge: whether an answer is right if, and only if, it equals the reference.
+
+    Raises:
+        RunError: a table cannot be read.
+    """
+    counted: Counter[str] = Counter()
+    change, num_changes = 0.0, 0
+    changed: list[RecordPair] = []
+    shifted: list[RecordPair] = []
+    for joined in _joined(a, b):
+        counted.update(_count(joined))
+        pairs = _both_answered(joined)
+        comparable = [row for row in pairs if _comparable(row)]
+        change += math.fsum(row["confidence_b"] - row["confidence_a"] for row in comparable)
+        num_changes += len(comparable)
+        found = (_pair(row) for row in pairs if not _same(row["answer_a"], row["answer_b"]))
+        changed = heapq.nsmallest(num_shown, [*changed, *found], key=_least_sure)
+        moved = (_pair(row) for row in comparable if row["confidence_a"] != row["confidence_b"])
+        shifted = heapq.nsmallest(num_shown, [*shifted, *moved], key=_shift)
+    return Records(
+        **{name: counted[name] for name in _COUNTS},
+        confidence_change=change / num_changes if num_changes else None,
+        changed=tuple(changed),
+        shifted=tuple(shifted),
+        judged=_judged(counted) if judge else None,
+    )
+
+
+_COUNTS = (
+    *("only_a", "only_b", "common", "same", "different"),
+    *("newly_answered", "newly_failed", "failed_in_both"),
+)
+
+
+def mcnemar(fixed: int, broken: int) -> float:
+    """Return the two-sided p of so unequal a split of a fair coin's tosses; 1 of no toss."""
+    tosses = fixed + broken
+    tail = sum(math.comb(tosses, k) for k in range(min(fixed, broken) + 1))
+    return float(min(1.0, 2 * tail / 2**tosses))
+
+
+# The join
+
+
+def _joined(a: Run, b: Run) -> Iterator[pa.Table]:
+    """Yield all records of both, some at a time; a record's rows of both runs are in one table."""
+    most = max(_num_records(a), _num_records(b))
+    num_files = min(MAX_FILES, max(1, math.ceil(most / RECORDS_AT_ONCE)))
+    with TemporaryDirectory(prefix="mas-batch-compare-") as folder:
+        sides = [Path(folder, name) for name in "ab"]
+        for run, side in zip((a, b), sides, strict=True):
+            side.mkdir()
+            _spill(_tables(run), side, num_files)
+        for number in range(num_files):
+            left, right = (_read(side / str(number)) for side in sides)
+            yield left.join(
+                right, "record_id", join_type="full outer", left_suffix="_a", right_suffix="_b"
+            )
+
+
+def _num_records(run: Run) -> int:
+    counts = run.manifest["counts"]
+    return int(counts["results"] + counts["failures"])
+
+
+def _tables(run: Run) -> Iterator[pa.Table]:
+    for name in run.files("results"):
+        table = run.store.read_table(name)
+        names = table.column_names
+        reference = table["reference"].cast(pa.string()) if "reference" in names else None
+        yield _side(
+            table, table["answer"], table["confidence"], table["confidence_kind"], reference
+        )
+    for name in run.files("failures"):
+        yield _side(run.store.read_table(name))
+
+
+def _side(table: pa.Table, *columns: pa.ChunkedArray | None) -> pa.Table:
+    given = [*columns, *[None] * (len(_SIDE) - 1 - len(columns))]
+    arrays = [
+        pa.nulls(table.num_rows, field.type) if column is None else column
+        for field, column in zip(list(_SIDE)[1:], given, strict=True)
+    ]
+    return pa.table([table["record_id"], *arrays], schema=_SIDE)
+
+
+def _spill(tables: Iterable[pa.Table], folder: Path, num_files: int) -> None:
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(pa.ipc.new_stream(str(folder / str(number)), _SIDE))
+            for number in range(num_files)
+        ]
+        for table in tables:
+            files = _hashes(table["record_id"].to_pylist()) % num_files
+            for number in np.unique(files).tolist():
+                writers[number].write_table(table.filter(pa.array(files == number)))
+
+
+def _hashes(ids: Sequence[str]) -> Any:
+    digests = (zlib.crc32(key.encode(errors="surrogatepass")) for key in ids)
+    return np.fromiter(digests, np.int64, len(ids))
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.ipc.open_stream(str(path)) as reader:
+        table = reader.read_all()
+    return table.append_column("there", pa.array(np.ones(table.num_rows, np.bool_)))
+
+
+# What is counted
+
+
+def _count(joined: pa.Table) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for row in joined.to_pylist():
+        if row["there_a"] is None or row["there_b"] is None:
+            counted["only_a" if row["there_b"] is None else "only_b"] += 1
+            continue
+        counted["common"] += 1
+        counted[_fate(row["answer_a"], row["answer_b"])] += 1
+        reference = row["reference_a"] or row["reference_b"]
+        if reference is not None:
+            right = (_same(row["answer_a"], reference), _same(row["answer_b"], reference))
+            counted[_VERDICTS[right]] += 1
+    return counted
+
+
+_VERDICTS = {
+    (True, True): "right_in_both",
+    (False, True): "fixed",
+    (True, False): "broken",
+    (False, False): "wrong_in_both",
+}
+
+
+def _fate(a: str | None, b: str | None) -> str:
+    if a is None or b is None:
+        return "failed_in_both" if a is b else "newly_answered" if a is None else "newly_failed"
+    return "same" if _same(a, b) else "different"
+
+
+def _same(a: str | None, b: str | None) -> bool:
+    return a == b or (a is not None and b is not None and normalise_text(a) == normalise_text(b))
+
+
+def _judged(counted: Counter[str]) -> Judged | None:
+    num_records = sum(counted[verdict] for verdict in _VERDICTS.values())
+    if not num_records:
+        return None
+    fixed, broken = counted["fixed"], counted["broken"]
+    return Judged(num_records, counted["right_in_both"], fixed, broken, mcnemar(fixed, broken))
+
+
+def _both_answered(joined: pa.Table) -> list[dict[str, Any]]:
+    both = pc.and_(pc.is_valid(joined["answer_a"]), pc.is_valid(joined["answer_b"]))
+    rows: list[dict[str, Any]] = joined.filter(both).to_pylist()
+    return rows
+
+
+def _comparable(row: dict[str, Any]) -> bool:
+    known = row["confidence_a"] is not None and row["confidence_b"] is not None
+    return known and row["kind_a"] == row["kind_b"]
+
+
+def _pair(row: dict[str, Any]) -> RecordPair:
+    fields = ("record_id", "answer_a", "answer_b", "confidence_a", "confidence_b")
+    return RecordPair(*(row[name] for name in fields))
+
+
+def _least_sure(pair: RecordPair) -> tuple[float, str]:
+    return -min(pair.confidence_a or 0.0, pair.confidence_b or 0.0), pair.record_id
+
+
+def _shift(pair: RecordPair) -> tuple[float, str]:
+    return -abs((pair.confidence_b or 0.0) - (pair.confidence_a or 0.0)), pair.record_id

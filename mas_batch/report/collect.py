@@ -1,0 +1,240 @@
+"""Facts out of a run's folder. Tables are read a partition at a time; nothing is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from mas_batch.errors import ExitCode
+from mas_batch.report.facts import (
+    AgentFacts,
+    AgentReliability,
+    Agreement,
+    Bin,
+    Facts,
+    ModelFacts,
+    Outcome,
+    Quality,
+    Reliability,
+    Spread,
+    System,
+    Totals,
+)
+from mas_batch.report.jobs import job_text
+from mas_batch.report.latency import latency, spreads
+from mas_batch.report.scan import scan_answers, scan_failures, scan_results
+from mas_batch.report.walk import clip, stride
+from mas_batch.results import EVALUATION, Run
+from mas_batch.safe_text import without_credentials
+
+MAX_AGENTS = 40
+MAX_AGENTS_IN_MATRIX = 16
+MAX_SYSTEMS = 60
+JOB_CHARS = 40_000
+MODEL_CHARS = 300
+
+
+def collect(run: Run, *, whole: bool = False) -> Facts:
+    """Collect what a report says of a run.
+
+    Args:
+        whole: read every partition, also of a run that is larger than `walk.MAX_RECORDS`.
+
+    Raises:
+        RunError: a table of the run cannot be read.
+    """
+    manifest = run.manifest
+    text = job_text(run)
+    job = yaml.safe_load(text)
+    every = 1 if whole else stride(run)
+    results = scan_results(run, every)
+    answers = scan_answers(run, every)
+    agents = sorted(agent["agent_id"] for agent in manifest["agents"])
+    histogram = manifest["counts"].get("confidence_histogram") or []
+    return Facts(
+        run=manifest["run"],
+        location=run.store.location(""),
+        finished=manifest.get("finished"),
+        task=job["task"]["kind"],
+        method=manifest["merge"]["method"],
+        policy=job["routing"]["policy"],
+        outcome=_outcome(manifest["counts"], job),
+        totals=totals(run),
+        quality=quality(run),
+        latency=latency(run),
+        agents=agents_of(run, answers.latency)[:MAX_AGENTS],
+        num_agents_left_out=len(agents[MAX_AGENTS:]),
+        agreement=_agreement(agents, results.pairs),
+        reliability=_reliability(manifest["merge"].get("reliability")),
+        confidence=tuple(histogram) if any(histogram) else (),
+        confidence_kind=results.confidence_kind,
+        doubtful=results.doubtful,
+        slowest=answers.slowest,
+        failures=scan_failures(run),
+        failed_answers=answers.failed,
+        scope=results.scope,
+        job=_shown_job(text),
+        models=tuple(model(agent, manifest) for agent in agents[:MAX_AGENTS]),
+        versions=manifest.get("versions", {}),
+    )
+
+
+def _shown_job(text: str) -> str:
+    """Return job.yaml, which `results.write_job` has stripped of secrets."""
+    return text if len(text) <= JOB_CHARS else text[:JOB_CHARS] + "\n# … the rest is in job.yaml"
+
+
+def _outcome(counts: Mapping[str, int], job: Mapping[str, Any]) -> Outcome:
+    limit = job["output"].get("max_failed_fraction", 0.05)
+    failed = counts["failures"] / max(1, counts["results"] + counts["failures"])
+    if failed > limit:
+        meaning = "more records failed than the job allows"
+        return Outcome(ExitCode.TOO_MANY_FAILED_RECORDS, meaning, failed, limit)
+    meaning = "no more records failed than the job allows" if failed else "every record is answered"
+    return Outcome(ExitCode.ANSWERED, meaning, failed, limit)
+
+
+def totals(run: Run) -> Totals:
+    """Return the run in figures, from its manifest alone."""
+    counts, agents = run.manifest["counts"], run.manifest["agents"]
+    records = counts["results"] + counts["failures"]
+    wall_s = (run.manifest.get("latency") or {}).get("wall_s")
+
+    def total(name: str) -> int:
+        return sum(agent[name] for agent in agents)
+
+    return Totals(
+        records=records,
+        results=counts["results"],
+        failures=counts["failures"],
+        ties=counts.get("ties", 0),
+        abstained=counts.get("abstained", 0),
+        cut=counts.get("cut", 0),
+        answers=total("answers"),
+        failed_answers=total("failed_answers"),
+        prompt_tokens=total("prompt_tokens"),
+        completion_tokens=total("completion_tokens"),
+        reused=sum(agent.get("reused", 0) for agent in agents),
+        wall_s=wall_s,
+        records_per_s=records / wall_s if wall_s else None,
+    )
+
+
+def agents_of(run: Run, measured: Mapping[str, Any]) -> tuple[AgentFacts, ...]:
+    """Return the run's agents, in order of their names.
+
+    Args:
+        measured: see `spreads`.
+    """
+    by_agent = spreads(run, measured)
+    ordered = sorted(run.manifest["agents"], key=lambda counts: str(counts["agent_id"]))
+    return tuple(_agent(c, run.manifest, by_agent.get(c["agent_id"])) for c in ordered)
+
+
+def _agent(
+    counts: Mapping[str, Any], manifest: Mapping[str, Any], spread: Spread | None
+) -> AgentFacts:
+    engine = _engine(counts["agent_id"], manifest)
+    compute_s = counts.get("compute_s") or 0.0
+    return AgentFacts(
+        agent_id=counts["agent_id"],
+        engine=engine.get("engine", ""),
+        family=clip(engine.get("family_id", ""), MODEL_CHARS),
+        answers=counts["answers"],
+        failed_answers=counts["failed_answers"],
+        wins=counts["wins"],
+        agreement=counts["agreement"],
+        prompt_tokens=counts["prompt_tokens"],
+        completion_tokens=counts["completion_tokens"],
+        tokens_per_s=counts["completion_tokens"] / compute_s if compute_s else None,
+        latency=spread,
+    )
+
+
+def _engine(agent_id: str, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = manifest.get("engines", {}).get(agent_id, {})
+    return found
+
+
+def model(agent_id: str, manifest: Mapping[str, Any]) -> ModelFacts:
+    """Name what answered. Of an engine's facts only these: its options may hold anything."""
+    engine = _engine(agent_id, manifest)
+    source = engine.get("model")
+    return ModelFacts(
+        agent_id=agent_id,
+        engine=engine.get("engine", ""),
+        family=clip(engine.get("family_id", ""), MODEL_CHARS),
+        source=None if source is None else clip(without_credentials(source), MODEL_CHARS),
+        sha256=engine.get("sha256"),
+        device=engine.get("device"),
+        examples_sha256=engine.get("examples_sha256"),
+    )
+
+
+def _agreement(agents: Sequence[str], pairs: Mapping[str, Mapping[str, float]]) -> Agreement | None:
+    if not pairs:
+        return None
+    shown = tuple(agents[:MAX_AGENTS_IN_MATRIX])
+    shares = {(a, b): pairs.get(min(a, b), {}).get(max(a, b)) for a in shown for b in shown}
+    return Agreement(shown, shares, len(agents) - len(shown))
+
+
+def _reliability(learned: Mapping[str, Any] | None) -> Reliability | None:
+    if learned is None:
+        return None
+    known = list(learned["agents"].items())[:MAX_AGENTS]
+    agents = tuple(_agent_reliability(agent_id, facts) for agent_id, facts in known)
+    return Reliability(learned["method"], learned["why"], agents)
+
+
+def _agent_reliability(agent_id: str, facts: Mapping[str, Any]) -> AgentReliability:
+    low, high = facts["interval"] or (None, None)
+    return AgentReliability(agent_id, facts["accuracy"], low, high, facts["weight"])
+
+
+def quality(run: Run) -> Quality | None:
+    """Read what `mas-batch evaluate` has left in the run, if it has."""
+    if not run.store.exists(f"{EVALUATION}/quality.parquet"):
+        return None
+    rows = run.store.read_table(f"{EVALUATION}/quality.parquet").to_pylist()
+    if not rows:
+        return None
+    systems: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        systems.setdefault((row["kind"], row["name"]), []).append(row)
+    own = _own_confidence(run)
+    return Quality(
+        metrics=tuple(dict.fromkeys(row["metric"] for row in rows)),
+        num_records=max(row["num_records"] for row in rows),
+        systems=tuple(_system(*key, of) for key, of in list(systems.items())[:MAX_SYSTEMS]),
+        calibration=tuple(Bin(**each) for each in own.get("bins", [])),
+        calibration_error=own.get("error"),
+    )
+
+
+def _own_confidence(run: Run) -> dict[str, Any]:
+    if not run.store.exists(f"{EVALUATION}/calibration.json"):
+        return {}
+    judged = json.loads(run.store.read_bytes(f"{EVALUATION}/calibration.json"))
+    return next((each for each in judged if each["kind"] == "run"), {})
+
+
+def _system(kind: str, name: str, rows: Sequence[Mapping[str, Any]]) -> System:
+    first = rows[0]
+    return System(
+        kind=kind,
+        name=name,
+        scores={row["metric"]: _finite(row["value"]) for row in rows},
+        low=first["low"],
+        high=first["high"],
+        difference=first["difference"],
+        p=first["p"],
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value

@@ -1,0 +1,245 @@
+"""What a report says, as plain values: bounded, however large the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mas_batch.report.record_facts import (
+    FailedAnswers,
+    FailureGroup,
+    RecordFacts,
+    Scope,
+    SlowRecord,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the run ended, in the command line's terms."""
+
+    exit_code: int
+    meaning: str
+    failed_fraction: float
+    max_failed_fraction: float
+    """`output.max_failed_fraction` of the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The run in figures; None: not measured by the version that wrote the run."""
+
+    records: int
+    results: int
+    failures: int
+    ties: int
+    abstained: int
+    """Results below `merge.abstain_below`."""
+    cut: int
+    """Published answers that `max_new_tokens` cut off."""
+    answers: int
+    """Valid answers of all agents."""
+    failed_answers: int
+    prompt_tokens: int
+    completion_tokens: int
+    reused: int
+    """Answers that an earlier run had given (`since: last`)."""
+    wall_s: float | None
+    """All executions, from reading the corpus to publishing."""
+    records_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """An agent's seconds per answer (parts of T: means; T: quantiles)."""
+
+    compute_s: float
+    transfer_s: float
+    processing_s: float
+    p50_s: float
+    p95_s: float
+    p99_s: float
+    max_s: float
+
+    @property
+    def mean_s(self) -> float:
+        """T on average."""
+        return self.compute_s + self.transfer_s + self.processing_s
+
+
+@dataclass(frozen=True, slots=True)
+class AgentFacts:
+    """One agent of the run."""
+
+    agent_id: str
+    engine: str
+    family: str
+    """Its model, or what stands for one."""
+    answers: int
+    failed_answers: int
+    wins: int
+    """Records whose published answer is the agent's, word for word."""
+    agreement: float | None
+    """Share of its answers that say what was published."""
+    prompt_tokens: int
+    completion_tokens: int
+    tokens_per_s: float | None
+    """Completion tokens per second of model time."""
+    latency: Spread | None
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """How busy an agent's replicas were while one execution answered."""
+
+    agent_id: str
+    num_workers: int
+    busy: tuple[float, ...]
+    """Mean number of busy replicas in each of equal stretches of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionTimes:
+    """Seconds from sending a task to hearing of it, and how many of them it waited."""
+
+    stage: str
+    """`answer` or `merge`."""
+    agent_id: str | None
+    count: int
+    wall_p50_s: float
+    wall_p95_s: float
+    queue_p50_s: float
+    queue_p95_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Where the time went: phases of the submitting process, and the replicas' sum."""
+
+    wall_s: float | None
+    phases: Mapping[str, float]
+    """Seconds by phase, in order."""
+    replicas: Mapping[str, float]
+    """Seconds summed over replicas: compute, transfer, processing, load, failed, idle."""
+    num_replicas: int | None
+    partitions: tuple[PartitionTimes, ...]
+    activity_s: float
+    """From the first task begun to the last ended, of the execution that `activity` shows."""
+    activity: tuple[Activity, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A judged system: an agent, a merge, chance or the upper limit."""
+
+    kind: str
+    name: str
+    scores: Mapping[str, float | None]
+    """By metric."""
+    low: float | None
+    high: float | None
+    """95 % interval of the first metric."""
+    difference: float | None
+    p: float | None
+    """Against the best single agent, by the first metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Records of like confidence."""
+
+    low: float
+    high: float
+    num_records: int
+    mean_confidence: float
+    mean_correct: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What `mas-batch evaluate` found."""
+
+    metrics: tuple[str, ...]
+    """The first decides who is best."""
+    num_records: int
+    systems: tuple[System, ...]
+    calibration: tuple[Bin, ...]
+    """Of the run's own confidences."""
+    calibration_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How often two agents' answers to a record were merged as the same answer."""
+
+    agents: tuple[str, ...]
+    shares: Mapping[tuple[str, str], float | None]
+    """By ordered pair; an agent with itself: among its samples. None: never asked together."""
+    num_left_out: int
+    """Agents beyond those of the matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentReliability:
+    """What the merge learned of an agent without references."""
+
+    agent_id: str
+    accuracy: float | None
+    low: float | None
+    high: float | None
+    weight: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """What the merge learned of all agents."""
+
+    method: str
+    why: str
+    agents: tuple[AgentReliability, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What answered, so that it can be had again."""
+
+    agent_id: str
+    engine: str
+    family: str
+    source: str | None
+    """Hub id, path or wheel."""
+    sha256: str | None
+    device: str | None
+    examples_sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that a report says of a run."""
+
+    run: str
+    location: str
+    finished: str | None
+    task: str
+    method: str
+    policy: str
+    outcome: Outcome
+    totals: Totals
+    quality: Quality | None
+    latency: Latency | None
+    agents: tuple[AgentFacts, ...]
+    num_agents_left_out: int
+    agreement: Agreement | None
+    reliability: Reliability | None
+    confidence: tuple[int, ...]
+    """Results by confidence, in equal bins over [0, 1]; empty: not on that scale."""
+    confidence_kind: str | None
+    doubtful: tuple[RecordFacts, ...]
+    slowest: tuple[SlowRecord, ...]
+    failures: tuple[FailureGroup, ...]
+    failed_answers: tuple[FailedAnswers, ...]
+    scope: Scope
+    job: str
+    """job.yaml as the run keeps it."""
+    models: tuple[ModelFacts, ...]
+    versions: Mapping[str, str]

@@ -1,0 +1,118 @@
+"""Where a run's time went: what its manifest and its ledger say, as far as it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.report.facts import Activity, Latency, PartitionTimes, Spread
+from mas_batch.results import Run
+
+NUM_STRETCHES = 80
+"""Points of an agent's activity."""
+MAX_ACTIVITIES = 16
+"""Agents whose activity is drawn: the busiest."""
+
+MAX_PARTITION_ROWS = 60
+
+REPLICA_PARTS = ("compute", "transfer", "processing", "load", "failed", "idle")
+_WORK = ("answer", "failed answer")
+
+
+def latency(run: Run) -> Latency | None:
+    """Return where the time went; None for a run of a version that kept no ledger."""
+    facts = run.manifest.get("latency")
+    if not facts:
+        return None
+    replicas = facts.get("replicas") or {}
+    length_s, activity = _activity(run.ledger())
+    return Latency(
+        wall_s=facts.get("wall_s"),
+        phases={name: seconds for name, seconds in facts.get("phases", {}).items() if seconds},
+        replicas={part: s for part in REPLICA_PARTS if (s := replicas.get(f"{part}_s"))},
+        num_replicas=replicas.get("num"),
+        partitions=tuple(
+            map(_partition_times, (facts.get("per_partition") or [])[:MAX_PARTITION_ROWS])
+        ),
+        activity_s=length_s,
+        activity=activity,
+    )
+
+
+def _partition_times(row: Mapping[str, Any]) -> PartitionTimes:
+    wall, queue = row["wall"], row["queue"]
+    return PartitionTimes(
+        row["stage"], row["agent_id"], row["count"],
+        wall["p50_s"], wall["p95_s"], queue["p50_s"], queue["p95_s"],
+    )  # fmt: skip
+
+
+def spreads(run: Run, measured: Mapping[str, Any]) -> dict[str, Spread]:
+    """Return each agent's seconds per answer.
+
+    Args:
+        measured: of `RECORD_LATENCY`, for runs whose manifest does not say.
+    """
+    facts = run.manifest.get("latency") or {}
+    found: dict[str, dict[str, Any]] = {}
+    for row in facts.get("per_record") or []:
+        found.setdefault(row["agent_id"], {})[row["part"]] = row
+    return {agent: _spread(parts) for agent, parts in (found or measured).items()}
+
+
+def _spread(parts: Mapping[str, Mapping[str, float]]) -> Spread:
+    means = {f"{part}_s": parts[part]["mean_s"] for part in ("compute", "transfer", "processing")}
+    return Spread(**means, **{q: parts["total"][q] for q in ("p50_s", "p95_s", "p99_s", "max_s")})
+
+
+def _activity(ledger: pa.Table) -> tuple[float, tuple[Activity, ...]]:
+    """Follow the replicas while the longest execution answers; returns for how long, too."""
+    work = ledger.filter(pc.is_in(ledger["stage"], pa.array(_WORK)))
+    if not work.num_rows:
+        return 0.0, ()
+    starts = pc.add(work["at_s"], pc.fill_null(work["queue_s"], 0.0)).to_numpy()
+    stops = pc.add(work["at_s"], work["wall_s"]).to_numpy()
+    columns = (work[name].to_numpy() for name in ("execution", "agent_id", "worker"))
+    execution, agent, worker = columns
+    within = execution == execution[np.argmax(stops)]
+    first, last = starts[within].min(), stops[within].max()
+    found = []
+    for name in sorted(set(agent[within])):
+        own = within & (agent == name)
+        num = len(set(worker[own]))
+        busy = mean_overlap(starts[own] - first, stops[own] - first, last - first, NUM_STRETCHES)
+        found.append(Activity(name, num, tuple(np.minimum(busy, num).round(3).tolist())))
+    found.sort(key=lambda each: (-sum(each.busy), each.agent_id))
+    return float(last - first), tuple(found[:MAX_ACTIVITIES])
+
+
+def mean_overlap(
+    starts: npt.NDArray[np.float64], stops: npt.NDArray[np.float64], length: float, num: int
+) -> npt.NDArray[np.float64]:
+    """Return how many of the intervals are open on average in each of `num` equal stretches.
+
+    Exact: the integral of the number of open intervals, differenced at the stretches' edges.
+
+    Args:
+        starts: in [0, length], as are `stops`, none before its start.
+        length: above 0.
+    """
+    edges = np.linspace(0.0, length, num + 1)
+
+    area = _passed(starts, edges) - _passed(stops, edges)
+    return np.maximum(np.diff(area) / (length / num), 0.0).astype(np.float64)
+
+
+def _passed(
+    times: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Integrate, from 0 to every edge, the number of times that have passed."""
+    ordered = np.sort(times)
+    passed = np.searchsorted(ordered, edges, side="right")
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
+    return np.asarray(passed * edges - sums[passed], np.float64)

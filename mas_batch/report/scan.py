@@ -1,0 +1,193 @@
+"""One pass over a run's tables, a partition at a time, keeping the top few."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.aggregate.reductions import Partial, Reduction
+from mas_batch.latency.sketch import RECORD_LATENCY
+from mas_batch.report.agreement import PAIRS
+from mas_batch.report.record_facts import (
+    CandidateFacts,
+    FailedAnswers,
+    FailureExample,
+    FailureGroup,
+    RecordFacts,
+    Scope,
+    SlowRecord,
+)
+from mas_batch.report.slowest import NUM_SLOWEST, Found, slowest_of, with_texts
+from mas_batch.report.walk import (
+    ANSWER_CHARS,
+    ID_CHARS,
+    MESSAGE_CHARS,
+    TEXT_CHARS,
+    clip,
+    clipped,
+    shown_answer,
+    tables,
+)
+from mas_batch.results import Run
+
+NUM_SHOWN = 10
+"""Least certain records."""
+MAX_CANDIDATES = 5
+MAX_BACKERS = 8
+MAX_EXAMPLES = 3
+"""Per reason of failure."""
+MAX_FAILURE_FILES = 500
+MAX_FAILED_ANSWERS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsScan:
+    """What one pass over the results finds."""
+
+    scope: Scope
+    doubtful: tuple[RecordFacts, ...]
+    """Least certain first; records of which the merge is certain are left out."""
+    pairs: Mapping[str, Mapping[str, float]]
+    """See `agreement.PAIRS`."""
+    confidence_kind: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersScan:
+    """What one pass over the answers finds."""
+
+    slowest: tuple[SlowRecord, ...]
+    latency: Mapping[str, Any]
+    """See `RECORD_LATENCY`."""
+    failed: tuple[FailedAnswers, ...]
+
+
+def scan_results(run: Run, every: int) -> ResultsScan:
+    """Read every so many partitions of the results; one is in memory at a time."""
+    doubtful: list[tuple[float, float, str, RecordFacts]] = []
+    pairs, num_records, kind = PAIRS.combine([]), 0, None
+    for _, table in tables(run, "results", every):
+        num_records += table.num_rows
+        pairs = PAIRS.combine([pairs, PAIRS.chunk(table)])
+        kind = kind or next(iter(table["confidence_kind"].to_pylist()), None)
+        found = [(*_doubt_of(row), _record(row)) for row in _most_doubtful(table)]
+        doubtful = heapq.nlargest(NUM_SHOWN, [*doubtful, *found], key=lambda each: each[:3])
+    records = tuple(record for *_, record in doubtful)
+    return ResultsScan(Scope(every, num_records), records, PAIRS.finalize(pairs), kind)
+
+
+def scan_answers(run: Run, every: int) -> AnswersScan:
+    """Read every so many partitions of the answers; one is in memory at a time."""
+    slowest: list[Found] = []
+    failed: Counter[tuple[str, str]] = Counter()
+    latency = RECORD_LATENCY.combine([])
+    for number, table in tables(run, "answers", every):
+        latency = _added(RECORD_LATENCY, latency, table)
+        failed.update(_failed(table))
+        found = [(row["total_s"], row["record_id"], number, row) for row in slowest_of(table)]
+        slowest = heapq.nlargest(NUM_SLOWEST, [*slowest, *found], key=lambda each: each[:2])
+    return AnswersScan(
+        tuple(with_texts(run, slowest)),
+        RECORD_LATENCY.finalize(latency),
+        tuple(FailedAnswers(*key, n) for key, n in failed.most_common(MAX_FAILED_ANSWERS)),
+    )
+
+
+def scan_failures(run: Run) -> tuple[FailureGroup, ...]:
+    """Group the records without an answer by reason; counts are whole, examples the first few."""
+    counts: dict[str, int] = run.manifest["counts"].get("failures_by_reason", {})
+    examples: dict[str, list[FailureExample]] = {reason: [] for reason in counts}
+    wanted = sum(min(MAX_EXAMPLES, count) for count in counts.values())
+    for name, _ in zip(run.files("failures"), range(MAX_FAILURE_FILES), strict=False):
+        for row in run.store.read_table(name).to_pylist():
+            group = examples.setdefault(row["reason"], [])
+            if len(group) < MAX_EXAMPLES:
+                group.append(_failure(row))
+        if sum(map(len, examples.values())) >= wanted:
+            break
+    most = sorted(counts, key=lambda reason: (-counts[reason], reason))
+    return tuple(FailureGroup(r, counts[r], tuple(examples[r])) for r in most)
+
+
+def _added(reduction: Reduction, partial: Partial, table: pa.Table) -> Partial:
+    return reduction.combine([partial, reduction.chunk(table)])
+
+
+# Least certain
+
+
+def _most_doubtful(results: pa.Table) -> list[dict[str, Any]]:
+    """Return the partition's rows that may be among the most doubtful; none that is certain."""
+    doubt = _doubts(results)
+    candidates = np.flatnonzero(doubt > 0)
+    top = candidates[np.argsort(-doubt[candidates], kind="stable")]
+    if len(top) > NUM_SHOWN:  # all that are as doubtful as the last one: entropy decides
+        top = top[doubt[top] >= doubt[top[NUM_SHOWN - 1]]]
+    rows: list[dict[str, Any]] = results.take(pa.array(top)).to_pylist()
+    return heapq.nlargest(NUM_SHOWN, rows, key=_doubt_of)
+
+
+def _doubts(results: pa.Table) -> npt.NDArray[np.float64]:
+    """Return how doubtful each result is: 1 - confidence, or its standard error; unknown is 0."""
+    confidence = results["confidence"].to_numpy().astype(np.float64)
+    is_error = pc.equal(results["confidence_kind"], "standard_error").to_numpy()
+    doubts = np.where(is_error, confidence, 1.0 - confidence)
+    return np.asarray(np.nan_to_num(doubts), np.float64)
+
+
+def _doubt_of(row: Mapping[str, Any]) -> tuple[float, float, str]:
+    confidence = row["confidence"]
+    is_error = row["confidence_kind"] == "standard_error"
+    doubt = 0.0 if confidence is None else confidence if is_error else 1.0 - confidence
+    return doubt, row["entropy"] or 0.0, row["record_id"]
+
+
+def _record(row: Mapping[str, Any]) -> RecordFacts:
+    support = row["support"] or []
+    return RecordFacts(
+        record_id=clip(row["record_id"], ID_CHARS),
+        text=clipped(row.get("text"), TEXT_CHARS),
+        reference=clipped(row.get("reference"), ANSWER_CHARS),
+        answer=shown_answer(row),
+        confidence=row["confidence"],
+        confidence_kind=row["confidence_kind"],
+        tie=row["tie"],
+        candidates=tuple(map(_candidate, support[:MAX_CANDIDATES])),
+        num_more_candidates=max(0, len(support) - MAX_CANDIDATES),
+    )
+
+
+def _candidate(candidate: Mapping[str, Any]) -> CandidateFacts:
+    agents = candidate["agents"] or []
+    return CandidateFacts(
+        clip(candidate["answer"], ANSWER_CHARS),
+        candidate["weight"],
+        tuple(agents[:MAX_BACKERS]),
+        max(0, len(agents) - MAX_BACKERS),
+    )
+
+
+# Failures
+
+
+def _failed(answers: pa.Table) -> Counter[tuple[str, str]]:
+    failed = answers.filter(pc.is_valid(answers["reason"]))
+    columns = (failed[name].to_pylist() for name in ("agent_id", "reason"))
+    return Counter(zip(*columns, strict=True))
+
+
+def _failure(row: Mapping[str, Any]) -> FailureExample:
+    return FailureExample(
+        clip(row["record_id"], ID_CHARS),
+        row["stage"],
+        row["agent_id"],
+        clip(row["message"] or "", MESSAGE_CHARS),
+    )
