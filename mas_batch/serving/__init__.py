@@ -1,0 +1,1 @@
+"""The job's agents, resident and asked about single texts: `AgentPool`."""

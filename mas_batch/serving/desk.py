@@ -1,0 +1,282 @@
+"""Answers single questions: asks agents, stops when it is enough, merges. Knows no Dask.
+
+Everything runs on one event loop, but for the merges, which have a thread of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
+
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.stopping import StoppingRule, is_decided
+from mas_batch.errors import (
+    AnswerTimeoutError,
+    NoAnswerError,
+    PoolBusyError,
+    PoolClosedError,
+)
+from mas_batch.partition import estimate_tokens
+from mas_batch.records import Record
+from mas_batch.routing.policies import PartitionView, Policy
+from mas_batch.serving.dispatch import Dispatch
+from mas_batch.serving.k_of_n import Quorum
+from mas_batch.serving.measure import Meter, PoolStats
+from mas_batch.serving.parts import Part
+from mas_batch.serving.question import Asking, Question
+from mas_batch.serving.reply import Reply, encoder_of, merged, rows_of
+
+
+class Desk:
+    """Asks, waits, merges, for many at a time.
+
+    Args:
+        dispatch: the agents' replicas.
+        policy: chooses whom to ask next about a question.
+        spec: how answers are merged.
+        max_pending: questions at a time.
+    """
+
+    def __init__(
+        self, dispatch: Dispatch, policy: Policy, spec: MergeSpec, max_pending: int
+    ) -> None:
+        self._dispatch = dispatch
+        self._policy = policy
+        self._spec = spec
+        self._room = asyncio.Semaphore(max_pending)
+        self._max_pending = max_pending
+        self._pending: dict[Question, asyncio.Task[object]] = {}
+        self._merging = ThreadPoolExecutor(1, thread_name_prefix="mas-batch-merge")
+        self._numbers = count()
+        self._closed = ""
+        self._meters = {
+            part: Meter() for part in ("queue", "compute", "transfer", "processing", "total")
+        }
+        self._num_failed = self._num_busy = self._num_hedged = 0
+
+    async def ask(self, record: Record, asking: Asking, *, wait_for_room: bool = False) -> Reply:
+        """Return the merged answer to the record.
+
+        Raises:
+            PoolBusyError: too many are pending; never with `wait_for_room`.
+            PoolClosedError: the pool is closing, or its cluster was lost.
+            AnswerTimeoutError: no agent has answered in time.
+            NoAnswerError: every agent failed.
+        """
+        self._check_open()
+        if self._room.locked() and not wait_for_room:
+            self._num_busy += 1
+            raise PoolBusyError(
+                f"{self._max_pending} questions are pending, no more are taken (max_pending)"
+            )
+        async with self._room:
+            self._check_open()
+            return await self._ask(record, asking)
+
+    async def _ask(self, record: Record, asking: Asking) -> Reply:
+        context = estimate_tokens(record.context) if record.context else 0
+        tokens = estimate_tokens(record.text or "") + context + asking.new_tokens
+        quorum = Quorum(asking.samples, asking.wanted, asking.race)
+        question = Question(record, quorum, tokens, next(self._numbers), self._now())
+        task = asyncio.current_task()
+        assert task is not None
+        self._pending[question] = task
+        try:
+            await self._gather_in_time(question, asking)
+            self._withdraw(question)  # before the merge: no loser shall begin meanwhile
+            return await self._merge(question)
+        except asyncio.CancelledError:
+            if self._closed:
+                raise PoolClosedError(self._closed) from None
+            raise
+        except NoAnswerError:
+            self._num_failed += 1
+            raise
+        finally:
+            del self._pending[question]
+            self._withdraw(question)
+
+    def tick(self) -> None:
+        """Look around; call it every second."""
+        self._dispatch.tick()
+
+    def joined(self, address: str, agent_id: str, paused: bool) -> None:
+        """A worker holds the agent's model."""
+        self._dispatch.joined(address, agent_id, paused=paused)
+        self._wake()
+
+    def paused(self, address: str, paused: bool) -> None:
+        """A worker is to be asked nothing further, or again."""
+        self._dispatch.paused(address, paused)
+        self._wake()
+
+    def left(self, address: str) -> None:
+        """A worker is gone."""
+        self._dispatch.left(address)
+        self._wake()
+
+    def fail(self, why: str) -> None:
+        """End every question now, and take no more."""
+        self._closed = why
+        for task in self._pending.values():
+            task.cancel()
+
+    async def close(self, *, drain: bool) -> None:
+        """Take no more questions; with `drain` answer those that are pending, else end them."""
+        self._closed = self._closed or "the pool is closed"
+        pending = list(self._pending.values())
+        if not drain:
+            for task in pending:
+                task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        self._dispatch.close()
+        self._merging.shutdown(wait=False)
+
+    def stats(self) -> PoolStats:
+        """Return what has been measured."""
+        latency = {part: meter.summary() for part, meter in self._meters.items()}
+        return PoolStats(
+            pending=len(self._pending),
+            num_replied=int(latency["total"].get("count", 0)),
+            num_failed=self._num_failed,
+            num_busy=self._num_busy,
+            num_hedged=self._num_hedged,
+            latency=latency,
+            agents=self._dispatch.stats(),
+        )
+
+    # Asking
+
+    async def _gather_in_time(self, question: Question, asking: Asking) -> None:
+        """Gather what comes in time; some answers are better than none.
+
+        Raises:
+            AnswerTimeoutError: none came.
+        """
+        try:
+            async with asyncio.timeout(asking.timeout_s):
+                await self._gather(question, asking)
+        except TimeoutError:
+            if not question.quorum.num_answers:
+                agents = ", ".join(question.parts) or "nobody"
+                message = f"no answer within {asking.timeout_s:g} s; asked: {agents}"
+                raise AnswerTimeoutError(message) from None
+
+    async def _gather(self, question: Question, asking: Asking) -> None:
+        """Ask until there are answers enough, or nobody is left to ask."""
+        quorum = question.quorum
+        while True:
+            if asking.stopping is not None and quorum.is_complete:
+                quorum.wanted += not await self._is_decided(question, asking.stopping)
+            while quorum.wants_more(self._stalled(quorum)) and (agent := self._choose(question)):
+                self._submit(question, agent)
+            if quorum.is_over:
+                return
+            late_in_s = self._late_in_s(question) if asking.hedge else None
+            try:
+                async with asyncio.timeout(late_in_s):
+                    await question.news.wait()
+            except TimeoutError:
+                self._hedge(question)
+            question.news.clear()
+
+    def _stalled(self, quorum: Quorum) -> list[str]:
+        return [agent for agent in quorum.open if not self._dispatch.is_served(agent)]
+
+    def _choose(self, question: Question) -> str | None:
+        """Choose whom to ask next, by the job's policy; nobody can be asked: the first, later."""
+        unasked = question.quorum.unasked
+        views = [view for agent in unasked for view in self._dispatch.views(agent)]
+        if not views:
+            return None if question.quorum.open else unasked[0]
+        partition = PartitionView(question.number, question.tokens, len(question.parts))
+        # With nobody to wait for, every policy chooses.
+        chosen = self._policy.choose(partition, views)
+        return chosen.agent_id if chosen is not None else views[0].agent_id
+
+    def _submit(self, question: Question, agent_id: str) -> None:
+        question.quorum.ask(agent_id)
+        now = self._now()
+        part = Part(question.record, agent_id, question.tokens, now, question.hear)
+        question.parts[agent_id] = part
+        self._dispatch.submit(part)
+
+    def _withdraw(self, question: Question) -> None:
+        for part in question.parts.values():
+            self._dispatch.withdraw(part)
+
+    # What is late
+
+    def _late_in_s(self, question: Question) -> float | None:
+        """Return when the next part will be late; None: none, or nobody can tell."""
+        dues = [
+            due
+            for agent in question.quorum.open
+            if (due := self._late_at(question.parts[agent])) is not None
+        ]
+        return max(0.0, min(dues) - self._now()) if dues else None
+
+    def _late_at(self, part: Part) -> float | None:
+        if part.hedged:
+            return None
+        late_s = self._dispatch.late_s(part.agent_id)
+        return None if late_s is None else part.asked + part.patience * late_s
+
+    def _hedge(self, question: Question) -> None:
+        """Ask once more for what is late: another agent, else another replica of the same."""
+        for agent in question.quorum.open:
+            part = question.parts[agent]
+            due = self._late_at(part)
+            if due is None or due > self._now():
+                continue
+            other = self._choose(question) if question.quorum.unasked else None
+            if other is not None:
+                self._submit(question, other)
+            part.hedged = other is not None or self._dispatch.hedge(part)
+            part.patience *= 2
+            self._num_hedged += part.hedged
+
+    # What comes of it
+
+    async def _is_decided(self, question: Question, rule: StoppingRule) -> bool:
+        answers, spec = question.answers, self._spec
+        failed = [a.outcome.failure for a in question.parts.values() if a.outcome]
+
+        def decide() -> bool:
+            encode = encoder_of(spec, answers)
+            # A failed answer counts as one that has come: its agent is not asked again.
+            missing = [{"reason": each.reason} for each in failed if each is not None]
+            return is_decided([*rows_of(answers), *missing], spec, rule, encode)
+
+        return await asyncio.get_running_loop().run_in_executor(self._merging, decide)
+
+    async def _merge(self, question: Question) -> Reply:
+        settled = question.quorum.settled
+        heard = self._now()
+        failures = question.failures
+        if not question.quorum.num_answers:
+            said = "; ".join(f"{f.agent_id}: {f.reason}: {f.message}" for f in failures)
+            raise NoAnswerError(f"no agent gave an answer: {said or 'none could be asked'}")
+        voters = [agent for agent, num_answers in settled.items() if num_answers]
+        work = (question.record, question.answers, failures, voters, self._spec)
+        loop = asyncio.get_running_loop()
+        reply = await loop.run_in_executor(self._merging, merged, *work)
+        latency = question.latency(voters[-1], heard, self._now())
+        for part, meter in self._meters.items():
+            meter.note(getattr(latency, f"{part}_s"))
+        return replace(reply, latency=latency)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosedError(self._closed)
+
+    def _wake(self) -> None:
+        """Let every question look again whom it can ask."""
+        for question in self._pending:
+            question.news.set()
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()

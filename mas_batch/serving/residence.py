@@ -1,0 +1,265 @@
+"""The agents' life on a cluster while a pool is open, in a thread of its own.
+
+`routing.hosting` decides which worker serves which agent, loads models, and notices workers that
+come, pause, leave or hang, as for a batch run. Its calls block, so they have this thread; what it
+finds goes to the desk on the client's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future as Promise
+from contextlib import ExitStack, suppress
+from typing import Any, Protocol
+
+from dask.system import CPU_COUNT
+from distributed import Client, Future
+
+from mas_batch import cluster
+from mas_batch.agents.spec import agent_specs
+from mas_batch.agents.texts import Answered, TextHost, texts_op
+from mas_batch.agents.work import RunRef
+from mas_batch.errors import MasBatchError, PoolClosedError, RunError
+from mas_batch.job import Job
+from mas_batch.monitor.events import AgentDraining, AgentLost, Event
+from mas_batch.records import Record
+from mas_batch.routing.hosting import Failure, Hosting
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+_REACH_S = 3.0
+"""Within so long a worker that can be reached directly answers."""
+_LOST_S = 120.0
+
+
+class Desk(Protocol):
+    """What is told; every call is made on the client's event loop."""
+
+    def joined(self, address: str, agent_id: str, paused: bool) -> None:
+        """A worker holds the agent's model."""
+        ...
+
+    def paused(self, address: str, paused: bool) -> None:
+        """A worker is to be asked nothing further, or again."""
+        ...
+
+    def left(self, address: str) -> None:
+        """A worker is gone."""
+        ...
+
+    def tick(self) -> None:
+        """A second has passed."""
+        ...
+
+    def fail(self, why: str) -> None:
+        """The cluster is lost."""
+        ...
+
+
+def _log(event: Event) -> None:
+    """A pool has no event log: what its workers do is in the process's own."""
+    level = logging.WARNING if isinstance(event, AgentLost | AgentDraining) else logging.INFO
+    logger.log(level, "%s", event)
+
+
+class Residence:
+    """Holds a job's agents on a cluster; `open` and `close` block, the rest does not.
+
+    Args:
+        run: names the topic; its store is never touched.
+        client: the user's own, or None as in `pipeline.run`.
+    """
+
+    def __init__(self, job: Job, run: RunRef, client: Client | None) -> None:
+        self._job = job
+        self._run = run
+        self._given = client
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._opened: Promise[None] = Promise()
+        self._closing = threading.Event()
+        self._suspects: set[str] = set()  # addresses
+        self._last_look = 0.0
+        self._proxied: set[str] = set()  # addresses that are reached through the scheduler only
+        self._thread = threading.Thread(target=self._live, daemon=True, name="mas-batch-pool")
+
+    # Any thread
+
+    def open(self, desk: Desk) -> None:
+        """Connect, and load every agent's model; from then on the desk is told.
+
+        Raises:
+            JobError: an agent has no capable worker.
+            ModelError: no worker of an agent could load its model.
+            RunError: the cluster cannot be reached.
+            PoolClosedError: it was open before.
+        """
+        if self._opened.done():
+            raise PoolClosedError("a pool is opened once; make another")
+        self._desk = desk
+        self._thread.start()
+        self._opened.result()
+
+    def leave(self) -> None:
+        """Begin to close, without waiting."""
+        self._closing.set()
+        self._inbox.put(lambda: None)
+
+    def close(self) -> None:
+        """Free the models; an embedded cluster ends, a client of the user's stays as it is."""
+        self.leave()
+        self._thread.join()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The client's event loop; once it is open."""
+        loop: asyncio.AbstractEventLoop = self._client.loop.asyncio_loop
+        return loop
+
+    # The client's event loop
+
+    async def call(self, address: str, agent_id: str, records: Sequence[Record]) -> Answered:
+        """Ask the worker's agent about the records.
+
+        Raises:
+            OSError: the worker is dead or out of reach.
+            MasBatchError: it could not answer; the worker lives.
+        """
+        op = texts_op(self._run.topic)
+        texts = [(record.record_id, record.text, record.context) for record in records]
+        if address in self._proxied:
+            message = {"op": op, "agent_id": agent_id, "records": texts}
+            reply = await self._client.scheduler.proxy(worker=address, msg=message)
+        else:
+            reply = await getattr(self._client.rpc(address), op)(agent_id=agent_id, records=texts)
+        if isinstance(reply, MasBatchError):
+            raise reply
+        if not isinstance(reply, Answered):
+            raise OSError(f"worker {address} does not host the pool's agents any more")
+        return reply
+
+    def suspect(self, address: str, hangs: bool) -> None:
+        """Look after a worker that was out of reach, or end the process of one that hangs."""
+        self._inbox.put(lambda: self._look_after(address, hangs))
+
+    # The thread of its own
+
+    def _live(self) -> None:
+        try:
+            with ExitStack() as stack:
+                self._move_in(stack)
+                self._opened.set_result(None)
+                self._stay()
+        except BaseException as error:
+            if not self._opened.done():
+                self._opened.set_exception(error)
+            else:
+                logger.warning("the pool did not close well: %s", error)
+
+    def _move_in(self, stack: ExitStack) -> None:
+        job, topic = self._job, self._run.topic
+        embedded = cluster.is_embedded(job.cluster, self._given)
+        specs = agent_specs(job, embedded=embedded, num_cores=CPU_COUNT)
+        connection = stack.enter_context(cluster.connect(job, specs, topic, self._given))
+        client = self._client = connection.client
+        client.register_plugin(TextHost(topic, job.task, specs))
+        if not embedded:
+            stack.callback(self._if_running, client.unregister_worker_plugin, texts_op(topic))
+        self._hosting = Hosting(client, job, self._run, specs, _log, self._watch, _LOST_S)
+        self._hosting.listener = self
+        client.subscribe_topic(topic, self._on_report)
+        stack.callback(self._if_running, client.unsubscribe_topic, topic)
+        stack.callback(self._hosting.close)
+        self._hosting.start()
+        while unserved := self._hosting.unserved:
+            self._handle_next()
+            self._hosting.check_loaded(unserved & self._hosting.unserved)
+            if self._closing.is_set():
+                raise PoolClosedError("the pool was left before it was open")
+
+    def _stay(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._handle_next()
+        except Exception as error:  # the scheduler is lost, say; the loop is needed until `close`
+            logger.warning("the pool's cluster is lost: %s", error)
+            self._tell(self._desk.fail, f"the pool's cluster is lost: {error}")
+            self._closing.wait()
+
+    def _if_running(self, call: Callable[[str], object], name: str) -> None:
+        if self._client.status == "running":
+            call(name)
+
+    def _handle_next(self) -> None:
+        """Handle one piece of news, and every second look around."""
+        with suppress(queue.Empty):
+            self._inbox.get(timeout=_LOOK_EVERY_S)()
+        if time.monotonic() - self._last_look > _LOOK_EVERY_S:
+            self._last_look = time.monotonic()
+            suspects, self._suspects = self._suspects, set()
+            self._hosting.refresh()
+            for address in suspects & self._hosting.ready.keys():
+                self.joined(address, self._hosting.ready[address])  # it lives
+            self._tell(self._desk.tick)
+
+    def _look_after(self, address: str, hangs: bool) -> None:
+        if not hangs:
+            self._suspects.add(address)
+        elif address in self._hosting.ready:
+            self._hosting.restart(address, "its agent does not answer")
+
+    def _on_report(self, event: Any) -> None:
+        """Take the report of a load; see `agents.host.report`."""
+        message = event[1]
+        address, facts = message["worker"], json.loads(message["facts"])
+        self._inbox.put(lambda: self._hosting.loaded(address, facts))
+
+    def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:
+        """Call `handle` from the inbox when the task has ended, with its exception if it failed."""
+
+        def on_done(done: Future) -> None:
+            failure: Failure = None
+            if done.status == "error":
+                failure = done.exception()
+            elif done.status != "finished":
+                failure = RunError(f"the task was {done.status}")
+            self._inbox.put(lambda: handle(failure))
+
+        future.add_done_callback(on_done)
+
+    # What hosting tells
+
+    def joined(self, address: str, agent_id: str) -> None:
+        """A worker holds an agent's model."""
+        if not self._is_near(address):
+            self._proxied.add(address)
+        self._tell(self._desk.joined, address, agent_id, self._hosting.is_paused(address))
+
+    def paused(self, address: str, paused: bool) -> None:
+        """A worker takes nothing further, or again."""
+        self._tell(self._desk.paused, address, paused)
+
+    def left(self, address: str, *, blamed: bool) -> None:
+        """A worker is gone."""
+        self._tell(self._desk.left, address)
+
+    def _is_near(self, address: str) -> bool:
+        """Tell whether the worker can be reached without going through the scheduler."""
+
+        async def knock() -> None:
+            await self._client.rpc(address).identity()
+
+        try:
+            self._client.sync(knock, callback_timeout=_REACH_S)
+        except OSError:
+            return False
+        return True
+
+    def _tell(self, what: Callable[..., None], *args: object) -> None:
+        self.loop.call_soon_threadsafe(what, *args)

@@ -1,0 +1,373 @@
+"""The desk and the dispatch of a pool, with replicas that do what a test says; no cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
+from distributed import get_client
+
+from mas_batch import AgentPool
+from mas_batch.agents.texts import Answered
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.stopping import StoppingRule
+from mas_batch.errors import AnswerTimeoutError, EngineError, NoAnswerError, PoolClosedError, Reason
+from mas_batch.job import Agent, Job
+from mas_batch.latency.times import TaskTimes
+from mas_batch.records import Answer, Record
+from mas_batch.routing.instructions import Rules
+from mas_batch.routing.policies import Capability
+from mas_batch.routing.replica import Breaker
+from mas_batch.serving.desk import Desk
+from mas_batch.serving.dispatch import Dispatch
+from mas_batch.serving.question import Asking
+from mas_batch.serving.reply import Reply, make_record
+
+VOTE = MergeSpec("vote", None, {}, None, 0.0, "text", None)
+
+
+class Replicas:
+    """Answers what each replica's behaviour says; keeps who was called with what."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[str]]] = []
+        self.behaviours: dict[str, Callable[[], Awaitable[str]]] = {}
+        self.suspects: list[tuple[str, bool]] = []
+
+    async def __call__(self, address: str, agent_id: str, records: Sequence[Record]) -> Answered:
+        self.calls.append((address, [str(record.text) for record in records]))
+        said = await self.behaviours[address]() if address in self.behaviours else agent_id
+        answers = tuple(Answer(r.record_id, agent_id, agent_id, 0, said) for r in records)
+        return Answered(answers, TaskTimes(compute_s=0.001), 0.0)
+
+    def suspect(self, address: str, hangs: bool) -> None:
+        self.suspects.append((address, hangs))
+
+
+class Setup:
+    """A desk of agents named by letters; their replicas are `a1`, `a2`, …"""
+
+    def __init__(
+        self, replicas: Replicas, *addresses: str, max_batch: int = 4, timeout_s: float = 600.0
+    ) -> None:
+        names = sorted({address[0] for address in addresses})
+        agents = [Agent(name=name, model=f"echo:{name}") for name in names]
+        rules = Rules(answers_per_record=1, window=1, timeout_s=timeout_s)
+        self.dispatch = Dispatch(
+            agents, rules, replicas, replicas.suspect, max_batch=max_batch, max_wait_s=0.0
+        )
+        self.desk = Desk(self.dispatch, Capability(), VOTE, max_pending=100)
+        self.samples = dict.fromkeys(names, 1)
+        for address in addresses:
+            self.desk.joined(address, address[0], paused=False)
+
+    def ask(
+        self,
+        text: str = "text",
+        wanted: int = 1,
+        *,
+        race: bool = False,
+        stopping: StoppingRule | None = None,
+        timeout_s: float = 60.0,
+    ) -> asyncio.Task[Reply]:
+        asking = Asking(self.samples, wanted, race, stopping, timeout_s, True, 8)
+        return asyncio.create_task(self.desk.ask(make_record(text, None), asking))
+
+
+async def settle() -> None:
+    """Let everything that is ready happen."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def never() -> str:
+    await asyncio.Event().wait()
+    return ""
+
+
+async def dies() -> str:
+    raise ConnectionResetError("connection reset by peer")
+
+
+async def refuses() -> str:
+    raise EngineError("no such model")
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(test())  # type: ignore[arg-type]
+
+
+def test_what_waits_for_a_busy_replica_becomes_its_next_batch() -> None:
+    async def test() -> None:
+        replicas, free = Replicas(), asyncio.Event()
+
+        async def when_free() -> str:
+            await free.wait()
+            return "said"
+
+        replicas.behaviours["a1"] = when_free
+        setup = Setup(replicas, "a1", max_batch=4)
+        asked = [setup.ask(f"text {i}") for i in range(7)]
+        await settle()
+        assert replicas.calls == [("a1", ["text 0"])], "a lone text does not wait for company"
+        free.set()
+        replies = await asyncio.gather(*asked)
+        assert [texts for _, texts in replicas.calls[1:]] == [
+            ["text 1", "text 2", "text 3", "text 4"],
+            ["text 5", "text 6"],
+        ]
+        assert {reply.answer for reply in replies} == {"said"}
+        assert setup.desk.stats().agents["a"].batch_sizes == {1: 1, 2: 1, 4: 1}
+
+    run(test)
+
+
+def test_a_text_that_many_ask_about_is_read_once() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        setup = Setup(replicas, "a1", max_batch=9)
+        replies = await asyncio.gather(*(setup.ask("same") for _ in range(5)))
+        assert [texts for _, texts in replicas.calls] == [["same"], ["same"]]
+        assert [reply.answer for reply in replies] == ["a"] * 5
+
+    run(test)
+
+
+def test_the_first_answer_wins_and_who_has_not_begun_does_not_begin() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["b1"] = never
+        setup = Setup(replicas, "a1", "b1", max_batch=1)
+        first, second = setup.ask("one", race=True), setup.ask("two", race=True)
+        replies = await asyncio.gather(first, second)
+        assert [reply.agents for reply in replies] == [("a",), ("a",)]
+        assert [call for call in replicas.calls if call[0] == "b1"] == [("b1", ["one"])]
+        stats = setup.desk.stats()
+        assert (stats.agents["b"].waiting, stats.agents["b"].in_flight) == (0, 1)
+        await setup.desk.close(drain=True)
+
+    run(test)
+
+
+def test_a_death_is_answered_by_another_replica_each_text_alone() -> None:
+    async def test() -> None:
+        replicas, free = Replicas(), asyncio.Event()
+
+        async def dies_later() -> str:
+            await free.wait()
+            return await dies()
+
+        replicas.behaviours["a1"] = dies_later
+        setup = Setup(replicas, "a1")
+        asked = [setup.ask(f"text {i}") for i in range(4)]
+        await settle()
+        free.set()
+        await settle()
+        assert replicas.suspects == [("a1", False)]
+        setup.desk.joined("a2", "a", paused=False)
+        assert {reply.answer for reply in await asyncio.gather(*asked)} == {"a"}
+        assert replicas.calls[1][0] == "a2"
+        assert replicas.calls[1][1] == ["text 0"], "what was at the dead one comes first, alone"
+
+    run(test)
+
+
+def test_a_text_that_kills_two_workers_is_given_up_and_others_are_not() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours |= {"a1": dies, "a2": dies}
+        setup = Setup(replicas, "a1", "a2", "b1")
+        reply = await setup.ask("poison")
+        assert reply.agents == ("b",), "somebody else is asked for it"
+        (failure,) = reply.failures
+        assert (failure.agent_id, failure.reason) == ("a", Reason.WORKER_DIED)
+        setup.desk.joined("a3", "a", paused=False)
+        assert (await setup.ask("harmless")).agents == ("a",)
+
+    run(test)
+
+
+def test_an_engine_that_fails_is_passed_over_for_another_replica() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = refuses
+        setup = Setup(replicas, "a1", "a2")
+        for number in range(8):
+            assert (await setup.ask(f"text {number}")).answer == "a"
+        num_failed = sum(address == "a1" for address, _ in replicas.calls)
+        assert num_failed <= 3, "after three failures in a row it is left alone"
+
+    run(test)
+
+
+def test_an_agent_whose_every_worker_fails_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Breaker, "FIRST_S", 3600.0)
+
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = refuses
+        setup = Setup(replicas, "a1", "b1")
+        for number in range(Breaker.LIMIT):
+            reply = await setup.ask(f"text {number}", wanted=2)
+            assert reply.failures[0].message == "no such model"
+        reply = await setup.ask("text", wanted=2)
+        assert reply.agents == ("b",)
+        assert reply.failures[0].message == "every worker of the agent is failing"
+        assert sum(address == "a1" for address, _ in replicas.calls) == Breaker.LIMIT
+        assert (await setup.ask("another")).failures == (), "it is not even asked"
+
+    run(test)
+
+
+def test_a_replica_that_failed_is_tried_again_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breaker, "FIRST_S", 0.01)
+
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = refuses
+        setup = Setup(replicas, "a1")
+        for number in range(Breaker.LIMIT):
+            with pytest.raises(NoAnswerError):
+                await setup.ask(f"text {number}")
+        del replicas.behaviours["a1"]
+        await asyncio.sleep(0.02)
+        setup.desk.tick()
+        assert (await setup.ask("text")).agents == ("a",)
+        assert (await setup.ask("another")).agents == ("a",)
+
+    run(test)
+
+
+def test_when_all_fail_the_error_says_what_each_did() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours |= {"a1": refuses, "b1": refuses}
+        setup = Setup(replicas, "a1", "b1")
+        with pytest.raises(NoAnswerError, match="a: agent_failed: no such model; b: agent_failed"):
+            await setup.ask()
+        assert setup.desk.stats().num_failed == 1
+        assert setup.desk.stats().pending == 0
+
+    run(test)
+
+
+def test_at_the_deadline_what_is_there_is_merged() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["b1"] = never
+        setup = Setup(replicas, "a1", "b1")
+        reply = await setup.ask(wanted=2, timeout_s=0.2)
+        assert reply.agents == ("a",)
+        assert [(f.agent_id, f.message) for f in reply.failures] == [("b", "no answer in time")]
+        replicas.behaviours["a1"] = never
+        with pytest.raises(AnswerTimeoutError, match=r"no answer within 0.1 s; asked: a"):
+            await setup.ask(timeout_s=0.1)
+        await setup.desk.close(drain=False)
+
+    run(test)
+
+
+def test_a_replica_that_hangs_is_reported_and_its_texts_go_elsewhere() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = never
+        setup = Setup(replicas, "a1", timeout_s=0.1)
+        asked = setup.ask()
+        while not replicas.suspects:
+            await asyncio.sleep(0.01)
+        assert replicas.suspects == [("a1", True)]
+        setup.desk.joined("a2", "a", paused=False)
+        assert (await asked).answer == "a"
+
+    run(test)
+
+
+def test_a_late_answer_is_hedged_by_another_replica() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        setup = Setup(replicas, "a1")
+        for number in range(20):
+            await setup.ask(f"text {number}")
+        assert setup.desk.stats().num_hedged == 0
+        replicas.behaviours["a1"] = never
+        asked = setup.ask("late")
+        await settle()
+        setup.desk.joined("a2", "a", paused=False)
+        assert (await asked).answer == "a"
+        assert replicas.calls[-1] == ("a2", ["late"])
+        assert setup.desk.stats().num_hedged == 1
+        await setup.desk.close(drain=False)
+
+    run(test)
+
+
+def test_an_agent_without_workers_is_not_waited_for_where_another_can_answer() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = never
+        setup = Setup(replicas, "a1", "b1")
+        asked = setup.ask()
+        await settle()
+        setup.desk.left("a1")
+        assert (await asked).agents == ("b",)
+
+    run(test)
+
+
+def test_one_more_is_asked_only_while_the_vote_is_open() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+
+        async def yes() -> str:
+            return "yes"
+
+        async def no() -> str:
+            return "no"
+
+        replicas.behaviours |= {"a1": yes, "b1": yes, "c1": yes}
+        setup = Setup(replicas, "a1", "b1", "c1")
+        rule = StoppingRule(confidence=None, max_answers=3)
+        assert (await setup.ask("one", wanted=2, stopping=rule)).agents == ("a", "b")
+        replicas.behaviours["b1"] = no
+        reply = await setup.ask("two", wanted=2, stopping=rule)
+        assert (reply.agents, reply.answer) == (("a", "b", "c"), "yes")
+
+    run(test)
+
+
+def test_the_latency_of_a_reply_adds_up() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+
+        async def computes() -> str:
+            await asyncio.sleep(0.01)
+            return "said"
+
+        replicas.behaviours["a1"] = computes
+        setup = Setup(replicas, "a1")
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        latency = (await setup.ask()).latency
+        assert 0.01 <= latency.total_s <= loop.time() - start
+        assert latency.compute_s == 0.001
+        assert latency.transfer_s >= 0.008, "what the worker did not spend is the way"
+        parts = (latency.queue_s, latency.transfer_s, latency.processing_s)
+        assert min(parts) >= 0
+
+    run(test)
+
+
+# Here because no other cluster runs in this module: an active client would be used.
+def test_a_pool_without_a_cluster_starts_its_own(make_job: Callable[..., Job]) -> None:
+    agent = {"name": "a", "model": "echo:a"}
+    job = make_job(agents=[agent], cluster={"dashboard_address": None})
+    pool = AgentPool(job).sync()
+    with pool:
+        assert pool.ask("text").answer == "text"
+        assert get_client().cluster.name == "mas-batch", "the embedded one"
+    assert pool.stats().num_replied == 1
+    with pytest.raises(PoolClosedError, match="opened once"), pool:
+        pass
