@@ -1,23 +1,21 @@
-"""A cluster on a virtual clock: the project's own dispatcher, agents that only take time.
+"""Scenarios for the simulator that also plans runs: workers known by their rates.
 
 Deterministic: the same seed gives the same history, so policies are compared on equal work.
 """
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 
+from mas_batch.latency import simulate as simulator
+from mas_batch.latency.simulate import Costs, History, Simulation
 from mas_batch.routing.dispatcher import Dispatcher
-from mas_batch.routing.instructions import Abandon, Ask, Instruction, Merge, Rules, Work
+from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import POLICIES
 
 MERGE_S = 0.01
-DEATH_SEEN_S = 1.0
-"""How long until the router notices a dead worker."""
 
 
 @dataclass(frozen=True)
@@ -77,102 +75,34 @@ def _fluid_s(workers: list[Worker], tokens: float) -> float:
     raise ValueError("the workers leave before the work is done")
 
 
-@dataclass
-class Cluster:
-    """Runs one dispatcher to its end; `makespan_s` is then when the last merge was done."""
-
-    dispatcher: Dispatcher
-    workers: dict[str, Worker]
-    samples: dict[str, int]
-    size_of: Callable[[int], int]
-    """Partition → its tokens, for one answer per record."""
-    now: float = 0.0
-    makespan_s: float = 0.0
-    num_asks: int = 0
-    num_copies: int = 0
-    _events: list[tuple[float, int, Callable[[], list[Instruction]]]] = field(default_factory=list)
-    _tie: count[int] = field(default_factory=count)
-    _busy_until: dict[str, float] = field(default_factory=dict)
-    _dead: set[str] = field(default_factory=set)
-
-    def run(self) -> float:
-        for worker in self.workers.values():
-            self._at(worker.joins_s, lambda w=worker: self._join(w))
-            if worker.dies_s != float("inf"):
-                self._at(worker.dies_s, lambda w=worker: self._dead.add(w.name) or [])
-                self._at(worker.dies_s + DEATH_SEEN_S, lambda w=worker: self._leave(w))
-        self._at(1.0, self._tick)
-        while not self.dispatcher.done:
-            self.now, _, event = heapq.heappop(self._events)
-            self._act(event())
-        return self.makespan_s
-
-    def _at(self, when: float, event: Callable[[], list[Instruction]]) -> None:
-        heapq.heappush(self._events, (when, next(self._tie), event))
-
-    def _tick(self) -> list[Instruction]:
-        self._at(self.now + 1.0, self._tick)
-        return self.dispatcher.tick(self.now)
-
-    def _join(self, worker: Worker) -> list[Instruction]:
-        return self.dispatcher.replica_joined(worker.name, worker.agent_id, self.now)
-
-    def _leave(self, worker: Worker) -> list[Instruction]:
-        return self.dispatcher.replica_left(worker.name, self.now)
-
-    def _act(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case Ask():
-                    self._ask(instruction)
-                case Merge(partition):
-                    self._at(self.now + MERGE_S, lambda p=partition: self._merged(p))
-                case Abandon():
-                    pass
-
-    def _ask(self, ask: Ask) -> None:
-        self.num_asks += 1
-        self.num_copies += ask.purpose == "copy"
-        worker = self.workers[ask.replica_id]
-        start = max(self.now, self._busy_until.get(worker.name, 0.0))
-        tokens = self.size_of(ask.partition) * self.samples[ask.agent_id]
-        end = start + tokens / worker.tokens_per_s
-        self._busy_until[worker.name] = end
-        self._at(end, lambda: self._answered(ask))
-
-    def _answered(self, ask: Ask) -> list[Instruction]:
-        if ask.replica_id in self._dead:
-            return []
-        return self.dispatcher.answered(ask.partition, ask.agent_id, ask.replica_id, self.now)
-
-    def _merged(self, partition: int) -> list[Instruction]:
-        self.makespan_s = self.now
-        return self.dispatcher.merged(partition, self.now)
-
-
-def simulate(scenario: Scenario, policy: str, *, seed: int = 0, **rules: object) -> Cluster:
+def simulate(scenario: Scenario, policy: str, *, seed: int = 0, **rules: object) -> History:
     """Run a scenario under a policy."""
     plan = scenario.plan(seed)
     keep = Rules(scenario.answers_per_record, **rules)  # type: ignore[arg-type]
     dispatcher = Dispatcher(scenario.agents, keep, POLICIES[policy](), plan, len(plan))
-    cluster = Cluster(
-        dispatcher,
-        {worker.name: worker for worker in scenario.workers},
-        scenario.agents,
-        {work.index: work.estimated_tokens for work in plan}.__getitem__,
-    )
-    cluster.run()
-    return cluster
+    size_of = {work.index: work.estimated_tokens for work in plan}.__getitem__
+    return _run(dispatcher, scenario, size_of)
 
 
-def simulate_many(num_partitions: int, num_workers: int, policy: str) -> Cluster:
+def simulate_many(num_partitions: int, num_workers: int, policy: str) -> History:
     """Run equal partitions that are made one by one, as a run's plan is read: nothing is kept."""
     scenario = Scenario("many", workers(*[FAST] * num_workers), num_partitions)
     plan = (Work(index, 1000) for index in range(num_partitions))
     dispatcher = Dispatcher({"a": 1}, Rules(1), POLICIES[policy](), plan, num_partitions)
-    cluster = Cluster(dispatcher, {w.name: w for w in scenario.workers}, {"a": 1}, lambda _: 1000)
-    cluster.run()
-    return cluster
+    return _run(dispatcher, scenario, lambda _: 1000)
+
+
+def _run(dispatcher: Dispatcher, scenario: Scenario, size_of: Callable[[int], int]) -> History:
+    rates = {worker.name: worker.tokens_per_s for worker in scenario.workers}
+    costs = Costs(
+        answer_s=lambda worker, ask, share: size_of(ask.partition) / rates[worker.name],
+        merge_s=lambda partition: MERGE_S,
+    )
+    simulated = [
+        simulator.Worker(w.name, w.agent_id, joins_s=w.joins_s, dies_s=w.dies_s)
+        for w in scenario.workers
+    ]
+    return Simulation(dispatcher, simulated, costs, samples=scenario.agents).run()
 
 
 def workers(*rates: float, agent: str = "a", **times: float) -> tuple[Worker, ...]:

@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from mas_batch import pipeline, results
+from mas_batch import asking, pipeline, results
 from mas_batch.agents.work import RunRef, partition_statistics
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
@@ -147,9 +147,9 @@ def write_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
         for agent, table in answers.items():
             store.commit_table(results.answers_name(index, agent), table)
         if index % FAILED_EVERY:
-            results.commit_results(store, index, merged, none)
+            results.commit_results(store, index, merged, none, AGENTS)
         else:
-            results.commit_results(Store(store.url), index, merged.slice(1), failed)
+            results.commit_results(Store(store.url), index, merged.slice(1), failed, AGENTS)
     return {"staging, without the writing": staging}
 
 
@@ -177,7 +177,8 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
             index: f"failures/{results.part(index)}-0123456789ab.parquet"
             for index in range(0, num_partitions, FAILED_EVERY)
         }
-        files = results.manifest_files(store, plan, AGENTS, failures)
+        answers = {agent: [[0, num_partitions]] for agent in AGENTS}
+        files = results.manifest_files(plan, answers, failures, [])
         manifest = {"format": results.FORMAT, "run": store.url, "files": files}
         results.publish(store, manifest)
 
@@ -189,7 +190,7 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     steps: dict[str, Callable[[], object]] = {
         "reading the plan": lambda: results.read_plan(store),
         "listing what is committed": lambda: results.committed(store, plan, AGENTS),
-        "iterating over the work": lambda: exhaust(pipeline._work(plan, nothing_merged)),
+        "iterating over the work": lambda: exhaust(asking._work(plan, nothing_merged)),
         "manifest": publish,
         "collecting orphans": store.remove_orphans,
         "opening the run, its files' names": list_names,

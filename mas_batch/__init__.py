@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mas_batch.job_file import check_job, load_job
     from mas_batch.pipeline import Summary, preview, run
     from mas_batch.results import Run, open_run
+    from mas_batch.serving.pool import AgentPool
 
 __version__ = "0.1.0"
 
@@ -27,9 +28,20 @@ _HOME = {
     "run": "mas_batch.pipeline",
     "Run": "mas_batch.results",
     "open_run": "mas_batch.results",
+    "AgentPool": "mas_batch.serving.pool",
 }
 
-__all__ = ["Job", "Run", "Summary", "check_job", "load_job", "open_run", "preview", "run"]
+__all__ = [
+    "AgentPool",
+    "Job",
+    "Run",
+    "Summary",
+    "check_job",
+    "load_job",
+    "open_run",
+    "preview",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

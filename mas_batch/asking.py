@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distributed import Client
 
 from mas_batch import results
+from mas_batch.agents.second_pass import MERGED, merge_known
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import RunRef
 from mas_batch.cluster import Connection
 from mas_batch.history import Memory
 from mas_batch.job import Job
+from mas_batch.latency.phases import ANSWERING, LOADING, Phases
 from mas_batch.learning import Corpus
 from mas_batch.lock import RunLock
 from mas_batch.monitor.events import Event, RunStarted
@@ -21,7 +23,8 @@ from mas_batch.routing.dask import DaskRouter
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import POLICIES
-from mas_batch.storage import Store, without_credentials
+from mas_batch.safe_text import without_credentials
+from mas_batch.storage import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,14 @@ class Asking:
     connection: Connection
     job: Job
     specs: dict[str, AgentSpec]
+    """Of the agents that may be asked; an earlier run has the answers of all others."""
     plan: Plan
     name: str
     emit: Callable[[Event], None]
     lock: RunLock
     memory: Memory | None
     """What earlier runs have learned of the agents, if the job keeps it."""
+    phases: Phases
 
     def corpus(self, ref: RunRef, agents: tuple[str, ...]) -> Corpus:
         """Return all answers of these agents, for what is to be found in them."""
@@ -47,6 +52,9 @@ class Asking:
         done = results.committed(ref.store, self.plan, agents, ref.merged)
         client = self.connection.client
         self.emit(_started(client, self.job, ref.store, self.plan, done, self.name))
+        if self.specs.keys().isdisjoint(agents):  # an earlier run has answered everything
+            self.corpus(ref, tuple(agents)).reduce(merge_known, MERGED)
+            return
         known = self.memory.accuracies() if self.memory else {}
         self._route(self._job_of(agents), ref, done, known)
 
@@ -60,38 +68,42 @@ class Asking:
         job = self._job_of([agent_id]).model_copy(update={"routing": routing})
         self._route(job, ref, done, {})
 
-    def _job_of(self, agents: Sequence[str]) -> Job:
-        chosen = tuple(agent for agent in self.job.agents if agent.name in agents)
-        return self.job.model_copy(update={"agents": chosen})
+    def _job_of(self, agents: Collection[str], job: Job | None = None) -> Job:
+        job = job or self.job
+        chosen = tuple(agent for agent in job.agents if agent.name in agents)
+        return job.model_copy(update={"agents": chosen})
 
     def _route(self, job: Job, ref: RunRef, done: Committed, known: Mapping[str, float]) -> None:
         if done.num_merged == self.plan.num_partitions:
             return  # an earlier execution was killed after the last merge
         ref.store.remove_folder(results.JOURNAL)
-        specs = {agent.name: self.specs[agent.name] for agent in job.agents}
+        specs = {a.name: self.specs[a.name] for a in job.agents if a.name in self.specs}
         with DaskRouter(
             self.connection.client,
-            job,
+            self._job_of(specs, job),
             ref,
             specs,
             self.emit,
             check=self.lock.check,
             scaler=self.connection.scaler,
         ) as router:
+            self.phases.begin(LOADING)
             router.host()
+            self.phases.begin(ANSWERING)
             self._keep_engines(ref.store, router)
             work = _work(self.plan, done)
-            if job.routing.mode == "native":
+            if job.routing.mode == "native" and not ref.reuses:  # it would ask all of everything
                 work = router.run_native(work)
             dispatcher = Dispatcher(
                 {agent.name: agent.samples for agent in job.agents},
-                _rules(job, known),
+                rules_of(job, known),
                 POLICIES[job.routing.policy](),
                 work,
                 self.plan.num_partitions - done.num_merged,
             )
             for agent_id in done.answered:
-                if done.answered[agent_id].any():  # it works, as far as earlier executions know
+                # It works, as far as earlier executions know; an earlier run does not count.
+                if done.answered[agent_id].any() and not ref.reuses:
                     dispatcher.trust(agent_id)
             router.run(dispatcher)
             self._keep_engines(ref.store, router)  # also of those that came later
@@ -100,7 +112,7 @@ class Asking:
         results.write_engines(store, results.read_engines(store) | router.engine_facts)
 
 
-def _rules(job: Job, known: Mapping[str, float]) -> Rules:
+def rules_of(job: Job, known: Mapping[str, float]) -> Rules:
     """Return what the dispatcher keeps to.
 
     Args:
@@ -137,6 +149,7 @@ def _started(
         records_done=plan.num_records_in(done.merged),
         answers_done=done.num_answers_to_open,
         answers_per_record=job.answers_per_record,
-        earlier_runs=tuple(results.earlier_runs(output, job.name, name)),
+        # Of a job that goes on from its last run there is one for every night.
+        earlier_runs=() if job.since else tuple(results.earlier_runs(output, job.name, name)),
         dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
     )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -22,6 +23,7 @@ from mas_batch.job_file import load_job, parse_overrides
 from mas_batch.monitor.events import Event
 from mas_batch.monitor.progress import Bar, LogLines, Throughput, sentence
 from mas_batch.results import open_run
+from mas_batch.safe_text import printable, without_credentials
 from mas_batch.storage import Store
 
 EXIT_CODES = """\b
@@ -30,6 +32,7 @@ Exit codes:
   1  the run failed; what is answered is kept: the same command resumes
   2  the job is wrong; no agent was asked
   3  finished, with more failed records than output.max_failed_fraction
+  4  another process works on this run or, with `since: last`, on this job; nothing was done
 """
 
 
@@ -47,10 +50,11 @@ def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except MasBatchError as error:
-            click.echo(f"mas-batch: {error}", err=True)
+            click.echo(printable(f"mas-batch: {error}"), err=True)
             sys.exit(error.exit_code)
         except OSError as error:  # a disk or a network, whose words are clear enough
-            click.echo(f"mas-batch: {type(error).__name__}: {error}", err=True)
+            words = without_credentials(f"mas-batch: {type(error).__name__}: {error}")
+            click.echo(printable(words), err=True)
             sys.exit(ExitCode.RUN_FAILED)
         except KeyboardInterrupt:
             click.echo("mas-batch: interrupted; the same command resumes", err=True)
@@ -121,6 +125,13 @@ def submit(
     sys.exit(summary.exit_code)
 
 
+class _LogLine(logging.Formatter):
+    """A line of the log; files' names and models' words in it cannot steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(without_credentials(super().format(record)))
+
+
 def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
     # Slurm, Kubernetes and systemd end a job with SIGTERM: leave as on Ctrl-C, workers first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -129,9 +140,9 @@ def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
         if sys.stderr.isatty():
             readers.append(stack.enter_context(Bar(Console(stderr=True, log_path=False))))
         else:
-            logging.basicConfig(
-                stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-            )
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(_LogLine("%(asctime)s %(levelname)s %(name)s %(message)s"))
+            logging.basicConfig(handlers=[handler])
             logging.getLogger("mas_batch").setLevel(logging.INFO)
             readers.append(LogLines())
 
@@ -149,6 +160,44 @@ def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
 def show_run(run: str, num_shown: int) -> None:
     """Show the results of a published run."""
     show.print_run(Console(), open_run(run), num_shown)
+
+
+@main.command("report")
+@click.argument("run")
+@click.option("--output", metavar="FILE", help="Write it there instead of into the run.")
+@click.option("--all", "whole", is_flag=True, help="Read every record, however many there are.")
+@_clear_errors
+def report_run(run: str, output: str | None, whole: bool) -> None:
+    """Write report.html into a published run: one page that opens anywhere, without a network."""
+    from mas_batch import report
+
+    opened = open_run(run)
+    if output is None:
+        location = report.write(opened, whole=whole)
+    else:
+        Path(output).write_bytes(report.render(report.collect(opened, whole=whole)))
+        location = output
+    click.echo(f"report: {location}")
+
+
+@main.command("compare")
+@click.argument("run_a", metavar="RUN")
+@click.argument("run_b", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="Print it for machines.")
+@click.option("--records", "num_shown", default=10, show_default=True, help="Records to show.")
+@_clear_errors
+def compare_runs(run_a: str, run_b: str, as_json: bool, num_shown: int) -> None:
+    """Say how two published runs differ: job, models, quality, time, and record by record.
+
+    Runs on other corpora are compared on the records whose ids both have.
+    """
+    from mas_batch import compare
+
+    found = compare.compare(open_run(run_a), open_run(run_b), num_shown=num_shown)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        compare.print_comparison(Console(), found)
 
 
 @main.command("explain")
@@ -246,7 +295,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Judge a run's agents and merges by its references: quality, agreement, cost, calibration."""
-    from mas_batch import evaluation
+    from mas_batch import evaluation, report
 
     opened = open_run(run)
     found = evaluation.evaluate(
@@ -259,19 +308,67 @@ def evaluate(
         merges={name: opened.merge(name).arrow() for name in opened.merges()},
     )
     evaluation.write(found, opened.store)
+    report.write(opened)
     if as_json:
         click.echo(json.dumps(found.to_json(), ensure_ascii=False))
     else:
         evaluation.print_evaluation(Console(), found)
 
 
+@main.command("plan")
+@click.argument("job_file", metavar="JOB.yaml")
+@click.option("--from", "former", metavar="RUN", help="Learn from this run instead of a sample.")
+@click.option(
+    "--sample", "num_sampled", type=click.IntRange(min=1), default=64, show_default=True,
+    help="Records that every agent is asked about first.",
+)  # fmt: skip
+@click.option("--deadline", metavar="TIME", help="2h, 90m, 3600: how few replicas are in time?")
+@click.option("--replicas", metavar="N-M", help="Of each agent, to look at; else 1-4 or more.")
+@click.option(
+    "--set", "overrides", metavar="KEY.PATH=VALUE", multiple=True, help="Override a key of the job."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print it for machines.")
+@_clear_errors
+def plan_job(
+    job_file: str,
+    former: str | None,
+    num_sampled: int,
+    deadline: str | None,
+    replicas: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Predict a run before it runs: how long, how many tokens, what it waits for, what helps.
+
+    A small sample of the corpus is answered first, or a former run is learned from; the rest is
+    a simulation with the real dispatcher.
+    """
+    from mas_batch import planning
+
+    job = load_job(job_file, overrides)
+    planned = planning.plan(
+        job,
+        former=former,
+        num_sampled=num_sampled,
+        deadline_s=planning.parse_deadline(deadline) if deadline else None,
+        replicas=planning.parse_replicas(replicas) if replicas else None,
+        tell=lambda line: click.echo(line, err=True),
+    )
+    if as_json:
+        click.echo(json.dumps(planning.to_json(planned), ensure_ascii=False))
+    else:
+        planning.print_plan(Console(), planned)
+
+
 @main.command()
 @click.argument("job_files", metavar="JOB.yaml...", nargs=-1, required=True)
 @_clear_errors
 def fetch(job_files: tuple[str, ...]) -> None:
-    """Fetch and verify the models of jobs, so that a run starts at once."""
-    sources = dict.fromkeys(agent.model for file in job_files for agent in load_job(file).agents)
-    for source in sources:
+    """Fetch and verify the models of jobs, encoders included, so that a run starts at once."""
+    jobs = [load_job(file) for file in job_files]
+    wanted = [agent.model for job in jobs for agent in job.agents]
+    wanted += [job.merge.encoder for job in jobs if job.merge.encoder]
+    for source in dict.fromkeys(wanted):
         files = models.fetch(source)
         click.echo(f"{files.family_id}  {files.path or files.scheme}  sha256 {files.sha256 or '-'}")
 

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import dask
+from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
-from distributed import Client, Nanny, Scheduler, Security, SpecCluster, get_client
+from distributed import (
+    Client,
+    LocalCluster,
+    Nanny,
+    Scheduler,
+    Security,
+    SpecCluster,
+    get_client,
+)
 from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
 
@@ -28,7 +37,9 @@ from mas_batch.routing.scaling import Scaler
 
 logger = logging.getLogger(__name__)
 
+_TLS_KEYS = ("tls_ca_file", "tls_cert", "tls_key")
 _BROADCAST_S = 60.0
+_PARTITIONS_IN_PROCESS = 64
 _NANNY_PATIENCE_S = 5.0
 """A nanny starts the next process within milliseconds of the end of the last."""
 
@@ -42,12 +53,15 @@ def check_settings(cluster: Cluster) -> None:
     """Find what is wrong with the settings without connecting.
 
     Raises:
-        JobError: a file that they name is not there.
+        JobError: a file that they name is not there, or a setting is wrong or missing.
     """
-    for key in ("scheduler_file", "tls_ca_file", "tls_cert", "tls_key"):
+    for key in ("scheduler_file", *_TLS_KEYS):
         file = getattr(cluster, key)
         if file and not Path(file).is_file():
             raise JobError(f"{file!r} is not a file", key=f"cluster.{key}")
+    tls = [key for key in _TLS_KEYS if getattr(cluster, key)]
+    if missing := [key for key in _TLS_KEYS if tls and key not in tls]:
+        raise JobError(f"is needed too, beside {', '.join(tls)}", key=f"cluster.{missing[0]}")
     if cluster.dashboard_address is not None:
         _free_address(cluster.dashboard_address)
     if cluster.memory_limit != "auto":
@@ -132,6 +146,43 @@ def connect(
         yield Connection(client, scaler)
 
 
+@contextmanager
+def connect_to_merge(
+    job: Job, num_partitions: int, client: Client | None = None
+) -> Iterator[Connection]:
+    """Yield a connection to workers that host no agent: all answers are there.
+
+    Without a scheduler of the user's they are threads of this process; processes where there
+    is so much to merge that their start is worth it.
+
+    Raises:
+        RunError: the scheduler cannot be reached, or has no worker.
+    """
+    with ExitStack() as stack:
+        if is_embedded(job.cluster, client):
+            processes = num_partitions > _PARTITIONS_IN_PROCESS
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=CPU_COUNT if processes else 1,
+                    threads_per_worker=1 if processes else CPU_COUNT,
+                    processes=processes,
+                    dashboard_address=None,
+                    # Pages for machines are served all the same; by default on every interface.
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+                    worker_dashboard_address="127.0.0.1:0",
+                    silence_logs=logging.ERROR,
+                )
+            )
+            client = stack.enter_context(Client(cluster))
+        elif client is None:
+            client = stack.enter_context(_connect_to(job.cluster))
+        try:
+            client.wait_for_workers(1, timeout=job.cluster.wait_s)
+        except TimeoutError as error:
+            raise RunError(f"the cluster has no worker to merge the answers: {error}") from error
+        yield Connection(client, None)
+
+
 def current_client() -> Client | None:
     """Return the client that is active in this process (a notebook's), if there is one."""
     try:
@@ -152,21 +203,29 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             local_directory=scratch,
         )
         address = job.cluster.dashboard_address
+        security = _security(job.cluster)
+        comms = {"security": security, "protocol": "tls://"} if security else {}
         scheduler = {
             "cls": Scheduler,
             "options": {
                 "host": "127.0.0.1",
                 "dashboard": address is not None,
                 "dashboard_address": _free_address(address or "127.0.0.1:0"),
+                **_preloads(),
+                **comms,
             },
         }
-        possible = {name: {"cls": Nanny, "options": each} for name, each in options.items()}
+        possible = {n: {"cls": Nanny, "options": {**each, **comms}} for n, each in options.items()}
         started = [replica_name(a.name, number) for a in job.agents for number in range(a.count)]
         workers = {name: possible[name] for name in started}
         with (
             dask.config.set({"distributed.nanny.pre-spawn-environ": _keep_freed_memory()}),
             SpecCluster(
-                workers=workers, scheduler=scheduler, name="mas-batch", silence_logs=logging.ERROR
+                workers=workers,
+                scheduler=scheduler,
+                security=security,
+                name="mas-batch",
+                silence_logs=logging.ERROR,
             ) as cluster,
             Client(cluster) as client,
         ):
@@ -179,28 +238,32 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
 
 @contextmanager
 def _connect_to(cluster: Cluster) -> Iterator[Client]:
-    security = None
-    if cluster.tls_ca_file:
-        security = Security(
-            tls_ca_file=cluster.tls_ca_file,
-            tls_client_cert=cluster.tls_cert,
-            tls_client_key=cluster.tls_key,
-            require_encryption=True,
-        )
     where = cluster.scheduler or cluster.scheduler_file
     try:
         client = Client(
             address=cluster.scheduler,
             scheduler_file=cluster.scheduler_file,
-            security=security,
+            security=_security(cluster),
             set_as_default=False,  # one that fails to connect would stay the current one
         )
-    except ValueError as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # TLS that does not fit the address, too
         raise JobError(f"{where!r}: {error}", key="cluster.scheduler") from error
     except (OSError, TimeoutError) as error:
         raise RunError(f"the scheduler at {where} cannot be reached: {error}") from error
     with client:
         yield client
+
+
+def _security(cluster: Cluster) -> Security | None:
+    """Return how to encrypt; None: as Dask's own configuration says (`distributed.comm`)."""
+    if not cluster.tls_ca_file:
+        return None
+    roles = {
+        f"tls_{role}_{part}": getattr(cluster, f"tls_{part}")
+        for role in ("client", "scheduler", "worker")
+        for part in ("cert", "key")
+    }
+    return Security(tls_ca_file=cluster.tls_ca_file, require_encryption=True, **roles)
 
 
 def _host(client: Client, job: Job, topic: str) -> None:
@@ -241,16 +304,28 @@ def _ended(call: Callable[..., object], *args: object, within_s: float) -> bool:
 
 def _wait_for_capable_workers(client: Client, job: Job) -> None:
     deadline = time.monotonic() + job.cluster.wait_s
+    told = ""
     while True:
         try:
             match_workers(cluster_workers(client), job)
         except JobError as error:
             if time.monotonic() >= deadline:
                 raise
-            logger.info("waiting for workers: %s", error)
+            if told != (told := str(error)):  # a scheduled cluster may take an hour to come
+                logger.info("waiting for workers: %s", error)
             time.sleep(0.5)
         else:
             return
+
+
+def _preloads() -> dict[str, list[Any]]:
+    """Add the page /agents to Dask's configured preloads, which a scheduler's own replace."""
+    names = dask.config.get("distributed.scheduler.preload")
+    names = [names] if isinstance(names, str) else list(names)
+    argv = list(dask.config.get("distributed.scheduler.preload-argv"))
+    if not argv or isinstance(argv[0], str):  # then Dask passes the same ones to each
+        argv = [argv] * len(names)
+    return {"preload": [*names, "mas_batch.monitor.preload"], "preload_argv": [*argv, []]}
 
 
 def _keep_freed_memory() -> dict[str, object]:

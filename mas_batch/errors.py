@@ -7,6 +7,9 @@ that could not be answered while its neighbours could (`Reason`).
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
+
+from mas_batch.safe_text import without_credentials
 
 
 class ExitCode:
@@ -16,12 +19,19 @@ class ExitCode:
     RUN_FAILED = 1
     BAD_JOB = 2
     TOO_MANY_FAILED_RECORDS = 3
+    LOCKED = 4
 
 
 class MasBatchError(Exception):
-    """Base of every error that mas_batch raises on purpose."""
+    """Base of every error that mas_batch raises on purpose.
+
+    Its words go to terminals, logs and tables: a URL's credentials are taken out of them here.
+    """
 
     exit_code = ExitCode.RUN_FAILED
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(without_credentials(a) if isinstance(a, str) else a for a in args))
 
 
 class JobError(MasBatchError):
@@ -36,7 +46,7 @@ class JobError(MasBatchError):
     def __init__(self, message: str, *, key: str | None = None, file: str | None = None) -> None:
         self.key = key
         self.file = file
-        self.message = message
+        self.message = without_credentials(message)
         super().__init__(": ".join(part for part in (file, key, message) if part))
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive pickling
@@ -75,7 +85,25 @@ class OutputError(RunError):
 
 
 class RunLockedError(RunError):
-    """Another process is working on this run."""
+    """Another process is working on this run, or on a run of the same job."""
+
+    exit_code = ExitCode.LOCKED
+
+
+class PoolBusyError(MasBatchError):
+    """A pool has as many questions pending as it may have; ask again later."""
+
+
+class PoolClosedError(MasBatchError):
+    """A pool is closed or closing, or its cluster was lost."""
+
+
+class NoAnswerError(MasBatchError):
+    """No agent of a pool gave an answer to a text; the message says what each did."""
+
+
+class AnswerTimeoutError(NoAnswerError, TimeoutError):
+    """No agent of a pool gave an answer in time."""
 
 
 class RecordError(MasBatchError):
@@ -83,7 +111,7 @@ class RecordError(MasBatchError):
 
     def __init__(self, reason: Reason, message: str) -> None:
         self.reason = reason
-        self.message = message
+        self.message = without_credentials(message)
         super().__init__(f"{reason}: {message}")
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -6,7 +6,7 @@ a published one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -14,11 +14,12 @@ import fsspec
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mas_batch import results
+from mas_batch import incremental, results
 from mas_batch.errors import RunError
 from mas_batch.monitor.event_log import FOLDER, read_events
 from mas_batch.monitor.story import Decision, OutcomeKind, Step, Story
 from mas_batch.results import Plan
+from mas_batch.safe_text import without_credentials
 from mas_batch.storage import Store
 
 
@@ -56,6 +57,8 @@ class Explanation:
     """All that left events."""
     problems: tuple[str, ...]
     """What the events leave untold."""
+    reused: dict[str, str]
+    """Agent → the run that it answered all of the partition in, if it was not asked in this one."""
 
 
 def explain(store: Store, partition: int) -> Explanation:
@@ -71,11 +74,14 @@ def explain(store: Store, partition: int) -> Explanation:
     problems: list[str] = []
     stories = _stories(store, partition, problems.append)
     answered_by = _answered_by(store, partition)
+    reused = _reused(store, partition, answered_by)
     is_merged = store.exists(results.results_name(partition))
-    problems += _untold(stories, answered_by, is_merged)
+    asked = [agent_id for agent_id in answered_by if agent_id not in reused]
+    # Where nobody was asked anything, partitions are merged without the router, and untold.
+    problems += _untold(stories, asked, is_merged and (bool(asked) or not reused))
     row = plan.table.slice(partition, 1).to_pylist()[0]
     return Explanation(
-        run=store.url,
+        run=without_credentials(store.url),
         partition=partition,
         num_partitions=plan.num_partitions,
         first_record=row["first_record"],
@@ -90,6 +96,7 @@ def explain(store: Store, partition: int) -> Explanation:
         ),
         num_executions=len(stories),
         problems=tuple(problems),
+        reused=reused,
     )
 
 
@@ -146,7 +153,19 @@ def _answered_by(store: Store, partition: int) -> tuple[str, ...]:
     return tuple(a for a in agents if store.exists(results.answers_name(partition, a)))
 
 
-def _untold(stories: list[Story], answered_by: tuple[str, ...], is_merged: bool) -> list[str]:
+def _reused(store: Store, partition: int, agents: Iterable[str]) -> dict[str, str]:
+    if not store.exists(incremental.FILE):
+        return {}
+    found: dict[str, str] = {}
+    for agent_id in agents:
+        name = results.answers_name(partition, agent_id)
+        runs = store.read_table(name, ["reused_from"])["reused_from"].unique().to_pylist()
+        if runs and None not in runs:
+            found[agent_id] = ", ".join(sorted(runs))
+    return found
+
+
+def _untold(stories: list[Story], answered_by: Collection[str], is_merged: bool) -> list[str]:
     """Say what is committed though no event tells of it."""
     told = set(stories[-1].answered)
     overtaken = {  # such a try may have committed its answers later

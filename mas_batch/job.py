@@ -17,8 +17,10 @@ from pydantic import (
     model_validator,
 )
 
+from mas_batch.cards import card
 from mas_batch.errors import JobError
 from mas_batch.models import parse_source
+from mas_batch.safe_text import names_a_secret
 
 TaskKind = Literal["summarize", "translate", "classify", "score", "reply"]
 PolicyName = Literal[
@@ -218,6 +220,14 @@ class Agent(_Model):
             raise ValueError(f"max_count {self.max_count} must not be below count {self.count}")
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
+        for name, value in self.options.items():
+            if not names_a_secret(name) or isinstance(value, (int, float)):
+                continue  # `seconds_per_token: 0.1` is no token
+            raise ValueError(
+                f"options.{name}: a secret has no place in a job, which is kept in the run; put "
+                "it in an environment variable of the worker, and that variable's name in "
+                "options.api_key_env"
+            )
         return self
 
 
@@ -368,6 +378,9 @@ class Job(_Model):
     task: Task
     agents: Annotated[tuple[Agent, ...], Strict(False), Field(min_length=1)]
     output: Output
+    since: Literal["last"] | None = None
+    """`last`: answers of the last published run of this name are reused where the record and the
+    agent are unchanged, and only one process at a time may run the job."""
     routing: Routing = Routing()
     merge: Merge = Merge()
     partition: Partitioning = Partitioning()
@@ -432,6 +445,19 @@ class Job(_Model):
                 f"{self.answers_per_record} answers that are asked for at most"
             )
 
+    def _repr_html_(self) -> str:
+        agents = (f"{a.name} ({a.model.partition('#')[0]})" for a in self.agents)
+        facts = {
+            "task": self.task.kind,
+            "corpus": ", ".join(self.corpus.path),
+            "agents": ", ".join(agents),
+            "answers per record": self.answers_per_record,
+            "routed by": self.routing.policy,
+            "merged by": self.merge.method or "the task's default",
+            "output": self.output.path,
+        }
+        return card("job", self.name, facts)
+
     @property
     def answers_per_record(self) -> int:
         """Answers asked for each record, before any is escalated."""
@@ -452,10 +478,11 @@ class Job(_Model):
         """All that determines the results: a changed value means another run.
 
         Left out is what only changes how fast or where: replicas, threads, batches, the
-        cluster and the output's place.
+        cluster and the output's place, and what need not be asked again.
         """
         whole = self.model_dump(mode="json")
         whole.pop("cluster")
+        whole.pop("since")
         whole["output"] = {"keep_text": self.output.keep_text}
         # Not the path: what matters is which files it names, and the corpus's own fingerprint says.
         for key in ("path", "storage_options"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Annotated, Any
 import dask.config
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from mas_batch.errors import JobError
 from mas_batch.job import Job
@@ -74,6 +77,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return raw
 
 
+_QUOTED = re.compile(r"'[^']*'")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that refuses what PyYAML takes silently: of a key given twice it keeps the last."""
 
@@ -104,6 +110,9 @@ def _parse_yaml(text: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         words = ", ".join(filter(None, (error.context, error.problem)))
+        if isinstance(error, (ComposerError, ConstructorError)):
+            # They quote a text that begins like an alias or a tag, as a password may.
+            words = _QUOTED.sub("…", words) + "; text that begins with *, & or ! needs quotes"
         raise ValueError(f"{place}{words}") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
@@ -146,7 +155,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = _parse_yaml(text) if text else None
     except ValueError as error:
-        raise JobError(f"value of {override!r} is not valid YAML: {error}", key="--set") from error
+        # Without the value: it may be a secret.
+        raise JobError(f"value of {key!r} is not valid YAML: {error}", key="--set") from error
     *parents, last = key.split(".")
     node: Any = raw
     for depth, name in enumerate(parents):
@@ -256,13 +266,20 @@ def _explain(error: Any, location: Sequence[str | int]) -> str:
         return "is required and missing"
     if kind == "literal_error":
         allowed = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-        return f"{value!r} is not allowed; allowed: {allowed}"
+        return f"{_quoted(value, location)} is not allowed; allowed: {allowed}"
     if kind == "value_error":
         return str(error["ctx"]["error"])
     text = _PLAIN_WORDS.get(kind) or error["msg"][0].lower() + error["msg"][1:]
     if kind == "string_type" and isinstance(value, (bool, int, float, date)):
         text += ", so put it in quotes"  # YAML reads yes, 7 and 2024-01-02 as something else
-    return f"{value!r} is not allowed: {text}"
+    return f"{_quoted(value, location)} is not allowed: {text}"
+
+
+def _quoted(value: Any, location: Sequence[str | int]) -> str:
+    """Quote a wrong value, unless it may be a secret."""
+    if {"options", "storage_options"}.intersection(location):
+        return "what is given (not shown: it may be a secret)"
+    return repr(value)
 
 
 _PLAIN_WORDS = {

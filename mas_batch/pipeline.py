@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dask.system import CPU_COUNT
 from distributed import Client, span
 
-from mas_batch import cluster, results
+from mas_batch import cluster, report, results
 from mas_batch.agents.spec import agent_specs
 from mas_batch.agents.work import RunRef
 from mas_batch.aggregate.escalation import check_method
-from mas_batch.aggregate.merge import MergeSpec
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, check_rule
 from mas_batch.asking import Asking
+from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import ExitCode, JobError, RunError
 from mas_batch.history import Memory
+from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
 from mas_batch.job import Job
+from mas_batch.latency.ledger import Ledger
+from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
 from mas_batch.learning import escalation, learned
-from mas_batch.lock import RunLock
+from mas_batch.lock import RunLock, job_lock
 from mas_batch.monitor.event_log import EventLog
-from mas_batch.monitor.events import Event, RunFinished
+from mas_batch.monitor.events import AnswersReused, Event, RunFinished
+from mas_batch.monitor.feed import Feed, introduce
 from mas_batch.partition import Partition, partition
-from mas_batch.publishing import publish
-from mas_batch.results import Plan
+from mas_batch.publishing import publish, remove_rest
+from mas_batch.results import Plan, Run
 from mas_batch.routing.scaling import Scaler
 from mas_batch.storage import Store
 from mas_batch.tasks import make_task
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[[Event], None]
 
@@ -48,6 +56,25 @@ class Summary:
     """Of this execution; a resumed run's earlier executions are not in it."""
     already_complete: bool
     exit_code: int
+
+    def _repr_html_(self) -> str:
+        counts = self.manifest["counts"]
+        done = "answered already, nothing was asked" if self.already_complete else None
+        facts = {
+            "results": counts["results"],
+            "failures": counts["failures"],
+            "exit code": f"{self.exit_code}: {_MEANINGS[self.exit_code]}",
+            "took": f"{self.wall_s:.1f} s",
+            "note": done,
+            "folder": self.run,
+        }
+        return card("summary", self.manifest["run"], facts)
+
+
+_MEANINGS = {
+    ExitCode.ANSWERED: "no more records failed than the job allows",
+    ExitCode.TOO_MANY_FAILED_RECORDS: "more records failed than the job allows",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +110,12 @@ def run(
 
     Raises:
         JobError: the job cannot run as written; no task was started.
-        RunLockedError: another process works on this run, or has taken it over.
+        RunLockedError: another process works on this run, or has taken it over; with `since`,
+            also on any other run of the job.
         MasBatchError: the run failed; what is committed is kept and resumed next time.
     """
     start = time.perf_counter()
+    phases = Phases(READING, start)
     merge, stopping = _merging(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
@@ -94,51 +123,93 @@ def run(
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     if (summary := _published(job, store, start)) is not None:
+        remove_rest(store)
         return summary
-    with RunLock(store) as lock:
+    one_at_a_time = job_lock(_output(job), job.name) if job.since else nullcontext()
+    with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:
         # Whoever held the lock before may have completed the run.
         if (summary := _published(job, store, start)) is not None:
             return summary
         plan = results.read_plan(store) or _stage(job, store, corpus, lock)
-        specs = agent_specs(
-            job, embedded=cluster.is_embedded(job.cluster, client), num_cores=CPU_COUNT
-        )
+        is_embedded = cluster.is_embedded(job.cluster, client)
+        since = _since(Present(job, _output(job), store, name, plan, is_embedded), lock)
+        asked, origin = _asked(job, since), _origin(job, since)
+        phases.begin(STARTING)
+        specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT)
         # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
         topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
-            store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text
-        )
+            store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
+            reuses=since is not None and since.run is not None,
+        )  # fmt: skip
         with (
-            cluster.connect(job, specs, topic, client, scaler) as connection,
-            _logged(store, emit) as log,
+            (
+                cluster.connect(asked, specs, topic, client, scaler)
+                if specs
+                else cluster.connect_to_merge(job, plan.num_partitions, client)
+            ) as connection,
+            Feed(connection.client, introduce(job, name, topic, time.time())) as feed,
+            _logged(store, (feed, emit), phases) as log,
             # One for the run: Dask makes a new default span, for ever, whenever nothing is left
             # to do of a kind for a moment. Its dashboard can tell runs apart by it.
             span(name),
         ):
-            asking = Asking(connection, job, specs, plan, name, log, lock, memory)
+            asking = Asking(connection, job, specs, plan, name, log, lock, memory, phases)
+            if since is not None:
+                log(AnswersReused(since.run, since.records, since.answers, since.refused))
             ref, statistics = _answer_and_merge(asking, ref)
             lock.check()
-            manifest = publish(ref, name, plan, list(specs), statistics)
+            phases.begin(PUBLISHING)
+            log.ledger.flush()
+            agents = [agent.name for agent in job.agents]
+            manifest = publish(ref, name, plan, agents, statistics, origin)
+            phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
             log(RunFinished(counts["results"], counts["failures"], wall_s))
+        _write_report(store, manifest)
     return _summary(job, store, manifest, wall_s, already_complete=False)
 
 
-@contextmanager
-def _logged(store: Store, emit: Emit) -> Iterator[Emit]:
-    """Keep every event in the run as well, also of an execution that fails."""
-    log = EventLog(store)
-
-    def emit_and_keep(event: Event) -> None:
-        log(event)
-        emit(event)
-
+def _write_report(store: Store, manifest: dict[str, Any]) -> None:
+    """Write the report of a published run; the run is complete with it or without."""
     try:
-        yield emit_and_keep
+        report.write(Run(store, manifest))
+    except Exception as error:
+        location = store.location(report.NAME)
+        logger.warning("%s is not written: %s; `mas-batch report` tries again", location, error)
+
+
+class _Log:
+    """Every event goes to the run's event log, its ledger, and whoever else reads them."""
+
+    def __init__(self, store: Store, readers: Sequence[Emit], start: float) -> None:
+        self._events = EventLog(store)
+        self._readers = readers
+        self.ledger = Ledger(store, self._events.execution, start)
+
+    def __call__(self, event: Event) -> None:
+        self._events(event)
+        self.ledger(event)
+        for read in self._readers:
+            read(event)
+
+    def flush(self) -> None:
+        self._events.flush()
+        self.ledger.flush()
+
+
+@contextmanager
+def _logged(store: Store, readers: Sequence[Emit], phases: Phases) -> Iterator[_Log]:
+    """Keep every event in the run as well, also of an execution that fails."""
+    log = _Log(store, readers, phases.start)
+    phases.tell(log)
+    try:
+        yield log
     except BaseException:
         with suppress(RunError):  # a full disk, say: what failed first is what people must read
+            phases.end()
             log.flush()
         raise
     log.flush()
@@ -192,6 +263,7 @@ def merge_spec(job: Job) -> MergeSpec:
         labels=job.task.labels,
         agents=tuple(agent.name for agent in job.agents),
         encoder=job.merge.encoder,
+        covers_text=task.covers_text,
     )
 
 
@@ -240,6 +312,28 @@ def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
         raise
 
 
+def _since(present: Present, lock: RunLock) -> Since | None:
+    """Take over what an earlier run has answered, if the job says so; None: it does not."""
+    job = present.job
+    if job.since is None:
+        return read_since(present.store)  # an execution that was cut short may have
+    return take_over(present, Settling.of(job, *_merging(job)), lock.check)
+
+
+def _asked(job: Job, since: Since | None) -> Job:
+    """Return the job with those agents only that may have to be asked."""
+    to_ask = [agent.name for agent in job.agents] if since is None else since.to_ask
+    return job.model_copy(update={"agents": tuple(a for a in job.agents if a.name in to_ask)})
+
+
+def _origin(job: Job, since: Since | None) -> dict[str, Any]:
+    """Say in the manifest how the agents were asked, and what they were not asked."""
+    facts: dict[str, Any] = {"asked_as": {a.name: asked_as(job, a) for a in job.agents}}
+    if since is not None:
+        facts["since"] = {"run": since.run, "records": since.records, "refused": since.refused}
+    return facts
+
+
 def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     """Answer the corpus and merge it; returns how it was merged, and the statistics.
 
@@ -253,18 +347,24 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     every = tuple(agent.name for agent in job.agents)
     if not ref.merge.needs_corpus and escalate is None:
         asking.answer(ref, first)
+        asking.phases.begin(COUNTING)
         return ref, asking.corpus(ref, every).statistics(merge=False)
     provisional = replace(ref, merge=ref.merge.first_pass, into=results.FIRST_PASS)
     asking.answer(provisional, first)
-    corpus = asking.corpus(replace(ref, stopping=None), first)
+    asking.phases.begin(LEARNING)
+    corpus = asking.corpus(replace(ref, stopping=None, passes=(results.FIRST_PASS,)), first)
     prior = memory.prior(besides=asking.name) if memory else None
     if escalate is not None:
         ranked = learned(corpus, "learned-before-escalation.json", prior)
         chosen = escalation(ranked, escalate)
         asking.escalate(replace(ranked.run, escalation=chosen, into=results.SECOND_PASS))
-    corpus = learned(replace(corpus, agents=every), "learned.json", prior)
+        asking.phases.begin(LEARNING)
+        both = replace(corpus.run, passes=(results.FIRST_PASS, results.SECOND_PASS))
+        corpus = replace(corpus, run=both, agents=every)
+    corpus = learned(corpus, "learned.json", prior)
     if memory is not None and corpus.run.merge.reliability is not None:
         memory.keep(asking.name, corpus.run.merge.reliability)
+    asking.phases.begin(COUNTING)
     return corpus.run, corpus.statistics(merge=True)
 
 

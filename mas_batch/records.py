@@ -61,6 +61,7 @@ class Answer:
     completion_tokens: int = 0
     num_parts: int = 1
     t_compute_s: float = 0.0
+    t_prefill_s: float | None = None
     reason: Reason | None = None
     message: str = ""
 
@@ -94,11 +95,13 @@ ANSWERS = pa.schema(
         pa.field("completion_tokens", pa.int32()),
         pa.field("num_parts", pa.int32()),  # >1: the text was over the context and was split
         pa.field("t_compute_s", pa.float64()),  # the record's share of its batch's model time
+        pa.field("t_prefill_s", pa.float64()),  # of that, for reading the prompt; null: not known
         pa.field("t_transfer_s", pa.float64()),  # its share of reading the records
-        pa.field("t_processing_s", pa.float64()),  # its share of queueing, batching and parsing
+        pa.field("t_processing_s", pa.float64()),  # its share of tokenising, batching, parsing
         pa.field("prompt_hash", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("message", pa.string()),
+        pa.field("reused_from", pa.string()),  # the run that asked; null: this one
     ]
 )
 
@@ -128,6 +131,8 @@ RESULT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("abstain", pa.bool_(), nullable=False),
     pa.field("finish_reason", pa.string()),  # of the chosen answer: `length` means it was cut
     pa.field("num_parts", pa.int32()),  # of the chosen answer
+    # Share of the answer's words that the text has; of summaries of texts read in parts.
+    pa.field("coverage", pa.float64()),
 )
 """Trailing columns of the results table; record_id, text, reference and passthrough lead."""
 
@@ -150,6 +155,36 @@ PLAN = pa.schema(
         pa.field("estimated_tokens", pa.int64(), nullable=False),
     ]
 )
+
+LEDGER = pa.schema(
+    [
+        pa.field("execution", pa.string(), nullable=False),  # which process: its start
+        # A task on a worker (`answer`, `failed answer`, `merge`, `load`), or a phase of the
+        # submitting process: see `latency.phases`.
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("partition", pa.int32()),
+        pa.field("agent_id", pa.string()),
+        pa.field("worker", pa.string()),
+        pa.field("attempt", pa.int32()),
+        pa.field("at_s", pa.float64(), nullable=False),  # after the execution's start
+        pa.field("wall_s", pa.float64(), nullable=False),  # from sending it to hearing of it
+        pa.field("queue_s", pa.float64()),  # of that, waiting at scheduler and worker, and news
+        pa.field("read_s", pa.float64()),
+        pa.field("write_s", pa.float64()),
+        pa.field("compute_s", pa.float64()),  # the model's own time
+        pa.field("prefill_s", pa.float64()),  # of that, reading prompts; null: not known
+        pa.field("decode_s", pa.float64()),  # and the rest of it
+        pa.field("process_s", pa.float64()),  # tokenising, batching, parsing, merging
+        pa.field("idle_s", pa.float64()),  # before it the replica had nothing to do for so long
+        pa.field("num_records", pa.int32()),
+        pa.field("num_answers", pa.int32()),
+        pa.field("prompt_tokens", pa.int64()),
+        pa.field("completion_tokens", pa.int64()),
+        pa.field("peak_memory_bytes", pa.int64()),  # of the worker's process, so far
+    ]
+)
+"""One row per thing that took time. Of a task, `wall_s` = queue + read + write + compute + process;
+phases follow one another and add up to the execution's wall time."""
 
 RESERVED_COLUMNS = frozenset(f.name for f in (*RECORD_FIELDS, *RESULT_FIELDS))
 """A passthrough column of one of these names is kept as `source_<name>`."""

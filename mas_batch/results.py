@@ -11,12 +11,17 @@
         agents.parquet                        per agent: answers, failures, tokens, times
         learned.json                          what the merge learned from the whole corpus
         escalation.json                       which records one more agent was asked about
-        merges/<name>/                        the answers merged again: results, failures, manifest
+        merges/<name>/                        the answers merged again: results, failures, manifest,
+                                              and merge.json, how
         engines.json                          what each agent's engine says of itself
+        since.json                            what is reused of an earlier run; see `incremental`
+        reused/                               its answers, until a partition's others are there
         events/<time>-0000.jsonl              every routing decision and every outcome
+        evaluation/                           what `mas-batch evaluate` has found
         journal/                              while a record that kills its worker is searched for
         first-pass/                           while answers come, if the merge needs all of them
         manifest.json                         what is valid, counts, versions; published last
+        report.html                           all of it for people; see `report`
 
 The folder's name is a hash of everything that determines the results, so that resuming is
 a matter of which files exist: the same job finds its own files, a changed one never does.
@@ -33,7 +38,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,18 +47,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader, conform, records_table
 from mas_batch.engines import examples
 from mas_batch.errors import RunError
 from mas_batch.job import Job, fingerprint
+from mas_batch.latency.ledger import read_ledger
 from mas_batch.partition import Partition
 from mas_batch.records import ANSWERS, FAILURES, PLAN, RESULT_FIELDS
-from mas_batch.storage import Store, parquet_bytes, without_credentials
+from mas_batch.safe_text import without_credentials
+from mas_batch.storage import Store, parquet_bytes
 
-FORMAT = 2
+FORMAT = 3
 """Version of this layout; a change of it is a change of every fingerprint.
 
 1: the manifest named every file. 2: it holds ranges of partition numbers; see `manifest_files`.
+3: a results file names the agents whose answers it merges, and has a column `coverage`.
 """
 
 FIRST_PASS = "first-pass"
@@ -65,17 +74,29 @@ SECOND_PASS = "second-pass"
 MERGES = "merges"
 """Folder of merges that were made afterwards, each a folder with a manifest."""
 
+EVALUATION = "evaluation"
+"""Folder of what `mas-batch evaluate` has found; see `evaluation.files`."""
+
+REUSED = "reused"
+"""Folder of an earlier run's answers, by partition and agent, until all others are there too."""
+
 JOURNAL = "journal"
 """Folder of what `agents.quarantine` notes in one execution: the next may have better machines."""
 
+_PASSES = (JOURNAL, REUSED, FIRST_PASS, SECOND_PASS)
+
 Bitmap: TypeAlias = npt.NDArray[np.bool_]
 """One bool per partition of the run."""
+
+Ranges: TypeAlias = Sequence[Sequence[int]]
+"""Partition numbers as ascending pairs `[first, stop)`."""
 
 _PLAN_ROWS_AT_ONCE = 4096
 
 _PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")  # as `part` writes them
 _PASSTHROUGH = b"mas_batch.passthrough"
 _FAILURES = b"mas_batch.failures"
+_AGENTS = b"mas_batch.agents"
 
 
 def part(partition: int) -> str:
@@ -91,6 +112,11 @@ def staged_name(partition: int) -> str:
 def answers_name(partition: int, agent_id: str) -> str:
     """Return where the agent's answers to the partition are."""
     return f"answers/agent={agent_id}/{part(partition)}.parquet"
+
+
+def reused_name(partition: int, agent_id: str) -> str:
+    """Return where those of the agent's answers are that an earlier run has, if not all."""
+    return f"{REUSED}/agent={agent_id}/{part(partition)}.parquet"
 
 
 def results_name(partition: int) -> str:
@@ -134,8 +160,22 @@ def write_job(run: Store, job: Job) -> None:
     kept = job.model_dump(mode="json", exclude=secret)
     for agent in kept["agents"]:
         agent["options"].pop("extra_body", None)  # what endpoints want there may be a key
-    content = without_credentials(yaml.safe_dump(kept, sort_keys=False, allow_unicode=True))
+    content = yaml.safe_dump(_shown(kept), sort_keys=False, allow_unicode=True)
     run.replace("job.yaml", content.encode())
+
+
+def _shown(value: Any) -> Any:
+    """Take the credentials out of the URLs in plain data.
+
+    Before it is YAML, which breaks long lines where it likes. Not out of prompts: they are no URLs.
+    """
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if isinstance(value, dict):
+        return {k: v if k in ("prompt", "system") else _shown(v) for k, v in value.items()}
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,12 +309,16 @@ def _bitmap(names: Iterable[str], size: int) -> Bitmap:
 
 
 def commit_results(
-    run: Store, partition: int, merged: pa.Table, failures: pa.Table
+    run: Store, partition: int, merged: pa.Table, failures: pa.Table, agents: Iterable[str]
 ) -> tuple[int, int]:
     """Commit a partition's results and failures as one step; returns their row counts.
 
     The results file names its failures file, whose own name is a hash of its content: if two
-    copies of the merge saw different answers, the winner's pair stays together.
+    copies of the merge saw different answers, the winner's pair stays together. It names the
+    agents too: answers that are committed later are not part of what is merged.
+
+    Args:
+        agents: whose answers were merged; agent names have no comma.
     """
     name = None
     if failures.num_rows:
@@ -282,19 +326,42 @@ def commit_results(
         digest = hashlib.blake2b(content, digest_size=6).hexdigest()
         name = f"failures/{part(partition)}-{digest}.parquet"
         run.commit(name, content)
-    metadata = {_FAILURES: (name or "").encode()}
+    metadata = {_FAILURES: (name or "").encode(), _AGENTS: ",".join(sorted(agents)).encode()}
     if run.commit_table(results_name(partition), merged.replace_schema_metadata(metadata)):
         return merged.num_rows, failures.num_rows
-    merged, failures, _ = read_results(run, partition)
-    return merged.num_rows, failures.num_rows
+    winner = read_results(run, partition)
+    return winner.results.num_rows, winner.failures.num_rows
 
 
-def read_results(run: Store, partition: int) -> tuple[pa.Table, pa.Table, str | None]:
-    """Read a partition's committed results and failures; the failures file's name, if any."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """What is committed of a partition's merge."""
+
+    results: pa.Table
+    failures: pa.Table
+    failures_name: str | None
+    """The failures file, if there is one."""
+    agents: tuple[str, ...] | None
+    """Whose answers were merged, sorted; None: an earlier version did not say."""
+
+
+def read_results(run: Store, partition: int) -> Merged:
+    """Read a partition's committed results and failures."""
     merged = run.read_table(results_name(partition))
     name = ((merged.schema.metadata or {}).get(_FAILURES) or b"").decode() or None
     failures = run.read_table(name) if name else FAILURES.empty_table()
-    return merged.replace_schema_metadata(None), failures, name
+    plain = merged.replace_schema_metadata(None)
+    return Merged(plain, failures, name, _agents_in(merged.schema))
+
+
+def merged_agents(run: Store, partition: int) -> tuple[str, ...] | None:
+    """Read only `Merged.agents`."""
+    return _agents_in(run.read_schema(results_name(partition)))
+
+
+def _agents_in(schema: pa.Schema) -> tuple[str, ...] | None:
+    named = (schema.metadata or {}).get(_AGENTS)
+    return None if named is None else tuple(filter(None, named.decode().split(",")))
 
 
 # After the run: invariant, manifest
@@ -338,9 +405,8 @@ def commit_review(run: Store, partition: int, merged: pa.Table) -> int:
 
 
 def manifest_files(
-    run: Store,
     plan: Plan,
-    agents: Iterable[str],
+    answers: Mapping[str, Ranges],
     failures: Mapping[int, str],
     review: Iterable[int],
 ) -> dict[str, Any]:
@@ -351,18 +417,29 @@ def manifest_files(
     name holds a hash: `failures` is names, in corpus order.
 
     Args:
+        answers: agent → the partitions in whose merge its answers are.
         failures: partition → its failures file, of those that have one.
         review: partitions that have a review file.
     """
-    done = committed(run, plan, agents)
     reviewed = np.zeros(plan.num_partitions, np.bool_)
     reviewed[list(review)] = True
     return {
         "results": to_ranges(np.ones(plan.num_partitions, np.bool_)),
         "review": to_ranges(reviewed),
         "failures": [failures[partition] for partition in sorted(failures)],
-        "answers": {agent: to_ranges(parts) for agent, parts in done.answered.items()},
+        "answers": {agent: [list(pair) for pair in ranges] for agent, ranges in answers.items()},
     }
+
+
+def join_ranges(parts: Iterable[Ranges]) -> list[list[int]]:
+    """Return the union of ranges `[first, stop)` that do not overlap: ascending, none touching."""
+    joined: list[list[int]] = []
+    for first, stop in sorted(map(tuple, chain.from_iterable(parts))):
+        if joined and joined[-1][1] == first:
+            joined[-1][1] = stop
+        else:
+            joined.append([first, stop])
+    return joined
 
 
 def to_ranges(members: Bitmap) -> list[list[int]]:
@@ -372,7 +449,7 @@ def to_ranges(members: Bitmap) -> list[list[int]]:
     return ranges
 
 
-def from_ranges(ranges: Iterable[Sequence[int]]) -> Iterator[int]:
+def from_ranges(ranges: Ranges) -> Iterator[int]:
     """Yield the members of ranges `[first, stop)`."""
     for first, stop in ranges:
         yield from range(first, stop)
@@ -381,6 +458,17 @@ def from_ranges(ranges: Iterable[Sequence[int]]) -> Iterator[int]:
 def publish(run: Store, manifest: Mapping[str, Any]) -> None:
     """Publish the manifest: from now on readers see the run as complete."""
     run.replace("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+
+
+def has_passes(run: Store) -> bool:
+    """Say whether the run has provisional merges, or a journal."""
+    return not run.list("").isdisjoint(_PASSES)
+
+
+def remove_passes(run: Store) -> None:
+    """Remove the provisional merges of a published run, and its journal."""
+    for folder in _PASSES:
+        run.remove_folder(folder)
 
 
 def read_manifest(run: Store) -> dict[str, Any] | None:
@@ -405,6 +493,19 @@ class Run:
         counts = self.manifest["counts"]
         results, failures = counts["results"], counts["failures"]
         return f"<Run {self.manifest['run']}: {results} results, {failures} failures>"
+
+    def _repr_html_(self) -> str:
+        counts = self.manifest["counts"]
+        facts = {
+            "results": counts["results"],
+            "failures": counts["failures"],
+            "in doubt": counts.get("ties", 0) + counts.get("abstained", 0),
+            "merged by": self.manifest["merge"]["method"],
+            "agents": ", ".join(agent["agent_id"] for agent in self.manifest.get("agents", [])),
+            "finished": self.manifest.get("finished"),
+            "folder": self.store.location(""),
+        }
+        return card("run", self.manifest["run"], facts)
 
     def arrow(self, table: str = "results") -> pa.Table:
         """Read a whole table: `results`, `review`, `failures`, `answers` or `agents`.
@@ -450,6 +551,10 @@ class Run:
         if table == "answers":
             return _answers_names(files)
         return map(results_name if table == "results" else review_name, from_ranges(files))
+
+    def ledger(self) -> pa.Table:
+        """Read what took time in the run, `LEDGER`; empty for a run of an earlier version."""
+        return read_ledger(self.store)
 
     def merges(self) -> list[str]:
         """Name the merges that were made afterwards of this run's answers."""

@@ -13,13 +13,16 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from mas_batch import report
 from mas_batch.errors import Reason
 from mas_batch.explain import Explanation
+from mas_batch.incremental.told import since_facts, since_lines
 from mas_batch.job import Job
 from mas_batch.monitor.progress import Throughput
 from mas_batch.monitor.story import Candidate, Decision, News, Outcome, OutcomeKind, Step
 from mas_batch.pipeline import Preview, Summary
 from mas_batch.results import Run, open_run
+from mas_batch.safe_text import printable, without_credentials
 
 
 def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
@@ -34,7 +37,8 @@ def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
         }
         for a in job.agents
     ]
-    return {"job": job.name, "policy": job.routing.policy, **asdict(plan), "agents": agents}
+    facts = {**asdict(plan), "run": without_credentials(plan.run)}
+    return {"job": job.name, "policy": job.routing.policy, **facts, "agents": agents}
 
 
 def print_preview(out: Console, job: Job, plan: Preview) -> None:
@@ -44,7 +48,8 @@ def print_preview(out: Console, job: Job, plan: Preview) -> None:
         f"routed by {job.routing.policy}"
     )
     state = "exists and would be resumed" if plan.exists else "would be new"
-    out.print(f"run {plan.run} {state}", soft_wrap=True, markup=False)
+    run = without_credentials(plan.run)
+    out.print(f"run {run} {state}", soft_wrap=True, markup=False)
     for earlier in plan.earlier_runs:
         out.print(f"the job or its corpus changed since run {earlier}")
     out.print(
@@ -63,9 +68,10 @@ def print_preview(out: Console, job: Job, plan: Preview) -> None:
 def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[str, Any]:
     """Return the outcome of a run as plain data."""
     manifest = summary.manifest
+    since = since_facts(manifest, nothing_new=summary.already_complete) if job.since else None
     return {
         "job": job.name,
-        "run": summary.run,
+        "run": without_credentials(summary.run),
         "exit_code": summary.exit_code,
         "already_complete": summary.already_complete,
         "wall_s": round(summary.wall_s, 3),
@@ -74,6 +80,7 @@ def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[st
         "counts": manifest["counts"],
         "agents": manifest["agents"],
         **({} if job.routing.adaptive is None else {"answers_saved": answers_saved(job, manifest)}),
+        **({} if since is None else {"since": since}),
     }
 
 
@@ -95,7 +102,14 @@ def print_summary(
     out: Console, job: Job, summary: Summary, throughput: Throughput, num_shown: int
 ) -> None:
     """Print a few records, the agents, where the results are, and the line of totals."""
-    if summary.already_complete:
+    if summary.already_complete and job.since:
+        counts = summary.manifest["counts"]
+        out.print(
+            f"Nothing new since {summary.manifest['run']}: {counts['records']:,} records, "
+            f"nobody was asked; exit code {summary.exit_code}.",
+            style="green",
+        )
+    elif summary.already_complete:
         out.print("This job is answered already; nothing was asked.", style="green")
     print_run(out, open_run(summary.run, job.output.storage_options), num_shown)
     counts = summary.manifest["counts"]
@@ -119,11 +133,15 @@ def print_run(out: Console, run: Run, num_shown: int) -> None:
     if num_shown > 0:
         out.print(_records_table(run, num_shown))
     out.print(_agents_table(run))
+    for line in since_lines(run.manifest):
+        out.print(Text(printable(line)))
     for reason, count in sorted(run.manifest["counts"]["failures_by_reason"].items()):
         out.print(f"[yellow]{count:,} records failed: {reason}[/] (see failures/)")
-    out.print(
-        f"results: {run.store.url}/results/*.parquet", soft_wrap=True, highlight=False, markup=False
-    )
+    results = f"results: {without_credentials(run.store.url)}/results/*.parquet"
+    out.print(results, soft_wrap=True, highlight=False, markup=False)
+    if run.store.exists(report.NAME):
+        location = f"report: {run.store.location(report.NAME)}"
+        out.print(location, soft_wrap=True, highlight=False, markup=False)
 
 
 def merge_facts(merged: Run) -> dict[str, Any]:
@@ -149,7 +167,7 @@ def _records_table(run: Run, num_shown: int) -> Table:
         table.add_row(
             Text(_clip(row.get("text") or row["record_id"], 100)),
             Text(_clip(row["answer"], 200)),
-            confidence + ("\ntie" if row["tie"] else ""),
+            confidence + ("\ntie" if row["tie"] else "") + _coverage(row),
             Text(_backers(row)),
         )
     if rows:
@@ -165,6 +183,12 @@ def _first_results(run: Run, count: int) -> list[dict[str, Any]]:
             break
         rows += run.store.read_table(name).slice(0, count - len(rows)).to_pylist()
     return rows
+
+
+def _coverage(row: dict[str, Any]) -> str:
+    """Say which share of the answer's words the text has, where it was read in parts."""
+    coverage = row.get("coverage")  # runs of formats 1 and 2 have none
+    return "" if coverage is None else f"\ncoverage {coverage:.2f}"
 
 
 def _backers(row: dict[str, Any]) -> str:
@@ -195,7 +219,7 @@ def _agents_table(run: Run) -> Table:
 
 
 def _clip(text: str, length: int) -> str:
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -245,7 +269,9 @@ def print_explanation(out: Console, told: Explanation) -> None:
             _print_step(out, step, execution.started)
     out.print()
     for problem in told.problems:
-        out.print(Text(f"not told: {problem}", style="yellow"))
+        out.print(Text(printable(f"not told: {problem}"), style="yellow"))
+    for agent_id, run in told.reused.items():
+        out.print(Text(f"{agent_id} was not asked: its answers are those of {printable(run)}"))
     answers = ", ".join(told.answered_by) or "nobody"
     state = "merged" if told.is_merged else "not merged"
     out.print(Text(f"now: {state}; answers of {answers} are committed"))
@@ -258,7 +284,7 @@ def _print_step(out: Console, step: Step, started: datetime) -> None:
     time = step.time.strftime(pattern)[:-3]
     if isinstance(step, News):
         good = step.event in ("PartitionMerged", "PartitionAnswered")
-        line.add_row(time, Text(step.message, style="green" if good else "yellow"))
+        line.add_row(time, Text(printable(step.message), style="green" if good else "yellow"))
         out.print(line)
         return
     purpose = f" (attempt {step.attempt}, {_PURPOSES.get(step.purpose, step.purpose)})"
@@ -299,7 +325,7 @@ def _candidates_table(candidates: tuple[Candidate, ...]) -> Table:
     for candidate in shown:
         table.add_row(
             "→" if candidate.chosen else "",
-            Text(candidate.worker),
+            Text(printable(candidate.worker)),
             Text(candidate.agent_id or "?"),
             *(_figure(key, candidate.figures.get(key)) for key in figures),
             style="bold" if candidate.chosen else None,
@@ -323,4 +349,4 @@ def _outcome(outcome: Outcome) -> Text:
         text += f", {outcome.num_failed:,} failed" if outcome.num_failed else ""
     text += f": {outcome.message}" if outcome.message else ""
     text += "; the agent is given up on this partition" if outcome.given_up else ""
-    return Text(text, style=style)
+    return Text(printable(text), style=style)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,15 +23,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mas_batch.errors import JobError, MasBatchError, OutputError, RunError
+from mas_batch.safe_text import has_credentials, without_credentials, without_pieces
 
 _TEMPORARY = ".tmp-"
-_USER_INFO = re.compile(
-    # `user@`, `token@` or `user:password@` before a host. S3 secrets may hold a `/`, so a password
-    # goes as far as the `@`; but digits that end at a `/` are a port, and an `@` after it a path's.
-    r"(?<=://)(?:[^/\s:@]+|[^/\s:@]*:(?!\d+/)[^\s@]*)@"
-)
-_SHORTEST_SECRET = 4
-"""Characters; to blank out shorter pieces of credentials would garble a message, not guard it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,9 @@ class Store:
             raise JobError(f"{message}: {self._words(error)}", key="output.path") from self._cause(
                 error
             )
+        except OSError as error:  # some filesystems connect at once
+            message = f"{without_credentials(self.url)} cannot be reached: {self._words(error)}"
+            raise RunError(message) from self._cause(error)
         return filesystem, root.rstrip("/")
 
     @property
@@ -112,12 +108,12 @@ class Store:
             content: bytes = self._filesystem[0].cat_file(self.path(name))
         return content
 
-    def read_table(self, name: str) -> pa.Table:
-        """Read the Parquet file `name`; raises what `read_bytes` raises."""
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the Parquet file `name`, or some of its columns; raises what `read_bytes` raises."""
         content = self.read_bytes(name)
         # Half the time of `pq.read_table`, whose datasets and threads pay for large files only.
         with self._naming(name, "read"), pq.ParquetFile(pa.BufferReader(content)) as file:
-            return file.read(use_threads=False)
+            return file.read(columns=columns, use_threads=False)
 
     def read_schema(self, name: str) -> pa.Schema:
         """Read only the footer of the Parquet file `name`; raises what `read_bytes` raises."""
@@ -224,15 +220,11 @@ class Store:
         """Return what an error says, in one line and without pieces of the URL's credentials."""
         known = isinstance(error, OSError) and error.strerror
         words = " ".join((known or f"{type(error).__name__}: {error}").split())
-        for user_info in _USER_INFO.findall(self.url):
-            for piece in re.split("[:/@]", user_info):
-                if len(piece) >= _SHORTEST_SECRET:
-                    words = words.replace(piece, "***")
-        return words
+        return without_pieces(words, self.url)
 
     def _cause(self, error: Exception) -> Exception | None:
         """Return what to chain: not an error that shows the URL's credentials in its traceback."""
-        return None if _USER_INFO.search(self.url) else error
+        return None if has_credentials(self.url) else error
 
     def _orphans(self) -> Iterator[Path]:
         yield from Path(self.path("")).rglob(f"{_TEMPORARY}*")
@@ -281,11 +273,6 @@ class Store:
                 return False
             raise
         return True
-
-
-def without_credentials(url: str) -> str:
-    """Strip user, password and token from a URL; a path stays as it is."""
-    return _USER_INFO.sub("", url)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -40,7 +40,7 @@ def die() -> None:
 
 def around_report(before: bool) -> None:
     """Die just before or just after the report of the planned number of answers is sent."""
-    send, seen = work.report, 0
+    send, seen = host.report, 0
 
     def report(topic: str, task: str, facts: Any) -> None:
         nonlocal seen
@@ -54,7 +54,7 @@ def around_report(before: bool) -> None:
             if once("fired"):
                 die()
 
-    work.report = report
+    host.report = report
 
 
 def in_answers(act: Callable[[], None]) -> None:

@@ -11,9 +11,14 @@ from distributed import Scheduler, SpecCluster
 
 
 @contextmanager
-def cluster_of(workers: Mapping[str, Mapping[str, Any]]) -> Iterator[SpecCluster]:
-    """Start a scheduler without a dashboard, and workers as `SpecCluster` specifies them."""
+def cluster_of(workers: Mapping[str, Mapping[str, Any]], **scheduler: Any) -> Iterator[SpecCluster]:
+    """Start a scheduler without a dashboard, and workers as `SpecCluster` specifies them.
+
+    Args:
+        scheduler: further options of the scheduler.
+    """
     options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    options |= scheduler
     with SpecCluster(
         workers=dict(workers),
         scheduler={"cls": Scheduler, "options": options},

@@ -98,6 +98,15 @@ def cluster_client() -> Iterator[Any]:
 
 
 @pytest.fixture
+def browser_page() -> Iterator[Any]:
+    """A window of a real headless browser, a `tests.browser.Page`."""
+    from tests.browser import browser
+
+    with browser() as page:
+        yield page
+
+
+@pytest.fixture
 def make_job(tmp_path: Any) -> Any:
     """Build a job of two unlike echo agents on a small corpus; keywords replace sections."""
     import json

@@ -145,7 +145,7 @@ VALUES = {
     "blank corpus path": ("corpus.path=' '", "corpus.path: is empty; '.' is the folder itself"),
     "override without a value": ("routing.policy", "--set: 'routing.policy' is not key.path=value"),
     "override of an unknown key": ("zebra=red", "zebra: unknown key; allowed: name, corpus"),
-    "override that is not YAML": ("name=[x", "--set: value of 'name=[x' is not valid YAML: line 1"),
+    "override that is not YAML": ("name=[x", "--set: value of 'name' is not valid YAML: line 1"),
     "override of an item that is not there": ("agents.2.count=1", "no item '2'; allowed: a, b"),
     "override below a plain value": ("name.x=1", "name.x: name is not a mapping"),
 }

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from mas_batch.cli import main
+from tests.test_models import safetensors
 
 JOB = {
     "name": "cli",
@@ -130,6 +131,18 @@ def test_fetch_names_the_model(job_file: Path) -> None:
     result = CliRunner().invoke(main, ["fetch", str(job_file)])
     assert result.exit_code == 0
     assert "echo" in result.output
+
+
+def test_fetch_fetches_the_encoder_of_the_merge_too(tmp_path: Path, job_file: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "model.safetensors").write_bytes(safetensors(b"\0" * 4))
+    merge = {"method": "mbr", "utility": "embedding", "encoder": str(encoder)}
+    job_file.write_text(yaml.safe_dump({**JOB, "merge": merge}))
+    result = CliRunner().invoke(main, ["fetch", str(job_file)])
+    assert result.exit_code == 0, result.output
+    assert len(result.output.splitlines()) == 3
+    assert str(encoder) in result.output
 
 
 def test_the_command_line_imports_no_model_library() -> None:

@@ -67,7 +67,7 @@ def asked(worker: str, partition: int = 1, attempt: int = 1, **facts: Any) -> Pa
 
 
 def answered(worker: str, partition: int = 1) -> PartitionAnswered:
-    return PartitionAnswered(partition, worker[:5], worker, 1, 3, 2, 1, 90, 30, 1.5, 0.1, 0.1)
+    return PartitionAnswered(partition, worker[:5], worker, 1, 3, 2, 1, 90, 30, compute_s=1.5)
 
 
 def failed(worker: str, attempt: int = 1, given_up: bool = False) -> AnswerFailed:

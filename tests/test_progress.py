@@ -25,7 +25,7 @@ from mas_batch.monitor.progress import Bar, LogLines, Throughput
 
 STARTED = RunStarted("runs/x-1", 4, 40, 1, 10, 2, 3, ("x-0",), "http://127.0.0.1:8787/status")
 READY = AgentReady("plain", "plain-0", 1.5)
-ANSWERED = PartitionAnswered(1, "plain", "plain-0", 1, 10, 10, 0, 900, 300, 2.0, 0.1, 0.1)
+ANSWERED = PartitionAnswered(1, "plain", "plain-0", 1, 10, 10, 0, 900, 300, compute_s=2.0)
 MERGED = PartitionMerged(1, 9, 1)
 FAILED = AnswerFailed(2, "plain", "plain-0", 1, "cannot open [/data/x.gguf]", given_up=False)
 LOST = AgentLost("plain", "plain-0", "[Errno 2] no such [file]")

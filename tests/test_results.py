@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import time
 from collections import Counter
@@ -129,7 +130,9 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
             run.replace(results.answers_name(p, agent), b"")
     failures = {10: "failures/part-000010-beef.parquet", 2: "failures/part-000002-cafe.parquet"}
 
-    files = results.manifest_files(run, plan, asked, failures, [1])
+    found = {agent: [[p, p + 1] for p in partitions] for agent, partitions in asked.items()}
+    answers = {agent: results.join_ranges([parts]) for agent, parts in found.items()}
+    files = results.manifest_files(plan, answers, failures, [1])
 
     assert files["results"] == [[0, 12]]
     assert files["answers"] == {
@@ -148,14 +151,29 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
         opened.files("plan")
 
 
-def test_the_manifest_of_a_large_run_is_small(tmp_path: Path) -> None:
-    run, plan = Store(str(tmp_path)), plan_of(100_000)
-    files = results.manifest_files(run, plan, ["a"], {}, [])
-    answers: dict[str, list[list[int]]] = {"a": []}
+def test_the_manifest_of_a_large_run_is_small() -> None:
     nothing: list[str] = []
+    answers = {"a": [[0, 100_000]], "b": nothing}
+    files = results.manifest_files(plan_of(100_000), answers, {}, [])
     assert files == {
         "results": [[0, 100_000]], "review": [], "failures": nothing, "answers": answers,
     }  # fmt: skip
+
+
+@given(st.sets(st.integers(0, 60)), st.integers(1, 5), st.randoms())
+def test_ranges_are_joined_as_if_they_were_made_at_once(
+    members: set[int], num_parts: int, rng: random.Random
+) -> None:
+    """As a tree does: leaf by leaf, in any order and grouping."""
+    bitmap = np.zeros(61, np.bool_)
+    bitmap[list(members)] = True
+    parts: list[Any] = [[] for _ in range(num_parts)]
+    for member in members:
+        parts[rng.randrange(num_parts)].append([member, member + 1])
+    leaves = [results.join_ranges([part]) for part in parts]
+    rng.shuffle(leaves)
+    half = [results.join_ranges(leaves[::2]), results.join_ranges(leaves[1::2])]
+    assert results.join_ranges(half) == results.join_ranges(leaves) == results.to_ranges(bitmap)
 
 
 def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
@@ -173,7 +191,7 @@ def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
 def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
     later = {"format": results.FORMAT + 1, "versions": {"mas_batch": "9.0"}}
     results.publish(Store(str(tmp_path)), later)
-    with pytest.raises(RunError, match=r"format 3, .* reads 1 to 2; .*'mas_batch': '9\.0'"):
+    with pytest.raises(RunError, match=r"format 4, .* reads 1 to 3; .*'mas_batch': '9\.0'"):
         results.open_run(str(tmp_path))
 
 
@@ -211,14 +229,18 @@ def test_dask_partitions_are_files_until_there_are_many(
 def test_results_and_their_failures_file_stay_together(tmp_path: Path) -> None:
     """Of two copies of a merge that saw different answers the first wins, failures included."""
     run = Store(str(tmp_path))
-    assert results.commit_results(run, 4, one_row("a"), failure("b")) == (1, 1)
-    assert results.commit_results(run, 4, one_row("b"), failure("x")) == (1, 1)
-    merged, failures, name = results.read_results(run, 4)
-    assert merged["record_id"].to_pylist() == ["a"]
-    assert failures["record_id"].to_pylist() == ["b"]
-    assert name in {f"failures/{file}" for file in run.list("failures")}
-    results.commit_results(run, 5, one_row("c"), FAILURES.empty_table())
-    assert results.read_results(run, 5)[2] is None
+    assert results.commit_results(run, 4, one_row("a"), failure("b"), ["y", "x"]) == (1, 1)
+    assert results.commit_results(run, 4, one_row("b"), failure("x"), ["x", "y", "z"]) == (1, 1)
+    merged = results.read_results(run, 4)
+    assert merged.results["record_id"].to_pylist() == ["a"]
+    assert merged.failures["record_id"].to_pylist() == ["b"]
+    assert merged.failures_name in {f"failures/{file}" for file in run.list("failures")}
+    assert merged.agents == results.merged_agents(run, 4) == ("x", "y")
+    results.commit_results(run, 5, one_row("c"), FAILURES.empty_table(), [])
+    assert results.read_results(run, 5).failures_name is None
+    assert results.merged_agents(run, 5) == ()
+    run.commit_table(results.results_name(6), one_row("of an earlier version"))
+    assert results.merged_agents(run, 6) is None
 
 
 # The statistics tree, when things go wrong

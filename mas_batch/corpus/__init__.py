@@ -124,7 +124,7 @@ class CorpusReader:
         if passthrough is None:
             passthrough = self._columns.take(values)
         text = values.get(spec.text)
-        problem = _problem(text)
+        problem = problem_of(text)
         return Record(
             self._identity(file, row),
             text if problem is None else None,
@@ -178,7 +178,7 @@ class CorpusReader:
             first[identity] = here
 
 
-def _problem(text: Any) -> tuple[Reason, str] | None:
+def problem_of(text: Any) -> tuple[Reason, str] | None:
     """Return why a value cannot be asked about, None if it can."""
     if text is None:
         return Reason.MISSING_TEXT, "is null or missing"

@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mas_batch import job
 from mas_batch.corpus.columns import valid_text
 from mas_batch.errors import JobError
+from mas_batch.safe_text import has_credentials, without_credentials, without_pieces
 
 FORMATS = {
     "parquet": (".parquet", ".parq", ".pq"),
@@ -44,7 +45,7 @@ class CorpusFile:
     """One file of the corpus, as listed before reading."""
 
     url: str
-    """A plain path for local files."""
+    """A plain path for local files; without credentials."""
     size_bytes: int | None
     """As stored, so compressed; None where the filesystem does not say."""
     version: str
@@ -98,9 +99,10 @@ def _list_pattern(pattern: str, spec: job.Corpus) -> list[Source]:
     except JobError:
         raise
     except Exception as error:  # remote filesystems raise anything
-        raise JobError(
-            f"{pattern!r} cannot be listed: {type(error).__name__}: {error}", key="corpus.path"
-        ) from error
+        said = without_pieces(f"{type(error).__name__}: {error}", pattern)
+        raise JobError(f"{pattern!r} cannot be listed: {said}", key="corpus.path") from _cause(
+            error, pattern
+        )
     if not sources:
         raise JobError(
             f"{pattern!r} matches no data file (in folders: {', '.join(suffixes)}, also "
@@ -117,10 +119,17 @@ def _filesystem(pattern: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     except ImportError as error:
         protocol = pattern.split("://")[0].rsplit("::", 1)[-1]
         hint = _BACKEND_PACKAGES.get(protocol, str(error))
-        raise JobError(f"{pattern!r} needs a package: {hint}", key="corpus.path") from error
+        message = f"{pattern!r} needs a package: {hint}"
+        raise JobError(message, key="corpus.path") from _cause(error, pattern)
     except Exception as error:  # an unknown protocol, or options that the backend rejects
-        raise JobError(f"{pattern!r} cannot be opened: {error}", key="corpus.path") from error
+        message = f"{pattern!r} cannot be opened: {without_pieces(str(error), pattern)}"
+        raise JobError(message, key="corpus.path") from _cause(error, pattern)
     return filesystem, path
+
+
+def _cause(error: Exception, url: str) -> Exception | None:
+    """Return what to chain: not an error that shows the URL's credentials in its traceback."""
+    return None if has_credentials(url) else error
 
 
 def _find(
@@ -157,7 +166,8 @@ def _source(filesystem: Any, info: Mapping[str, Any], relative: str) -> Source:
             raise JobError(f"{path!r} is not a regular file", key="corpus.path")
         url, version = path, str(status.st_mtime_ns)
     else:
-        url = filesystem.unstrip_protocol(path)
+        # Nothing is opened by it: it is for errors, and may become a part of records' ids.
+        url = without_credentials(filesystem.unstrip_protocol(path))
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "").strip('"')
     file = CorpusFile(valid_text(url), info.get("size"), version, valid_text(relative))
     return Source(file, filesystem, path)

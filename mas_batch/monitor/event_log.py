@@ -51,7 +51,7 @@ class EventLog:
         self._lines: list[str] = []
         self._num_chars = 0
         self._last_flush = clock()
-        self._execution = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
+        self.execution = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
         self._num_files = 0
 
     def __call__(self, event: Event) -> None:
@@ -71,7 +71,7 @@ class EventLog:
         """Write what is kept so far."""
         if self._lines:
             content = "\n".join(self._lines) + "\n"
-            name = f"{FOLDER}/{self._execution}-{self._num_files:04d}.jsonl"
+            name = f"{FOLDER}/{self.execution}-{self._num_files:04d}.jsonl"
             # A lone surrogate (out of a file's name) becomes its JSON escape.
             self._store.commit(name, content.encode(errors="backslashreplace"))
             self._num_files += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,30 @@ class Event:
     def to_dict(self) -> dict[str, Any]:
         """Return the event as plain data."""
         return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEnded(Event):
+    """A task on a worker is done; its seconds, as `latency.times.TaskTimes.heard_after` has them.
+
+    compute + transfer + processing = wall, and transfer = read + write, processing = queue +
+    process, compute = prefill + decode.
+    """
+
+    wall_s: float = 0.0
+    """From sending the task to hearing of it."""
+    compute_s: float = 0.0
+    transfer_s: float = 0.0
+    processing_s: float = 0.0
+    queue_s: float = 0.0
+    """Not the task's own: waiting at scheduler and worker, and the news on its way."""
+    read_s: float = 0.0
+    write_s: float = 0.0
+    process_s: float = 0.0
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    idle_s: float = 0.0
+    """Before it, the replica had nothing to do for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +53,30 @@ class RunStarted(Event):
     """Partition answers that an earlier execution committed and that are not asked again."""
     answers_per_record: int
     earlier_runs: tuple[str, ...]
-    """Runs of a job of this name whose job or corpus was another."""
+    """Runs of a job of this name whose job or corpus was another; empty with `since`."""
     dashboard_link: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentLoading(Event):
+    """A worker begins to load an agent's model."""
+
+    agent_id: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswersReused(Event):
+    """`since: last`: what the last published run has answered is not asked again."""
+
+    run: str | None
+    """Its name; None: there is no earlier run."""
+    records: Mapping[str, int]
+    """How many are `unchanged`, `changed`, `new` and `gone` since."""
+    answers: Mapping[str, int]
+    """Agent → answers that it need not give again."""
+    refused: Mapping[str, str]
+    """Agent → why it is asked about every record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +147,17 @@ class PartitionAsked(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionUndecided(Event):
+class PartitionUndecided(TaskEnded):
     """The first answers to some records differ too much: one more agent is asked about these."""
 
     partition: int
     num_undecided: int
     num_records: int
+    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionAnswered(Event):
+class PartitionAnswered(TaskEnded):
     """One agent's answers to one partition are committed."""
 
     partition: int
@@ -121,9 +169,8 @@ class PartitionAnswered(Event):
     num_failed: int
     prompt_tokens: int
     completion_tokens: int
-    compute_s: float
-    transfer_s: float
-    processing_s: float
+    peak_memory_bytes: int | None = None
+    """Of the worker's process, so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +183,22 @@ class AnswerFailed(Event):
     attempt: int
     message: str
     given_up: bool
+    wall_s: float = 0.0
+    """From asking to hearing of it."""
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionMerged(Event):
+class PartitionMerged(TaskEnded):
     """A partition's results and failures are committed."""
 
     partition: int
     num_results: int
     num_failures: int
+    worker: str = ""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Reason (see `errors.Reason`) → records that failed for it."""
+    agreement: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Agent → (its answers that say what was merged, its valid answers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +219,16 @@ class Escalated(Event):
     agent_id: str
     num_records: int
     num_records_of_all: int
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseEnded(Event):
+    """The submitting process goes on to its next phase; see `latency.phases`."""
+
+    phase: str
+    at_s: float
+    """When it began, in seconds after the execution's start."""
+    wall_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import (
     BarColumn,
     Progress,
@@ -25,6 +26,7 @@ from mas_batch.monitor.events import (
     AgentReady,
     AgentsScaled,
     AnswerFailed,
+    AnswersReused,
     BreakerChanged,
     Escalated,
     Event,
@@ -35,6 +37,7 @@ from mas_batch.monitor.events import (
     RunFinished,
     RunStarted,
 )
+from mas_batch.safe_text import printable
 
 logger = logging.getLogger("mas_batch.run")
 
@@ -174,30 +177,41 @@ def _escalation(event: Escalated) -> str:
 def sentence(event: Event) -> str | None:
     """Tell people of an event, in rich's markup; None if it is not worth a line."""
     match event:
+        case AnswersReused(None):
+            return "since last: there is no earlier run, every record is asked about"
+        case AnswersReused(run, records, answers, refused):
+            whys = [f"\n[yellow]{a} is asked everything: {_shown(w)}" for a, w in refused.items()]
+            reused = _counts({**records, "reused answers": sum(answers.values())})
+            return f"since {run}: {reused}{''.join(whys)}"
         case AgentReady(agent_id, worker, load_s):
-            return f"{agent_id} ready on {escape(worker)} ({load_s:.1f} s)"
+            return f"{agent_id} ready on {_shown(worker)} ({load_s:.1f} s)"
         case AgentLost(agent_id, worker, message):
-            return f"[yellow]agent {agent_id} on {escape(worker)}: {escape(message)}"
+            return f"[yellow]agent {agent_id} on {_shown(worker)}: {_shown(message)}"
         case AgentDraining(agent_id, worker, message):
-            return f"{agent_id} on {escape(worker)} is asked nothing further: {escape(message)}"
+            return f"{agent_id} on {_shown(worker)} is asked nothing further: {_shown(message)}"
         case BreakerChanged(agent_id, worker, state, message):
             style = "green" if state == "closed" else "yellow"
-            return f"[{style}]{agent_id} on {escape(worker)}, breaker {state}: {escape(message)}"
+            return f"[{style}]{agent_id} on {_shown(worker)}, breaker {state}: {_shown(message)}"
         case Learned(method, weights, why):
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
-            return f"{method} has learned: {escape(each)}; {escape(why)}"
+            return f"{method} has learned: {_shown(each)}; {_shown(why)}"
         case AgentsScaled(wanted, backlog):
             return f"workers wanted: {_counts(wanted)} (partitions to do: {_counts(backlog)})"
         case AnswerFailed():
             what = "given up" if event.given_up else "asked again"
             return (
-                f"[yellow]partition {event.partition}, {event.agent_id} on {escape(event.worker)}, "
-                f"attempt {event.attempt}: {escape(event.message)}; {what}"
+                f"[yellow]partition {event.partition}, {event.agent_id} on {_shown(event.worker)}, "
+                f"attempt {event.attempt}: {_shown(event.message)}; {what}"
             )
     return None
 
 
-def _counts(numbers: dict[str, int]) -> str:
+def _shown(text: str) -> str:
+    """Make the words of a library or a model safe for the console: no markup, no escapes."""
+    return escape_markup(printable(text))
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{agent_id} {number}" for agent_id, number in numbers.items())
 
 
@@ -225,6 +239,9 @@ class LogLines:
                     earlier_runs=",".join(event.earlier_runs),
                     dashboard=event.dashboard_link,
                 )
+            case AnswersReused(run, records, answers, refused):
+                whys = "; ".join(f"{agent}: {why}" for agent, why in refused.items())
+                _log("since_last", run=run, reused=sum(answers.values()), refused=whys, **records)
             case AgentReady():
                 _log(
                     "agent_ready",
@@ -284,5 +301,5 @@ def _log(event: str, **facts: Any) -> None:
 
 
 def _quoted(value: Any) -> str:
-    text = str(value)
+    text = printable(str(value))
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ' "=\n') else text

@@ -24,6 +24,7 @@ from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import RunRef, answer_partition, merge_partition
 from mas_batch.errors import JobError, OutputError, RunError
 from mas_batch.job import Job
+from mas_batch.latency.times import TaskTimes
 from mas_batch.monitor.events import (
     AgentsScaled,
     AnswerFailed,
@@ -56,6 +57,14 @@ _MAX_MERGE_ATTEMPTS = 3
 _KEPT_CANDIDATES = 16
 _MERGE_PATIENCE_S = 60.0
 """After so long a merge may be at a worker that hangs: it is sent again, next time after twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    ask: Ask
+    future: Future
+    sent: float
+    """By `time.monotonic`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +109,7 @@ class DaskRouter:
         self._scaler = scaler
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._hosting = Hosting(client, job, run, specs, emit, self._watch, wait_s)
-        self._asked: dict[tuple[int, str, str], tuple[Ask, Future]] = {}  # …, worker address
+        self._asked: dict[tuple[int, str, str], _Asked] = {}  # …, worker address
         self._merges: dict[int, _Merging] = {}  # by partition
         self._dispatcher: Dispatcher | None = None
         self._native: NativeFeed | None = None
@@ -118,8 +127,8 @@ class DaskRouter:
         if self._client.status == "running":
             self._client.unsubscribe_topic(self._run.topic)
         self._hosting.close()
-        for _, future in self._asked.values():
-            future.release()
+        for asked in self._asked.values():
+            asked.future.release()
         for merging in self._merges.values():
             merging.future.release()
 
@@ -269,7 +278,7 @@ class DaskRouter:
             case "answer_progress":
                 self._inbox.put(lambda: self._heard(address))
             case "merge_partition":
-                self._inbox.put(lambda: self._merged(facts))
+                self._inbox.put(lambda: self._merged(address, facts))
 
     def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:
         """Call `handle` from the inbox when the task has ended, with its exception if it failed."""
@@ -364,7 +373,8 @@ class DaskRouter:
                 workers=[ask.replica_id],
                 pure=False,
             )
-        self._asked[ask.partition, ask.agent_id, ask.replica_id] = (ask, future)
+        key = (ask.partition, ask.agent_id, ask.replica_id)
+        self._asked[key] = _Asked(ask, future, time.monotonic())
         self._emit(
             PartitionAsked(
                 partition=ask.partition,
@@ -384,9 +394,13 @@ class DaskRouter:
 
     def _answered(self, address: str, facts: dict[str, Any]) -> None:
         partition, agent_id = facts["partition"], facts["agent_id"]
-        self._forget((partition, agent_id, address))
+        asked = self._forget((partition, agent_id, address))
+        sent = asked.sent if asked is not None else None
         if self._native is not None:
             self._proven.add(agent_id)
+            sent = self._native.sent(partition)
+        facts |= _seconds(facts.pop("times"), sent)
+        if self._native is not None:
             self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
         if self._dispatcher is None:
             return
@@ -402,7 +416,8 @@ class DaskRouter:
     def _answer_ended(self, ask: Ask, failure: Failure) -> None:
         assert self._dispatcher is not None
         key = (ask.partition, ask.agent_id, ask.replica_id)
-        if self._asked.get(key, (None,))[0] is not ask:
+        asked = self._asked.get(key)
+        if asked is None or asked.ask is not ask:
             return  # it has reported, or it was abandoned
         self._forget(key)
         if isinstance(failure, OutputError):
@@ -420,14 +435,16 @@ class DaskRouter:
                 ask.attempt,
                 self._last_failure[ask.agent_id],
                 self._dispatcher.given_up(ask.partition, ask.agent_id),
+                time.monotonic() - asked.sent,
             )
         )
         self._act(instructions)
 
-    def _forget(self, key: tuple[int, str, str]) -> None:
+    def _forget(self, key: tuple[int, str, str]) -> _Asked | None:
         asked = self._asked.pop(key, None)
         if asked is not None:
-            asked[1].release()
+            asked.future.release()
+        return asked
 
     def _merge(
         self,
@@ -459,11 +476,16 @@ class DaskRouter:
                 merging.future.release()
                 self._merge(merging.merge, merging.attempt, workers, 2 * merging.patience_s)
 
-    def _merged(self, facts: dict[str, Any]) -> None:
+    def _merged(self, address: str, facts: dict[str, Any]) -> None:
         partition, agents = facts.pop("partition"), tuple(facts.pop("agents"))
-        if self._native is not None and self._native.merged(partition):
-            del facts["agreement"]
-            self._emit(PartitionMerged(partition, **facts))
+        times, agreement = facts.pop("times"), facts.pop("agreement", {})
+        agreed = {agent: (yes, of) for agent, (yes, of) in agreement.items()}
+        facts["worker"] = self._hosting.name(address)
+        if self._native is not None:
+            sent = self._native.sent(partition)
+            if self._native.merged(partition):
+                seconds = _seconds(times, sent)
+                self._emit(PartitionMerged(partition, agreement=agreed, **facts, **seconds))
         if self._dispatcher is None:
             return
         current = self._merges.get(partition)
@@ -472,13 +494,13 @@ class DaskRouter:
         del self._merges[partition]
         current.future.release()
         now = time.monotonic()
+        facts |= _seconds(times, current.sent)
         if facts.get("num_undecided"):
             self._emit(PartitionUndecided(partition, **facts))
             self._act(self._dispatcher.undecided(partition, facts["num_undecided"], now))
             return
-        agreement = {agent: (yes, of) for agent, (yes, of) in facts.pop("agreement").items()}
-        self._emit(PartitionMerged(partition, **facts))
-        self._act(self._dispatcher.merged(partition, now, agreement))
+        self._emit(PartitionMerged(partition, agreement=agreed, **facts))
+        self._act(self._dispatcher.merged(partition, now, agreed))
 
     def _merge_ended(self, merging: _Merging, failure: Failure) -> None:
         partition = merging.merge.partition
@@ -490,6 +512,16 @@ class DaskRouter:
         if merging.attempt >= _MAX_MERGE_ATTEMPTS:
             raise RunError(f"partition {partition} could not be merged: {failure}")
         self._merge(merging.merge, merging.attempt + 1)
+
+
+def _seconds(times: dict[str, Any], sent: float | None) -> dict[str, Any]:
+    """Return the seconds of a task that has reported.
+
+    Args:
+        sent: by `time.monotonic`; None: of a task that was let go of.
+    """
+    known = TaskTimes(**times)
+    return known.heard_after(known.own_s if sent is None else time.monotonic() - sent)
 
 
 def _kept_candidates(ask: Ask) -> list[ReplicaView]:

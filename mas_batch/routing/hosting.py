@@ -17,7 +17,7 @@ from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_ne
 from mas_batch.agents.work import RunRef, load_agent
 from mas_batch.errors import ModelError, RunError
 from mas_batch.job import Job
-from mas_batch.monitor.events import AgentDraining, AgentLost, AgentReady, Event
+from mas_batch.monitor.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,7 @@ class Hosting:
 
     def _load(self, address: str, agent_id: str) -> None:
         self._hosts[address] = agent_id
+        self._emit(AgentLoading(agent_id, self.name(address)))
         with dask.annotate(executor=self._run.topic):
             future = self._client.submit(
                 load_agent, self._run, self._specs[agent_id], workers=[address], pure=False

@@ -32,6 +32,8 @@ class _Group:
     open: dict[int, Work]
     """Not merged yet."""
     futures: list[Future]
+    sent: float
+    """By `time.monotonic`."""
 
 
 class NativeFeed:
@@ -71,7 +73,7 @@ class NativeFeed:
             group = {each.index: each for each in islice(work, size)}
             if not group:
                 return
-            self._groups.append(_Group(group, self._send(list(group), ready)))
+            self._groups.append(_Group(group, self._send(list(group), ready), time.monotonic()))
 
     def _send(self, partitions: list[int], ready: Mapping[str, str]) -> list[Future]:
         answers = [
@@ -103,6 +105,10 @@ class NativeFeed:
                 pure=False,
             )
         return futures
+
+    def sent(self, partition: int) -> float | None:
+        """Return when the partition went to Dask; None: it is not there any more."""
+        return next((group.sent for group in self._groups if partition in group.open), None)
 
     def merged(self, partition: int) -> bool:
         """Take the news of a merge; False if it is a second copy's."""

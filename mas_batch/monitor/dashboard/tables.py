@@ -1,0 +1,152 @@
+"""The tables of the agents' page: a row per agent, a row per worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bokeh.models import ColumnDataSource, CustomJS
+from bokeh.models.widgets import (
+    DataTable,
+    HTMLTemplateFormatter,
+    NumberFormatter,
+    StringFormatter,
+    TableColumn,
+)
+
+from mas_batch.monitor.dashboard.base import RunPlot
+from mas_batch.monitor.overview import RunRow
+
+STATE_COLOURS = {
+    "loading": "#9ecae1",
+    "ready": "#6baed6",
+    "busy": "#2171b5",
+    "draining": "#bdbdbd",
+    "breaker open": "#d94801",
+    "probing": "#fd8d3c",
+    "lost": "#a50f15",
+    "released": "#bdbdbd",
+}
+_ROW_PX = 25
+
+
+class AgentsTable(RunPlot):
+    """One row per agent."""
+
+    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
+        super().__init__(scheduler, _AGENT_COLUMNS, **kwargs)
+
+    def build(self, **kwargs: Any) -> Any:
+        """Return the table."""
+        return _table(self.source, _AGENT_COLUMNS, **kwargs)
+
+    def data(self, run: RunRow) -> dict[str, list[Any]]:
+        """Return a row per agent."""
+        rows = [
+            {
+                "agent": agent.agent,
+                "capabilities": ", ".join(agent.capabilities),
+                "model": agent.model,
+                "device": agent.device or agent.engine,
+                "replicas": ", ".join(f"{n} {state}" for state, n in agent.replicas.items()),
+                "load": f"{agent.in_flight} / {agent.window}",
+                "records": agent.records,
+                "records_per_s": agent.records_per_s,
+                "tokens_per_s": agent.tokens_per_s,
+                "failed_answers": agent.failed_answers,
+                "failed_tries": agent.failed_tries,
+                "agreement": None if agent.agreement is None else 100 * agent.agreement,
+            }
+            for agent in run.agents
+        ]
+        self.root.height = _ROW_PX * (len(rows) + 1) + 5
+        return {name: [row[name] for row in rows] for name in _AGENT_COLUMNS}
+
+
+_Columns = dict[str, tuple[str, int, Callable[[], Any]]]
+"""Name → (title, width, its formatter: one per page, or Bokeh would not have a second viewer)."""
+
+_COUNT = partial(NumberFormatter, format="0,0")
+_RATE = partial(NumberFormatter, format="0,0.0")
+_AGENT_COLUMNS: _Columns = {
+    "agent": ("agent", 90, StringFormatter),
+    "capabilities": ("capabilities", 110, StringFormatter),
+    "model": ("model", 200, StringFormatter),
+    "device": ("device", 60, StringFormatter),
+    "replicas": ("replicas", 130, StringFormatter),
+    "load": ("load", 60, StringFormatter),
+    "records": ("records", 60, _COUNT),
+    "records_per_s": ("records/s", 60, _RATE),
+    "tokens_per_s": ("tokens/s", 60, _RATE),
+    "failed_answers": ("failed answers", 80, _COUNT),
+    "failed_tries": ("failed tries", 70, _COUNT),
+    "agreement": ("agreement %", 75, partial(NumberFormatter, format="0.0", nan_format="–")),
+}
+
+
+class ReplicasTable(RunPlot):
+    """One row per worker."""
+
+    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
+        super().__init__(scheduler, [*_REPLICA_COLUMNS, "colour"], **kwargs)
+
+    def build(self, **kwargs: Any) -> Any:
+        """Return the table."""
+        return _table(self.source, _REPLICA_COLUMNS, **kwargs)
+
+    def data(self, run: RunRow) -> dict[str, list[Any]]:
+        """Return a row per worker."""
+        rows = [
+            {
+                "worker": replica.worker,
+                "agent": replica.agent,
+                "state": replica.state,
+                "colour": STATE_COLOURS[replica.state],
+                "since_s": int(replica.since_s),
+                "load": f"{replica.in_flight} / {replica.window}",
+                "asked": replica.asked,
+                "answered": replica.answered,
+                "failed": replica.failed,
+                "message": replica.message,
+            }
+            for replica in run.replicas
+        ]
+        self.root.height = min(400, _ROW_PX * (len(rows) + 1) + 5)
+        return {name: [row[name] for row in rows] for name in self.columns}
+
+
+_STATE = partial(
+    HTMLTemplateFormatter,
+    template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>',
+)
+_REPLICA_COLUMNS: _Columns = {
+    "worker": ("worker", 150, StringFormatter),
+    "agent": ("agent", 90, StringFormatter),
+    "state": ("state", 100, _STATE),
+    "since_s": ("for s", 50, _COUNT),
+    "load": ("load", 60, StringFormatter),
+    "asked": ("partitions asked", 90, _COUNT),
+    "answered": ("answered", 70, _COUNT),
+    "failed": ("failed", 60, _COUNT),
+    "message": ("why", 400, StringFormatter),
+}
+
+
+def _table(source: ColumnDataSource, columns: _Columns, **kwargs: Any) -> DataTable:
+    table = DataTable(
+        source=source,
+        columns=[
+            TableColumn(field=name, title=title, width=width, formatter=formatter())
+            for name, (title, width, formatter) in columns.items()
+        ],
+        index_position=None,
+        row_height=_ROW_PX,
+        # Dask's navigation bar opens above it.
+        stylesheets=[".bk-data-table { z-index: 0; }"],
+        **kwargs,
+    )
+    # Bokeh 3.9.1 and 3.9.2 redraw a table only when its number of rows has changed (bokeh #15328).
+    redraw = CustomJS(args={"view": table.view}, code="setTimeout(() => view.change.emit())")
+    source.js_on_change("data", redraw)
+    return table

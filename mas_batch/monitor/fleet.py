@@ -1,0 +1,87 @@
+"""The agents of a run and the workers that serve them, as `live.LiveRun` keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from mas_batch.monitor.rings import Recent
+
+
+class ReplicaState(StrEnum):
+    """What a worker that serves an agent is at."""
+
+    LOADING = "loading"
+    READY = "ready"
+    BUSY = "busy"
+    DRAINING = "draining"
+    OPEN = "breaker open"
+    PROBING = "probing"
+    LOST = "lost"
+    RELEASED = "released"
+    """The run has ended."""
+
+
+@dataclass(slots=True)
+class LiveReplica:
+    """One worker that serves an agent."""
+
+    agent_id: str
+    worker: str
+    state: ReplicaState = ReplicaState.LOADING
+    """`READY` also while it is at work."""
+    since: float = 0.0
+    """Unix time of its last change of state."""
+    in_flight: int = 0
+    """Partitions that it was asked about and has not answered."""
+    num_asked: int = 0
+    num_answered: int = 0
+    """Partitions."""
+    num_failed: int = 0
+    """Tries that came to nothing."""
+    message: str = ""
+    """Why it is in this state, if that needs saying."""
+
+    @property
+    def shown_state(self) -> ReplicaState:
+        """Its state, with `BUSY` told from `READY`."""
+        at_work = self.state is ReplicaState.READY and self.in_flight > 0
+        return ReplicaState.BUSY if at_work else self.state
+
+    def become(self, state: ReplicaState, at: float, message: str = "") -> None:
+        """Change the state."""
+        self.state, self.since, self.message = state, at, message
+
+
+@dataclass(slots=True)
+class LiveAgent:
+    """One agent of the job, all its replicas together."""
+
+    agent_id: str
+    model: str = ""
+    capabilities: list[str] = field(default_factory=list)
+    num_wanted: int = 1
+    """Workers that the job asks for; more may serve it."""
+    engine: str = ""
+    device: str = ""
+    num_records: int = 0
+    """Records that it was asked about and has replied to, well or not."""
+    num_answers: int = 0
+    num_failed: int = 0
+    """Answers with a reason instead of a text."""
+    num_failed_tries: int = 0
+    """Partitions that came to nothing; they are tried again, elsewhere if possible."""
+    num_given_up: int = 0
+    """Partitions that it is not asked about again."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    compute_s: float = 0.0
+    transfer_s: float = 0.0
+    processing_s: float = 0.0
+    asked: dict[str, int] = field(default_factory=dict)
+    """Purpose (see `events.PartitionAsked`) → partitions."""
+    num_agreed: int = 0
+    num_compared: int = 0
+    """Answers that say what was merged, of those that could be compared."""
+    last_failure: str = ""
+    recent: Recent = field(default_factory=Recent)

@@ -1,0 +1,274 @@
+"""What `/agents.json` says and the page shows: plain values with the rates worked out."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from mas_batch.monitor.board import Board, Entry
+from mas_batch.monitor.fleet import LiveAgent, LiveReplica, ReplicaState
+from mas_batch.monitor.live import LiveRun
+
+FORMAT = 1
+_SMOOTHED_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRow:
+    """An agent of a run, all its replicas together."""
+
+    agent: str
+    model: str
+    engine: str
+    device: str
+    capabilities: list[str]
+    replicas: dict[str, int]
+    """State → workers; see `fleet.ReplicaState`."""
+    replicas_wanted: int
+    """Workers that the job asks for; more may serve it."""
+    in_flight: int
+    """Partitions at its replicas."""
+    window: int
+    """Partitions that may be at its replicas, those that are gone not counted."""
+    records: int
+    """Records that it was asked about and has replied to, well or not."""
+    answers: int
+    failed_answers: int
+    """Answers with a reason instead of a text."""
+    failed_tries: int
+    given_up: int
+    """Partitions that came to nothing; of them, those that it is not asked about again."""
+    prompt_tokens: int
+    completion_tokens: int
+    records_per_s: float
+    tokens_per_s: float
+    """Completion tokens; both over the last minute."""
+    agreement: float | None
+    """Share of its answers that say what was merged; null before there are any to compare."""
+    compared: int
+    compute_s: float
+    transfer_s: float
+    processing_s: float
+    """Summed over its partitions."""
+    asked: dict[str, int]
+    """Purpose (answer, retry, careful, copy, probe) → partitions."""
+    last_failure: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRow:
+    """A worker that serves an agent, or did so."""
+
+    worker: str
+    agent: str
+    state: str
+    since_s: float
+    """Seconds since its last change of state."""
+    in_flight: int
+    window: int
+    asked: int
+    answered: int
+    failed: int
+    """Partitions."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryPoint:
+    """One step of a run's history; the step gets longer as the run does."""
+
+    at_s: float
+    """Seconds since the run's start, of the step's beginning."""
+    waiting: int
+    answering: int
+    answered: int
+    merged: int
+    """Partitions."""
+    records_per_s: float
+    """Merged."""
+    tokens_per_s: float
+    """Generated; both over the ten seconds up to the step's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """An execution of a run."""
+
+    run: str
+    job: str
+    task: str
+    policy: str
+    url: str
+    status: str
+    """`starting`, `answering`, `escalating`, `finished`, `failed`, `silent` (its process has said
+    nothing for half a minute)."""
+    message: str
+    started: float
+    """Unix time, on the scheduler's clock."""
+    running_s: float
+    progress: float
+    """Share of the partitions that are merged; a cascade's second pass begins at 0 again."""
+    partitions: dict[str, int]
+    """`waiting`, `answering`, `answered`, `merged`."""
+    records: int
+    merged_records: int
+    """With those of earlier executions."""
+    failed_records: dict[str, int]
+    """Reason → records without an answer."""
+    undecided: int
+    """Times that one more agent was asked about a record."""
+    records_per_s: float
+    """Merged, over the last minute."""
+    agents: list[AgentRow]
+    replicas: list[ReplicaRow]
+    history: list[HistoryPoint]
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Everything; the newest run comes first."""
+
+    format: int
+    time: float
+    """Unix time, on the scheduler's clock."""
+    runs: list[RunRow]
+
+    def to_json(self) -> bytes:
+        """Encode it."""
+        return _OVERVIEW.dump_json(self)
+
+
+_OVERVIEW = TypeAdapter(Overview)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of `/agents.json`."""
+    return _OVERVIEW.json_schema()
+
+
+def overview(board: Board, now: float) -> Overview:
+    """Return how all runs are at this Unix time of the scheduler's clock."""
+    return Overview(FORMAT, now, [run_row(e, now) for e in reversed(board.entries.values())])
+
+
+def run_row(entry: Entry, now: float) -> RunRow:
+    """Return how a run is at this Unix time of the scheduler's clock."""
+    run = entry.run
+    # All times in the run are those of the submitting process's clock.
+    run_now = now - entry.clock_ahead_s if run.ended is None else run.ended
+    replicas = sorted(run.replicas.values(), key=lambda r: (r.agent_id, r.worker))
+    return RunRow(
+        run=run.name,
+        job=run.job_name,
+        task=run.task,
+        policy=run.policy,
+        url=run.url,
+        status=entry.status(now),
+        message=run.message,
+        started=run.started + entry.clock_ahead_s,
+        running_s=max(0.0, run_now - run.started),
+        progress=progress(run),
+        partitions=dict(zip(PARTITION_STATES, run.states, strict=True)),
+        records=run.num_records,
+        merged_records=run.records_before + run.num_results + run.num_failures,
+        failed_records=dict(run.reasons),
+        undecided=run.num_undecided,
+        records_per_s=run.recent.rates(run_now)[0],
+        agents=[_agent_row(run, agent, run_now) for agent in run.agents.values()],
+        replicas=[_replica_row(replica, run.window, run_now) for replica in replicas],
+        history=_history(run),
+    )
+
+
+PARTITION_STATES = ("waiting", "answering", "answered", "merged")
+
+
+def progress(run: LiveRun) -> float:
+    """Return the share of the partitions that are merged; 0 while there is no plan."""
+    return run.num_merged / run.num_partitions if run.num_partitions else 0.0
+
+
+def replicas_of(run: LiveRun, agent_id: str) -> list[LiveReplica]:
+    """Return the workers that serve an agent, or did so."""
+    return [replica for replica in run.replicas.values() if replica.agent_id == agent_id]
+
+
+def is_serving(replica: LiveReplica) -> bool:
+    """Whether the worker is there and its run goes on."""
+    return replica.state not in (ReplicaState.LOST, ReplicaState.RELEASED)
+
+
+def _agent_row(run: LiveRun, agent: LiveAgent, run_now: float) -> AgentRow:
+    replicas = replicas_of(run, agent.agent_id)
+    records_per_s, tokens_per_s = agent.recent.rates(run_now)
+    states = Counter(str(replica.shown_state) for replica in replicas)
+    return AgentRow(
+        agent=agent.agent_id,
+        model=agent.model,
+        engine=agent.engine,
+        device=agent.device,
+        capabilities=agent.capabilities,
+        replicas=dict(sorted(states.items())),
+        replicas_wanted=agent.num_wanted,
+        in_flight=sum(replica.in_flight for replica in replicas),
+        window=run.window * sum(is_serving(replica) for replica in replicas),
+        records=agent.num_records,
+        answers=agent.num_answers,
+        failed_answers=agent.num_failed,
+        failed_tries=agent.num_failed_tries,
+        given_up=agent.num_given_up,
+        prompt_tokens=agent.prompt_tokens,
+        completion_tokens=agent.completion_tokens,
+        records_per_s=records_per_s,
+        tokens_per_s=tokens_per_s,
+        agreement=agent.num_agreed / agent.num_compared if agent.num_compared else None,
+        compared=agent.num_compared,
+        compute_s=agent.compute_s,
+        transfer_s=agent.transfer_s,
+        processing_s=agent.processing_s,
+        asked=dict(agent.asked),
+        last_failure=agent.last_failure,
+    )
+
+
+def _replica_row(replica: LiveReplica, window: int, run_now: float) -> ReplicaRow:
+    return ReplicaRow(
+        worker=replica.worker,
+        agent=replica.agent_id,
+        state=replica.shown_state,
+        since_s=max(0.0, run_now - replica.since),
+        in_flight=replica.in_flight,
+        window=window,
+        asked=replica.num_asked,
+        answered=replica.num_answered,
+        failed=replica.num_failed,
+        message=replica.message,
+    )
+
+
+def _history(run: LiveRun) -> list[HistoryPoint]:
+    """Return the run's history, its rates smoothed: a partition's records all come at once."""
+    history, points = run.history, run.history.points
+    width = math.ceil(_SMOOTHED_S / history.step_s)
+    rows, first = [], 0
+    for number, point in enumerate(points):
+        while points[first].index <= point.index - width:
+            first += 1
+        last = points[first : number + 1]
+        seconds = min(width, point.index + 1) * history.step_s
+        rows.append(
+            HistoryPoint(
+                at_s=point.index * history.step_s,
+                waiting=point.waiting,
+                answering=point.answering,
+                answered=point.answered,
+                merged=point.merged,
+                records_per_s=sum(each.num_records for each in last) / seconds,
+                tokens_per_s=sum(each.num_tokens for each in last) / seconds,
+            )
+        )
+    return rows

@@ -1,0 +1,151 @@
+"""What a run's tasks and phases will take, from evidence: the numbers that a simulation needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from dask.system import CPU_COUNT
+
+from mas_batch.agents.spec import agent_specs
+from mas_batch.job import Job
+from mas_batch.latency.model import (
+    NOTHING,
+    Floats,
+    ServiceTime,
+    fit,
+    nonnegative_least_squares,
+)
+from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING
+from mas_batch.planning.evidence import AgentEvidence, Evidence
+
+HANDLE_S = 0.005
+"""Of the submitting process and its scheduler per piece of news: docs/scale.md has 10.5 ms for a
+partition of one agent, which makes two."""
+_STAGE_RECORD_S = 5e-5
+"""Staging a record; docs/scale.md has 0.6 ms for ten."""
+_START_WORKER_S = 1.0
+"""One more embedded worker process, on one core."""
+_PER_PARTITION_S = {READING: 0.003, COUNTING: 0.006, LEARNING: 0.01, PUBLISHING: 1e-5}
+"""Phase → seconds per partition, where all evidence is of one number of them; docs/scale.md."""
+_AT_MOST = 4.0
+"""Runs of a few partitions are believed as far as so many times that, either way."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AgentRates:
+    """What one agent's tasks take in the planned run."""
+
+    agent_id: str
+    answer: ServiceTime
+    load_s: float
+    cores: float
+    """Of the shared machine that a replica keeps busy; 0: its hardware is its own."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rates:
+    """What everything takes in the planned run."""
+
+    agents: Mapping[str, AgentRates]
+    merge: ServiceTime
+    send_s: float
+    num_cores: float
+
+
+def rates(
+    job: Job,
+    evidence: Evidence,
+    replicas: Mapping[str, int],
+    *,
+    embedded: bool,
+    rng: np.random.Generator | None = None,
+) -> Rates:
+    """Fit what tasks take, for so many replicas.
+
+    On the embedded cluster replicas share this machine's cores; elsewhere each is taken to have
+    hardware of its own. More threads are taken to make a replica faster in proportion.
+
+    Args:
+        rng: fit to what might as well have been measured; None: to what was.
+    """
+    planned = with_replicas(job, replicas)
+    specs = agent_specs(planned, embedded=embedded, num_cores=CPU_COUNT)
+    found = {}
+    for agent in job.agents:
+        known = evidence.agents[agent.name]
+        threads = specs[agent.name].threads
+        shares = embedded and known.cores > 0
+        faster = threads / known.threads if shares and known.threads and threads else 1.0
+        found[agent.name] = AgentRates(
+            agent.name,
+            fit(known.tasks, job.task.max_new_tokens, rng).scaled(1 / faster),
+            known.load_s / faster,
+            float(threads or 1) if shares else 0.0,
+        )
+    merges = evidence.merges
+    return Rates(
+        found,
+        fit(merges, job.task.max_new_tokens) if len(merges) else NOTHING,
+        evidence.send_s,
+        float(CPU_COUNT) if embedded else float("inf"),
+    )
+
+
+def with_replicas(job: Job, replicas: Mapping[str, int]) -> Job:
+    """Return the job with so many replicas of each agent."""
+    agents = tuple(
+        agent.model_copy(update={"count": replicas[agent.name], "max_count": None})
+        for agent in job.agents
+    )
+    return job.model_copy(update={"agents": agents})
+
+
+def tokens_asked(known: AgentEvidence, num_records: float, text_tokens: float) -> tuple[int, int]:
+    """Return (prompt tokens, completion tokens) of an agent asked about so much."""
+    tasks = known.tasks
+    columns = np.stack([tasks.num_records, tasks.text_tokens], axis=1)
+    weights = 1 / np.maximum(1.0, tasks.text_tokens + tasks.num_records)
+    asked = np.array([num_records, text_tokens])
+    prompt, completion = (
+        float(nonnegative_least_squares(columns, counts, weights) @ asked)
+        for counts in (known.prompt_tokens, known.completion_tokens)
+    )
+    return round(prompt), round(completion)
+
+
+def other_phases(
+    evidence: Evidence, *, num_partitions: int, num_records: int, read_s: float, num_workers: int
+) -> dict[str, float]:
+    """Return the seconds of all phases but those that a simulation has.
+
+    Args:
+        num_workers: of the embedded cluster; 0: it is the user's, and there already.
+    """
+    found = {
+        name: _by_partitions(
+            [(p, phases[name]) for p, phases in evidence.phases], slope, num_partitions
+        )
+        for name, slope in _PER_PARTITION_S.items()
+        if any(phases[name] for _, phases in evidence.phases)
+    }
+    found[READING] = found.get(READING, 0.0) + read_s + _STAGE_RECORD_S * num_records
+    starts = [phases[STARTING] for _, phases in evidence.phases]
+    if starts:
+        more = (num_workers - evidence.num_workers) * _START_WORKER_S / CPU_COUNT
+        measured = float(np.mean(starts))
+        found[STARTING] = max(measured / 3, measured + more) if num_workers else measured
+    return found
+
+
+def _by_partitions(seen: Sequence[tuple[int, float]], prior: float, num_partitions: int) -> float:
+    """Extrapolate a phase to a number of partitions, never below its constant part."""
+    counts: Floats = np.array([count for count, _ in seen], float)
+    seconds: Floats = np.array([spent for _, spent in seen])
+    slope = prior
+    if counts.max() > counts.min():
+        found = float(np.polyfit(counts, seconds, 1)[0])
+        slope = min(max(found, prior / _AT_MOST), prior * _AT_MOST)
+    constant = max(0.0, float(np.mean(seconds - slope * counts)))
+    return constant + slope * num_partitions

@@ -1,0 +1,116 @@
+"""Measures a job: runs it on a sample of its records, in two sizes of partition."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from distributed import Client
+
+from mas_batch import cluster, pipeline
+from mas_batch.job import Corpus, Job, Output, Partitioning, Routing
+from mas_batch.records import Record
+from mas_batch.results import Run, open_run
+from mas_batch.storage import Store
+
+_PARTITIONS_OF_SAMPLE = 4
+_SMALLER_BY = 4
+"""The second run's partitions, of every second record: what a task costs whatever is in it shows
+only beside tasks of another size."""
+
+
+@contextmanager
+def sampled(
+    job: Job,
+    records: Sequence[Record],
+    client: Client | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[list[Run]]:
+    """Run the job on these records and yield the runs, which are removed in the end.
+
+    Every agent is asked about every record, on as many replicas as the job allows: nothing is
+    stopped early, escalated or asked twice, so that what is measured is what a question takes.
+
+    Args:
+        tell: called with a line for people before each run.
+
+    Raises:
+        MasBatchError: a run of the sample failed, for the reason that the job's own would.
+    """
+    with tempfile.TemporaryDirectory(prefix="mas-batch-plan-") as folder:
+        output = _output(job, client, folder)
+        try:
+            runs = []
+            for number, sizing in enumerate(sizes(job, len(records))):
+                asked = records[:: number + 1]
+                tell(_sentence(job, len(asked), sizing))
+                corpus = Path(folder) / f"sample-{number}.jsonl"
+                corpus.write_text("".join(map(_line, asked)), encoding="utf-8")
+                part = _of_sample(job, corpus, output, sizing, any(r.context for r in asked))
+                runs.append(open_run(pipeline.run(part, client=client).run, output.options))
+            yield runs
+        finally:
+            output.remove_folder("")
+
+
+def sizes(job: Job, num_records: int) -> list[Partitioning]:
+    """Return the sizes of the sample's partitions: the job's where that gives several, and less."""
+    own = job.partition
+    large = max(1, min(own.max_records, num_records // _PARTITIONS_OF_SAMPLE))
+    small = max(1, large // _SMALLER_BY)
+    found = [own.model_copy(update={"max_records": large})]
+    if small < large:
+        tokens = max(1, own.max_tokens // _SMALLER_BY)
+        found.append(Partitioning(max_tokens=tokens, max_records=small))
+    return found
+
+
+def _of_sample(
+    job: Job, corpus: Path, output: Store, sizing: Partitioning, with_context: bool
+) -> Job:
+    context = "context" if with_context else None
+    routing = Routing(
+        window=job.routing.window,
+        timeout_s=job.routing.timeout_s,
+        max_attempts=job.routing.max_attempts,
+        speculate=False,
+    )
+    agents = tuple(
+        agent.model_copy(update={"count": agent.most, "max_count": None}) for agent in job.agents
+    )
+    return job.model_copy(
+        update={
+            "corpus": Corpus(path=(str(corpus),), id="id", context=context),
+            "agents": agents,
+            "routing": routing,
+            "merge": job.merge.model_copy(update={"history": None}),
+            "partition": sizing,
+            "since": None,
+            "output": Output(
+                path=output.url, storage_options=dict(output.options), max_failed_fraction=1.0
+            ),
+        }
+    )
+
+
+def _output(job: Job, client: Client | None, folder: str) -> Store:
+    """Return a folder that the job's workers can write to: on a user's cluster, near the runs."""
+    if cluster.is_embedded(job.cluster, client or cluster.current_client()):
+        return Store(f"{folder}/runs")
+    return Store(job.output.path, job.output.storage_options).child(f"plan-{uuid.uuid4().hex}")
+
+
+def _line(record: Record) -> str:
+    row = {"id": record.record_id, "text": record.text}
+    if record.context:
+        row["context"] = record.context
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _sentence(job: Job, num_records: int, sizing: Partitioning) -> str:
+    agents = f"{len(job.agents)} agents" if len(job.agents) > 1 else "the agent"
+    return f"asking {agents} about {num_records} records in partitions of {sizing.max_records}"

@@ -1,0 +1,541 @@
+"""The planner: fits that find what is there, a simulator that conserves work, and real runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from distributed import Client
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mas_batch import pipeline
+from mas_batch.cli import main
+from mas_batch.errors import JobError, RunError
+from mas_batch.job import Job, Partitioning
+from mas_batch.latency.model import (
+    Tasks,
+    fit,
+    nonnegative_least_squares,
+    waits,
+    work_done,
+)
+from mas_batch.latency.phases import COUNTING, READING
+from mas_batch.latency.simulate import Clock, Costs, Simulation, Worker
+from mas_batch.partition import partition
+from mas_batch.planning import parse_deadline, parse_replicas, plan
+from mas_batch.planning.evidence import AgentEvidence, Evidence
+from mas_batch.planning.forecast import MAX_SIMULATED, Forecaster, Setting, busy_fractions
+from mas_batch.planning.planner import compare_settings
+from mas_batch.planning.rates import other_phases
+from mas_batch.planning.sampling import sizes
+from mas_batch.planning.survey import Cut, Survey, survey
+from mas_batch.records import Record
+from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.instructions import Rules, Work
+from mas_batch.routing.policies import POLICIES
+
+MakeJob = Callable[..., Job]
+SECONDS = st.floats(0.01, 100.0)
+
+
+def tasks_of(rows: list[tuple[float, float, float]], first: int = 0) -> Tasks:
+    table = np.array(rows, float).reshape(-1, 3)
+    is_first = np.arange(len(rows)) < first
+    return Tasks(table[:, 0], table[:, 1], table[:, 2], is_first)
+
+
+# --- Fits
+
+
+@given(st.floats(0.0, 5.0), st.floats(0.01, 1.0), st.floats(0.001, 0.1), st.integers(0, 2**32 - 1))
+def test_a_fit_finds_the_coefficients_under_noise(
+    own: float, record: float, token: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    records = rng.integers(1, 64, 300).astype(float)
+    tokens = records * rng.uniform(5, 100, 300)
+    exact = own + record * records + token * tokens
+    none = np.zeros(300, np.bool_)
+    found = fit(Tasks(records, tokens, exact, none), 16)
+    known = (found.per_task_s, found.per_record_s, found.per_token_s)
+    assert known == pytest.approx((own, record, token), rel=1e-3, abs=1e-3)
+    noisy = fit(Tasks(records, tokens, exact * rng.uniform(0.9, 1.1, 300), none), 16)
+    for n in (8, 32, 64):
+        assert noisy.seconds(n, 50 * n) == pytest.approx(
+            own + record * n + token * 50 * n, rel=0.05
+        )
+    assert np.mean(noisy.spread) == pytest.approx(1.0)
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=30), st.integers(1, 64), st.floats(1.0, 1000.0))
+def test_equal_tasks_take_the_ratio_of_the_sums(
+    seconds: list[float], records: int, tokens: float
+) -> None:
+    found = fit(tasks_of([(records, tokens, spent) for spent in seconds]), 16)
+    assert found.per_task_s == 0.0
+    assert found.seconds(2 * records, 2 * tokens) == pytest.approx(2 * np.mean(seconds))
+
+
+def test_a_workers_first_task_is_told_apart() -> None:
+    rows = [(8, 80, 9.0)] + [(8, 80, 2.0)] * 4 + [(2, 20, 0.5)] * 4
+    found = fit(tasks_of(rows, first=1), 16)
+    assert found.seconds(8, 80) == pytest.approx(2.0)
+    assert found.first_s == pytest.approx(7.0)
+    # With hardly any other, the first ones are all there is.
+    assert fit(tasks_of(rows[:3], first=1), 16).seconds(8, 80) == pytest.approx(13 / 3)
+
+
+def test_coefficients_are_never_negative() -> None:
+    columns = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    found = nonnegative_least_squares(columns, np.array([3.0, 2.0, 1.0]), np.ones(3))
+    assert found.tolist() == [pytest.approx(2.0), 0.0]
+    assert nonnegative_least_squares(columns, -np.ones(3), np.ones(3)).tolist() == [0.0, 0.0]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 20), st.floats(0.1, 10)), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
+def test_sharing_cores_is_undone(tasks: list[tuple[float, float]], num_cores: int) -> None:
+    """Work done on the simulator's shared machine is found again from when it began and ended."""
+    clock, ends = Clock(num_cores), {}
+
+    def begin(index: int, work_s: float) -> None:
+        clock.work(work_s, 1.0, lambda: ends.update({index: clock.now}))
+
+    for index, (start, work_s) in enumerate(tasks):
+        clock.at(start, lambda i=index, w=work_s: begin(i, w))
+    while clock.num_events:
+        clock.step()
+    starts = np.array([start for start, _ in tasks])
+    found = work_done(
+        starts, np.array([ends[i] for i in range(len(tasks))]), np.ones(len(tasks)), num_cores
+    )
+    assert found == pytest.approx([work_s for _, work_s in tasks], rel=1e-6, abs=1e-6)
+
+
+def test_what_needs_no_core_is_not_slowed() -> None:
+    both = np.zeros(3), np.full(3, 6.0)
+    assert work_done(*both, np.array([0.0, 2.0, 2.0]), 2).tolist() == [6.0, 3.0, 3.0]
+
+
+def test_waiting_for_a_busy_worker_is_no_lag() -> None:
+    sent, heard = np.array([0.0, 0.1, 5.0]), np.array([1.2, 2.3, 6.5])
+    assert waits(sent, heard, np.array([1.0, 1.0, 1.0])) == pytest.approx([0.2, 0.1, 0.5])
+
+
+# --- The simulator
+
+
+def simulate(
+    seconds: list[float],
+    num_workers: int,
+    *,
+    cores: float = 0.0,
+    num_cores: float = 1e9,
+    **rules: Any,
+) -> Any:
+    plan = [Work(i, max(1, round(100 * spent))) for i, spent in enumerate(seconds)]
+    dispatcher = Dispatcher(
+        {"a": 1}, Rules(1, **rules), POLICIES["least-loaded"](), plan, len(plan)
+    )
+    costs = Costs(
+        answer_s=lambda worker, ask, share: seconds[ask.partition],
+        merge_s=lambda partition: 0.0,
+        num_cores=num_cores,
+    )
+    workers = [Worker(f"a-{i}", "a", cores=cores) for i in range(num_workers)]
+    return Simulation(dispatcher, workers, costs, samples={"a": 1}).run()
+
+
+WORK = st.lists(SECONDS, min_size=1, max_size=30)
+
+
+@given(WORK, st.integers(1, 5))
+def test_work_is_conserved(seconds: list[float], num_workers: int) -> None:
+    history = simulate(seconds, num_workers, speculate=False)
+    assert sum(history.busy_s.values()) == pytest.approx(sum(seconds))
+    bound = max([sum(seconds) / num_workers, *seconds])
+    assert bound * (1 - 1e-9) <= history.makespan_s <= bound + max(seconds) * (1 + 1e-9)
+
+
+@given(WORK, st.integers(1, 4))
+def test_more_replicas_are_not_slower_than_list_scheduling_allows(
+    seconds: list[float], num_workers: int
+) -> None:
+    fewer, more = simulate(seconds, num_workers), simulate(seconds, num_workers + 1)
+    # Graham's anomaly: a list schedule may lose at most the longest task by a further worker.
+    assert more.makespan_s <= fewer.makespan_s + max(seconds)
+    equal = [1.0] * len(seconds)
+    assert simulate(equal, num_workers + 1).makespan_s <= simulate(equal, num_workers).makespan_s
+
+
+@given(WORK, st.integers(2, 5))
+def test_a_shared_core_works_no_faster_for_more_replicas(
+    seconds: list[float], num_workers: int
+) -> None:
+    history = simulate(seconds, num_workers, cores=1.0, num_cores=1.0, speculate=False)
+    assert history.makespan_s == pytest.approx(sum(seconds))
+
+
+def test_a_run_without_workers_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="without workers"):
+        simulate([1.0], 0)
+
+
+# --- The survey
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=120), st.integers(1, 20))
+def test_every_size_is_cut_as_a_run_would(lengths: list[int], num_sampled: int) -> None:
+    from mas_batch.planning import survey as module
+
+    records = [Record(str(i), "x" * n if n else None) for i, n in enumerate(lengths)]
+    sizings = [
+        Partitioning(max_tokens=t, max_records=n) for t, n in ((200, 8), (50, 2), (4000, 64))
+    ]
+    for sizing, cut in zip(sizings, module._cut(iter(records), sizings, 5), strict=True):
+        limits = {"max_tokens": sizing.max_tokens, "max_records": sizing.max_records}
+        parts = list(partition(records, **limits, tokens_per_record=5))
+        usable = [sum(r.text is not None for r in part.records) for part in parts]
+        assert cut.num_records.tolist() == usable
+        assert (cut.text_tokens + 5 * cut.num_records).tolist() == [
+            part.estimated_tokens for part in parts
+        ]
+    sample = module._EvenlySpaced[int](num_sampled)
+    for number in range(len(lengths)):
+        sample.offer(number)
+    chosen = sample.chosen()
+    assert len(chosen) == min(num_sampled, len(lengths))
+    assert sorted(set(chosen)) == chosen
+    gaps = np.diff(chosen)
+    assert not len(gaps) or gaps.max() <= 2 * gaps.min() + 1
+
+
+def test_nothing_to_ask_about_is_an_error(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(rows=[{"id": "r", "text": "   "}])
+    with pytest.raises(JobError, match="none of its 1 records is usable"):
+        survey(job, [job.partition], 4)
+    (tmp_path / "corpus.jsonl").write_text("")
+    with pytest.raises(JobError, match="holds no records"):
+        plan(job)
+
+
+def test_a_sample_has_several_partitions_in_two_sizes(make_job: MakeJob) -> None:
+    job = make_job(partition={"max_records": 256})
+    assert [s.max_records for s in sizes(job, 64)] == [16, 4]
+    assert [s.max_records for s in sizes(job, 3)] == [1]
+
+
+# --- Forecasts
+
+
+def evidence_of(seconds_per_record: dict[str, float], cores: float = 0.0) -> Evidence:
+    tasks = {
+        name: tasks_of([(n, 10.0 * n, 0.1 + each * n) for n in (2, 4, 8) for _ in range(6)])
+        for name, each in seconds_per_record.items()
+    }
+    agents = {
+        name: AgentEvidence(
+            tasks=rows,
+            prompt_tokens=rows.text_tokens + 3 * rows.num_records,
+            completion_tokens=7 * rows.num_records,
+            parts_s={"compute": 3.0, "transfer": 1.0, "process": 0.0},
+            load_s=0.5,
+            threads=1,
+            cores=cores,
+            peak_memory_bytes=2**20,
+            failed_fraction=0.0,
+        )
+        for name, rows in tasks.items()
+    }
+    phases = ((4, {READING: 0.1, COUNTING: 0.5}), (16, {READING: 0.2, COUNTING: 0.6}))
+    whole = tuple(
+        (p, dict.fromkeys(("starting", "learning", "publishing"), 0.0) | f) for p, f in phases
+    )
+    return Evidence("test", agents, tasks_of([(8, 80, 0.01)]), whole, 0.005, 2, 8)
+
+
+def forecaster_of(
+    job: Job,
+    evidence: Evidence,
+    num_partitions: int = 40,
+    undecided: Any = None,
+    escalated: float = 0.0,
+) -> Forecaster:
+    records = np.full(num_partitions, 8.0)
+    cuts = (Cut(job.partition, records, 10 * records),)
+    seen = Survey(8 * num_partitions, 8 * num_partitions, 0.0, cuts, ())
+    return Forecaster(job, evidence, seen, undecided or {}, escalated, embedded=False)
+
+
+def setting_of(forecaster: Forecaster, **replicas: int) -> Setting:
+    return Setting(forecaster.survey.cuts[0], replicas, forecaster.job.routing.policy)
+
+
+def test_tokens_and_time_add_up(make_job: MakeJob) -> None:
+    forecaster = forecaster_of(make_job(), evidence_of({"strong": 0.2, "weak": 0.1}))
+    outcome = forecaster.simulate(setting_of(forecaster, strong=1, weak=1), None)
+    # 40 partitions of 8 records: 0.1 s + 8 · 0.2 s each, and the lag of asking.
+    assert outcome.phases["answering"] == pytest.approx(40 * 1.7, rel=0.02)
+    assert forecaster.tokens(outcome, "weak") == (320 * 13, 320 * 7)
+    parts = forecaster.parts_s(outcome, "strong")
+    assert parts["compute_s"] == pytest.approx(40 * 1.7 * 0.75, rel=0.01)
+
+
+@settings(max_examples=15)
+@given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.integers(1, 4))
+def test_more_replicas_are_never_predicted_slower(strong: float, weak: float, count: int) -> None:
+    job = base_job()
+    forecaster = forecaster_of(job, evidence_of({"strong": strong, "weak": weak}))
+    seconds = [
+        forecaster.simulate(setting_of(forecaster, strong=n, weak=n), None).duration_s
+        for n in (count, count + 1)
+    ]
+    assert seconds[1] <= 1.02 * seconds[0]
+
+
+def test_long_runs_go_on_at_the_rate_of_their_middle(make_job: MakeJob) -> None:
+    evidence, few, many = evidence_of({"strong": 0.2, "weak": 0.1}), 400, 10 * MAX_SIMULATED
+    seconds = []
+    for count in (few, many):
+        forecaster = forecaster_of(make_job(), evidence, count)
+        outcome = forecaster.simulate(setting_of(forecaster, strong=2, weak=2), None)
+        seconds.append(outcome.phases["answering"] / count)
+        assert outcome.shares["weak"].num_records == pytest.approx(8 * count)
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.02)
+
+
+def test_undecided_records_go_on_in_proportion(make_job: MakeJob) -> None:
+    routing = {"adaptive": {"first": 1}, "answers_per_record": 2, "policy": "capability"}
+    job = make_job(routing=routing)
+    forecaster = forecaster_of(
+        job, evidence_of({"strong": 0.2, "weak": 0.1}), 200, undecided={1: 0.25}
+    )
+    outcome = forecaster.simulate(setting_of(forecaster, strong=1, weak=1), None)
+    asked = sum(share.num_records for share in outcome.shares.values())
+    assert asked == pytest.approx(1600 * 1.25, rel=0.05)
+
+
+def test_escalated_records_come_after_all_others(make_job: MakeJob) -> None:
+    job = make_job(routing={"escalate": {"agent": "strong", "fraction": 0.5}})
+    evidence = evidence_of({"strong": 0.2, "weak": 0.1})
+    forecaster = forecaster_of(job, evidence, escalated=0.5)
+    setting = setting_of(forecaster, strong=1, weak=1)
+    outcome = forecaster.simulate(setting, None)
+    assert {name: share.num_records for name, share in outcome.shares.items()} == {
+        "strong": 160, "weak": 320,
+    }  # fmt: skip
+    # One pass after the other, each a task of 0.1 s and more per partition.
+    expected = 40 * (0.1 + 8 * 0.1) + 40 * (0.1 + 4 * 0.2)
+    assert outcome.phases["answering"] == pytest.approx(expected, rel=0.03)
+    assert outcome.phases["first model"] == 1.0
+    busy = busy_fractions(setting, outcome)
+    assert sum(busy.values()) == pytest.approx(1.0, abs=0.05)
+    whole = outcome.history.asking_s + outcome.history.loaded_s
+    assert max(outcome.history.ended_s.values()) == pytest.approx(whole, rel=0.01)
+
+
+def test_phases_grow_with_partitions_and_never_below_their_constant() -> None:
+    evidence = evidence_of({"a": 0.1})
+    found = other_phases(evidence, num_partitions=100, num_records=0, read_s=2.0, num_workers=0)
+    assert found[COUNTING] == pytest.approx(0.467 + 100 / 120, rel=0.01)
+    assert found[READING] > 2.0
+
+
+def base_job(**sections: Any) -> Job:
+    from mas_batch.job_file import check_job
+
+    agents = [{"name": name, "model": f"echo:{name}"} for name in ("strong", "weak")]
+    return check_job(
+        {
+            "name": "test",
+            "corpus": {"path": "nowhere.jsonl"},
+            "task": {"kind": "summarize", "max_new_tokens": 8},
+            "agents": agents,
+            "merge": {"method": "vote"},
+            "output": {"path": "nowhere"},
+            **sections,
+        }
+    )
+
+
+@settings(max_examples=4)
+@given(st.lists(st.floats(5.0, 60.0), min_size=2, max_size=3))
+def test_a_later_deadline_never_needs_more_replicas(deadlines: list[float]) -> None:
+    forecaster = forecaster_of(base_job(), evidence_of({"strong": 0.2, "weak": 0.1}), 12)
+    found = [
+        compare_settings(forecaster, (1, 3), deadline_s=deadline).recommendation
+        for deadline in sorted(deadlines)
+    ]
+    for sooner, later in pairwise(found):
+        assert sooner.meets_deadline <= later.meets_deadline
+        if sooner.meets_deadline:
+            assert later.option.total <= sooner.option.total
+    for deadline, each in zip(sorted(deadlines), found, strict=True):
+        assert each.meets_deadline == (each.option.duration.p90_s <= deadline)
+
+
+def test_the_bottleneck_is_named(make_job: MakeJob) -> None:
+    job = make_job()
+
+    def named(forecaster: Forecaster) -> tuple[str, str | None]:
+        found = compare_settings(forecaster, (1, 1)).bottleneck
+        return found.kind, found.agent_id
+
+    slow = evidence_of({"strong": 1.0, "weak": 0.1})
+    assert named(forecaster_of(job, slow)) == ("agent", "strong")
+    quick = evidence_of({"strong": 1e-5, "weak": 1e-5})
+    assert named(forecaster_of(job, quick, 3))[0] == "start"
+    tail = make_job(agents=[{"name": "strong", "model": "echo", "count": 2}])
+    assert named(forecaster_of(tail, slow, 3)) == ("tail", "strong")
+
+
+# --- Real runs
+
+
+def slow_agents(**more: Any) -> list[dict[str, Any]]:
+    """Agents whose time is all sleep, so that a busy machine changes little."""
+    return [
+        {
+            "name": name,
+            "model": f"echo:{name}",
+            "capabilities": ["summarize", name],
+            "options": {"seconds_per_batch": seconds},
+            **more,
+        }
+        for name, seconds in (("strong", 0.3), ("weak", 0.1))
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_a_sampled_plan_is_near_the_run(
+    make_job: MakeJob, cluster_client: Client, tmp_path: Path
+) -> None:
+    rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(60)]
+    job = make_job(rows=rows, agents=slow_agents(), partition={"max_records": 3})
+    planned = plan(job, num_sampled=16, client=cluster_client, replicas=(1, 2))
+    assert not list((tmp_path / "runs").glob("*")), "the sample is removed"
+    summary = pipeline.run(job, client=cluster_client)
+    # 20 partitions of 0.3 s, and what committing them takes on a machine that others use too.
+    assert 6.0 <= planned.phases["answering"] <= 18.0
+    measured_s = summary.manifest["latency"]["phases"]["answering"]
+    assert 0.5 <= planned.phases["answering"] / measured_s <= 2.0
+    by_agent = {agent.agent_id: agent for agent in planned.agents}
+    for told in summary.manifest["agents"]:
+        assert by_agent[told["agent_id"]].answers == told["answers"] == 60
+        tokens = by_agent[told["agent_id"]].completion_tokens
+        assert tokens == pytest.approx(told["completion_tokens"], rel=0.1)
+    assert planned.bottleneck.agent_id == "strong"
+    # A run is learned from as well, and needs no further one.
+    again = plan(job, former=summary.run, client=cluster_client)
+    assert again.measuring_s == 0
+    assert again.phases["answering"] == pytest.approx(measured_s, rel=0.3)
+    other = make_job(agents=[{"name": "strong", "model": "echo:other"}])
+    with pytest.raises(JobError, match=r"'strong' with model 'echo:other'.*weak \(echo:weak\)"):
+        plan(other, former=summary.run, client=cluster_client)
+
+
+def test_an_adaptive_plan_counts_who_goes_on(make_job: MakeJob, cluster_client: Client) -> None:
+    labels = ["red", "green"]
+    agents = [
+        {
+            "name": name,
+            "model": f"echo:{name}",
+            "capabilities": ["classify", name],
+            "options": {"labels": labels},
+        }
+        for name in ("strong", "weak")
+    ]
+    job = make_job(
+        agents=agents,
+        task={"kind": "classify", "labels": labels, "max_new_tokens": 2},
+        routing={"adaptive": {"first": 1, "confidence": 0.9}, "answers_per_record": 2},
+    )
+    planned = plan(job, num_sampled=8, client=cluster_client)
+    # One answer is never sure: every record goes on.
+    assert sum(agent.answers for agent in planned.agents) == 40
+    job = make_job(
+        agents=agents,
+        task={"kind": "classify", "labels": labels, "max_new_tokens": 2},
+        merge={"method": "weighted", "accuracies": {"strong": 0.95, "weak": 0.95}},
+        routing={"adaptive": {"first": 1, "confidence": 0.9}, "answers_per_record": 2},
+    )
+    planned = plan(job, num_sampled=8, client=cluster_client)
+    assert sum(agent.answers for agent in planned.agents) == 20
+
+
+def test_a_run_without_a_ledger_is_an_error(
+    make_job: MakeJob, cluster_client: Client, tmp_path: Path
+) -> None:
+    job = make_job()
+    run = pipeline.run(job, client=cluster_client).run
+    for file in (Path(run) / "ledger").iterdir():
+        file.unlink()
+    with pytest.raises(RunError, match="has no ledger"):
+        plan(job, former=run, client=cluster_client)
+    result = CliRunner().invoke(main, ["plan", str(job_file(job, tmp_path)), "--from", run])
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+# --- The command
+
+
+def job_file(job: Job, folder: Path) -> Path:
+    import yaml
+
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json")))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--deadline", "soon"],
+            "--deadline: 'soon' is not a time; allowed: such as 2h, 90m, 3600",
+        ),
+        (["--deadline", "0"], "--deadline"),
+        (["--replicas", "8-1"], "--replicas: '8-1' is not allowed"),
+        (["--set", "corpus.path=nowhere"], "corpus.path"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    options: list[str], words: str, make_job: MakeJob, tmp_path: Path
+) -> None:
+    file = job_file(make_job(), tmp_path)
+    result = CliRunner().invoke(main, ["plan", str(file), *options])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+
+
+def test_times_and_numbers_are_read() -> None:
+    assert [parse_deadline(text) for text in ("2h", "90m", "3600", "1.5 hours")] == [
+        7200.0, 5400.0, 3600.0, 5400.0,
+    ]  # fmt: skip
+    assert [parse_replicas(text) for text in ("4", "1-8")] == [(4, 4), (1, 8)]
+
+
+def test_the_command_prints_a_table_and_json(
+    make_job: MakeJob, cluster_client: Client, tmp_path: Path
+) -> None:
+    job = make_job(agents=slow_agents())
+    run = pipeline.run(job, client=cluster_client).run
+    command = ["plan", str(job_file(job, tmp_path)), "--from", run, "--deadline", "1h"]
+    told = CliRunner().invoke(main, command)
+    assert told.exit_code == 0, told.output
+    for words in ("expected:", "bottleneck:", "Replicas", "recommended:", "strong"):
+        assert words in told.stdout
+    facts = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert facts["recommendation"]["meets_deadline"] is True
+    assert facts["own"]["duration"]["p10_s"] <= facts["own"]["duration"]["p90_s"]
+    assert facts["total_memory_bytes"] > 0
