@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mas_batch import pipeline
 from mas_batch.errors import RunError
 from mas_batch.job import Job
-from mas_batch.monitor.dashboard.plugin import NAME, AgentsDashboard
+from mas_batch.monitor.dashboard.plugin import AgentsDashboard
 from mas_batch.monitor.events import Event, PartitionAnswered
 from tests.clusters import cluster_of
 
@@ -235,24 +235,49 @@ SUMMARY = f"({MODELS}.find(m => m.type == 'Div')?.text ?? '')"
 # Schedulers that will not have us
 
 
-def test_a_scheduler_that_lets_no_plugin_in_is_fed_nothing_and_the_run_goes_on(
-    make_job: MakeJob, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mas_batch.monitor.dashboard import plugin
-
-    async def refuse(self: Any, scheduler: Any) -> None:
-        raise ImportError("No module named 'mas_batch'")
-
-    monkeypatch.setattr(plugin.AgentsDashboard, "start", refuse)
-    with cluster_of(WORKERS) as cluster, Client(cluster) as client:
-        client.wait_for_workers(len(WORKERS))
-        with caplog.at_level(logging.DEBUG, logger="mas_batch.monitor.feed"):
-            summary = pipeline.run(make_job(), client=client)
-        assert NAME not in cluster.scheduler.plugins
-    assert summary.manifest["counts"]["results"] == 20
-    assert [r.message for r in caplog.records if r.name == "mas_batch.monitor.feed"] == [
-        "the scheduler shows no agents: No module named 'mas_batch'"
+@contextmanager
+def scheduler_process(folder: Path, preload: str) -> Iterator[str]:
+    """A scheduler by `dask scheduler --preload`; yields the file that names its address."""
+    file = folder / "scheduler.json"
+    command = [
+        *(sys.executable, "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(file)),
+        *("--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"),
+        *("--preload", preload),
     ]
+    with (folder / "scheduler.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_for(file.exists)
+        yield str(file)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_scheduler_with_an_older_package_is_fed_nothing_and_the_run_goes_on(
+    make_job: MakeJob, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    older = tmp_path / "older.py"
+    older.write_text("import sys; sys.modules['mas_batch.monitor.dashboard'] = None")
+
+    async def start(address: str) -> list[Worker]:
+        return [await Worker(address, **each["options"]) for each in WORKERS.values()]
+
+    async def stop(workers: list[Worker]) -> None:
+        await asyncio.gather(*(worker.close() for worker in workers))
+
+    with (
+        scheduler_process(tmp_path, str(older)) as file,
+        Client(scheduler_file=file, timeout=60) as client,
+        caplog.at_level(logging.DEBUG, logger="mas_batch.monitor.feed"),
+    ):
+        workers = client.sync(start, client.scheduler.address)
+        summary = pipeline.run(make_job(), client=client)
+        client.sync(stop, workers)
+    assert summary.manifest["counts"]["results"] == 20
+    (said,) = [r.message for r in caplog.records if r.name == "mas_batch.monitor.feed"]
+    assert said.startswith("the scheduler shows no agents: ")
+    assert "mas_batch.monitor.dashboard" in said
 
 
 def test_a_scheduler_that_does_not_answer_for_a_while_gets_the_state_later(
@@ -263,13 +288,15 @@ def test_a_scheduler_that_does_not_answer_for_a_while_gets_the_state_later(
 
     client, base = dashboard
     taken = plugin.AgentsDashboard.receive
-    calls = []
+    calls: list[bytes] = []
 
     def lose(self: Any, version: int, data: bytes) -> Any:
-        calls.append(len(calls))
-        if len(calls) in (2, 3):  # it has taken the one, but not the other, and answers neither
-            reply = taken(self, version, data) if len(calls) == 2 else None
-            return asyncio.sleep(2, reply)
+        last_words = b"RunFinished" in data and not any(b"RunFinished" in each for each in calls)
+        calls.append(data)
+        if len(calls) == 2:  # it has taken it, but does not answer
+            return asyncio.sleep(2, taken(self, version, data))
+        if len(calls) == 3 or last_words:
+            return asyncio.sleep(2)
         return taken(self, version, data)
 
     monkeypatch.setattr(feed, "_CALL_S", 0.3)
@@ -282,27 +309,15 @@ def test_a_scheduler_that_does_not_answer_for_a_while_gets_the_state_later(
     assert {agent["answers"] for agent in run["agents"]} == {20}
 
 
-def test_a_scheduler_of_its_own_process_with_the_preload(make_job: MakeJob, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
-        *("--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"),
-        *("--scheduler-file", str(tmp_path / "scheduler.json")),
-        *("--preload", "mas_batch.monitor.preload"),
-    ]
-    log = tmp_path / "scheduler.log"
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ})
-    try:
-        wait_for((tmp_path / "scheduler.json").exists)
-        with Client(scheduler_file=str(tmp_path / "scheduler.json"), timeout=60) as client:
-            port = client.scheduler_info()["services"]["dashboard"]
-            base = f"http://127.0.0.1:{port}"
-            assert json.loads(fetch(f"{base}/agents.json"))["runs"] == []
-            assert "mas_batch_run_records" in fetch(f"{base}/metrics")
-            plots = json.loads(fetch(f"{base}/individual-plots.json"))
-            assert "/individual-agent-routing" in plots.values()
-            assert 'href="agents"' in fetch(f"{base}/agents")
-    finally:
-        process.terminate()
-        process.wait(30)
-    assert "Traceback" not in log.read_text()
+def test_a_scheduler_of_its_own_process_with_the_preload(tmp_path: Path) -> None:
+    with (
+        scheduler_process(tmp_path, "mas_batch.monitor.preload") as file,
+        Client(scheduler_file=file, timeout=60) as client,
+    ):
+        base = f"http://127.0.0.1:{client.scheduler_info()['services']['dashboard']}"
+        assert json.loads(fetch(f"{base}/agents.json"))["runs"] == []
+        assert "mas_batch_run_records" in fetch(f"{base}/metrics")
+        plots = json.loads(fetch(f"{base}/individual-plots.json"))
+        assert "/individual-agent-routing" in plots.values()
+        assert 'href="agents"' in fetch(f"{base}/agents")
+    assert "Traceback" not in (tmp_path / "scheduler.log").read_text()

@@ -195,6 +195,14 @@ def test_a_dict_makes_a_job() -> None:
     assert job.capabilities(job.agents[0]) == {"classify": 1.0, "GPU": 1}
 
 
+def test_a_number_among_the_options_is_no_secret(job_file: Path) -> None:
+    one = "agents=[{name: a, model: echo, options: {%s: %s}}]"
+    job = load_job(job_file, [one % ("seconds_per_token", "0.1")])
+    assert job.agents[0].options == {"seconds_per_token": 0.1}
+    with pytest.raises(JobError, match="a secret has no place in a job"):
+        load_job(job_file, [one % ("auth_token", "abc")])
+
+
 @pytest.mark.parametrize("file", sorted(Path("jobs").glob("*.yaml")), ids=lambda file: file.name)
 def test_the_shipped_jobs_are_valid(file: Path) -> None:
     assert load_job(file).name

@@ -258,10 +258,11 @@ def test_events_of_another_version_do_no_harm() -> None:
 
 
 def test_long_and_unencodable_texts_are_sent_all_the_same() -> None:
-    event = slim(AgentLost("a", "a-0", "\udc80" + "x" * 10_000))
+    lost = "\udc80 \x1b[2J s3://user:secret@bucket/ " + "x" * 10_000
+    event = slim(AgentLost("a", "a-0", lost))
     assert isinstance(event, AgentLost)
     assert len(event.message) == MAX_TEXT
-    assert event.message.startswith("?x")
+    assert event.message.startswith("? \\x1b[2J s3://bucket/ x")
     run = new_run()
     assert board_takes(run, event)
     many = {f"w{n}": {"in_flight": 1.0} for n in range(1000)}

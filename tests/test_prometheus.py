@@ -140,7 +140,7 @@ def test_every_rule_names_metrics_that_exist_and_fires_when_it_should() -> None:
         assert alert, f"no test has {rule['alert']} fire"
 
 
-def test_dashboards_and_rules_use_only_metrics_that_we_serve() -> None:
+def test_panels_rules_and_docs_name_the_metrics_that_we_serve() -> None:
     from mas_batch.monitor.board import Board
     from mas_batch.monitor.dashboard.metrics import families
 
@@ -148,6 +148,8 @@ def test_dashboards_and_rules_use_only_metrics_that_we_serve() -> None:
     for family in families(Board(), 0.0):
         served.add(family.name + "_total" * (family.type == "counter"))
     files = [*PANELS, DASHBOARDS / "alerts.yaml", DASHBOARDS / "alerts_test.yaml"]
+    documented = DASHBOARDS.parent / "docs" / "dashboards.md"
+    assert served == set(re.findall(r"`(mas_batch_\w+)`", documented.read_text()))
     for file in files:
         used = set(re.findall(r"\bmas_batch_\w+", file.read_text())) - {"mas_batch"}
         assert used <= served, f"{file.name}: {used - served}"

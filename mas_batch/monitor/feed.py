@@ -20,7 +20,7 @@ from mas_batch.monitor.dashboard.plugin import HANDLER, AgentsDashboard
 from mas_batch.monitor.events import Event
 from mas_batch.monitor.fleet import LiveAgent
 from mas_batch.monitor.live import LiveRun
-from mas_batch.monitor.messages import VERSION, Message, slim
+from mas_batch.monitor.messages import VERSION, Message, plain, slim
 from mas_batch.monitor.rings import History
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def introduce(job: Job, name: str, execution: str, at: float) -> LiveRun:
     agents = {
         agent.name: LiveAgent(
             agent.name,
-            model=agent.model,
+            model=plain(agent.model),
             capabilities=list(agent.capabilities or (job.task.kind,)),
             num_wanted=agent.count,
         )
@@ -72,7 +72,7 @@ class Feed:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self._failed = f"{type(error).__name__}: {error}"
+            self._failed = plain(f"{type(error).__name__}: {error}")
         self._closing = True
         self._wake.set()
         self._thread.join(_LAST_WORDS_S)
@@ -93,7 +93,9 @@ class Feed:
                 self._wake.clear()
                 self._send()
             self._send()
-        except Exception as error:  # a scheduler that has not our package, or lets no plugin in
+            if self._state_wanted:  # the last words were not heard
+                self._send()
+        except Exception as error:  # a scheduler with an older package, or that lets no plugin in
             logger.debug("the scheduler shows no agents: %s", error)
         finally:
             self._given_up = True

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from mas_batch.monitor import events as kinds
 from mas_batch.monitor.events import AgentReady, Event, PartitionAsked, RunStarted
 from mas_batch.monitor.live import LiveRun
+from mas_batch.safe_text import printable, without_credentials
 
 VERSION = 1
 """Of the message and of `LiveRun`; a scheduler with another one takes nothing."""
@@ -55,25 +56,24 @@ _MESSAGE = TypeAdapter(Message)
 
 
 def slim(event: Event) -> Event:
-    """Return the event without what the fold has no use for, its texts short and encodable."""
+    """Return the event without what the fold has no use for, its texts made `plain`."""
     values = ((f.name, getattr(event, f.name)) for f in fields(event))
-    texts: dict[str, Any] = {
-        name: _short(value) for name, value in values if isinstance(value, str)
-    }
+    texts: dict[str, Any] = {name: plain(value) for name, value in values if isinstance(value, str)}
     match event:
         case PartitionAsked():
             return replace(event, **texts, candidates={})
         case AgentReady():
-            facts = {key: _short(str(event.engine.get(key, ""))) for key in ("engine", "device")}
+            facts = {key: plain(str(event.engine.get(key, ""))) for key in ("engine", "device")}
             return replace(event, **texts, engine=facts)
         case RunStarted():
             return replace(event, **texts, earlier_runs=())
     return replace(event, **texts)
 
 
-def _short(text: str) -> str:
-    """A lone surrogate (out of a file's name) has no UTF-8."""
-    return text[:MAX_TEXT].encode(errors="replace").decode()
+def plain(text: str) -> str:
+    """Return a text as anyone may see it on the dashboard: short, and without credentials."""
+    shown = printable(without_credentials(text))[:MAX_TEXT]
+    return shown.encode(errors="replace").decode()  # a lone surrogate, out of a file's name
 
 
 def decode(events: Sequence[tuple[float, dict[str, Any]]]) -> list[tuple[float, Event]]:
