@@ -23,6 +23,7 @@ from distributed import (
     Scheduler,
     Security,
     SpecCluster,
+    WorkerPlugin,
     get_client,
 )
 from distributed.diagnostics import nvml
@@ -142,7 +143,7 @@ def connect(
             if client is None:
                 client = stack.enter_context(_connect_to(job.cluster))
             _host(client, job, topic)
-            stack.callback(_stop_hosting, client, topic)
+            stack.callback(unregister, client, topic)
         yield Connection(client, scaler)
 
 
@@ -269,13 +270,23 @@ def _security(cluster: Cluster) -> Security | None:
 def _host(client: Client, job: Job, topic: str) -> None:
     """Check that every agent has a capable worker, then make the workers able to host models."""
     _wait_for_capable_workers(client, job)
-    if not _ended(client.register_plugin, AgentHost(topic), within_s=_BROADCAST_S):
+    register(client, AgentHost(topic))
+
+
+def register(client: Client, plugin: WorkerPlugin) -> None:
+    """Put a plugin on every worker.
+
+    Raises:
+        RunError: not all of them have answered in time.
+    """
+    if not _ended(client.register_plugin, plugin, within_s=_BROADCAST_S):
         raise RunError(f"not every worker of the cluster has answered within {_BROADCAST_S:g} s")
 
 
-def _stop_hosting(client: Client, topic: str) -> None:
+def unregister(client: Client, plugin: str) -> None:
+    """Take a plugin away from every worker that answers, if the client is still connected."""
     if client.status == "running" and not _ended(
-        client.unregister_worker_plugin, topic, within_s=_BROADCAST_S
+        client.unregister_worker_plugin, plugin, within_s=_BROADCAST_S
     ):
         logger.warning("a worker does not answer: its model stays in memory until it ends")
 

@@ -49,7 +49,12 @@ class Setup:
     """A desk of agents named by letters; their replicas are `a1`, `a2`, …"""
 
     def __init__(
-        self, replicas: Replicas, *addresses: str, max_batch: int = 4, timeout_s: float = 600.0
+        self,
+        replicas: Replicas,
+        *addresses: str,
+        max_batch: int = 4,
+        timeout_s: float = 600.0,
+        max_pending: int = 100,
     ) -> None:
         names = sorted({address[0] for address in addresses})
         agents = [Agent(name=name, model=f"echo:{name}") for name in names]
@@ -57,7 +62,7 @@ class Setup:
         self.dispatch = Dispatch(
             agents, rules, replicas, replicas.suspect, max_batch=max_batch, max_wait_s=0.0
         )
-        self.desk = Desk(self.dispatch, Capability(), VOTE, max_pending=100)
+        self.desk = Desk(self.dispatch, Capability(), VOTE, max_pending=max_pending)
         self.samples = dict.fromkeys(names, 1)
         for address in addresses:
             self.desk.joined(address, address[0], paused=False)
@@ -169,6 +174,49 @@ def test_a_death_is_answered_by_another_replica_each_text_alone() -> None:
         assert {reply.answer for reply in await asyncio.gather(*asked)} == {"a"}
         assert replicas.calls[1][0] == "a2"
         assert replicas.calls[1][1] == ["text 0"], "what was at the dead one comes first, alone"
+
+    run(test)
+
+
+def test_a_worker_whose_connection_was_lost_is_asked_again() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = dies
+        setup = Setup(replicas, "a1")
+        asked = setup.ask()
+        await settle()
+        del replicas.behaviours["a1"]
+        setup.desk.joined("a1", "a", paused=False)  # it lives
+        assert (await asked).answer == "a"
+        assert [address for address, _ in replicas.calls] == ["a1", "a1"]
+
+    run(test)
+
+
+def test_leaving_answers_also_what_waits_for_room() -> None:
+    async def test() -> None:
+        replicas, free = Replicas(), asyncio.Event()
+
+        async def waits() -> str:
+            await free.wait()
+            return "said"
+
+        replicas.behaviours["a1"] = waits
+        setup = Setup(replicas, "a1", max_pending=2)
+        asking = Asking(setup.samples, 1, False, None, 60.0, True, 8)
+        records = [make_record(f"text {i}", None) for i in range(6)]
+        asked = [
+            asyncio.create_task(setup.desk.ask(record, asking, wait_for_room=True))
+            for record in records
+        ]
+        await settle()
+        closing = asyncio.create_task(setup.desk.close(drain=True))
+        await settle()
+        with pytest.raises(PoolClosedError):
+            await setup.ask("late")
+        free.set()
+        assert [reply.answer for reply in await asyncio.gather(*asked)] == ["said"] * 6
+        await closing
 
     run(test)
 

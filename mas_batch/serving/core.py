@@ -123,8 +123,13 @@ class PoolCore:
 
     def close(self, *, drain: bool) -> None:
         """Take no more questions, answer the pending ones or (not `drain`) end them, free all."""
-        if self._is_open:
+        if not self._is_open:
+            return
+        try:
             self.begin(self._desk.close(drain=drain)).result()
+        except PoolClosedError as error:
+            logger.warning("%s before the pool", error)
+        finally:
             self._is_open = False
             self._residence.close()
 
@@ -132,12 +137,16 @@ class PoolCore:
         """Run it on the client's event loop, where everything of the pool runs.
 
         Raises:
-            PoolClosedError: the pool is not open.
+            PoolClosedError: the pool is not open, or its client was closed.
         """
         if not self._is_open:
             work.close()
             raise PoolClosedError("the pool is not open; use it as a context manager")
-        return asyncio.run_coroutine_threadsafe(work, self._residence.loop)
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._residence.loop)
+        except RuntimeError as error:  # the loop of a client that is closed is closed too
+            work.close()
+            raise PoolClosedError("the pool's client was closed") from error
 
     def question(
         self,

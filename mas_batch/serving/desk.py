@@ -55,6 +55,9 @@ class Desk:
             part: Meter() for part in ("queue", "compute", "transfer", "processing", "total")
         }
         self._num_failed = self._num_busy = self._num_hedged = 0
+        self._num_taken = 0  # pending, or waiting for room
+        self._drains = False
+        self._all_settled = asyncio.Event()
 
     async def ask(self, record: Record, asking: Asking, *, wait_for_room: bool = False) -> Reply:
         """Return the merged answer to the record.
@@ -71,9 +74,16 @@ class Desk:
             raise PoolBusyError(
                 f"{self._max_pending} questions are pending, no more are taken (max_pending)"
             )
-        async with self._room:
-            self._check_open()
-            return await self._ask(record, asking)
+        self._num_taken += 1
+        try:
+            async with self._room:
+                if not self._drains:
+                    self._check_open()
+                return await self._ask(record, asking)
+        finally:
+            self._num_taken -= 1
+            if not self._num_taken:
+                self._all_settled.set()
 
     async def _ask(self, record: Record, asking: Asking) -> Reply:
         context = estimate_tokens(record.context) if record.context else 0
@@ -119,18 +129,20 @@ class Desk:
 
     def fail(self, why: str) -> None:
         """End every question now, and take no more."""
-        self._closed = why
+        self._closed, self._drains = why, False
         for task in self._pending.values():
             task.cancel()
 
     async def close(self, *, drain: bool) -> None:
         """Take no more questions; with `drain` answer those that are pending, else end them."""
+        self._drains = drain and not self._closed
         self._closed = self._closed or "the pool is closed"
-        pending = list(self._pending.values())
         if not drain:
-            for task in pending:
+            for task in self._pending.values():
                 task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
+        if self._num_taken:
+            self._all_settled.clear()
+            await self._all_settled.wait()
         self._dispatch.close()
         self._merging.shutdown(wait=False)
 

@@ -264,6 +264,7 @@ class Dispatch:
         """Ask again, each part alone: if one of them is to blame, not with its neighbours."""
         for part in parts:
             part.num_deaths += 1
+            part.tried.discard(address)  # it may only be the connection that is lost
             if not part.leave(address):
                 continue
             if part.num_deaths < _MAX_DEATHS:

@@ -168,9 +168,9 @@ class Residence:
         specs = agent_specs(job, embedded=embedded, num_cores=CPU_COUNT)
         connection = stack.enter_context(cluster.connect(job, specs, topic, self._given))
         client = self._client = connection.client
-        client.register_plugin(TextHost(topic, job.task, specs))
+        cluster.register(client, TextHost(topic, job.task, specs))
         if not embedded:
-            stack.callback(self._if_running, client.unregister_worker_plugin, texts_op(topic))
+            stack.callback(cluster.unregister, client, texts_op(topic))
         self._hosting = Hosting(client, job, self._run, specs, _log, self._watch, _LOST_S)
         self._hosting.listener = self
         client.subscribe_topic(topic, self._on_report)
@@ -237,7 +237,9 @@ class Residence:
 
     def joined(self, address: str, agent_id: str) -> None:
         """A worker holds an agent's model."""
-        if not self._is_near(address):
+        if self._is_near(address):
+            self._proxied.discard(address)
+        else:
             self._proxied.add(address)
         self._tell(self._desk.joined, address, agent_id, self._hosting.is_paused(address))
 
