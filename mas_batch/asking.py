@@ -53,6 +53,7 @@ class Asking:
         client = self.connection.client
         self.emit(_started(client, self.job, ref.store, self.plan, done, self.name))
         if self.specs.keys().isdisjoint(agents):  # an earlier run has answered everything
+            self.phases.begin(ANSWERING)
             self.corpus(ref, tuple(agents)).reduce(merge_known, MERGED)
             return
         known = self.memory.accuracies() if self.memory else {}

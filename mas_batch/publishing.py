@@ -49,7 +49,6 @@ def publish(
     """
     store = run.merged
     statistics = COMMITTED.finalize(partial)
-    latency = summarize(read_ledger(store), statistics["latency"])
     counts = statistics["counts"]
     results.check_invariant(plan, counts["results"], counts["failures"])
     table = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
@@ -62,7 +61,6 @@ def publish(
         "agents": table,
         "engines": results.read_engines(run.store),
         "merge": _merge_facts(run.merge),
-        "latency": latency,
         **facts,
         "versions": {
             "python": platform.python_version(),
@@ -78,6 +76,8 @@ def publish(
             statistics["reviewed"],
         ),
     }
+    if not run.into:  # a merge made afterwards has no ledger of its own
+        manifest["latency"] = summarize(read_ledger(store), statistics["latency"])
     store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
     results.publish(store, manifest)
     results.remove_passes(store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,6 +98,33 @@ def test_mcnemar_is_the_binomial_test(fixed: int, broken: int) -> None:
 
     expected = binomtest(fixed, fixed + broken).pvalue if fixed + broken else 1.0
     assert join.mcnemar(fixed, broken) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("fixed", "broken"), [(0, 0), (1, 0), (3, 9), (250, 301), (400, 400)])
+def test_mcnemar_is_exact(fixed: int, broken: int) -> None:
+    tosses = fixed + broken
+    tail = sum(math.comb(tosses, k) for k in range(min(fixed, broken) + 1))
+    assert join.mcnemar(fixed, broken) == pytest.approx(min(1, 2 * tail / 2**tosses), rel=1e-9)
+
+
+def test_mcnemar_of_many_records_is_near_normal() -> None:
+    fixed, broken = 50_000, 50_500
+    z = (broken - fixed - 1) / math.sqrt(fixed + broken)
+    assert join.mcnemar(fixed, broken) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-3)
+
+
+def test_the_surest_changes_come_first_whatever_says_so(tmp_path: Path) -> None:
+    """Of standard errors the smallest, of agreement the largest; unknown is least sure of all."""
+    for kind, order in (("standard_error", "sclu"), ("agreement", "lcsu")):
+        known = {"s": 0.1, "c": 0.4, "l": 0.9, "u": None}
+        runs = [
+            made_run(
+                tmp_path / kind / said,
+                [[result(k, said, confidence=c, confidence_kind=kind) for k, c in known.items()]],
+            )
+            for said in ("x", "y")
+        ]
+        assert [pair.record_id for pair in compare(*runs).records.changed] == list(order)
 
 
 ABSENT = "absent"

@@ -16,6 +16,7 @@ from mas_batch.aggregate.stopping import StoppingRule
 from mas_batch.incremental import Settling, asked_as
 from mas_batch.incremental.identity import difference, draws
 from mas_batch.incremental.index import COLUMNS, RecordIndex, record_keys
+from mas_batch.incremental.taking import Tally
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.models import fetch
@@ -269,3 +270,26 @@ def test_where_the_first_agree_nobody_else_counts() -> None:
     known = {agent: answers(agent, BOTH) for agent in ("a", "b", "c")}
     choice = settling(3, first=2).choose(records("1", "2"), known)
     assert (list(choice.answers), choice.is_settled) == (["a", "b"], True)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "present", "counts"),
+    [
+        ("abc", "ac", (2, 0, 0, 1)),
+        ("ac", "zac", (2, 0, 1, 0)),
+        ("abc", "azc", (2, 1, 0, 0)),
+        ("abc", "cba", (3, 0, 0, 0)),
+        ("a", "a", (1, 0, 0, 0)),
+    ],
+)
+def test_where_ids_go_by_place_a_shifted_record_is_not_a_changed_one(
+    earlier: str, present: str, counts: tuple[int, ...]
+) -> None:
+    def keys(texts: str) -> Any:
+        return record_keys(table([(f"r{i}", text, None) for i, text in enumerate(texts)]))
+
+    tally = Tally(len(earlier))
+    matches = RecordIndex.of([keys(earlier)]).find(keys(present))
+    unchanged = matches.position >= 0
+    tally.add(matches.position[unchanged], matches.changed[~unchanged])
+    assert tuple(tally.counts().values()) == counts

@@ -330,3 +330,9 @@ def test_the_schema_of_agents_json_describes_every_field() -> None:
     assert set(described) == {"AgentRow", "HistoryPoint", "ReplicaRow", "RunRow"}
     row = overview_of(fold(new_run(), started(), asked(0))).runs[0]
     assert set(described["RunRow"]["properties"]) == set(asdict(row))
+
+
+def test_a_run_with_nobody_to_ask_is_whole_in_the_end() -> None:
+    run = fold(new_run(), started(4), RunFinished(7, 1, 1.0))
+    assert run.num_merged == 4
+    assert (run.num_results, run.num_failures) == (7, 1)

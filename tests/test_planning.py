@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -439,7 +441,9 @@ def test_a_sampled_plan_is_near_the_run(
     assert again.measuring_s == 0
     assert again.phases["answering"] == pytest.approx(measured_s, rel=0.3)
     other = make_job(agents=[{"name": "strong", "model": "echo:other"}])
-    with pytest.raises(JobError, match=r"'strong' with model 'echo:other'.*weak \(echo:weak\)"):
+    with pytest.raises(
+        JobError, match=r"agents\.strong: with model 'echo:other'.*weak \(echo:weak\)"
+    ):
         plan(other, former=summary.run, client=cluster_client)
 
 
@@ -523,6 +527,30 @@ def test_times_and_numbers_are_read() -> None:
         7200.0, 5400.0, 3600.0, 5400.0,
     ]  # fmt: skip
     assert [parse_replicas(text) for text in ("4", "1-8")] == [(4, 4), (1, 8)]
+
+
+@pytest.mark.timeout(180)
+def test_a_sample_on_the_embedded_cluster(make_job: MakeJob, tmp_path: Path) -> None:
+    rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(64)]
+    job = make_job(
+        rows=rows,
+        agents=[{"name": "a", "model": "echo", "options": {"seconds_per_batch": 0.5}}],
+        partition={"max_records": 2},
+        cluster={"dashboard_address": None},
+    )
+    command = [sys.executable, "-m", "mas_batch", "plan", str(job_file(job, tmp_path))]
+    options = ["--sample", "8", "--replicas", "1-3", "--json"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["agents"][0]["answers"] == 64
+    assert facts["measuring_s"] > 0
+    # 32 partitions of half a second that wait for no core: two replicas take half as long.
+    one, two, three = (option["duration"]["median_s"] for option in facts["allocations"])
+    assert 16 <= facts["phases"]["answering"] <= 40
+    assert one - two > 5
+    assert two > three
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_prints_a_table_and_json(

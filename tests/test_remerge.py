@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from distributed import Client, Worker
 
@@ -143,6 +144,14 @@ def test_one_agents_accuracy_is_changed_alone(make_job: MakeJob, client: Client)
         merge_again(run, {"accuracies": 0.5}, client=client)
 
 
+def test_a_merges_section_is_stripped_value_by_value(make_job: MakeJob) -> None:
+    """As one JSON text, what is stripped could take the backslash before a quote with it."""
+    merge = {"method": "vote", "history": 'memory://user:pass@bucket/x?key=ab"c'}
+    job = make_job(ROWS, **{**labelling(RATES), "merge": merge})
+    section = remerge._section(job, pipeline.merge_spec(job))
+    assert section["history"] == 'memory://bucket/x?key=***"c'
+
+
 # Whose answers count
 
 
@@ -228,3 +237,16 @@ def test_a_history_in_the_runs_object_store_is_read_with_its_options(
     with_options = Run(results.Store(run.store.url, s3_options), run.manifest)
     informed = merge_again(with_options, history, client=client)
     assert informed.store.read_bytes("learned.json") != alone.store.read_bytes("learned.json")
+
+
+def test_answers_of_a_version_with_fewer_columns_are_merged(
+    make_job: MakeJob, client: Client
+) -> None:
+    run = answered(make_job, client, {"method": "vote"})
+    expected = contents(merge_again(run, {"method": "reliability"}, name="now", client=client))
+    for file in (Path(run.store.url) / "answers").rglob("*.parquet"):
+        table = pq.read_table(file, partitioning=None)
+        pq.write_table(table.drop_columns(["reused_from", "t_prefill_s"]), file)
+    again = merge_again(run, {"method": "reliability"}, name="then", client=client)
+    assert contents(again) == expected
+    assert "latency" not in again.manifest

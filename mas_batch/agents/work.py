@@ -245,7 +245,8 @@ def committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.
     """
     names = [results.answers_name(partition, agent) for agent in agents]
     tables = [run.store.read_table(name) for name in names]
-    return pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+    # Of an earlier version a column may lack: it is null.
+    return pa.concat_tables([ANSWERS.empty_table(), *tables], promote_options="default")
 
 
 def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:

@@ -140,16 +140,46 @@ class _Block:
         rows = rows.take(pa.array(order)).combine_chunks()
         return [rows.slice(start, stop - start) for start, stop in pairwise(bounds.tolist())]
 
-    def tally(self, is_gone: NDArray[np.bool_]) -> dict[str, int]:
-        """Count records by what has become of them; mark off those that are still there."""
+    def tally(self, tally: Tally) -> None:
+        """Count the records by what has become of them."""
         position, changed = self.matches.position, self.matches.changed
         # Unusable records are all alike; only ids tell them apart.
         unchanged = self.matches.same_id | ((position >= 0) & self.usable)
-        is_gone[position[unchanged]] = False
-        is_gone[changed[changed >= 0]] = False
-        counts = {"unchanged": unchanged, "changed": ~unchanged & (changed >= 0)}
-        found = {kind: int(np.count_nonzero(mask)) for kind, mask in counts.items()}
-        return {**found, "new": len(unchanged) - sum(found.values())}
+        tally.add(position[unchanged], changed[~unchanged])
+
+
+class Tally:
+    """Counts records by what has become of them since the earlier run."""
+
+    def __init__(self, num_earlier: int) -> None:
+        self._is_gone = np.ones(num_earlier, np.bool_)
+        self._num_unchanged = self._num_unlike = 0
+        self._same_id: list[NDArray[np.int64]] = []
+
+    def add(self, found: NDArray[np.int64], unlike: NDArray[np.int64]) -> None:
+        """Take note of some records.
+
+        Args:
+            found: where those stood that are what they were.
+            unlike: of the others, where a record of the same id stood, else -1.
+        """
+        self._is_gone[found] = False
+        self._num_unchanged += len(found)
+        self._num_unlike += len(unlike)
+        self._same_id.append(unlike[unlike >= 0])
+
+    def counts(self) -> dict[str, int]:
+        """Return unchanged, changed, new and gone records, when all have been noted."""
+        same_id = np.concatenate([np.empty(0, np.int64), *self._same_id])
+        # What stood under the id may still be there under another: ids that go by place.
+        changed = same_id[self._is_gone[same_id]]
+        self._is_gone[changed] = False
+        return {
+            "unchanged": self._num_unchanged,
+            "changed": len(changed),
+            "new": self._num_unlike - len(changed),
+            "gone": int(np.count_nonzero(self._is_gone)),
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,23 +211,21 @@ class _Taking:
     def run(self, check: Callable[[], None]) -> Since:
         self._keep_engines()
         index = self.earlier.index(self.pool)
-        is_gone = np.ones(len(index), np.bool_)
-        records: Counter[str] = Counter()
+        tally = Tally(len(index))
         answers: Counter[str] = Counter()
         to_ask = set(self._escalated)
         for parts in self._parts():
             check()
             block = _Block.of(parts, index)
-            records.update(block.tally(is_gone))
+            block.tally(tally)
             known = {agent.name: self._known(agent, block) for agent in self.agents}
             answers.update({agent: sum(map(len, tables)) for agent, tables in known.items()})
             for asked in self.pool.map(self._settle, parts, _by_part(known, len(parts))):
                 to_ask |= asked
-        records["gone"] = int(np.count_nonzero(is_gone))
         return Since(
             self.earlier.name,
             tuple(agent.name for agent in self.present.job.agents if agent.name in to_ask),
-            {kind: records[kind] for kind in ("unchanged", "changed", "new", "gone")},
+            tally.counts(),
             {agent.name: answers[agent.name] for agent in self.agents},
             self.refused,
         )

@@ -124,6 +124,9 @@ class LiveRun:
                 # Every partition is looked at again; what is merged for good comes at the end.
                 self.stage, self.num_merged = "escalating", 0
             case RunFinished():
+                # Where an earlier run has answered everything nobody told of single partitions.
+                self.num_merged = self.num_partitions
+                self.num_results, self.num_failures = event.num_results, event.num_failures
                 self._end(at, "finished")
         self.history.note(at, self.states, num_records, num_tokens)
 
