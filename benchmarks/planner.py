@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from mas_batch import pipeline
@@ -33,6 +29,7 @@ from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.latency.phases import ANSWERING
 from mas_batch.planning import plan
+from mas_batch.planning.machine import others
 
 ROOT = Path(__file__).parent.parent
 
@@ -257,26 +254,11 @@ def compare(configuration: Configuration) -> Found:
             measured_answering_s=phases[ANSWERING],
             predicted_tokens=sum(agent.completion_tokens for agent in planned.agents),
             measured_tokens=tokens,
-            others_before=before[0],
-            others_then=then[0],
+            others_before=before.num_cores,
+            others_then=then.num_cores,
             bottleneck=planned.bottleneck.what,
             phases=both,
         )
-
-
-@contextmanager
-def others() -> Iterator[list[float]]:
-    """Measure how many cores other programs keep busy meanwhile."""
-    found: list[float] = []
-    start, before = time.perf_counter(), busy_s()
-    yield found
-    found.append(round((busy_s() - before) / (time.perf_counter() - start), 2))
-
-
-def busy_s() -> float:
-    """CPU seconds of the whole machine, but for this process and the children that have ended."""
-    every = psutil.cpu_times()
-    return float(every.user + every.nice + every.system - sum(os.times()[:4]))
 
 
 def job_of(folder: Path, configuration: Configuration, sections: Mapping[str, Any]) -> Job:

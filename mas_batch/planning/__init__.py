@@ -3,6 +3,7 @@
 survey.py    one pass over the corpus: partitions of several sizes, a sample of its records
 sampling.py  runs the job on the sample, in two sizes of partition
 evidence.py  from the ledgers of such runs, or of a former one, to what agents and phases take
+machine.py   what other programs take of this machine meanwhile
 shares.py    how many records go on to a further agent
 rates.py     what tasks and phases take in the planned run
 forecast.py  simulates runs with the project's dispatcher: seconds, tokens, who is busy

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from dask.system import CPU_COUNT
+from numpy.typing import NDArray
 
 from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.cluster import is_embedded
@@ -23,6 +24,8 @@ from mas_batch.results import Run, read_plan
 _ELSEWHERE = ("echo", "openai")
 """Engines that wait for something else than this machine's cores."""
 PARTS = ("compute", "transfer", "process")
+_MAX_ROWS = 2000
+"""Tasks that a fit is made to, evenly spaced over the run; more would not make it better."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,8 +33,9 @@ class AgentEvidence:
     """What is known of one agent."""
 
     tasks: Tasks
+    """Or some of them, where there are very many."""
     prompt_tokens: Floats
-    """Of each task."""
+    """Of each of these tasks."""
     completion_tokens: Floats
     parts_s: Mapping[str, float]
     """`PARTS` → seconds of all tasks."""
@@ -75,12 +79,12 @@ def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Evi
     """
     known = [_Measured(run, embedded=embedded) for run in runs]
     agents = {agent.name: _agent(agent, known, source) for agent in job.agents}
-    merges = [each.tasks_of("merge") for each in known]
+    merges = _concat([each.tasks_of("merge") for each in known])
     lags = np.concatenate([each.lags() for each in known])
     return Evidence(
         source=source,
         agents=agents,
-        merges=_concat([tasks for tasks in merges if len(tasks)]),
+        merges=merges.take(_some(len(merges))),
         phases=tuple(phases for each in known for phases in each.phases()),
         send_s=float(np.median(lags)) if len(lags) else 0.0,
         num_workers=max(sum(agent.most for agent in each.job.agents) for each in known),
@@ -215,11 +219,11 @@ def _agent(agent: Agent, known: Sequence[_Measured], source: str) -> AgentEviden
         if each.spec(agent) is not None and each.rows_of("answer", agent.name).any()
     ]
     if not useful:
-        there = ", ".join(sorted({f"{a.name} ({a.model})" for k in known for a in k.job.agents}))
+        there = sorted({f"{a.name} ({_short(a.model)})" for k in known for a in k.job.agents})
         raise JobError(
-            f"{agent.name!r} with model {agent.model!r} has answered nothing in {source}; "
-            f"agents there: {there}",
-            key="agents",
+            f"with model {_short(agent.model)!r} it has answered nothing in {source}; "
+            f"agents there: {', '.join(there)}",
+            key=f"agents.{agent.name}",
         )
 
     def column(name: str) -> Floats:
@@ -232,10 +236,12 @@ def _agent(agent: Agent, known: Sequence[_Measured], source: str) -> AgentEviden
     num_asked = (column("num_records") * agent.samples).sum()
     if num_asked:
         failed = 1 - float(column("num_answers").sum() / num_asked)
+    tasks = _concat([each.tasks_of("answer", agent.name) for each, _ in useful])
+    kept = _some(len(tasks))
     return AgentEvidence(
-        tasks=_concat([each.tasks_of("answer", agent.name) for each, _ in useful]),
-        prompt_tokens=column("prompt_tokens"),
-        completion_tokens=column("completion_tokens"),
+        tasks=tasks.take(kept),
+        prompt_tokens=column("prompt_tokens")[kept],
+        completion_tokens=column("completion_tokens")[kept],
         parts_s={
             "compute": float(column("compute_s").sum()),
             "transfer": float((column("read_s") + column("write_s")).sum()),
@@ -249,12 +255,20 @@ def _agent(agent: Agent, known: Sequence[_Measured], source: str) -> AgentEviden
     )
 
 
+def _short(model: str) -> str:
+    return model.partition("#")[0]
+
+
 def _column(table: pa.Table, name: str) -> Any:
     """Return numbers as floats, null as NaN, everything else as objects."""
     column = table[name]
     if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
         return column.cast(pa.float64()).to_numpy()
     return np.array(column.to_pylist(), dtype=object)
+
+
+def _some(count: int) -> NDArray[np.intp]:
+    return np.linspace(0, count - 1, min(count, _MAX_ROWS)).round().astype(np.intp)
 
 
 def _concat(parts: Sequence[Tasks]) -> Tasks:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mas_batch.asking import rules_of
 from mas_batch.job import Agent, Job
@@ -222,8 +223,8 @@ class _Pass:
 
     def _answer_s(self, worker: Worker, ask: Ask, share: float) -> float:
         service = self.known.agents[worker.agent_id].answer
-        records = self._records[ask.partition] * share
-        tokens = self._tokens[ask.partition] * share
+        records = float(self._records[ask.partition]) * share
+        tokens = float(self._tokens[ask.partition]) * share
         seconds = service.seconds(records, tokens) * self._stray(service.spread)
         if worker.name not in self._warm:
             self._warm.add(worker.name)
@@ -239,7 +240,7 @@ class _Pass:
 
     def _merge_s(self, partition: int) -> float:
         service = self.known.merge
-        seconds = service.seconds(self._records[partition], self._tokens[partition])
+        seconds = service.seconds(float(self._records[partition]), float(self._tokens[partition]))
         seconds *= self._stray(service.spread)
         if self.known.num_cores != float("inf"):
             self.core_s += seconds
@@ -288,7 +289,6 @@ def _answering_s(history: History, merged: list[float], num_partitions: int) -> 
     return simulated_s + num_more * (merged[last] - merged[first]) / (last - first)
 
 
-def _evenly(count: int, most: int) -> Floats:
-    """Return positions, evenly spaced, as an index."""
-    found: Floats = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
-    return found
+def _evenly(count: int, most: int) -> NDArray[np.intp]:
+    """Return positions, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+from dask.system import CPU_COUNT
 from distributed import Client
 
 from mas_batch import cluster
@@ -14,6 +15,7 @@ from mas_batch.job import Job, Partitioning
 from mas_batch.planning.bottleneck import find_bottleneck
 from mas_batch.planning.evidence import gather
 from mas_batch.planning.forecast import Forecaster, Outcome, Setting, busy_fractions
+from mas_batch.planning.machine import Others, others
 from mas_batch.planning.planned import AgentForecast, Option, Planned, Range, Recommendation
 from mas_batch.planning.sampling import sampled
 from mas_batch.planning.shares import escalated_share, undecided_shares
@@ -24,6 +26,8 @@ from mas_batch.routing.policies import POLICIES
 _SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes of partitions that are compared, in the job's."""
 _NUM_DRAWS = 21
+_QUIET = 0.1
+"""Share of the cores that others may take without being mentioned."""
 _WORTH_IT = 0.98
 """Another setting is named if it takes less than this share of the time."""
 
@@ -59,18 +63,20 @@ def plan(
     tell("reading the corpus")
     seen = survey(job, _sizings(job), num_sampled)
     embedded = cluster.is_embedded(job.cluster, client or cluster.current_client())
-    start = time.perf_counter()
+    bounds = replicas or _default_range(job)
     if former is not None:
         forecaster = _learn([open_run(former)], job, former, seen, embedded)
-        measuring_s = 0.0
-    else:
-        with sampled(job, seen.sample, client, tell) as runs:
-            source = f"a sample of {len(seen.sample)} records"
-            forecaster = _learn(runs, job, source, seen, embedded)
-        measuring_s = time.perf_counter() - start
+        tell("simulating")
+        return compare_settings(forecaster, bounds, deadline_s=deadline_s)
+    start = time.perf_counter()
+    with others() as beside, sampled(job, seen.sample, client, tell) as runs:
+        source = f"a sample of {len(seen.sample)} records"
+        forecaster = _learn(runs, job, source, seen, embedded)
+    measuring_s = time.perf_counter() - start
     tell("simulating")
-    found = compare_settings(forecaster, replicas or _default_range(job), deadline_s=deadline_s)
-    return replace(found, measuring_s=measuring_s)
+    found = compare_settings(forecaster, bounds, deadline_s=deadline_s)
+    notes = found.notes + (_others_note(beside) if embedded else ())
+    return replace(found, measuring_s=measuring_s, notes=notes)
 
 
 def compare_settings(
@@ -88,6 +94,15 @@ def _learn(runs: list[Run], job: Job, source: str, seen: Survey, embedded: bool)
         undecided=undecided_shares(runs, job),
         escalated=escalated_share(runs, job),
         embedded=embedded,
+    )
+
+
+def _others_note(beside: Others) -> tuple[str, ...]:
+    if beside.num_cores < _QUIET * CPU_COUNT:
+        return ()
+    return (
+        f"other programs kept {beside.num_cores:.1f} of this machine's {CPU_COUNT} cores busy "
+        "while it was measured, and will",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
@@ -77,7 +78,7 @@ def _cut(
     records: Iterator[Record], sizings: Sequence[Partitioning], tokens_per_record: int
 ) -> tuple[Cut, ...]:
     """Cut one stream in several sizes: who has read least reads on, so that little is held."""
-    columns: list[tuple[list[float], list[float]]] = [([], []) for _ in sizings]
+    columns = [(array("d"), array("d")) for _ in sizings]
     streams: list[Iterator[Partition]] = [
         partition(
             stream,
@@ -98,7 +99,7 @@ def _cut(
         columns[which][1].append(part.estimated_tokens - usable * tokens_per_record)
         heapq.heappush(positions, (part.first_record + len(part.records), which))
     return tuple(
-        Cut(sizing, np.array(usable, float), np.array(tokens, float))
+        Cut(sizing, np.array(usable), np.array(tokens))
         for sizing, (usable, tokens) in zip(sizings, columns, strict=True)
     )
 
