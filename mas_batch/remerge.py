@@ -21,8 +21,7 @@ from mas_batch.learning import Corpus, learned
 from mas_batch.monitor.events import Event
 from mas_batch.pipeline import merge_spec
 from mas_batch.publishing import publish
-from mas_batch.results import MERGES, Run, read_plan
-from mas_batch.safe_text import without_credentials
+from mas_batch.results import MERGES, Run, read_plan, without_credentials_in
 from mas_batch.storage import Store
 from mas_batch.tasks import make_task
 
@@ -109,7 +108,7 @@ def _section(job: Job, spec: MergeSpec) -> dict[str, Any]:
     """Return the effective merge section as plain data, defaults filled in, without secrets."""
     utility = spec.utility if spec.method == "mbr" else job.merge.utility
     filled = {**job.merge.model_dump(mode="json"), "method": spec.method, "utility": utility}
-    plain: dict[str, Any] = json.loads(without_credentials(json.dumps(filled)))
+    plain: dict[str, Any] = without_credentials_in(filled)
     return plain
 
 

@@ -160,11 +160,11 @@ def write_job(run: Store, job: Job) -> None:
     kept = job.model_dump(mode="json", exclude=secret)
     for agent in kept["agents"]:
         agent["options"].pop("extra_body", None)  # what endpoints want there may be a key
-    content = yaml.safe_dump(_shown(kept), sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump(without_credentials_in(kept), sort_keys=False, allow_unicode=True)
     run.replace("job.yaml", content.encode())
 
 
-def _shown(value: Any) -> Any:
+def without_credentials_in(value: Any) -> Any:
     """Take the credentials out of the URLs in plain data.
 
     Before it is YAML, which breaks long lines where it likes. Not out of prompts: they are no URLs.
@@ -172,9 +172,12 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return without_credentials(value)
     if isinstance(value, list):
-        return [_shown(item) for item in value]
+        return [without_credentials_in(item) for item in value]
     if isinstance(value, dict):
-        return {k: v if k in ("prompt", "system") else _shown(v) for k, v in value.items()}
+        return {
+            key: item if key in ("prompt", "system") else without_credentials_in(item)
+            for key, item in value.items()
+        }
     return value
 
 

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import re
 
+_USER = r"[^/?#\s:\"'{},]*"
+_IN_PASSWORD = r"(?:[^/?#\s\"']|[\"'](?![\s,:;)\]}]|$))"  # a quote that ends a JSON value is not
 _USER_INFO = re.compile(
-    # `user@`, `token@` or `user:password@` before a host. S3 secrets may hold a `/`, so a password
-    # goes as far as the `@`; but digits that end at a `/` are a port, and an `@` after it a path's.
-    r"(?<=://)(?:[^/\s:@]+|[^/\s:@]*:(?!\d+/)[^\s@]*)@"
+    # Digits before a comma, a query or the path are a port, and an `@` after it is something
+    # else's. But few ports are so short that they would not rather begin a password.
+    rf"(?<=://)(?:{_USER}:(?!\d+[,}}?#]){_IN_PASSWORD}*@"  # to the last `@` before the path
+    # S3 secrets may hold a `/`, so a password goes as far as the `@`; S3 has no ports. No password
+    # holds `://`: so no part of a text is read from more than one URL's start.
+    rf"|(?:(?<=s3://)|(?<=s3a://)|(?!{_USER}:(?:(?:2[12]|80|\d{{3,5}})/|\d+[,}}?#])))"
+    rf"{_USER}:(?:[/?#]|(?!@|://){_IN_PASSWORD})*+@"
+    # One blank, as more are a sentence: `cannot reach https://host:80 of ops@example.org`.
+    rf"|{_USER}:(?!\d+\W)[^/?#\s@:;,(){{}}\"']+ [^/?#\s@:;,(){{}}\"']+@"
+    r"|[^/?#\s:\"'{},]+@)"  # a user or token alone
 )
-_SIGNED = re.compile(
-    # What makes a URL of an object store a key to it: `X-Amz-Signature=`, `sig=`, `token=`, …
-    r"(?i)([?&](?:[\w.%-]*(?:signature|credential|token|secret|password)|sig|(?:\w*[_-])?key)=)"
-    r"[^&#\s'\"]+"
-)
+_QUERY = re.compile(r"([?&]([\w.%-]+)=)[^&#\s'\"]+")
 _SHORTEST_SECRET = 4
 """Characters; to blank out shorter pieces of credentials would garble a message, not guard it."""
 
-_SECRET_NAME = re.compile(
-    r"(?i)(?:.*[_-])?(?:key|apikey|token|secret|password|passwd|credentials?|authorization|cookie)"
+_WORD_END = re.compile(r"[\W_]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_SECRET_WORDS = frozenset(
+    (
+        *("key", "apikey", "accesskey", "secretkey"),
+        *("token", "apitoken", "authtoken", "accesstoken", "bearer", "cookie"),
+        *("secret", "password", "passwd", "pwd", "passphrase", "credential", "credentials"),
+        *("auth", "oauth", "authorization"),
+    )
 )
+_SIGNING = ("signature", "credential", "token", "secret", "password", "passwd", "pwd")
+"""What ends the names of the query keys that make a URL a key: `X-Amz-Signature`, `mytoken`."""
+
 _UNPRINTABLE = re.compile(
     # Control characters move cursors and hide text; of the others, these reverse what is read.
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
@@ -28,7 +42,13 @@ _UNPRINTABLE = re.compile(
 
 def without_credentials(text: str) -> str:
     """Strip users, passwords, tokens and signatures from the URLs in a text."""
-    return _SIGNED.sub(r"\1***", _USER_INFO.sub("", text))
+    return _QUERY.sub(_blanked, _USER_INFO.sub("", text))
+
+
+def _blanked(query: re.Match[str]) -> str:
+    name = query[2]
+    signs = name.lower() == "sig" or name.lower().endswith(_SIGNING)
+    return f"{query[1]}***" if signs or names_a_secret(name) else query[0]
 
 
 def has_credentials(url: str) -> bool:
@@ -46,8 +66,8 @@ def without_pieces(text: str, url: str) -> str:
 
 
 def names_a_secret(name: str) -> bool:
-    """Say whether a key of that name is likely to hold a secret: `api_key`, not `api_key_env`."""
-    return _SECRET_NAME.fullmatch(name) is not None
+    """Say whether a key of that name likely holds a secret: `apiKey` does, `api_key_env` not."""
+    return _WORD_END.split(name)[-1].lower() in _SECRET_WORDS
 
 
 def printable(text: str) -> str:

@@ -146,7 +146,7 @@ def test_one_agents_accuracy_is_changed_alone(make_job: MakeJob, client: Client)
 
 def test_a_merges_section_is_stripped_value_by_value(make_job: MakeJob) -> None:
     """As one JSON text, what is stripped could take the backslash before a quote with it."""
-    merge = {"method": "vote", "history": 'memory://user:pass@bucket/x?key=ab"c'}
+    merge = {"method": "reliability", "history": 'memory://user:pass@bucket/x?key=ab"c'}
     job = make_job(ROWS, **{**labelling(RATES), "merge": merge})
     section = remerge._section(job, pipeline.merge_spec(job))
     assert section["history"] == 'memory://bucket/x?key=***"c'

@@ -49,6 +49,8 @@ class RecordPair:
     answer_b: str
     confidence_a: float | None
     confidence_b: float | None
+    confidence_kind_a: str | None
+    confidence_kind_b: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def compare_records(a: Run, b: Run, num_shown: int, *, judge: bool) -> Records:
         change += math.fsum(row["confidence_b"] - row["confidence_a"] for row in comparable)
         num_changes += len(comparable)
         found = (_pair(row) for row in pairs if not _same(row["answer_a"], row["answer_b"]))
-        changed = heapq.nsmallest(num_shown, [*changed, *found], key=_least_sure)
+        changed = heapq.nsmallest(num_shown, [*changed, *found], key=_surest_first)
         moved = (_pair(row) for row in comparable if row["confidence_a"] != row["confidence_b"])
         shifted = heapq.nsmallest(num_shown, [*shifted, *moved], key=_shift)
     return Records(
@@ -130,8 +132,15 @@ _COUNTS = (
 def mcnemar(fixed: int, broken: int) -> float:
     """Return the two-sided p of so unequal a split of a fair coin's tosses; 1 of no toss."""
     tosses = fixed + broken
-    tail = sum(math.comb(tosses, k) for k in range(min(fixed, broken) + 1))
-    return float(min(1.0, 2 * tail / 2**tosses))
+    whole = math.lgamma(tosses + 1) - tosses * math.log(2)
+    return min(
+        1.0,
+        2  # In logarithms: the integers that the coefficients are have as many bits as tosses.
+        * math.fsum(
+            math.exp(whole - math.lgamma(k + 1) - math.lgamma(tosses - k + 1))
+            for k in range(min(fixed, broken) + 1)
+        ),
+    )
 
 
 # The join
@@ -259,11 +268,20 @@ def _comparable(row: dict[str, Any]) -> bool:
 
 def _pair(row: dict[str, Any]) -> RecordPair:
     fields = ("record_id", "answer_a", "answer_b", "confidence_a", "confidence_b")
-    return RecordPair(*(row[name] for name in fields))
+    return RecordPair(*(row[name] for name in (*fields, "kind_a", "kind_b")))
 
 
-def _least_sure(pair: RecordPair) -> tuple[float, str]:
-    return -min(pair.confidence_a or 0.0, pair.confidence_b or 0.0), pair.record_id
+def _surest_first(pair: RecordPair) -> tuple[float, str]:
+    a = _sureness(pair.confidence_a, pair.confidence_kind_a)
+    b = _sureness(pair.confidence_b, pair.confidence_kind_b)
+    return -min(a, b), pair.record_id
+
+
+def _sureness(confidence: float | None, kind: str | None) -> float:
+    """Return what is larger the surer an answer is; a standard error is smaller."""
+    if confidence is None:
+        return -math.inf
+    return -confidence if kind == "standard_error" else confidence
 
 
 def _shift(pair: RecordPair) -> tuple[float, str]:

@@ -51,7 +51,7 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
     text = job_text(run)
     job = yaml.safe_load(text)
     every = 1 if whole else stride(run)
-    results = scan_results(run, every)
+    results = scan_results(run, every, keep_text=job["output"].get("keep_text", True))
     answers = scan_answers(run, every)
     agents = sorted(agent["agent_id"] for agent in manifest["agents"])
     histogram = manifest["counts"].get("confidence_histogram") or []

@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from mas_batch.errors import RunError
-from mas_batch.results import MERGES, Run
-from mas_batch.safe_text import without_credentials
+from mas_batch.results import MERGES, Run, without_credentials_in
 from mas_batch.storage import Store
 
 _SECTION = "merge.json"
@@ -18,11 +17,13 @@ _SECTION = "merge.json"
 def job_text(run: Run) -> str:
     """Return job.yaml, without credentials; a merge's is its run's, with the merge's own section.
 
+    Value by value, as `results.write_job` strips them: earlier versions may have left some.
+
     Raises:
         RunError: it is not there.
     """
     if run.store.exists("job.yaml"):
-        return without_credentials(run.store.read_bytes("job.yaml").decode(errors="replace"))
+        return _shown(yaml.safe_load(run.store.read_bytes("job.yaml")))
     folder, is_merge, _ = run.store.url.rstrip("/").rpartition(f"/{MERGES}/")
     whole = Store(folder, run.store.options)
     if not is_merge or not whole.exists("job.yaml"):
@@ -30,7 +31,12 @@ def job_text(run: Run) -> str:
     job = yaml.safe_load(whole.read_bytes("job.yaml"))
     if run.store.exists(_SECTION):
         job["merge"] = json.loads(run.store.read_bytes(_SECTION))
-    return without_credentials(yaml.safe_dump(job, sort_keys=False, allow_unicode=True))
+    return _shown(job)
+
+
+def _shown(job: Any) -> str:
+    text: str = yaml.safe_dump(without_credentials_in(job), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def read_job(run: Run) -> dict[str, Any]:

@@ -70,15 +70,19 @@ class AnswersScan:
     failed: tuple[FailedAnswers, ...]
 
 
-def scan_results(run: Run, every: int) -> ResultsScan:
-    """Read every so many partitions of the results; one is in memory at a time."""
+def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
+    """Read every so many partitions of the results; one is in memory at a time.
+
+    Args:
+        keep_text: the job's `output.keep_text`; False: references are not to be shown either.
+    """
     doubtful: list[tuple[float, float, str, RecordFacts]] = []
     pairs, num_records, kind = PAIRS.combine([]), 0, None
     for _, table in tables(run, "results", every):
         num_records += table.num_rows
         pairs = PAIRS.combine([pairs, PAIRS.chunk(table)])
         kind = kind or next(iter(table["confidence_kind"].to_pylist()), None)
-        found = [(*_doubt_of(row), _record(row)) for row in _most_doubtful(table)]
+        found = [(*_doubt_of(row), _record(row, keep_text)) for row in _most_doubtful(table)]
         doubtful = heapq.nlargest(NUM_SHOWN, [*doubtful, *found], key=lambda each: each[:3])
     records = tuple(record for *_, record in doubtful)
     return ResultsScan(Scope(every, num_records), records, PAIRS.finalize(pairs), kind)
@@ -150,12 +154,12 @@ def _doubt_of(row: Mapping[str, Any]) -> tuple[float, float, str]:
     return doubt, row["entropy"] or 0.0, row["record_id"]
 
 
-def _record(row: Mapping[str, Any]) -> RecordFacts:
+def _record(row: Mapping[str, Any], keep_text: bool) -> RecordFacts:
     support = row["support"] or []
     return RecordFacts(
         record_id=clip(row["record_id"], ID_CHARS),
         text=clipped(row.get("text"), TEXT_CHARS),
-        reference=clipped(row.get("reference"), ANSWER_CHARS),
+        reference=clipped(row.get("reference"), ANSWER_CHARS) if keep_text else None,
         answer=shown_answer(row),
         confidence=row["confidence"],
         confidence_kind=row["confidence_kind"],
