@@ -17,7 +17,7 @@ import pytest
 from distributed import Client, Nanny, Worker
 
 import mas_batch
-from mas_batch import AgentPool
+from mas_batch import AgentPool, cluster
 from mas_batch.errors import (
     JobError,
     ModelError,
@@ -374,18 +374,58 @@ def test_a_worker_that_hangs_is_restarted(nannies: Client, make_job: MakeJob) ->
     run(test)
 
 
+@pytest.mark.faults
+def test_a_pool_beside_a_worker_that_is_stopped_can_be_left(
+    nannies: Client, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_BROADCAST_S", 2.0)
+    agent = {"name": "a", "model": "echo:a", "count": 2}
+    job = make_job(agents=[agent])
+
+    async def test() -> None:
+        pool = AgentPool(job, client=nannies)
+        await pool.__aenter__()
+        pids = nannies.run(os.getpid)
+        stopped = next(iter(pids.values()))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            await asyncio.wait_for(pool.__aexit__(None, None, None), 60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(stopped, signal.SIGCONT)
+
+    run(test)
+
+
+def test_a_pool_whose_client_was_closed_says_so_and_can_be_left(make_job: MakeJob) -> None:
+    options = {"nthreads": 3, "resources": {"summarize": 1.0}}
+    job = make_job(agents=[{"name": "a", "model": "echo:a"}])
+
+    async def test() -> None:
+        with cluster_of({"a-0": {"cls": Worker, "options": options}}) as workers:
+            client = await asyncio.to_thread(Client, workers.scheduler_address)
+            pool = AgentPool(job, client=client)
+            await pool.__aenter__()
+            await asyncio.to_thread(client.close)
+            with pytest.raises(PoolClosedError):
+                await asyncio.wait_for(pool.ask("text"), 60)
+            await asyncio.wait_for(pool.__aexit__(None, None, None), 60)
+
+    run(test)
+
+
 def test_when_the_scheduler_is_lost_nobody_waits(make_job: MakeJob) -> None:
     options = {"nthreads": 3, "resources": {"summarize": 1.0}}
     agent = {"name": "a", "model": "echo:a", "options": {"seconds_per_batch": 2.0}}
     job = make_job(agents=[agent])
 
     async def test() -> None:
-        with cluster_of({"a-0": {"cls": Worker, "options": options}}) as cluster:
-            client = Client(cluster)
+        with cluster_of({"a-0": {"cls": Worker, "options": options}}) as workers:
+            client = Client(workers)
             async with AgentPool(job, client=client) as pool:
                 asked = asyncio.create_task(pool.ask("text"))
                 await until(pool, lambda stats: stats.agents["a"].in_flight == 1)
-                await asyncio.to_thread(cluster.close)
+                await asyncio.to_thread(workers.close)
                 with pytest.raises(PoolClosedError, match="cluster is lost"):
                     await asked
                 with pytest.raises(PoolClosedError, match="cluster is lost"):
