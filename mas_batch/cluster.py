@@ -162,19 +162,7 @@ def connect_to_merge(
     with ExitStack() as stack:
         if is_embedded(job.cluster, client):
             processes = num_partitions > _PARTITIONS_IN_PROCESS
-            cluster = stack.enter_context(
-                LocalCluster(
-                    n_workers=CPU_COUNT if processes else 1,
-                    threads_per_worker=1 if processes else CPU_COUNT,
-                    processes=processes,
-                    dashboard_address=None,
-                    # Pages for machines are served all the same; by default on every interface.
-                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-                    worker_dashboard_address="127.0.0.1:0",
-                    silence_logs=logging.ERROR,
-                )
-            )
-            client = stack.enter_context(Client(cluster))
+            client = stack.enter_context(local_workers(processes=processes))
         elif client is None:
             client = stack.enter_context(_connect_to(job.cluster))
         try:
@@ -182,6 +170,25 @@ def connect_to_merge(
         except TimeoutError as error:
             raise RunError(f"the cluster has no worker to merge the answers: {error}") from error
         yield Connection(client, None)
+
+
+@contextmanager
+def local_workers(*, processes: bool) -> Iterator[Client]:
+    """Yield a client of workers on this machine that host no agent: processes, or threads here."""
+    with (
+        LocalCluster(
+            n_workers=CPU_COUNT if processes else 1,
+            threads_per_worker=1 if processes else CPU_COUNT,
+            processes=processes,
+            dashboard_address=None,
+            # Pages for machines are served all the same; by default on every interface.
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
+            worker_dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 def current_client() -> Client | None:

@@ -6,7 +6,7 @@ All tables are Parquet and readable by pandas, DuckDB, Polars and Dask. Times ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,13 @@ ANSWERS = pa.schema(
         pa.field("reused_from", pa.string()),  # the run that asked; null: this one
     ]
 )
+
+
+def join_answers(tables: Iterable[pa.Table]) -> pa.Table:
+    """Put tables of answers together; a column that an earlier version did not write is null."""
+    joined = pa.concat_tables([ANSWERS.empty_table(), *tables], promote_options="default")
+    return joined.select(ANSWERS.names)
+
 
 SUPPORT = pa.list_(
     pa.struct(

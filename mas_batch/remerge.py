@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import yaml
-from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from mas_batch.agents.work import RunRef
 from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.cluster import local_workers
 from mas_batch.errors import JobError, RunError
 from mas_batch.history import Memory
 from mas_batch.job import Job, fingerprint, slug
@@ -78,7 +78,8 @@ def merge_again(
         into=f"{MERGES}/{name}", passes=(THE_RUN,),
     )  # fmt: skip
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
-    with _connected(client) as connected:
+    connection = nullcontext(client) if client is not None else local_workers(processes=True)
+    with connection as connected:
         corpus = learned(Corpus(connected, ref, plan, agents, emit), "learned.json", prior)
         statistics = corpus.statistics(merge=True)
     publish(corpus.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
@@ -136,22 +137,3 @@ def _claim(merge: Store, name: str, section: Mapping[str, Any]) -> None:
             f"the merge {name!r} is another one: {'; '.join(different)}; "
             "allowed: the same section again, or another --name"
         )
-
-
-@contextmanager
-def _connected(client: Client | None) -> Iterator[Client]:
-    if client is not None:
-        yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=CPU_COUNT,
-            threads_per_worker=1,
-            dashboard_address=None,
-            # Its other HTTP pages are served all the same: not at the port of a run's dashboard.
-            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},
-            silence_logs=40,
-        ) as cluster,
-        Client(cluster) as own,
-    ):
-        yield own

@@ -15,8 +15,10 @@ from distributed import Client, Worker
 import mas_batch
 from mas_batch import pipeline, remerge, results
 from mas_batch.errors import JobError, RunError
+from mas_batch.evaluation.collect import answers_by_partition
 from mas_batch.job import Job
 from mas_batch.monitor.events import Event, PartitionMerged
+from mas_batch.records import ANSWERS
 from mas_batch.remerge import SECTION, merge_again
 from mas_batch.results import MERGES, Run
 from tests.clusters import cluster_of
@@ -250,3 +252,18 @@ def test_answers_of_a_version_with_fewer_columns_are_merged(
     again = merge_again(run, {"method": "reliability"}, name="then", client=client)
     assert contents(again) == expected
     assert "latency" not in again.manifest
+
+
+def test_a_run_that_two_versions_have_answered_is_read_for_evaluation(
+    make_job: MakeJob, client: Client
+) -> None:
+    run = answered(make_job, client, {"method": "vote"})
+    plan = results.read_plan(run.store)
+    assert plan is not None
+    expected = sum(table.num_rows for table in answers_by_partition(run, plan))
+    for file in (Path(run.store.url) / "answers/agent=good").glob("*.parquet"):
+        table = pq.read_table(file, partitioning=None)
+        pq.write_table(table.drop_columns(["reused_from", "t_prefill_s"]), file)
+    found = list(answers_by_partition(run, plan))
+    assert sum(table.num_rows for table in found) == expected
+    assert {table.schema for table in found} == {ANSWERS}

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import mas_batch
-from mas_batch import cluster, pipeline, remerge, show
+from mas_batch import cluster, pipeline, show
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cli import main
 from mas_batch.errors import JobError
@@ -101,7 +101,7 @@ def test_the_clusters_of_a_merge_listen_on_loopback_only(tmp_path: Path, kind: s
     job = load_job(write_job(tmp_path))
     before = listening()
     with (
-        remerge._connected(None)
+        cluster.local_workers(processes=True)
         if kind == "of a merge made again"
         else cluster.connect_to_merge(job, 1 if kind == "threads" else 1000)
     ):

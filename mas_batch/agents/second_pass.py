@@ -16,6 +16,7 @@ from mas_batch.agents.work import (
     COMMITTED,
     RunRef,
     agents_merged,
+    agents_there,
     commit_merged,
     committed_answers,
     merge_of,
@@ -65,9 +66,7 @@ def merge_known(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -
     """Merge partitions of which all answers are there, as `merge_partition` does; count them."""
     for partition in partitions:
         if not run.merged.exists(results.results_name(partition)):
-            names = ((agent, results.answers_name(partition, agent)) for agent in agents)
-            voters = [agent for agent, name in names if run.store.exists(name)]
-            merge_partition(run, partition, voters)
+            merge_partition(run, partition, agents_there(run, partition, agents))
     return {"partitions": len(partitions)}
 
 

@@ -33,7 +33,7 @@ from mas_batch.errors import EngineError, Reason
 from mas_batch.job import Task
 from mas_batch.latency.sketch import RECORD_LATENCY
 from mas_batch.latency.times import Stopwatch
-from mas_batch.records import ANSWERS, Answer, Record
+from mas_batch.records import ANSWERS, Answer, Record, join_answers
 from mas_batch.storage import Store
 from mas_batch.tasks import make_task
 
@@ -244,9 +244,7 @@ def committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.
         FileNotFoundError: one of them has none.
     """
     names = [results.answers_name(partition, agent) for agent in agents]
-    tables = [run.store.read_table(name) for name in names]
-    # Of an earlier version a column may lack: it is null.
-    return pa.concat_tables([ANSWERS.empty_table(), *tables], promote_options="default")
+    return join_answers(run.store.read_table(name) for name in names)
 
 
 def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
@@ -260,10 +258,15 @@ def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[st
     for folder in run.passes:
         found = results.merged_agents(run.store.child(folder), partition)
         if found is None:
-            names = ((agent, results.answers_name(partition, agent)) for agent in agents)
-            return [agent for agent, name in names if run.store.exists(name)]
+            return agents_there(run, partition, agents)
         named.update(found)
     return [agent for agent in agents if agent in named]
+
+
+def agents_there(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
+    """Return those of the agents, in their order, whose answers to the partition are committed."""
+    names = ((agent, results.answers_name(partition, agent)) for agent in agents)
+    return [agent for agent, name in names if run.store.exists(name)]
 
 
 def _agreement(

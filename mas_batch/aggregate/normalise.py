@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.errors import RunError
-from mas_batch.records import ANSWERS
+from mas_batch.records import ANSWERS, join_answers
 
 # Opening quote → the closing ones it may pair with (languages pair them differently).
 _CLOSING = {
@@ -66,21 +66,13 @@ def deduplicate(answers: pa.Table) -> pa.Table:
     first = [*voter, "attempt", "text"]
     rest = [name for name in ANSWERS.names if name not in first]
     keys = [(name, "ascending") for name in (*first, *rest)]
-    table = _all_columns(answers).sort_by(keys).combine_chunks()
+    table = join_answers([answers]).sort_by(keys).combine_chunks()
     if table.num_rows < 2:
         return table
     current, previous = table.slice(1), table.slice(0, table.num_rows - 1)
     changes = [pc.not_equal(current[name], previous[name]) for name in voter]
     new = pc.or_(pc.or_(changes[0], changes[1]), changes[2])
     return table.filter(pa.chunked_array([pa.array([True]), *new.chunks]))
-
-
-def _all_columns(answers: pa.Table) -> pa.Table:
-    """Return `ANSWERS`; a column that an earlier version did not write is null."""
-    for field in ANSWERS:
-        if field.name not in answers.column_names:
-            answers = answers.append_column(field, pa.nulls(answers.num_rows, field.type))
-    return answers.select(ANSWERS.names)
 
 
 def shown_answer(row: Mapping[str, Any], answer_kind: str) -> str:

@@ -17,7 +17,7 @@ from mas_batch.aggregate.normalise import shown_answer
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.systems import Confidences, Evidence, Key, Kind, Ledger
-from mas_batch.records import ANSWERS
+from mas_batch.records import join_answers
 from mas_batch.results import Plan, Run, part, read_plan, read_records, read_results
 
 Published: TypeAlias = tuple[str, float | None, str]
@@ -74,8 +74,8 @@ def answers_by_partition(run: Run, plan: Plan) -> Iterator[pa.Table]:
     for name in run.files("answers"):
         names[name.rsplit("/", 1)[-1]].append(name)
     for partition in range(plan.num_partitions):
-        tables = [run.store.read_table(name) for name in names[f"{part(partition)}.parquet"]]
-        yield pa.concat_tables(tables) if tables else ANSWERS.empty_table()
+        of_partition = names[f"{part(partition)}.parquet"]
+        yield join_answers(run.store.read_table(name) for name in of_partition)
 
 
 def _published(table: pa.Table) -> dict[str, Published]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mas_batch import results
 from mas_batch.errors import RunError
 from mas_batch.incremental.index import COLUMNS, RecordIndex, record_keys
-from mas_batch.records import ANSWERS
+from mas_batch.records import ANSWERS, join_answers
 from mas_batch.results import Plan, Run, from_ranges
 from mas_batch.storage import Store
 
@@ -96,11 +96,10 @@ class EarlierRun:
 
     def _taken(self, rows: pa.Table) -> pa.Table:
         """Say where the rows come from: the run that asked, also if it is not this one."""
-        # An earlier version may lack a column.
-        rows = pa.concat_tables([ANSWERS.empty_table(), rows], promote_options="default")
+        rows = join_answers([rows])
         source = pc.fill_null(rows["reused_from"], self.name)
         at = ANSWERS.get_field_index("reused_from")
-        return rows.select(ANSWERS.names).set_column(at, ANSWERS.field(at), source)
+        return rows.set_column(at, ANSWERS.field(at), source)
 
 
 def last_published(output: Store, job_name: str, current: str) -> EarlierRun | None:

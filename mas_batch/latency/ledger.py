@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     PartitionUndecided,
     PhaseEnded,
+    TaskEnded,
 )
 from mas_batch.records import LEDGER
 from mas_batch.storage import Store
@@ -22,8 +24,7 @@ from mas_batch.storage import Store
 FOLDER = "ledger"
 """Folder of a run that holds its ledger's files."""
 
-_TIMES = ("wall_s", "queue_s", "read_s", "write_s", "compute_s", "prefill_s", "decode_s")
-_OF_TASKS = (*_TIMES, "process_s", "idle_s")
+_TIMES = tuple(field.name for field in fields(TaskEnded) if field.name in LEDGER.names)
 
 
 class Ledger:
@@ -125,5 +126,5 @@ def _task(
         "partition": event.partition,
         "worker": event.worker,
         "at_s": now_s - event.wall_s,
-        **{name: getattr(event, name) for name in _OF_TASKS},
+        **{name: getattr(event, name) for name in _TIMES},
     }

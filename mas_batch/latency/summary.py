@@ -11,8 +11,6 @@ import pyarrow.compute as pc
 
 from mas_batch.latency.phases import ALL
 
-_OF_REPLICAS = ("answer", "failed answer")
-
 
 def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures that a manifest keeps of a run's latency.
@@ -43,14 +41,13 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
 
 def _replicas(ledger: pa.Table) -> dict[str, Any]:
     """Add up what the agents' workers did; together it is the time that they were there."""
-    tasks = ledger.filter(pc.is_in(ledger["stage"], pa.array(_OF_REPLICAS)))
-    answers, loads = _stage(tasks, "answer"), _stage(ledger, "load")
+    answers, loads = _stage(ledger, "answer"), _stage(ledger, "load")
     return {
         "num": pc.count_distinct(loads["worker"]).as_py(),
         "compute_s": _sum(answers, "compute_s"),
         "transfer_s": _sum(answers, "read_s") + _sum(answers, "write_s"),
         "processing_s": _sum(answers, "process_s"),
-        "failed_s": _sum(_stage(tasks, "failed answer"), "wall_s"),
+        "failed_s": _sum(_stage(ledger, "failed answer"), "wall_s"),
         "idle_s": _sum(answers, "idle_s"),
         "load_s": _sum(loads, "wall_s"),
         "queue_s": _sum(answers, "queue_s"),

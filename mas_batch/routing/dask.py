@@ -37,7 +37,7 @@ from mas_batch.monitor.events import (
 )
 from mas_batch.results import answers_name
 from mas_batch.routing.dispatcher import Dispatcher
-from mas_batch.routing.hosting import Failure, Hosting
+from mas_batch.routing.hosting import Failure, Hosting, watch
 from mas_batch.routing.instructions import (
     Abandon,
     Ask,
@@ -282,16 +282,7 @@ class DaskRouter:
 
     def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:
         """Call `handle` from the inbox when the task has ended, with its exception if it failed."""
-
-        def on_done(done: Future) -> None:
-            failure: Failure = None
-            if done.status == "error":
-                failure = done.exception()
-            elif done.status != "finished":
-                failure = RunError(f"the task was {done.status}")
-            self._inbox.put(lambda: handle(failure))
-
-        future.add_done_callback(on_done)
+        watch(future, handle, self._inbox.put)
 
     # What hosting tells
 

@@ -53,6 +53,26 @@ class _Refusal:
     since: float
 
 
+def watch(
+    future: Future, handle: Callable[[Failure], None], post: Callable[[Callable[[], None]], None]
+) -> None:
+    """Post a call of `handle` when the task has ended, with its exception if it failed.
+
+    Args:
+        post: takes the call to the thread that may make it; Dask's own calls here.
+    """
+
+    def on_done(done: Future) -> None:
+        failure: Failure = None
+        if done.status == "error":
+            failure = done.exception()
+        elif done.status != "finished":
+            failure = RunError(f"the task was {done.status}")
+        post(lambda: handle(failure))
+
+    future.add_done_callback(on_done)
+
+
 class Hosting:
     """Which worker serves which agent. All methods run in the caller's one thread.
 

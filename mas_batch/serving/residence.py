@@ -25,11 +25,11 @@ from mas_batch import cluster
 from mas_batch.agents.spec import agent_specs
 from mas_batch.agents.texts import Answered, TextHost, texts_op
 from mas_batch.agents.work import RunRef
-from mas_batch.errors import MasBatchError, PoolClosedError, RunError
+from mas_batch.errors import MasBatchError, PoolClosedError
 from mas_batch.job import Job
 from mas_batch.monitor.events import AgentDraining, AgentLost, Event
 from mas_batch.records import Record
-from mas_batch.routing.hosting import Failure, Hosting
+from mas_batch.routing.hosting import Failure, Hosting, watch
 
 logger = logging.getLogger(__name__)
 
@@ -222,16 +222,7 @@ class Residence:
 
     def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:
         """Call `handle` from the inbox when the task has ended, with its exception if it failed."""
-
-        def on_done(done: Future) -> None:
-            failure: Failure = None
-            if done.status == "error":
-                failure = done.exception()
-            elif done.status != "finished":
-                failure = RunError(f"the task was {done.status}")
-            self._inbox.put(lambda: handle(failure))
-
-        future.add_done_callback(on_done)
+        watch(future, handle, self._inbox.put)
 
     # What hosting tells
 
