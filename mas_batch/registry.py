@@ -1,0 +1,88 @@
+"""What can be added by name: one value each, here or from another package.
+
+A registry knows names without importing what they stand for, so a job file is checked, and a
+command line helped, before torch is. Another package adds its own under the registry's entry
+point group; see `docs/extending.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pkgutil import resolve_name
+from typing import Generic, TypeVar, cast
+
+from mas_batch.errors import JobError
+
+Value = TypeVar("Value")
+
+
+class Registry(Mapping[str, Value], Generic[Value]):
+    """Names → values; a value is imported when it is first asked for.
+
+    Args:
+        key: the key of the job file that holds such a name, for error messages.
+        group: the entry point group under which other packages add theirs.
+        built_in: name → the value, or `module:attribute` where importing it can wait.
+    """
+
+    def __init__(self, key: str, group: str, built_in: Mapping[str, Value | str]) -> None:
+        self.key = key
+        self.group = group
+        self._built_in = built_in
+        self._loaded: dict[str, Value] = {}
+
+    def __getitem__(self, name: str) -> Value:
+        """Return the value of that name.
+
+        Raises:
+            JobError: there is none, or another package's cannot be imported; the message names
+                what is allowed.
+        """
+        if name not in self._loaded:
+            self._loaded[name] = self._load(self.check(name))
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._built_in
+        yield from self._added
+
+    def __len__(self) -> int:
+        return len(self._built_in) + len(self._added)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._built_in or name in self._added
+
+    def check(self, name: str) -> str:
+        """Return the name if it is registered.
+
+        Raises:
+            JobError: it is not; the message names what is allowed.
+        """
+        if name not in self:
+            raise JobError(f"{name!r} is not allowed; allowed: {', '.join(self)}", key=self.key)
+        return name
+
+    def _load(self, name: str) -> Value:
+        found = self._built_in.get(name)
+        if isinstance(found, str):
+            return cast(Value, resolve_name(found))
+        if found is not None:
+            return found
+        point = self._added[name]
+        try:
+            return cast(Value, point.load())
+        except Exception as error:
+            package = point.dist.name if point.dist else point.value
+            raise JobError(
+                f"{name!r} of the package {package!r} cannot be imported: "
+                f"{type(error).__name__}: {error}",
+                key=self.key,
+            ) from error
+
+    @cached_property
+    def _added(self) -> Mapping[str, EntryPoint]:
+        """Other packages' entries; a name of ours cannot be taken."""
+        found = entry_points(group=self.group)
+        return {point.name: point for point in found if point.name not in self._built_in}
