@@ -13,32 +13,33 @@ from typing import Any
 from dask.system import CPU_COUNT
 from distributed import Client, span
 
-from mas_batch import cluster, report, results
+from mas_batch import cluster, report
 from mas_batch.agents.spec import agent_specs
-from mas_batch.agents.work import RunRef
-from mas_batch.aggregate.escalation import check_method
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.stopping import StoppingRule, check_rule
-from mas_batch.asking import Asking
 from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader
+from mas_batch.engines import examples
 from mas_batch.errors import ExitCode, JobError, RunError
-from mas_batch.history import Memory
+from mas_batch.events import AnswersReused, Event, RunFinished
 from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
 from mas_batch.job import Job
 from mas_batch.latency.ledger import Ledger
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
-from mas_batch.learning import escalation, learned
-from mas_batch.lock import RunLock, job_lock
+from mas_batch.merging import check_merging
 from mas_batch.monitor.event_log import EventLog
-from mas_batch.monitor.events import AnswersReused, Event, RunFinished
 from mas_batch.monitor.feed import Feed, introduce
 from mas_batch.partition import Partition, partition
-from mas_batch.publishing import publish, remove_rest
-from mas_batch.results import Plan, Run
 from mas_batch.routing.scaling import Scaler
-from mas_batch.storage import Store
-from mas_batch.tasks import make_task
+from mas_batch.run_folder.lock import RunLock, job_lock
+from mas_batch.run_folder.manifest import read_manifest, write_job
+from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS, earlier_runs, run_name
+from mas_batch.run_folder.plan import Plan, read_plan, stage
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
+from mas_batch.stages.asking import Asking
+from mas_batch.stages.memory import Memory
+from mas_batch.stages.publishing import publish, remove_rest
+from mas_batch.stages.whole_corpus import escalation, learned
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def run(
     """
     start = time.perf_counter()
     phases = Phases(READING, start)
-    merge, stopping = _merging(job)
+    merge, stopping = check_merging(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
@@ -130,7 +131,7 @@ def run(
         # Whoever held the lock before may have completed the run.
         if (summary := _published(job, store, start)) is not None:
             return summary
-        plan = results.read_plan(store) or _stage(job, store, corpus, lock)
+        plan = read_plan(store) or _stage(job, store, corpus, lock)
         is_embedded = cluster.is_embedded(job.cluster, client)
         since = _since(Present(job, _output(job), store, name, plan, is_embedded), lock)
         asked, origin = _asked(job, since), _origin(job, since)
@@ -221,7 +222,7 @@ def preview(job: Job) -> Preview:
     Raises:
         JobError: the job cannot run as written.
     """
-    _merging(job)
+    check_merging(job)
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
@@ -233,7 +234,7 @@ def preview(job: Job) -> Preview:
     return Preview(
         run=store.url,
         exists=store.exists("job.yaml"),
-        earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
+        earlier_runs=tuple(earlier_runs(_output(job), job.name, name)),
         num_files=len(corpus.files),
         num_records=num_records,
         num_unusable=num_unusable,
@@ -245,49 +246,9 @@ def preview(job: Job) -> Preview:
 
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
     """Return the store and the name of the run that this job on this corpus means."""
-    name = results.run_name(job, corpus)
+    taught = [examples.fingerprint(agent.options) for agent in job.agents]
+    name = run_name(job, corpus.fingerprint, taught)
     return _output(job).child(name), name
-
-
-def merge_spec(job: Job) -> MergeSpec:
-    """Fill the job's merge section with the task's defaults."""
-    task = make_task(job.task)
-    return MergeSpec(
-        method=job.merge.method or task.default_merge,
-        utility=job.merge.utility or task.default_utility,
-        accuracies=job.merge.accuracies,
-        weights=job.merge.weights,
-        abstain_below=job.merge.abstain_below,
-        answer_kind=task.answer_kind,
-        num_labels=len(job.task.labels) if job.task.labels else None,
-        labels=job.task.labels,
-        agents=tuple(agent.name for agent in job.agents),
-        encoder=job.merge.encoder,
-        covers_text=task.covers_text,
-    )
-
-
-def stopping_rule(job: Job) -> StoppingRule | None:
-    """Return when a record needs no further answer; None: all that are asked for come.
-
-    Raises:
-        JobError: the job's merge method cannot be stopped early that way.
-    """
-    if job.routing.adaptive is None:
-        return None
-    # The last agent that is asked may give more than are wanted.
-    most = job.answers_per_record + max(agent.samples for agent in job.first_agents) - 1
-    rule = StoppingRule(job.routing.adaptive.confidence, most)
-    check_rule(merge_spec(job).first_pass, rule)
-    return rule
-
-
-def _merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
-    """Check all of the job that has to do with merging."""
-    merge = merge_spec(job)
-    if job.routing.escalate is not None:
-        check_method(merge.method)
-    return merge, stopping_rule(job)
 
 
 def _output(job: Job) -> Store:
@@ -304,9 +265,9 @@ def _partitions(job: Job, corpus: CorpusReader) -> Iterator[Partition]:
 
 
 def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
-    results.write_job(store, job)
+    write_job(store, job)
     try:
-        return results.stage(store, corpus, _partitions(job, corpus))
+        return stage(store, corpus, _partitions(job, corpus))
     except JobError:
         lock.remove_run()  # a wrong job leaves nothing behind
         raise
@@ -317,7 +278,7 @@ def _since(present: Present, lock: RunLock) -> Since | None:
     job = present.job
     if job.since is None:
         return read_since(present.store)  # an execution that was cut short may have
-    return take_over(present, Settling.of(job, *_merging(job)), lock.check)
+    return take_over(present, Settling.of(job, *check_merging(job)), lock.check)
 
 
 def _asked(job: Job, since: Since | None) -> Job:
@@ -349,17 +310,17 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
         asking.answer(ref, first)
         asking.phases.begin(COUNTING)
         return ref, asking.corpus(ref, every).statistics(merge=False)
-    provisional = replace(ref, merge=ref.merge.first_pass, into=results.FIRST_PASS)
+    provisional = replace(ref, merge=ref.merge.first_pass, into=FIRST_PASS)
     asking.answer(provisional, first)
     asking.phases.begin(LEARNING)
-    corpus = asking.corpus(replace(ref, stopping=None, passes=(results.FIRST_PASS,)), first)
+    corpus = asking.corpus(replace(ref, stopping=None, passes=(FIRST_PASS,)), first)
     prior = memory.prior(besides=asking.name) if memory else None
     if escalate is not None:
         ranked = learned(corpus, "learned-before-escalation.json", prior)
         chosen = escalation(ranked, escalate)
-        asking.escalate(replace(ranked.run, escalation=chosen, into=results.SECOND_PASS))
+        asking.escalate(replace(ranked.run, escalation=chosen, into=SECOND_PASS))
         asking.phases.begin(LEARNING)
-        both = replace(corpus.run, passes=(results.FIRST_PASS, results.SECOND_PASS))
+        both = replace(corpus.run, passes=(FIRST_PASS, SECOND_PASS))
         corpus = replace(corpus, run=both, agents=every)
     corpus = learned(corpus, "learned.json", prior)
     if memory is not None and corpus.run.merge.reliability is not None:
@@ -370,7 +331,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
 
 def _published(job: Job, store: Store, start: float) -> Summary | None:
     """Return what came of the run if it is complete."""
-    manifest = results.read_manifest(store)
+    manifest = read_manifest(store)
     if manifest is None:
         return None
     return _summary(job, store, manifest, time.perf_counter() - start, already_complete=True)

@@ -20,17 +20,19 @@ from mas_batch.agents.second_pass import (
     pattern_counts,
     support_sums,
 )
-from mas_batch.agents.work import COMMITTED, RunRef, partition_statistics
+from mas_batch.agents.work import COMMITTED, partition_statistics
 from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.reliability import History, Reliability
 from mas_batch.aggregate.tree import tree_reduce
+from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Escalate
-from mas_batch.monitor.events import Escalated, Event, Learned
-from mas_batch.results import Plan, read_engines
-from mas_batch.storage import Store
+from mas_batch.run_folder.manifest import read_engines
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
 
 PARTITIONS_PER_LEAF = 16
 """Partitions that one leaf of a tree reads, at least."""
