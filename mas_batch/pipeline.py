@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dask.system import CPU_COUNT
-from distributed import Client, span
+from distributed import Client
 
 from mas_batch import cluster, report
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader
 from mas_batch.engines import examples
-from mas_batch.errors import ExitCode, JobError, RunError
-from mas_batch.events import AnswersReused, Event, RunFinished
+from mas_batch.errors import ExitCode, JobError
+from mas_batch.events import AnswersReused, Emit, RunFinished
+from mas_batch.execution import execute, new_topic
 from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
 from mas_batch.job import Job
-from mas_batch.latency.ledger import Ledger
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
 from mas_batch.merging import check_merging
-from mas_batch.monitor.event_log import EventLog
-from mas_batch.monitor.feed import Feed, introduce
+from mas_batch.monitor.feed import introduce
 from mas_batch.partition import Partition, partition
 from mas_batch.routing.scaling import Scaler
 from mas_batch.run_folder.lock import RunLock, job_lock
@@ -42,8 +40,6 @@ from mas_batch.stages.publishing import publish, remove_rest
 from mas_batch.stages.whole_corpus import escalation, learned
 
 logger = logging.getLogger(__name__)
-
-Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,38 +133,33 @@ def run(
         asked, origin = _asked(job, since), _origin(job, since)
         phases.begin(STARTING)
         specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT)
-        # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
-        topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
+        topic = new_topic(name)
+        live = introduce(job, name, topic, time.time())
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
             reuses=since is not None and since.run is not None,
         )  # fmt: skip
-        with (
-            (
-                cluster.connect(asked, specs, topic, client, scaler)
-                if specs
-                else cluster.connect_to_merge(job, plan.num_partitions, client)
-            ) as connection,
-            Feed(connection.client, introduce(job, name, topic, time.time())) as feed,
-            _logged(store, (feed, emit), phases) as log,
-            # One for the run: Dask makes a new default span, for ever, whenever nothing is left
-            # to do of a kind for a moment. Its dashboard can tell runs apart by it.
-            span(name),
-        ):
-            asking = Asking(connection, job, specs, plan, name, log, lock, memory, phases)
+        connecting = (
+            cluster.connect(asked, specs, topic, client, scaler)
+            if specs
+            else cluster.connect_to_merge(job, plan.num_partitions, client)
+        )
+        with execute(live, store, lock, connecting, phases, emit) as execution:
+            asking = Asking(execution, job, specs, plan, memory)
             if since is not None:
-                log(AnswersReused(since.run, since.records, since.answers, since.refused))
+                reused = AnswersReused(since.run, since.records, since.answers, since.refused)
+                execution.log(reused)
             ref, statistics = _answer_and_merge(asking, ref)
             lock.check()
             phases.begin(PUBLISHING)
-            log.ledger.flush()
+            execution.log.flush()
             agents = [agent.name for agent in job.agents]
             manifest = publish(ref, name, plan, agents, statistics, origin)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
-            log(RunFinished(counts["results"], counts["failures"], wall_s))
+            execution.log(RunFinished(counts["results"], counts["failures"], wall_s))
         _write_report(store, manifest)
     return _summary(job, store, manifest, wall_s, already_complete=False)
 
@@ -180,40 +171,6 @@ def _write_report(store: Store, manifest: dict[str, Any]) -> None:
     except Exception as error:
         location = store.location(report.NAME)
         logger.warning("%s is not written: %s; `mas-batch report` tries again", location, error)
-
-
-class _Log:
-    """Every event goes to the run's event log, its ledger, and whoever else reads them."""
-
-    def __init__(self, store: Store, readers: Sequence[Emit], start: float) -> None:
-        self._events = EventLog(store)
-        self._readers = readers
-        self.ledger = Ledger(store, self._events.execution, start)
-
-    def __call__(self, event: Event) -> None:
-        self._events(event)
-        self.ledger(event)
-        for read in self._readers:
-            read(event)
-
-    def flush(self) -> None:
-        self._events.flush()
-        self.ledger.flush()
-
-
-@contextmanager
-def _logged(store: Store, readers: Sequence[Emit], phases: Phases) -> Iterator[_Log]:
-    """Keep every event in the run as well, also of an execution that fails."""
-    log = _Log(store, readers, phases.start)
-    phases.tell(log)
-    try:
-        yield log
-    except BaseException:
-        with suppress(RunError):  # a full disk, say: what failed first is what people must read
-            phases.end()
-            log.flush()
-        raise
-    log.flush()
 
 
 def preview(job: Job) -> Preview:
@@ -304,29 +261,30 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     """
     job, memory = asking.job, asking.memory
     escalate = job.routing.escalate
+    phases, name = asking.execution.phases, asking.execution.name
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
     if not ref.merge.needs_corpus and escalate is None:
         asking.answer(ref, first)
-        asking.phases.begin(COUNTING)
-        return ref, asking.corpus(ref, every).statistics(merge=False)
+        phases.begin(COUNTING)
+        return ref, asking.all_answers(ref, every).statistics(merge=False)
     provisional = replace(ref, merge=ref.merge.first_pass, into=FIRST_PASS)
     asking.answer(provisional, first)
-    asking.phases.begin(LEARNING)
-    corpus = asking.corpus(replace(ref, stopping=None, passes=(FIRST_PASS,)), first)
-    prior = memory.prior(besides=asking.name) if memory else None
+    phases.begin(LEARNING)
+    answers = asking.all_answers(replace(ref, stopping=None, passes=(FIRST_PASS,)), first)
+    prior = memory.prior(besides=name) if memory else None
     if escalate is not None:
-        ranked = learned(corpus, "learned-before-escalation.json", prior)
+        ranked = learned(answers, "learned-before-escalation.json", prior)
         chosen = escalation(ranked, escalate)
         asking.escalate(replace(ranked.run, escalation=chosen, into=SECOND_PASS))
-        asking.phases.begin(LEARNING)
-        both = replace(corpus.run, passes=(FIRST_PASS, SECOND_PASS))
-        corpus = replace(corpus, run=both, agents=every)
-    corpus = learned(corpus, "learned.json", prior)
-    if memory is not None and corpus.run.merge.reliability is not None:
-        memory.keep(asking.name, corpus.run.merge.reliability)
-    asking.phases.begin(COUNTING)
-    return corpus.run, corpus.statistics(merge=True)
+        phases.begin(LEARNING)
+        both = replace(answers.run, passes=(FIRST_PASS, SECOND_PASS))
+        answers = replace(answers, run=both, agents=every)
+    answers = learned(answers, "learned.json", prior)
+    if memory is not None and answers.run.merge.reliability is not None:
+        memory.keep(name, answers.run.merge.reliability)
+    phases.begin(COUNTING)
+    return answers.run, answers.statistics(merge=True)
 
 
 def _published(job: Job, store: Store, start: float) -> Summary | None:

@@ -25,7 +25,7 @@ from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store
 from mas_batch.stages.memory import Memory
 from mas_batch.stages.publishing import publish
-from mas_batch.stages.whole_corpus import Corpus, learned
+from mas_batch.stages.whole_corpus import AllAnswers, learned
 from mas_batch.tasks import make_task
 
 SECTION = "merge.json"
@@ -83,9 +83,9 @@ def merge_again(
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     connection = nullcontext(client) if client is not None else local_workers(processes=True)
     with connection as connected:
-        corpus = learned(Corpus(connected, ref, plan, agents, emit), "learned.json", prior)
-        statistics = corpus.statistics(merge=True)
-    publish(corpus.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
+        answers = learned(AllAnswers(connected, ref, plan, agents, emit), "learned.json", prior)
+        statistics = answers.statistics(merge=True)
+    publish(answers.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
     return run.merge(name)
 
 

@@ -18,6 +18,7 @@ from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.collect import answers_by_partition
 from mas_batch.events import Event, PartitionMerged
 from mas_batch.job import Job
+from mas_batch.merging import merge_spec
 from mas_batch.records import ANSWERS
 from mas_batch.remerge import SECTION, merge_again
 from mas_batch.run_folder.names import MERGES, answers_name
@@ -153,7 +154,7 @@ def test_a_merges_section_is_stripped_value_by_value(make_job: MakeJob) -> None:
     """As one JSON text, what is stripped could take the backslash before a quote with it."""
     merge = {"method": "reliability", "history": 'memory://user:pass@bucket/x?key=ab"c'}
     job = make_job(ROWS, **{**labelling(RATES), "merge": merge})
-    section = remerge._section(job, pipeline.merge_spec(job))
+    section = remerge._section(job, merge_spec(job))
     assert section["history"] == 'memory://bucket/x?key=***"c'
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distributed import Client
 
 from mas_batch.agents.second_pass import MERGED, merge_known
 from mas_batch.agents.spec import AgentSpec
-from mas_batch.cluster import Connection
-from mas_batch.events import Event, RunStarted
+from mas_batch.events import RunStarted
+from mas_batch.execution import Execution
 from mas_batch.job import Job
-from mas_batch.latency.phases import ANSWERING, LOADING, Phases
+from mas_batch.latency.phases import ANSWERING, LOADING
 from mas_batch.routing.dask import DaskRouter
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Work
 from mas_batch.routing.policies import POLICIES
 from mas_batch.routing.rules import rules_of
 from mas_batch.run_folder.commits import Committed, committed
-from mas_batch.run_folder.lock import RunLock
 from mas_batch.run_folder.manifest import read_engines, write_engines
 from mas_batch.run_folder.names import JOURNAL, earlier_runs
 from mas_batch.run_folder.plan import Plan
@@ -27,37 +26,36 @@ from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store
 from mas_batch.safe_text import without_credentials
 from mas_batch.stages.memory import Memory
-from mas_batch.stages.whole_corpus import Corpus
+from mas_batch.stages.whole_corpus import AllAnswers
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
     """Asks agents about everything that is not committed yet."""
 
-    connection: Connection
+    execution: Execution
     job: Job
     specs: dict[str, AgentSpec]
     """Of the agents that may be asked; an earlier run has the answers of all others."""
     plan: Plan
-    name: str
-    emit: Callable[[Event], None]
-    lock: RunLock
     memory: Memory | None
     """What earlier runs have learned of the agents, if the job keeps it."""
-    phases: Phases
 
-    def corpus(self, ref: RunRef, agents: tuple[str, ...]) -> Corpus:
+    def all_answers(self, ref: RunRef, agents: tuple[str, ...]) -> AllAnswers:
         """Return all answers of these agents, for what is to be found in them."""
-        return Corpus(self.connection.client, ref, self.plan, agents, self.emit)
+        execution = self.execution
+        return AllAnswers(execution.connection.client, ref, self.plan, agents, execution.log)
 
     def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
         """Ask these agents about every record, as the job's routing says."""
         done = committed(ref.store, self.plan, agents, ref.merged)
-        client = self.connection.client
-        self.emit(_started(client, self.job, ref.store, self.plan, done, self.name))
+        client = self.execution.connection.client
+        self.execution.log(
+            _started(client, self.job, ref.store, self.plan, done, self.execution.name)
+        )
         if self.specs.keys().isdisjoint(agents):  # an earlier run has answered everything
-            self.phases.begin(ANSWERING)
-            self.corpus(ref, tuple(agents)).reduce(merge_known, MERGED)
+            self.execution.phases.begin(ANSWERING)
+            self.all_answers(ref, tuple(agents)).reduce(merge_known, MERGED)
             return
         known = self.memory.accuracies() if self.memory else {}
         self._route(self._job_of(agents), ref, done, known)
@@ -83,17 +81,17 @@ class Asking:
         ref.store.remove_folder(JOURNAL)
         specs = {a.name: self.specs[a.name] for a in job.agents if a.name in self.specs}
         with DaskRouter(
-            self.connection.client,
+            self.execution.connection.client,
             self._job_of(specs, job),
             ref,
             specs,
-            self.emit,
-            check=self.lock.check,
-            scaler=self.connection.scaler,
+            self.execution.log,
+            check=self.execution.lock.check,
+            scaler=self.execution.connection.scaler,
         ) as router:
-            self.phases.begin(LOADING)
+            self.execution.phases.begin(LOADING)
             router.host()
-            self.phases.begin(ANSWERING)
+            self.execution.phases.begin(ANSWERING)
             self._keep_engines(ref.store, router)
             work = _work(self.plan, done)
             if job.routing.mode == "native" and not ref.reuses:  # it would ask all of everything
