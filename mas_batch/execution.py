@@ -34,19 +34,19 @@ class ExecutionLog:
     def __init__(self, store: Store, readers: Sequence[Emit], start: float) -> None:
         self._events = EventLog(store)
         self._readers = readers
-        self._ledger = Ledger(store, self._events.execution, start)
+        self.ledger = Ledger(store, self._events.execution, start)
 
     def __call__(self, event: Event) -> None:
         """Tell every reader of the event."""
         self._events(event)
-        self._ledger(event)
+        self.ledger(event)
         for read in self._readers:
             read(event)
 
     def flush(self) -> None:
         """Write to the run what is kept so far."""
         self._events.flush()
-        self._ledger.flush()
+        self.ledger.flush()
 
 
 @dataclass(frozen=True, slots=True)

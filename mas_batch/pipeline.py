@@ -153,7 +153,7 @@ def run(
             ref, statistics = _answer_and_merge(asking, ref)
             lock.check()
             phases.begin(PUBLISHING)
-            execution.log.flush()
+            execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
             manifest = publish(ref, name, plan, agents, statistics, origin)
             phases.end()
