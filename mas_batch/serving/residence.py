@@ -2,7 +2,7 @@
 
 `routing.hosting` decides which worker serves which agent, loads models, and notices workers that
 come, pause, leave or hang, as for a batch run. Its calls block, so they have this thread; what it
-finds goes to the desk on the client's event loop.
+finds goes to the listener on the client's event loop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _REACH_S = 3.0
 _LOST_S = 120.0
 
 
-class Desk(Protocol):
+class ReplicaListener(Protocol):
     """What is told; every call is made on the client's event loop."""
 
     def joined(self, address: str, agent_id: str, paused: bool) -> None:
@@ -91,8 +91,8 @@ class Residence:
 
     # Any thread
 
-    def open(self, desk: Desk) -> None:
-        """Connect, and load every agent's model; from then on the desk is told.
+    def open(self, listener: ReplicaListener) -> None:
+        """Connect, and load every agent's model; from then on the listener is told.
 
         Raises:
             JobError: an agent has no capable worker.
@@ -102,7 +102,7 @@ class Residence:
         """
         if self._opened.done():
             raise PoolClosedError("a pool is opened once; make another")
-        self._desk = desk
+        self._listener = listener
         self._thread.start()
         self._opened.result()
 
@@ -189,7 +189,7 @@ class Residence:
                 self._handle_next()
         except Exception as error:  # the scheduler is lost, say; the loop is needed until `close`
             logger.warning("the pool's cluster is lost: %s", error)
-            self._tell(self._desk.fail, f"the pool's cluster is lost: {error}")
+            self._tell(self._listener.fail, f"the pool's cluster is lost: {error}")
             self._closing.wait()
 
     def _if_running(self, call: Callable[[str], object], name: str) -> None:
@@ -206,7 +206,7 @@ class Residence:
             self._hosting.refresh()
             for address in suspects & self._hosting.ready.keys():
                 self.joined(address, self._hosting.ready[address])  # it lives
-            self._tell(self._desk.tick)
+            self._tell(self._listener.tick)
 
     def _look_after(self, address: str, hangs: bool) -> None:
         if not hangs:
@@ -232,15 +232,15 @@ class Residence:
             self._proxied.discard(address)
         else:
             self._proxied.add(address)
-        self._tell(self._desk.joined, address, agent_id, self._hosting.is_paused(address))
+        self._tell(self._listener.joined, address, agent_id, self._hosting.is_paused(address))
 
     def paused(self, address: str, paused: bool) -> None:
         """A worker takes nothing further, or again."""
-        self._tell(self._desk.paused, address, paused)
+        self._tell(self._listener.paused, address, paused)
 
     def left(self, address: str, *, blamed: bool) -> None:
         """A worker is gone."""
-        self._tell(self._desk.left, address)
+        self._tell(self._listener.left, address)
 
     def _is_near(self, address: str) -> bool:
         """Tell whether the worker can be reached without going through the scheduler."""
