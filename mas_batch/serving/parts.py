@@ -14,7 +14,7 @@ from mas_batch.serving.reply import Failure
 if TYPE_CHECKING:
     from mas_batch.agents.texts import Answered
 
-_ENGINE_REASONS = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)
+_WORTH_ANOTHER_REPLICA = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)  # a death is counted apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Outcome:
         if self.answers or self.failure is None:
             return None
         reason = Reason(self.failure.reason)
-        return reason if reason in _ENGINE_REASONS else None
+        return reason if reason in _WORTH_ANOTHER_REPLICA else None
 
 
 @dataclass(slots=True, eq=False)
