@@ -24,6 +24,7 @@ from distributed import Client, Future
 from mas_batch import cluster
 from mas_batch.agents.spec import agent_specs
 from mas_batch.agents.texts import Answered, TextHost, texts_op
+from mas_batch.dask_compat import call_worker, call_worker_by_scheduler
 from mas_batch.errors import MasBatchError, PoolClosedError
 from mas_batch.events import AgentDraining, AgentLost, Event
 from mas_batch.job import Job
@@ -133,11 +134,8 @@ class Residence:
         """
         op = texts_op(self._run.topic)
         texts = [(record.record_id, record.text, record.context) for record in records]
-        if address in self._proxied:
-            message = {"op": op, "agent_id": agent_id, "records": texts}
-            reply = await self._client.scheduler.proxy(worker=address, msg=message)
-        else:
-            reply = await getattr(self._client.rpc(address), op)(agent_id=agent_id, records=texts)
+        call = call_worker_by_scheduler if address in self._proxied else call_worker
+        reply = await call(self._client, address, op, agent_id=agent_id, records=texts)
         if isinstance(reply, MasBatchError):
             raise reply
         if not isinstance(reply, Answered):
