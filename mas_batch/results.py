@@ -75,7 +75,7 @@ MERGES = "merges"
 """Folder of merges that were made afterwards, each a folder with a manifest."""
 
 EVALUATION = "evaluation"
-"""Folder of what `mas-batch evaluate` has found; see `evaluation.files`."""
+"""Folder of what `mas-batch evaluate` has found; see `evaluation.write`."""
 
 REUSED = "reused"
 """Folder of an earlier run's answers, by partition and agent, until all others are there too."""

@@ -19,8 +19,8 @@ from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import Reason, RunError
 from mas_batch.evaluation import Calibration, Verdict, evaluate, print_evaluation, write
-from mas_batch.evaluation.scaling import read_job
 from mas_batch.evaluation.specs import LEARNED_MBR, other_specs, run_spec
+from mas_batch.evaluation.speedup import read_job
 from mas_batch.evaluation.systems import Kind
 from mas_batch.job import Job
 from mas_batch.job_file import check_job

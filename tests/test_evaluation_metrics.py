@@ -15,7 +15,7 @@ from rouge_score import rouge_scorer
 from mas_batch.errors import RunError
 from mas_batch.evaluation.bootstrap import interval, p_value, resampled_sums
 from mas_batch.evaluation.metrics import Metrics, metrics_for
-from mas_batch.evaluation.quality import Quality, Verdict, best_agent, qualities, verdict
+from mas_batch.evaluation.scoring import Quality, Verdict, best_agent, qualities, verdict
 from mas_batch.evaluation.systems import Evidence, Kind, Ledger, oracle
 from mas_batch.job import Task
 

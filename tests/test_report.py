@@ -12,10 +12,11 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client
 
+from mas_batch import kept_job as jobs
 from mas_batch import pipeline, report
 from mas_batch.cli import main
-from mas_batch.report import jobs, record_facts, scan, slowest, walk
-from mas_batch.report.write import count, figure, seconds, share
+from mas_batch.report import record_facts, scan, slowest, walk
+from mas_batch.report.page import count, figure, seconds, share
 from mas_batch.results import Run, open_run
 from tests.report_runs import answer, failure, made_run, result
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mas_batch.compare.changes import Change, changes
-from mas_batch.compare.records import Records, compare_records
+from mas_batch.compare.record_pairs import Records, compare_records
+from mas_batch.kept_job import read_job
 from mas_batch.report.collect import agents_of, model, quality, totals
 from mas_batch.report.facts import AgentFacts, Quality, System
-from mas_batch.report.jobs import read_job
-from mas_batch.report.latency import latency
+from mas_batch.report.timing import latency
 from mas_batch.results import Run
 
 

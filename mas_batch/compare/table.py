@@ -10,8 +10,8 @@ from rich.text import Text
 
 from mas_batch.compare.changes import Change
 from mas_batch.compare.comparison import Comparison, Figure, QualityPair
-from mas_batch.compare.records import RecordPair, Records
-from mas_batch.report.write import count, figure, seconds, share
+from mas_batch.compare.record_pairs import RecordPair, Records
+from mas_batch.report.page import count, figure, seconds, share
 from mas_batch.safe_text import printable
 
 MAX_CHANGES = 40

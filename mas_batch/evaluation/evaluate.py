@@ -12,13 +12,13 @@ import pyarrow as pa
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import RunError
 from mas_batch.evaluation.agreement import PairAgreement, pairwise_agreement
-from mas_batch.evaluation.collect import Question, collect
 from mas_batch.evaluation.confidence import ConfidenceQuality, judge_confidence
 from mas_batch.evaluation.cost import AgentCost, agent_costs
+from mas_batch.evaluation.gather import Question, collect
 from mas_batch.evaluation.metrics import Metrics, metrics_for
-from mas_batch.evaluation.quality import Quality, Verdict, best_agent, qualities, verdict
-from mas_batch.evaluation.scaling import Scale, read_job, scaling
+from mas_batch.evaluation.scoring import Quality, Verdict, best_agent, qualities, verdict
 from mas_batch.evaluation.specs import other_specs, run_spec
+from mas_batch.evaluation.speedup import Scale, read_job, scaling
 from mas_batch.evaluation.systems import Evidence, Kind, oracle
 from mas_batch.job import Job
 from mas_batch.results import Run

@@ -11,7 +11,7 @@ from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
 from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.collect import answers_by_partition
+from mas_batch.evaluation.gather import answers_by_partition
 from mas_batch.job import Job, MergeMethod
 from mas_batch.pipeline import merge_spec
 from mas_batch.results import Run, read_plan, staged_name

@@ -12,8 +12,8 @@ from mas_batch.evaluation.agreement import PairAgreement
 from mas_batch.evaluation.confidence import ConfidenceQuality
 from mas_batch.evaluation.cost import AgentCost, Latency
 from mas_batch.evaluation.evaluate import Evaluation
-from mas_batch.evaluation.quality import Difference, Quality, Score, Verdict
-from mas_batch.evaluation.scaling import Scale
+from mas_batch.evaluation.scoring import Difference, Quality, Score, Verdict
+from mas_batch.evaluation.speedup import Scale
 from mas_batch.evaluation.systems import Kind
 
 _KINDS = {

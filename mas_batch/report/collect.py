@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mas_batch.errors import ExitCode
+from mas_batch.kept_job import job_text
 from mas_batch.report.facts import (
     AgentFacts,
     AgentReliability,
@@ -24,9 +25,8 @@ from mas_batch.report.facts import (
     System,
     Totals,
 )
-from mas_batch.report.jobs import job_text
-from mas_batch.report.latency import latency, spreads
 from mas_batch.report.scan import scan_answers, scan_failures, scan_results
+from mas_batch.report.timing import latency, spreads
 from mas_batch.report.walk import clip, stride
 from mas_batch.results import EVALUATION, Run
 from mas_batch.safe_text import without_credentials

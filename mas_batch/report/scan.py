@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.latency.sketch import RECORD_LATENCY
-from mas_batch.report.agreement import PAIRS
+from mas_batch.report.agreeing_pairs import PAIRS
 from mas_batch.report.record_facts import (
     CandidateFacts,
     FailedAnswers,
