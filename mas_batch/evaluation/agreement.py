@@ -10,6 +10,7 @@ import numpy as np
 
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.normalise import normalise_text
+from mas_batch.evaluation.libraries import library
 from mas_batch.evaluation.systems import Evidence, Indices, Kind, Mask
 
 MAX_TEXTS = 1000
@@ -40,7 +41,11 @@ def pairwise_agreement(
 ) -> tuple[PairAgreement, ...]:
     """Compare every two agents; a record that one of them did not answer is left out.
 
-    Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960.
+    Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960; it is
+    scikit-learn's.
+
+    Raises:
+        RunError: answers are labels, and scikit-learn is not installed.
     """
     answered = _answered(evidence)
     codes = _codes([*evidence.references, *(answer or "" for answer in evidence.answers)])
@@ -81,13 +86,9 @@ def _mean(values: Mask) -> float | None:
 
 
 def _kappa(left: Indices, right: Indices) -> float | None:
-    if not len(left):
+    if len(np.union1d(left, right)) < 2:
         return None
-    size = int(max(left.max(), right.max())) + 1
-    observed = float(np.mean(left == right))
-    shares = (np.bincount(side, minlength=size) / len(side) for side in (left, right))
-    expected = float(np.prod(np.stack(list(shares)), axis=0).sum())
-    return (observed - expected) / (1 - expected) if expected < 1 else None
+    return float(library("sklearn.metrics").cohen_kappa_score(left, right))
 
 
 def _same_error(left: Indices, right: Indices, references: Indices) -> float | None:
