@@ -6,40 +6,47 @@ import json
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from mas_batch.errors import RunError
+from mas_batch.job import Job
 from mas_batch.results import MERGES, Run, without_credentials_in
 from mas_batch.storage import Store
 
 _SECTION = "merge.json"
 
 
-def job_text(run: Run) -> str:
-    """Return job.yaml, without credentials; a merge's is its run's, with the merge's own section.
+def job_facts(run: Run) -> dict[str, Any]:
+    """Return job.yaml as plain data; a merge's is its run's, with the merge's own section.
 
-    Value by value, as `results.write_job` strips them: earlier versions may have left some.
+    Without credentials: `results.write_job` strips them, earlier versions may have left some.
 
     Raises:
         RunError: it is not there.
     """
-    if run.store.exists("job.yaml"):
-        return _shown(yaml.safe_load(run.store.read_bytes("job.yaml")))
-    folder, is_merge, _ = run.store.url.rstrip("/").rpartition(f"/{MERGES}/")
-    whole = Store(folder, run.store.options)
-    if not is_merge or not whole.exists("job.yaml"):
-        raise RunError(f"{run.store.location('job.yaml')}: not there; the run is not whole")
+    whole, section = run.store, {}
+    if not whole.exists("job.yaml"):
+        folder, is_merge, _ = whole.url.rstrip("/").rpartition(f"/{MERGES}/")
+        whole = Store(folder, whole.options)
+        if not is_merge or not whole.exists("job.yaml"):
+            raise RunError(f"{run.store.location('job.yaml')}: not there; the run is not whole")
+        if run.store.exists(_SECTION):
+            section = {"merge": json.loads(run.store.read_bytes(_SECTION))}
     job = yaml.safe_load(whole.read_bytes("job.yaml"))
-    if run.store.exists(_SECTION):
-        job["merge"] = json.loads(run.store.read_bytes(_SECTION))
-    return _shown(job)
+    facts: dict[str, Any] = without_credentials_in({**job, **section})
+    return facts
 
 
-def _shown(job: Any) -> str:
-    text: str = yaml.safe_dump(without_credentials_in(job), sort_keys=False, allow_unicode=True)
-    return text
+def read_job(run: Run) -> Job:
+    """Return `job_facts` as a checked job.
 
-
-def read_job(run: Run) -> dict[str, Any]:
-    """Return `job_text` as plain data."""
-    job: dict[str, Any] = yaml.safe_load(job_text(run))
-    return job
+    Raises:
+        RunError: it is not there, or is not a job of this version of mas_batch.
+    """
+    try:
+        return Job.model_validate(job_facts(run))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        location = run.store.location("job.yaml")
+        raise RunError(f"{location}: {key}: {first['msg']}; another version wrote it") from error

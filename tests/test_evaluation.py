@@ -18,13 +18,13 @@ from mas_batch import pipeline, results
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import Reason, RunError
-from mas_batch.evaluation import Calibration, Verdict, evaluate, print_evaluation, write
+from mas_batch.evaluation import Calibration, Worth, evaluate, print_evaluation, write
 from mas_batch.evaluation.specs import LEARNED_MBR, other_specs, run_spec
-from mas_batch.evaluation.speedup import read_job
-from mas_batch.evaluation.systems import Kind
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
+from mas_batch.kept_job import read_job
 from mas_batch.partition import partition
+from mas_batch.quality import Kind
 from mas_batch.records import ANSWERS, Answer
 from mas_batch.results import Run
 from mas_batch.storage import Store
@@ -212,7 +212,7 @@ def test_a_merge_that_is_worse_is_said_loudly(make_run: MakeRun) -> None:
     liars = ["y", "z", "x"] * 30
     run = make_run(references, {"good": references, "liar": liars, "twin": liars}, max_records=50)
     found = evaluate(run, "gold", num_resamples=100)
-    assert found.verdict is Verdict.WORSE
+    assert found.verdict is Worth.WORSE
     assert found.to_json()["verdict"] == "worse, beyond noise"
     line = "The merge (vote) is WORSE than the best single agent, good, beyond noise"
     assert line in printed(found)
@@ -229,7 +229,7 @@ def test_a_merge_that_is_better_is_said_too(make_run: MakeRun) -> None:
         for agent in range(3)
     }
     found = evaluate(make_run(references, replies, max_records=50), "gold", num_resamples=100)
-    assert found.verdict is Verdict.BETTER
+    assert found.verdict is Worth.BETTER
     assert found.merge.score("accuracy").value == 1.0
 
 

@@ -12,9 +12,9 @@ import pytest
 from click.testing import CliRunner
 from distributed import Client
 
-from mas_batch import kept_job as jobs
 from mas_batch import pipeline, report
 from mas_batch.cli import main
+from mas_batch.kept_job import job_facts
 from mas_batch.report import record_facts, scan, slowest, walk
 from mas_batch.report.page import count, figure, seconds, share
 from mas_batch.results import Run, open_run
@@ -84,10 +84,10 @@ def test_every_run_has_its_report(real_run: pipeline.Summary) -> None:
     assert "whole" in page.text
     facts = report.collect(run)
     assert (facts.totals.records, facts.totals.results, facts.totals.failures) == (14, 13, 1)
-    assert facts.latency is not None
+    assert facts.time is not None
     assert facts.totals.wall_s is not None
     assert all(agent.latency is not None for agent in facts.agents)
-    assert {each.agent_id for each in facts.latency.activity} == {"whole", "brief"}
+    assert {each.agent_id for each in facts.time.activity} == {"whole", "brief"}
 
 
 def test_what_comes_out_of_the_corpus_cannot_become_markup(
@@ -163,7 +163,7 @@ def test_a_prompt_is_shown_as_it_is_and_other_credentials_are_not(tmp_path: Path
         "output": {"path": "s3://CANARY:CANARY@bucket/x"},  # as an earlier version may have left
     }
     run = made_run(tmp_path / "run", [[result("a")]], job=job)
-    shown = jobs.read_job(run)
+    shown = job_facts(run)
     assert shown["task"]["prompt"] == prompt
     assert shown["output"]["path"] == "s3://bucket/x"
 
@@ -291,7 +291,7 @@ def test_a_run_of_an_earlier_version_has_a_report_too(tmp_path: Path) -> None:
     }
     del run.manifest["engines"]
     facts = report.collect(run)
-    assert facts.latency is None
+    assert facts.time is None
     assert facts.totals.wall_s is None
     (agent,) = facts.agents
     assert agent.latency is not None

@@ -11,14 +11,15 @@ import numpy as np
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.evaluation.libraries import library
-from mas_batch.evaluation.systems import Evidence, Indices, Kind, Mask
+from mas_batch.evaluation.systems import Evidence, Indices, Mask
+from mas_batch.quality import Kind
 
 MAX_TEXTS = 1000
 """Records whose texts are compared pair by pair; of more, a random sample."""
 
 
 @dataclass(frozen=True, slots=True)
-class PairAgreement:
+class AgentPair:
     """Two agents' first answers to the records that both answered."""
 
     agent_a: str
@@ -36,9 +37,7 @@ class PairAgreement:
     """Numbers: mean absolute difference."""
 
 
-def pairwise_agreement(
-    evidence: Evidence, answer_kind: str, seed: int
-) -> tuple[PairAgreement, ...]:
+def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple[AgentPair, ...]:
     """Compare every two agents; a record that one of them did not answer is left out.
 
     Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960; it is
@@ -56,14 +55,14 @@ def pairwise_agreement(
         both = (answered[a] >= 0) & (answered[b] >= 0)
         left, right = answered[a][both], answered[b][both]
         equal = _mean(said[left] == said[right])
-        pair = PairAgreement(a, b, len(left), equal, utility=utilities.get((a, b)))
+        pair = AgentPair(a, b, len(left), equal, utility=utilities.get((a, b)))
         if answer_kind == "label":
             kappa = _kappa(said[left], said[right])
             same = _same_error(said[left], said[right], references[both])
-            pair = PairAgreement(a, b, len(left), equal, kappa, same)
+            pair = AgentPair(a, b, len(left), equal, kappa, same)
         elif answer_kind == "value":
             difference = _mean_difference(evidence.answers, left, right)
-            pair = PairAgreement(a, b, len(left), equal, mean_difference=difference)
+            pair = AgentPair(a, b, len(left), equal, mean_difference=difference)
         pairs.append(pair)
     return tuple(pairs)
 

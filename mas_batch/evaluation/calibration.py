@@ -10,24 +10,12 @@ import numpy as np
 
 from mas_batch.evaluation.libraries import library
 from mas_batch.evaluation.systems import Vector
+from mas_batch.quality import Bin
 
 NUM_BINS = 15
 NUM_FOLDS = 5
 MIN_RECORDS = 50
 """Fewer are not calibrated: a fold of ten says nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Records of like confidence in a reliability diagram."""
-
-    low: float
-    """Not in the bin, but for 0."""
-    high: float
-    """In the bin."""
-    num_records: int
-    mean_confidence: float
-    mean_correct: float
 
 
 @dataclass(frozen=True, slots=True)

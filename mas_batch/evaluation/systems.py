@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from mas_batch.quality import Key, Kind
+
 Matrix: TypeAlias = npt.NDArray[np.float64]
 Vector: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
-
-
-class Kind(StrEnum):
-    """What a system is."""
-
-    AGENT = "agent"
-    RANDOM = "random"
-    """Any one of a record's answers: the mean over them."""
-    RUN = "run"
-    """The answers that the run published."""
-    MERGE = "merge"
-    """The stored answers, merged in another way."""
-    ORACLE = "oracle"
-    """The best answer that any agent gave to each record: no choice among them can do better."""
-
-
-Key: TypeAlias = tuple[Kind, str]
-"""A system's kind and name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +112,7 @@ class Evidence:
 
 
 @dataclass(slots=True)
-class Ledger:
+class EvidenceBuilder:
     """Collects records and their answers, one record after the other."""
 
     references: list[str] = field(default_factory=list)

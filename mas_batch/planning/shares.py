@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.aggregate.stopping import undecided
-from mas_batch.evaluation.speedup import read_job
 from mas_batch.job import Job
+from mas_batch.kept_job import read_job
 from mas_batch.pipeline import merge_spec, stopping_rule
 from mas_batch.results import Run
 

@@ -31,12 +31,12 @@ from mas_batch.report.walk import (
     ID_CHARS,
     MESSAGE_CHARS,
     TEXT_CHARS,
-    clip,
-    clipped,
+    clip_optional,
     shown_answer,
     tables,
 )
 from mas_batch.results import Run
+from mas_batch.safe_text import clip
 
 NUM_SHOWN = 10
 """Least certain records."""
@@ -158,8 +158,8 @@ def _record(row: Mapping[str, Any], keep_text: bool) -> RecordFacts:
     support = row["support"] or []
     return RecordFacts(
         record_id=clip(row["record_id"], ID_CHARS),
-        text=clipped(row.get("text"), TEXT_CHARS),
-        reference=clipped(row.get("reference"), ANSWER_CHARS) if keep_text else None,
+        text=clip_optional(row.get("text"), TEXT_CHARS),
+        reference=clip_optional(row.get("reference"), ANSWER_CHARS) if keep_text else None,
         answer=shown_answer(row),
         confidence=row["confidence"],
         confidence_kind=row["confidence_kind"],
