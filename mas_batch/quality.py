@@ -134,8 +134,14 @@ def read_evaluation(run: Run) -> KeptEvaluation | None:
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> Quality:
-    about = (rows[0][name] for name in ("name", "num_records", "num_missing"))
-    return Quality(Kind(rows[0]["kind"]), *about, tuple(map(_score, rows)))
+    first = rows[0]
+    return Quality(
+        Kind(first["kind"]),
+        first["name"],
+        first["num_records"],
+        first["num_missing"],
+        tuple(map(_score, rows)),
+    )
 
 
 def _score(row: Mapping[str, Any]) -> MetricScore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -306,6 +307,33 @@ def test_the_same_seed_gives_the_same_figures(make_run: MakeRun) -> None:
     first, second = (evaluate(run, "gold", num_resamples=30) for _ in range(2))
     assert first == second
     assert evaluate(run, "gold", num_resamples=30, seed=1) != first
+
+
+def test_a_run_without_its_plan_is_told_so(make_run: MakeRun) -> None:
+    run = texts_run(make_run, method="mbr")
+    Path(run.store.path("plan.parquet")).unlink()
+    with pytest.raises(RunError, match=r"plan\.parquet is missing"):
+        evaluate(run, "gold", num_resamples=10)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "given"),
+    [
+        ("sklearn.metrics", "classify", ["x", "y"] * 30),
+        ("sklearn.isotonic", "classify", ["x", "y"] * 30),
+        ("scipy.stats", "score", ["1", "2"] * 30),
+        ("rouge_score", "translate", ["one", "two"]),
+    ],
+)
+def test_a_missing_package_says_what_to_install(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, module: str, kind: str, given: list[str]
+) -> None:
+    run = make_run(given, {"a": given, "b": given}, kind=kind, max_records=60)
+    names = [module, *(name for name in sys.modules if name.startswith(f"{module}."))]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RunError, match=r"not installed: pip install 'mas_batch\[evaluate\]'"):
+        evaluate(run, "gold", num_resamples=10)
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from distributed import Client
 
 from mas_batch import pipeline, report
 from mas_batch.cli import main
+from mas_batch.evaluation.write import QUALITY
 from mas_batch.kept_job import job_facts
 from mas_batch.report import record_facts, scan, slowest, walk
 from mas_batch.report.page import count, figure, seconds, share
 from mas_batch.results import Run, open_run
+from mas_batch.storage import parquet_bytes
 from tests.report_runs import answer, failure, made_run, result
 
 SCRIPT = "<script>alert('canary')</script>"
@@ -249,6 +253,29 @@ def test_failures_have_examples(tmp_path: Path) -> None:
     assert facts.failures[1].examples[0].message == "killed"
     assert facts.failed_answers == (record_facts.FailedAnswers("one", "engine_error", 1),)
     assert facts.outcome.exit_code == 3
+
+
+def test_an_evaluated_run_shows_its_quality_without_the_libraries_that_found_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("sklearn", "sklearn.metrics", "scipy", "scipy.stats", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, module, None)
+    run = made_run(tmp_path / "run", [[result("a")]], [[answer("a")]])
+    about = {"num_records": 1, "num_missing": 0, "low": 0.25, "high": 0.75}
+    rows = [
+        {"kind": "agent", "name": "one", "metric": "accuracy", "value": 0.5, **about},
+        {"kind": "agent", "name": "one", "metric": "macro-F1", "value": 0.375, **about},
+        {
+            **{"kind": "run", "name": "vote", "metric": "accuracy", "value": 0.25, **about},
+            **{"difference": -0.25, "difference_low": -0.5, "difference_high": 0.0, "p": 0.125},
+        },
+        {"kind": "run", "name": "vote", "metric": "macro-F1", "value": None, **about},
+    ]
+    table = pa.Table.from_pylist(rows, QUALITY)
+    run.store.replace("evaluation/quality.parquet", parquet_bytes(table))
+    shown = " ".join(page_of(run).text.split())
+    assert "onebest agent 0.500 0.250 – 0.750 0.375" in shown
+    assert "votethis run 0.250 0.250 – 0.750 \u22120.250 0.125 –" in shown
 
 
 def test_a_large_run_is_sampled_and_says_so(

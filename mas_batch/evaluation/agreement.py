@@ -1,4 +1,4 @@
-"""How alike the agents answer: who says the same cannot correct each other."""
+"""How alike the agents answer: agents that say the same cannot correct each other."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from itertools import combinations
 import numpy as np
 
 from mas_batch.aggregate.chrf import chrf_matrix
-from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.evaluation.libraries import library
-from mas_batch.evaluation.systems import Evidence, Indices, Mask
+from mas_batch.evaluation.systems import Evidence, Indices, Mask, number_texts
 from mas_batch.quality import Kind
 
 MAX_TEXTS = 1000
@@ -47,7 +46,7 @@ def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple
         RunError: answers are labels, and scikit-learn is not installed.
     """
     answered = _answered(evidence)
-    codes = _codes([*evidence.references, *(answer or "" for answer in evidence.answers)])
+    _, codes = number_texts([*evidence.references, *(answer or "" for answer in evidence.answers)])
     references, said = codes[: evidence.num_records], codes[evidence.num_records :]
     utilities = _utilities(evidence, answered, seed) if answer_kind == "text" else {}
     pairs = []
@@ -73,11 +72,6 @@ def _answered(evidence: Evidence) -> dict[str, Indices]:
     agents = {agent.name: agent.first_answers for agent in evidence.of(Kind.AGENT)}
     # -1, not asked, reads the True at the end.
     return {name: np.where(missing[first], -1, first) for name, first in agents.items()}
-
-
-def _codes(texts: Sequence[str]) -> Indices:
-    normalised = np.array([normalise_text(text) for text in texts], dtype=object)
-    return np.unique(normalised, return_inverse=True)[1].astype(np.int64)
 
 
 def _mean(values: Mask) -> float | None:

@@ -164,8 +164,10 @@ def _notes(own: MergeSpec, metrics: Metrics, judged: Sequence[Quality]) -> list[
         )
     partly = [q.name for q in judged if q.kind is Kind.AGENT and q.num_records < _most(judged)]
     if partly:
+        names = ", ".join(partly)
         notes.append(
-            f"{', '.join(partly)}: not asked about every record; compared on those that they were"
+            f"{names}: not asked about every record; each is compared with the best agent on the "
+            "records that both were asked about"
         )
     return notes
 

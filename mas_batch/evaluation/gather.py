@@ -58,15 +58,25 @@ def gather(run: Run, request: EvidenceRequest) -> Evidence:
     Raises:
         RunError: there is no such column, no record has a reference, a file is missing.
     """
-    plan = read_plan(run.store)
-    if plan is None:
-        raise RunError(f"{run.store.location('plan.parquet')} is missing; evaluation needs it")
+    plan = plan_of(run)
     gathering = _Gathering(request)
     for partition, answers in enumerate(answers_by_partition(run, plan)):
         records = read_records(run.store, partition, plan.passthrough)
         merged = read_results(run.store, partition)
         gathering.add_partition(records, answers, _published(merged.results))
     return gathering.evidence()
+
+
+def plan_of(run: Run) -> Plan:
+    """Return how the run's corpus was cut into partitions.
+
+    Raises:
+        RunError: the run's folder does not say.
+    """
+    plan = read_plan(run.store)
+    if plan is None:
+        raise RunError(f"{run.store.location('plan.parquet')} is missing; evaluation needs it")
+    return plan
 
 
 def answers_by_partition(run: Run, plan: Plan) -> Iterator[pa.Table]:

@@ -14,7 +14,14 @@ import numpy as np
 from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.errors import RunError
 from mas_batch.evaluation.libraries import library
-from mas_batch.evaluation.systems import Evidence, Indices, Matrix, System, Vector
+from mas_batch.evaluation.systems import (
+    Evidence,
+    Indices,
+    Matrix,
+    System,
+    Vector,
+    number_texts,
+)
 from mas_batch.evaluation.text_metrics import bleu, chrf, rouge
 from mas_batch.job import Task
 
@@ -94,7 +101,7 @@ def _counted(values: Vector) -> Matrix:
 
 
 def _label_metrics(evidence: Evidence, labels: Sequence[str]) -> Metrics:
-    names, codes = _codes([*evidence.references, *(a or "" for a in evidence.answers)])
+    names, codes = number_texts([*evidence.references, *(a or "" for a in evidence.answers)])
     references, answers = codes[: evidence.num_records], codes[evidence.num_records :]
     missing = np.array([answer is None for answer in evidence.answers], np.bool_)
     answers = np.where(missing, len(names), answers)
@@ -107,12 +114,6 @@ def _label_metrics(evidence: Evidence, labels: Sequence[str]) -> Metrics:
         whole=[WholeMetric("macro-F1", lambda s: _macro_f1(s, references, answers, len(names)))],
         notes=notes if num_unknown else [],
     )
-
-
-def _codes(texts: Sequence[str]) -> tuple[list[str], Indices]:
-    """Number the normalised texts: (the distinct ones, the number of each)."""
-    names, codes = np.unique(np.array([normalise_text(t) for t in texts]), return_inverse=True)
-    return names.tolist(), codes.astype(np.int64)
 
 
 def _macro_f1(system: System, references: Indices, answers: Indices, missing: int) -> float:

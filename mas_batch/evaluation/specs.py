@@ -11,10 +11,10 @@ from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
 from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.gather import answers_by_partition
+from mas_batch.evaluation.gather import answers_by_partition, plan_of
 from mas_batch.job import Job, MergeMethod
 from mas_batch.pipeline import merge_spec
-from mas_batch.results import Run, read_plan, staged_name
+from mas_batch.results import Run, staged_name
 from mas_batch.tasks import make_task
 
 METHODS: tuple[str, ...] = get_args(MergeMethod)
@@ -86,11 +86,9 @@ def _with_reliability(spec: MergeSpec, run: Run) -> MergeSpec:
 
 
 def _with_weights(spec: MergeSpec, run: Run) -> MergeSpec:
-    plan = read_plan(run.store)
-    assert plan is not None
     partials = [
         support_partial(run.store.read_table(staged_name(index)), answers, spec)
-        for index, answers in enumerate(answers_by_partition(run, plan))
+        for index, answers in enumerate(answers_by_partition(run, plan_of(run)))
     ]
     weights = SUPPORT.finalize(SUPPORT.combine(partials))
     return replace(spec, weights="learned", accuracies=weights)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.quality import Key, Kind
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
@@ -151,6 +152,13 @@ class EvidenceBuilder:
             self.answers.append(answer)
             self.record_of.append(len(self.references) - 1)
         return self._current[answer]
+
+
+def number_texts(texts: Sequence[str]) -> tuple[list[str], Indices]:
+    """Number texts that are equal in normalised form: (the distinct ones, the number of each)."""
+    normalised = np.array([normalise_text(text) for text in texts], dtype=object)
+    names, numbers = np.unique(normalised, return_inverse=True)
+    return names.tolist(), numbers.astype(np.int64)
 
 
 def oracle(evidence: Evidence, losses: Vector) -> System:
