@@ -22,7 +22,7 @@ from mas_batch.monitor.progress import Throughput
 from mas_batch.monitor.story import Candidate, Decision, News, Outcome, OutcomeKind, Step
 from mas_batch.pipeline import Preview, Summary
 from mas_batch.run_folder.read import Run, open_run
-from mas_batch.safe_text import printable, without_credentials
+from mas_batch.safe_text import clip, printable, without_credentials
 
 
 def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
@@ -165,8 +165,8 @@ def _records_table(run: Run, num_shown: int) -> Table:
     for row in rows:
         confidence = "–" if row["confidence"] is None else f"{row['confidence']:.2f}"
         table.add_row(
-            Text(_clip(row.get("text") or row["record_id"], 100)),
-            Text(_clip(row["answer"], 200)),
+            Text(clip(row.get("text") or row["record_id"], 100)),
+            Text(clip(row["answer"], 200)),
             confidence + ("\ntie" if row["tie"] else "") + _coverage(row),
             Text(_backers(row)),
         )
@@ -216,11 +216,6 @@ def _agents_table(run: Run) -> Table:
             f"{agent['compute_s']:.1f} s",
         )
     return table
-
-
-def _clip(text: str, length: int) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 _MAX_CANDIDATES = 10

@@ -15,7 +15,7 @@ from distributed import Client, Worker
 import mas_batch
 from mas_batch import pipeline, remerge
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.collect import answers_by_partition
+from mas_batch.evaluation.gather import answers_by_partition
 from mas_batch.events import Event, PartitionMerged
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec

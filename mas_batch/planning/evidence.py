@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.cluster import is_embedded
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.scaling import read_job
 from mas_batch.job import Agent, Job
 from mas_batch.latency.model import Floats, Tasks, waits, work_done
 from mas_batch.latency.phases import ALL, PUBLISHING
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
 

@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.aggregate.stopping import undecided
-from mas_batch.evaluation.scaling import read_job
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec, stopping_rule
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
 _MAX_JUDGED = 1000

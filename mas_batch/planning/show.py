@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mas_batch.latency.phases import ALL
 from mas_batch.planning.planned import AgentForecast, Option, Planned, Range
+from mas_batch.terminal import plain_table
 
 _SPACING = 0.98
 """Of the shorter and the shorter time: allocations between are left to `--json`."""
@@ -81,7 +82,7 @@ def _phases(phases: Mapping[str, float]) -> str:
 
 
 def _agents(agents: Iterable[AgentForecast]) -> Table:
-    table = _table(("Agent", "answers", "failed", "prompt tokens", "new tokens"))
+    table = plain_table(("Agent", "answers", "failed", "prompt tokens", "new tokens"))
     for agent in agents:
         counts = (agent.answers, agent.failed_answers, agent.prompt_tokens, agent.completion_tokens)
         table.add_row(Text(agent.agent_id), *(f"{count:,}" for count in counts))
@@ -89,7 +90,9 @@ def _agents(agents: Iterable[AgentForecast]) -> Table:
 
 
 def _times(agents: Iterable[AgentForecast]) -> Table:
-    table = _table(("Agent", "replicas", "busy", "memory", "compute", "transfer", "processing"))
+    table = plain_table(
+        ("Agent", "replicas", "busy", "memory", "compute", "transfer", "processing")
+    )
     for agent in agents:
         seconds = (agent.compute_s, agent.transfer_s, agent.processing_s)
         table.add_row(
@@ -110,7 +113,7 @@ def _memory(agents: Sequence[AgentForecast]) -> int | None:
 def _print_options(
     out: Console, title: str, name: Any, options: Iterable[Option], own: Option
 ) -> None:
-    table = _table((title, "partitions", "expected", "eight of ten"))
+    table = plain_table((title, "partitions", "expected", "eight of ten"))
     for option in options:
         is_own = _settings(option) == _settings(own)
         low, high = duration(option.duration.p10_s), duration(option.duration.p90_s)
@@ -175,10 +178,3 @@ def _differ(options: Sequence[Option]) -> bool:
 
 def _bytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _table(header: Sequence[str]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right")
-    return table
