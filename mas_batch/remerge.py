@@ -122,8 +122,8 @@ def _claim(merge: Store, name: str, section: Mapping[str, Any]) -> None:
     strangers = merge.list("") - {MERGE_SECTION}
     if strangers and not merge.exists(MERGE_SECTION):
         raise RunError(
-            f"{merge.location(MERGE_SECTION)} is missing: an earlier version made the merge {name!r} and "
-            "did not keep how; allowed: another --name"
+            f"{merge.location(MERGE_SECTION)} is missing: an earlier version made the merge "
+            f"{name!r} and did not keep how; allowed: another --name"
         )
     merge.commit(MERGE_SECTION, json.dumps(section, ensure_ascii=False, indent=1).encode())
     there: dict[str, Any] = json.loads(merge.read_bytes(MERGE_SECTION))
