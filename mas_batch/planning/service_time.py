@@ -1,25 +1,33 @@
-"""What a task takes, learned from tasks that were measured: small linear models, numpy only."""
+"""What a task takes, learned from tasks that were measured: small linear models."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mas_batch.errors import RunError
+
+try:
+    from scipy.optimize import nnls
+except ImportError as missing:
+    raise RunError(
+        "runs are predicted with scipy, which is not installed: pip install 'mas_batch[evaluate]'"
+    ) from missing
+
 Floats = NDArray[np.float64]
 
 _EXACT = 1e-12
-"""Of the sum of squares: an error so small is none, and says nothing for a larger model."""
+"""Of the sum of squares: a smaller error is none, and says nothing for a larger model."""
 _TIE = 1e-6
 """Models that differ by less, in units of information, are equal: the simpler one is taken."""
 _CLEARLY = 6.0
 """A difference of so much is odds of 20 to 1."""
 _MIN_SETTLED = 4
-"""Later tasks of workers, without which their first ones have to serve too."""
+"""With fewer later tasks of its workers, a fit uses their first tasks as well."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,154 +46,110 @@ class Tasks:
         return len(self.seconds)
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Tasks:
-        """Return some of the rows."""
+        """Return the tasks of these rows."""
         return Tasks(
             self.num_records[rows], self.text_tokens[rows], self.seconds[rows], self.is_first[rows]
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class ServiceTime:
     """Seconds of a task = per_task_s + per_record_s · records + per_token_s · text tokens."""
 
-    per_task_s: float
-    per_record_s: float
-    per_token_s: float
+    per_task_s: float = 0.0
+    per_record_s: float = 0.0
+    per_token_s: float = 0.0
     first_s: float = 0.0
     """A worker's first task takes so much longer."""
-    spread: tuple[float, ...] = (1.0,)
-    """Measured ÷ fitted, of mean 1: how far single tasks stray."""
 
     def seconds(self, num_records: float, text_tokens: float) -> float:
         """Return what a task takes on average, if it is not its worker's first."""
         return self.per_task_s + self.per_record_s * num_records + self.per_token_s * text_tokens
 
-    def of(self, tasks: Tasks) -> Floats:
-        """Return the same of each of these tasks."""
-        return (
-            self.per_task_s
-            + self.per_record_s * tasks.num_records
-            + self.per_token_s * tasks.text_tokens
-        )
-
     def scaled(self, factor: float) -> ServiceTime:
         """Return the same for a machine on which everything takes `factor` times as long."""
-        return replace(
-            self,
-            per_task_s=self.per_task_s * factor,
-            per_record_s=self.per_record_s * factor,
-            per_token_s=self.per_token_s * factor,
-            first_s=self.first_s * factor,
+        return ServiceTime(
+            self.per_task_s * factor,
+            self.per_record_s * factor,
+            self.per_token_s * factor,
+            self.first_s * factor,
         )
 
 
-NOTHING = ServiceTime(0.0, 0.0, 0.0)
-"""Of a kind of task that nobody has measured."""
-
-
-def fit(
-    tasks: Tasks, tokens_per_record: float, rng: np.random.Generator | None = None
-) -> ServiceTime:
+def fit(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
     """Learn what a task takes, by weighted least squares without negative coefficients.
 
     The variance is taken to grow with the task's size, so that where all tasks are alike the fit is
-    the ratio of the sums. Whether a record costs something beside its tokens is decided by Akaike's
-    criterion for few rows (Hurvich and Tsai, 1989); so is whether a task costs something by itself,
-    but that must be clear: by a mistake in it, tasks of another size would be off several times.
+    the ratio of the sums. Akaike's criterion for few rows (Hurvich and Tsai, 1989) decides whether
+    a record costs something beside its tokens. It also decides whether a task costs something by
+    itself, but that must be clear: a mistake in it would make tasks of another size wrong several
+    times.
 
     Args:
         tasks: at least one.
         tokens_per_record: what a record counts beside its text where both have one coefficient.
-        rng: fit to seconds that might as well have been measured: the fitted ones, each times a
-            ratio of a measured to its fitted one (bootstrap of the residuals).
     """
-    settled = tasks.take(~tasks.is_first)
-    has_settled = len(settled) >= _MIN_SETTLED
-    used = settled if has_settled else tasks
-    found = _fit(used, tokens_per_record)
-    first = tasks.take(tasks.is_first)
-    first_s = float(np.mean(first.seconds - found.of(first))) if has_settled and len(first) else 0.0
-    if rng is not None:
-        drawn = found.of(used) * rng.choice(np.array(found.spread), len(used))
-        found = replace(_fit(replace(used, seconds=drawn), tokens_per_record), spread=found.spread)
-    return replace(found, first_s=max(0.0, first_s))
+    settled, first = tasks.take(~tasks.is_first), tasks.take(tasks.is_first)
+    if len(settled) < _MIN_SETTLED:
+        return _fit_best_model(tasks, tokens_per_record)
+    found = _fit_best_model(settled, tokens_per_record)
+    if not len(first):
+        return found
+    sizes = zip(first.num_records, first.text_tokens, strict=True)
+    longer_s = first.seconds - [found.seconds(*size) for size in sizes]
+    return replace(found, first_s=max(0.0, float(np.mean(longer_s))))
 
 
-def _fit(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
-    ones, records, tokens = np.ones(len(tasks)), tasks.num_records, tasks.text_tokens
-    size = np.maximum(1.0, tokens + tokens_per_record * records)
-    # Each column with what its coefficient means: (per task, per record, per token).
-    own = (ones, (1.0, 0.0, 0.0))
-    both = (size, (0.0, tokens_per_record, 1.0))
-    each = ((records, (0.0, 1.0, 0.0)), (tokens, (0.0, 0.0, 1.0)))
-    lost, best = _better(tasks, 1 / size, (both,), each)
-    lost_with_own, with_own = _better(tasks, 1 / size, (own, both), (own, *each))
-    if lost_with_own < lost - _CLEARLY:
-        best = with_own
-    fitted = ServiceTime(float(best[0]), float(best[1]), float(best[2]))
-    expected = fitted.of(tasks)
-    known = expected > 0
-    ratios = tasks.seconds[known] / expected[known]
-    if not len(ratios) or ratios.mean() <= 0:
-        return fitted
-    return replace(fitted, spread=tuple((ratios / ratios.mean()).tolist()))
+def _fit_best_model(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
+    columns = np.stack([np.ones(len(tasks)), tasks.num_records, tasks.text_tokens], axis=1)
+    # What each coefficient of a model stands for: (per task, per record, per token).
+    task, record, token = np.eye(3)
+    size = np.array([0.0, tokens_per_record, 1.0])
+    weights = 1 / np.maximum(1.0, columns @ size)
+    lost, best = _best_of(columns, tasks.seconds, weights, [(size,), (record, token)])
+    models = [(task, size), (task, record, token)]
+    lost_with_task, best_with_task = _best_of(columns, tasks.seconds, weights, models)
+    if lost_with_task < lost - _CLEARLY:
+        best = best_with_task
+    return ServiceTime(*best.tolist())
 
 
-_Column = tuple[Floats, tuple[float, float, float]]
-
-
-def _better(tasks: Tasks, weights: Floats, *models: Sequence[_Column]) -> tuple[float, Floats]:
-    """Return the information lost and the coefficients of the best of these, simpler ones first."""
+def _best_of(
+    columns: Floats, seconds: Floats, weights: Floats, models: Sequence[Sequence[Floats]]
+) -> tuple[float, Floats]:
+    """Return the information lost and the coefficients of the best model, simpler ones first."""
     least, best = float("inf"), np.zeros(3)
-    for columns in models:
-        stacked = np.stack([column for column, _ in columns], axis=1)
-        found = nonnegative_least_squares(stacked, tasks.seconds, weights)
-        num_used = int(np.count_nonzero(found))
-        lost = _information_lost(tasks.seconds, stacked @ found, weights, num_used)
+    for model in map(np.array, models):
+        own_columns = columns @ model.T
+        found = nonnegative_least_squares(own_columns, seconds, weights)
+        squared_error = float(weights @ (seconds - own_columns @ found) ** 2)
+        error = max(squared_error, _EXACT * float(weights @ seconds**2), 1e-300)
+        lost = _information_lost(error, len(seconds), int((found > 0).sum()))
         if lost < least - _TIE:
-            least, best = lost, found @ np.array([meaning for _, meaning in columns])
+            least, best = lost, found @ model
     return least, best
 
 
-def _information_lost(values: Floats, fitted: Floats, weights: Floats, num_used: int) -> float:
+def _information_lost(squared_error: float, num_rows: int, num_coefficients: int) -> float:
     """Return AICc: less is better. The spread is estimated too, so it counts as one more."""
-    count, used = len(values), num_used + 1
-    if count <= used + 1:
-        return float(1e9 + used)  # too few rows for this: the simplest is taken
-    scale = float(weights @ values**2)
-    error = max(float(weights @ (values - fitted) ** 2), _EXACT * scale, 1e-300)
-    return count * math.log(error / count) + 2 * used * count / (count - used - 1)
+    used = num_coefficients + 1
+    if num_rows <= used + 1:
+        return 1e9 + used  # too few rows for this: the simplest is taken
+    penalty = 2 * used * num_rows / (num_rows - used - 1)
+    return num_rows * math.log(squared_error / num_rows) + penalty
 
 
 def nonnegative_least_squares(columns: Floats, values: Floats, weights: Floats) -> Floats:
-    """Return x ≥ 0 that minimises Σ w (values - columns · x)², with the fewest entries above 0.
-
-    Every subset of the columns is tried: right for a handful, and there is no iteration to stop.
-
-    Args:
-        columns: (rows, k) with a small k.
-        weights: (rows,), above 0.
-    """
+    """Return x ≥ 0 that minimises Σ w (values - columns · x)²; weights are above 0."""
     root = np.sqrt(weights)
-    weighted, target = columns * root[:, None], values * root
-    best, least = np.zeros(columns.shape[1]), float(target @ target)
-    for size in range(1, columns.shape[1] + 1):
-        for subset in combinations(range(columns.shape[1]), size):
-            chosen = weighted[:, subset]
-            found, _, rank, _ = np.linalg.lstsq(chosen, target, rcond=None)
-            if rank < size or (found < 0).any():
-                continue
-            rest = target - chosen @ found
-            if (error := float(rest @ rest)) < least * (1 - 1e-9):
-                best, least = np.zeros(columns.shape[1]), error
-                best[list(subset)] = found
-    return best
+    found: Floats = nnls(columns * root[:, None], values * root, maxiter=1000)[0]
+    return found
 
 
 def work_done(starts: Floats, ends: Floats, cores: Floats, num_cores: float) -> Floats:
     """Return what each task would have taken on a machine that it had to itself.
 
-    While more cores are wanted than there are, all who are at work get the same share of them.
+    While more cores are wanted than there are, all tasks at work get the same share of them.
     The inverse of what `latency.simulate.Clock` does.
 
     Args:
