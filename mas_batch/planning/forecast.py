@@ -87,7 +87,7 @@ class Forecaster:
     def forecast(self, replicas: Mapping[str, int]) -> Forecast:
         """Simulate the run; equal arguments give an equal forecast."""
         job = self.job
-        known = fit_rates(job, self.measurements, replicas, embedded=self.embedded)
+        rates = fit_rates(job, self.measurements, replicas, embedded=self.embedded)
         phases = other_phases(
             self.measurements,
             num_partitions=self.survey.num_partitions,
@@ -98,18 +98,18 @@ class Forecaster:
         undecided = self.undecided
         if undecided is None:
             undecided = dict.fromkeys(range(1, job.answers_per_record), 1.0)
-        first = _Pass(job, job.first_agents, rules_of(job, {}), undecided, known)
+        first = _Pass(job, job.first_agents, rules_of(job, {}), undecided, rates)
         result, answering_s = first.run(self.survey, replicas)
         totals, core_s = dict(first.totals), first.core_s
         if self.escalated:
             agents = tuple(a for a in job.agents if a not in job.first_agents)
             plain = replace(rules_of(job, {}), answers_per_record=agents[0].samples, first=None)
-            second = _Pass(job, agents, plain, {}, known)
+            second = _Pass(job, agents, plain, {}, rates)
             later, more_s = second.run(self.survey, replicas, self.escalated)
             result, answering_s = result.followed_by(later), answering_s + more_s
             totals, core_s = totals | second.totals, core_s + second.core_s
         phases |= {LOADING: result.loaded_s, ANSWERING: answering_s}
-        cores_s = known.num_cores * max(1e-9, result.asking_s)
+        cores_s = rates.num_cores * max(1e-9, result.asking_s)
         return Forecast(replicas, phases, result, totals, core_s / cores_s)
 
     def tokens(self, forecast: Forecast, agent_id: str) -> tuple[int, int]:
@@ -140,7 +140,7 @@ class _Pass:
     agents: tuple[Agent, ...]
     rules: Rules
     undecided: Mapping[int, float]
-    known: RunRates
+    rates: RunRates
     totals: defaultdict[str, AgentTotals] = field(default_factory=lambda: defaultdict(AgentTotals))
     core_s: float = 0.0
     """Core-seconds of the shared machine."""
@@ -188,24 +188,24 @@ class _Pass:
 
     def _workers(self, replicas: Mapping[str, int]) -> Iterable[Worker]:
         for agent in self.agents:
-            known = self.known.agents[agent.name]
+            rates = self.rates.agents[agent.name]
             for number in range(replicas[agent.name]):
                 name = f"{agent.name}-{number}"
-                yield Worker(name, agent.name, known.load_s, known.cores)
+                yield Worker(name, agent.name, rates.load_s, rates.cores)
 
     def _costs(self) -> Costs:
-        shared = self.known.num_cores != float("inf")
+        shared = self.rates.num_cores != float("inf")
         return Costs(
             answer_s=self._answer_s,
             merge_s=self._merge_s,
             handle_s=HANDLE_S,
-            send_s=self.known.send_s,
+            send_s=self.rates.send_s,
             merge_cores=1.0 if shared else 0.0,
-            num_cores=self.known.num_cores,
+            num_cores=self.rates.num_cores,
         )
 
     def _answer_s(self, worker: Worker, ask: Ask, share: float) -> float:
-        service = self.known.agents[worker.agent_id].answer
+        service = self.rates.agents[worker.agent_id].answer
         records = float(self._records[ask.partition]) * share
         tokens = float(self._tokens[ask.partition]) * share
         seconds = service.seconds(records, tokens)
@@ -222,9 +222,9 @@ class _Pass:
         return seconds
 
     def _merge_s(self, partition: int) -> float:
-        service = self.known.merge
+        service = self.rates.merge
         seconds = service.seconds(float(self._records[partition]), float(self._tokens[partition]))
-        if self.known.num_cores != float("inf"):
+        if self.rates.num_cores != float("inf"):
             self.core_s += seconds
         return seconds
 
@@ -247,7 +247,7 @@ class _Pass:
 
     def _longest_s(self) -> float:
         records, tokens = self._records.max(), self._tokens.max()
-        return max(a.answer.seconds(records, tokens) for a in self.known.agents.values())
+        return max(a.answer.seconds(records, tokens) for a in self.rates.agents.values())
 
     def _scale_totals(self, times: float) -> None:
         """Count for the whole corpus what was simulated of a part of it."""

@@ -65,7 +65,7 @@ def print_plan(out: Console, found: RunPrediction) -> None:
     out.print(Text(f"  {_phases(found.phases)}", style="dim"))
     out.print(
         Text(
-            f"  benchmarks were off by {found.median_error:.0%} in the middle, by "
+            f"  predictions in benchmarks were off by {found.median_error:.0%} in the median, by "
             f"{found.worst_error:.0%} at worst",
             style="dim",
         )
