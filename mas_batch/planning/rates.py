@@ -29,8 +29,8 @@ _START_WORKER_S = 1.0
 _PER_PARTITION_S = {READING: 0.003, COUNTING: 0.006, LEARNING: 0.01, PUBLISHING: 1e-5}
 """Phase → seconds per partition, where all runs measured had one number of them; docs/scale.md."""
 _MAX_SLOPE_FACTOR = 4.0
-"""Two runs of a few partitions measure a slope badly: it counts only if it is within so many times
-of `_PER_PARTITION_S`, above or below."""
+"""Two runs of a few partitions measure a slope badly: it is kept within so many times of
+`_PER_PARTITION_S`, above and below."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,6 +148,6 @@ def _by_partitions(seen: Sequence[tuple[int, float]], prior: float, num_partitio
     slope = prior
     if counts.max() > counts.min():
         found = float(np.polyfit(counts, seconds, 1)[0])
-        slope = min(max(found, prior / _MAX_SLOPE_FACTOR), prior * _MAX_SLOPE_FACTOR)
+        slope = float(np.clip(found, prior / _MAX_SLOPE_FACTOR, prior * _MAX_SLOPE_FACTOR))
     constant = max(0.0, float(np.mean(seconds - slope * counts)))
     return constant + slope * num_partitions
