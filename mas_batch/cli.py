@@ -346,7 +346,7 @@ def plan_job(
     from mas_batch import planning
 
     job = load_job(job_file, overrides)
-    planned = planning.plan(
+    predicted = planning.plan(
         job,
         former=former,
         num_sampled=num_sampled,
@@ -355,9 +355,9 @@ def plan_job(
         tell=lambda line: click.echo(line, err=True),
     )
     if as_json:
-        click.echo(json.dumps(planning.to_json(planned), ensure_ascii=False))
+        click.echo(json.dumps(planning.to_json(predicted), ensure_ascii=False))
     else:
-        planning.print_plan(Console(), planned)
+        planning.print_plan(Console(), predicted)
 
 
 @main.command()
