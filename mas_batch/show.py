@@ -16,10 +16,10 @@ from rich.text import Text
 from mas_batch import report
 from mas_batch.errors import Reason
 from mas_batch.explain import Explanation
+from mas_batch.explain.story import Candidate, Decision, News, Outcome, OutcomeKind, Step
 from mas_batch.incremental.told import since_facts, since_lines
 from mas_batch.job import Job
 from mas_batch.monitor.progress import Throughput
-from mas_batch.monitor.story import Candidate, Decision, News, Outcome, OutcomeKind, Step
 from mas_batch.pipeline import Preview, Summary
 from mas_batch.results import Run, open_run
 from mas_batch.safe_text import printable, without_credentials

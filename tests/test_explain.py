@@ -19,6 +19,7 @@ from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import RunError
 from mas_batch.explain import Explanation, explain, find_record
+from mas_batch.explain.story import Decision, News, OutcomeKind, Step, Story
 from mas_batch.job import Job
 from mas_batch.monitor.event_log import EventLog, LoggedEvent, read_events
 from mas_batch.monitor.events import (
@@ -33,7 +34,6 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     PartitionUndecided,
 )
-from mas_batch.monitor.story import Decision, News, OutcomeKind, Step, Story
 from mas_batch.partition import partition
 from mas_batch.storage import Store
 

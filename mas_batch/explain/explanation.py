@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 from mas_batch import incremental, results
 from mas_batch.errors import RunError
+from mas_batch.explain.story import Decision, OutcomeKind, Step, Story
 from mas_batch.monitor.event_log import FOLDER, read_events
-from mas_batch.monitor.story import Decision, OutcomeKind, Step, Story
 from mas_batch.results import Plan
 from mas_batch.safe_text import without_credentials
 from mas_batch.storage import Store
