@@ -338,7 +338,7 @@ def test_escalated_records_come_after_all_others(make_job: MakeJob) -> None:
     # One pass after the other, each a task of 0.1 s and more per partition.
     expected = 40 * (0.1 + 8 * 0.1) + 40 * (0.1 + 4 * 0.2)
     assert outcome.phases["answering"] == pytest.approx(expected, rel=0.03)
-    assert outcome.phases["first model"] == 1.0
+    assert outcome.phases["loading"] == 1.0
     busy = busy_fractions(setting, outcome)
     assert sum(busy.values()) == pytest.approx(1.0, abs=0.05)
     whole = outcome.history.asking_s + outcome.history.loaded_s

@@ -33,7 +33,7 @@ class AgentsPage:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._select = Select(value=_NEWEST, width=320)
-        self._summary = Div(sizing_mode="stretch_width")
+        self._summary = Div(sizing_mode="stretch_width", align="center")
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
         agents, replicas = AgentsTable(scheduler, **wide), ReplicasTable(scheduler, **wide)
         charts = [

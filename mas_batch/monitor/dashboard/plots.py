@@ -137,8 +137,8 @@ def _figure(title: str, x_title: str, **kwargs: Any) -> Any:
     plot = figure(title=title, tools="", toolbar_location=None, **kwargs)
     plot.xaxis.axis_label = x_title or None
     plot.xaxis.minor_tick_line_alpha = plot.yaxis.minor_tick_line_alpha = 0
-    if "y_range" not in kwargs:
-        plot.y_range = DataRange1d(start=0)
+    for axis in {"x_range", "y_range"} - set(kwargs):
+        setattr(plot, axis, DataRange1d(start=0))
     return plot
 
 
