@@ -220,11 +220,11 @@ def explain_partition(
         partition = explain.find_record(store, record_id)
     elif partition is None or record_id is not None:
         raise click.UsageError("give either PARTITION or --record ID")
-    told = explain.explain(store, partition)
+    explanation = explain.explain(store, partition)
     if as_json:
-        click.echo(json.dumps(show.explanation_facts(told), ensure_ascii=False))
+        click.echo(json.dumps(explain.to_json(explanation), ensure_ascii=False))
     else:
-        show.print_explanation(Console(), told)
+        explain.print_explanation(Console(), explanation)
 
 
 @main.command("merge")
