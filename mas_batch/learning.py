@@ -14,18 +14,14 @@ from typing import Any
 from distributed import Client
 
 from mas_batch.agents.second_pass import (
-    PATTERNS,
     confidence_counts,
+    corpus_counts,
     merge_and_count,
-    pattern_counts,
-    support_sums,
 )
 from mas_batch.agents.work import COMMITTED, RunRef, partition_statistics
-from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
-from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.reductions import Reduction
-from mas_batch.aggregate.reliability import History, Reliability
+from mas_batch.aggregate.reliability import History
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.job import Escalate
 from mas_batch.monitor.events import Escalated, Event, Learned
@@ -72,22 +68,21 @@ def learned(corpus: Corpus, name: str, prior: History | None = None) -> Corpus:
     A method that learns nothing is returned as it is.
 
     Args:
-        prior: of `reliability`: what earlier runs have learned.
+        prior: for methods that keep a history: what earlier runs have learned.
     """
-    spec, run = corpus.run.merge, corpus.run
-    if not spec.needs_corpus:
+    run, spec = corpus.run, corpus.run.merge
+    learning = spec.learning
+    if learning is None:
         return corpus
-    if spec.method == "reliability":
-        found = _once(run.merged, name, lambda: _reliability(corpus, prior).to_json())
-        reliability = Reliability.from_json(found)
-        merge = replace(spec, reliability=reliability)
-        corpus.emit(Learned(spec.method, dict(reliability.accuracies), reliability.why))
-    else:
-        found = _once(run.merged, name, lambda: json.dumps(_weights(corpus), indent=1))
-        merge = replace(spec, accuracies=json.loads(found))
-        why = f"weights by how well the others' answers support an agent's ({spec.utility})"
-        corpus.emit(Learned(spec.method, dict(merge.accuracies), why))
-    return replace(corpus, run=replace(run, merge=merge))
+
+    def find() -> str:
+        partial = corpus.reduce(corpus_counts, learning.reduction)
+        families = dict(_families(run.store, corpus.agents))
+        return learning.find(partial, spec, corpus.agents, families, prior)
+
+    lesson = learning.read(spec, _read_or_commit(run.merged, name, find))
+    corpus.emit(Learned(spec.method, dict(lesson.accuracies), lesson.why))
+    return replace(corpus, run=replace(run, merge=lesson.spec))
 
 
 def escalation(corpus: Corpus, escalate: Escalate) -> Escalation:
@@ -102,20 +97,10 @@ def escalation(corpus: Corpus, escalate: Escalate) -> Escalation:
         picked = chosen.expected(counts)
         return json.dumps({**asdict(chosen), "picked": picked, "of": counts["records"]}, indent=1)
 
-    facts = json.loads(_once(corpus.run.store, "escalation.json", find))
+    facts = json.loads(_read_or_commit(corpus.run.store, "escalation.json", find))
     picked, of = facts.pop("picked"), facts.pop("of")
     corpus.emit(Escalated(escalate.agent, picked, of))
     return Escalation(**facts)
-
-
-def _reliability(corpus: Corpus, prior: History | None) -> Reliability:
-    patterns = corpus.reduce(pattern_counts, PATTERNS)
-    families = dict(_families(corpus.run.store, corpus.agents))
-    return learn(patterns, corpus.agents, families, corpus.run.merge.labels, prior)
-
-
-def _weights(corpus: Corpus) -> dict[str, float]:
-    return SUPPORT.finalize(corpus.reduce(support_sums, SUPPORT))
 
 
 def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -125,7 +110,7 @@ def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield agent, engines.get(agent, {}).get("family_id", agent)
 
 
-def _once(store: Store, name: str, find: Callable[[], str]) -> str:
+def _read_or_commit(store: Store, name: str, find: Callable[[], str]) -> str:
     """Return what is committed under the name, else find it and commit it; the first wins."""
     if not store.exists(name):
         store.commit(name, find().encode())

@@ -345,7 +345,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     escalate = job.routing.escalate
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
-    if not ref.merge.needs_corpus and escalate is None:
+    if ref.merge.learning is None and escalate is None:
         asking.answer(ref, first)
         asking.phases.begin(COUNTING)
         return ref, asking.corpus(ref, every).statistics(merge=False)

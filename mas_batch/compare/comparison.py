@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
 from mas_batch.compare.changes import Change, changes
 from mas_batch.compare.records import Records, compare_records
 from mas_batch.report.collect import agents_of, model, quality, totals
@@ -14,6 +15,7 @@ from mas_batch.report.facts import AgentFacts, Quality, System
 from mas_batch.report.jobs import read_job
 from mas_batch.report.latency import latency
 from mas_batch.results import Run
+from mas_batch.tasks import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def compare(a: Run, b: Run, *, num_shown: int = 10) -> Comparison:
         RunError: a table of a run cannot be read.
     """
     job_a, job_b = read_job(a), read_job(b)
-    judge = all(job["task"]["kind"] == "classify" for job in (job_a, job_b))
+    judge = _judged_by_equality(job_a) and _judged_by_equality(job_b)
     return Comparison(
         run_a=a.manifest["run"],
         run_b=b.manifest["run"],
@@ -94,6 +96,12 @@ def compare(a: Run, b: Run, *, num_shown: int = 10) -> Comparison:
         quality=_quality(quality(a), quality(b)),
         records=compare_records(a, b, num_shown, judge=judge),
     )
+
+
+def _judged_by_equality(job: Mapping[str, Any]) -> bool:
+    """Whether answers are right or wrong; False where the task's package is not here."""
+    kind = job["task"]["kind"]
+    return kind in TASKS and ANSWER_KINDS[TASKS[kind].answer_kind].right_or_wrong
 
 
 def _models(run: Run) -> dict[str, Any]:

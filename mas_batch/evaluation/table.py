@@ -94,7 +94,7 @@ def _print_quality(console: Console, evaluation: Evaluation) -> None:
         table.add_row(
             _name(quality.kind, quality.name),
             Text(kind, style="dim"),
-            _shown(score, best, quality),
+            _score_text(score, best, quality),
             _range(score.low, score.high, show),
             *_difference_cells(score.difference, show),
             *[f"{quality.num_missing:,}" if quality.kind in _OWN_ANSWERS else ""] * has_missing,
@@ -112,7 +112,7 @@ def _print_other_metrics(console: Console, evaluation: Evaluation) -> None:
     best = {name: _best(evaluation, name) for name in names}
     table = _table(["", *names])
     for quality in evaluation.qualities:
-        cells = (_shown(quality.score(name), best[name], quality) for name in names)
+        cells = (_score_text(quality.score(name), best[name], quality) for name in names)
         table.add_row(_name(quality.kind, quality.name), *cells)
     _print_section(console, "Other metrics", "higher is better", table)
     for name, signature in evaluation.signatures.items():
@@ -138,7 +138,7 @@ def _best(evaluation: Evaluation, metric: str) -> float | None:
     return (min if lower else max)(values, default=None)
 
 
-def _shown(score: Score, best: float | None, quality: Quality) -> Text:
+def _score_text(score: Score, best: float | None, quality: Quality) -> Text:
     if score.value is None:
         return Text("–")
     is_best = score.value == best and quality.kind is not Kind.ORACLE

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.latency.sketch import RECORD_LATENCY
+from mas_batch.records import STANDARD_ERROR
 from mas_batch.report.agreement import PAIRS
 from mas_batch.report.record_facts import (
     CandidateFacts,
@@ -33,7 +34,7 @@ from mas_batch.report.walk import (
     TEXT_CHARS,
     clip,
     clipped,
-    shown_answer,
+    published_answer,
     tables,
 )
 from mas_batch.results import Run
@@ -142,14 +143,14 @@ def _most_doubtful(results: pa.Table) -> list[dict[str, Any]]:
 def _doubts(results: pa.Table) -> npt.NDArray[np.float64]:
     """Return how doubtful each result is: 1 - confidence, or its standard error; unknown is 0."""
     confidence = results["confidence"].to_numpy().astype(np.float64)
-    is_error = pc.equal(results["confidence_kind"], "standard_error").to_numpy()
+    is_error = pc.equal(results["confidence_kind"], STANDARD_ERROR).to_numpy()
     doubts = np.where(is_error, confidence, 1.0 - confidence)
     return np.asarray(np.nan_to_num(doubts), np.float64)
 
 
 def _doubt_of(row: Mapping[str, Any]) -> tuple[float, float, str]:
     confidence = row["confidence"]
-    is_error = row["confidence_kind"] == "standard_error"
+    is_error = row["confidence_kind"] == STANDARD_ERROR
     doubt = 0.0 if confidence is None else confidence if is_error else 1.0 - confidence
     return doubt, row["entropy"] or 0.0, row["record_id"]
 
@@ -160,7 +161,7 @@ def _record(row: Mapping[str, Any], keep_text: bool) -> RecordFacts:
         record_id=clip(row["record_id"], ID_CHARS),
         text=clipped(row.get("text"), TEXT_CHARS),
         reference=clipped(row.get("reference"), ANSWER_CHARS) if keep_text else None,
-        answer=shown_answer(row),
+        answer=published_answer(row),
         confidence=row["confidence"],
         confidence_kind=row["confidence_kind"],
         tie=row["tie"],
