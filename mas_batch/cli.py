@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from distributed import Client
@@ -19,9 +19,10 @@ from rich.console import Console
 from mas_batch import __version__, explain, models, pipeline, remerge, show
 from mas_batch.errors import ExitCode, MasBatchError
 from mas_batch.events import Event
-from mas_batch.job import Job, MergeMethod
+from mas_batch.job import Job
 from mas_batch.job_file import load_job, parse_overrides
 from mas_batch.monitor.progress import Bar, LogLines, Throughput, sentence
+from mas_batch.registries import METHODS
 from mas_batch.run_folder.read import open_run
 from mas_batch.run_folder.storage import Store
 from mas_batch.safe_text import printable, without_credentials
@@ -229,7 +230,7 @@ def explain_partition(
 
 @main.command("merge")
 @click.argument("run")
-@click.option("--method", type=click.Choice(get_args(MergeMethod)), help="How to merge.")
+@click.option("--method", type=click.Choice(tuple(METHODS)), help="How to merge.")
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True,
     help="Override a key of the job's merge section, such as utility=bleu.",
@@ -275,7 +276,7 @@ def _tell(event: Event) -> None:
     help="Column of the corpus that holds the right answers.",
 )  # fmt: skip
 @click.option(
-    "--method", "methods", multiple=True, type=click.Choice(get_args(MergeMethod)),
+    "--method", "methods", multiple=True, type=click.Choice(tuple(METHODS)),
     help="Judge these methods only; may be repeated. Else all that fit the answers.",
 )  # fmt: skip
 @click.option("--resamples", default=1000, show_default=True, help="Of the paired bootstrap.")
