@@ -49,7 +49,7 @@ import yaml
 
 from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader, conform, records_table
-from mas_batch.engines import examples
+from mas_batch.engines.classical import examples
 from mas_batch.errors import RunError
 from mas_batch.job import Job, fingerprint
 from mas_batch.latency.ledger import read_ledger

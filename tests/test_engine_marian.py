@@ -11,7 +11,7 @@ import pytest
 from mas_batch.engines import detect_engine, load_engine
 from mas_batch.engines.base import Completion, Engine, EngineConfig, Request, Sampling
 from mas_batch.engines.batching import complete
-from mas_batch.engines.marian_format import FLOAT32, INT8, INTGEMM8, read_marian
+from mas_batch.engines.marian.format import FLOAT32, INT8, INTGEMM8, read_marian
 from mas_batch.errors import EngineError, JobError, ModelError, Reason
 from mas_batch.models import ModelFiles, fetch
 

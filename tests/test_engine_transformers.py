@@ -273,7 +273,7 @@ def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) ->
     ],
 )
 def test_draws_follow_the_distribution(sampling: Sampling, expected: list[float]) -> None:
-    from mas_batch.engines.decoding import Sampler
+    from mas_batch.engines.transformers.decoding import Sampler
 
     # Not in order of probability, so that a mix-up of ids and ranks shows.
     order = [2, 0, 3, 1]
@@ -435,7 +435,7 @@ def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     files = ModelFiles("tiny.gguf", "path", tmp_path / "tiny.gguf", "tiny", "ab" * 32)
     left_behind = tmp_path / "converted" / f".tmp-{files.sha256}-float32"
     left_behind.mkdir(parents=True)
-    from mas_batch.engines.transformers import checkpoint
+    from mas_batch.engines.transformers.checkpoints import checkpoint
 
     with ThreadPoolExecutor(2) as pool:  # file locks exclude threads as they do processes
         paths = list(pool.map(lambda _: checkpoint(files, "float32"), range(2)))

@@ -11,14 +11,14 @@ from mas_batch.models import ModelFiles
 ENGINES = {
     # name: (module with `load(model, config) -> Engine`, extra to install)
     "echo": ("mas_batch.engines.echo", None),
-    "transformers": ("mas_batch.engines.transformers", "cpu"),
-    "marian": ("mas_batch.engines.marian", "cpu"),
+    "transformers": ("mas_batch.engines.transformers.engine", "cpu"),
+    "marian": ("mas_batch.engines.marian.engine", "cpu"),
     "ctranslate2": ("mas_batch.engines.ctranslate2", "ctranslate2"),
     "openai": ("mas_batch.engines.openai", "openai"),
-    "nearest": ("mas_batch.engines.nearest", "cpu"),
-    "bayes": ("mas_batch.engines.bayes", None),
-    "keywords": ("mas_batch.engines.keywords", None),
-    "overlap": ("mas_batch.engines.overlap", None),
+    "nearest": ("mas_batch.engines.classical.nearest", "cpu"),
+    "bayes": ("mas_batch.engines.classical.bayes", None),
+    "keywords": ("mas_batch.engines.classical.keywords", None),
+    "overlap": ("mas_batch.engines.classical.overlap", None),
 }
 
 

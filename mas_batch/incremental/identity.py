@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mas_batch.agents.answering import AgentProfile, prompt_hash
-from mas_batch.engines import examples
 from mas_batch.engines.base import Sampling
+from mas_batch.engines.classical import examples
 from mas_batch.errors import JobError, ModelError
 from mas_batch.job import Agent, Job, fingerprint
 from mas_batch.models import fetch, parse_source

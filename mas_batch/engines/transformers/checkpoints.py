@@ -15,7 +15,7 @@ import transformers
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mas_batch.engines.streams import cache_argument
+from mas_batch.engines.transformers.streams import cache_argument
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
 

@@ -26,7 +26,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mas_batch.engines.base import Sampling
-from mas_batch.engines.streams import SpecialTokens, Stream, accepted, open_stream, pad_rows
+from mas_batch.engines.transformers.streams import (
+    SpecialTokens,
+    Stream,
+    accepted,
+    open_stream,
+    pad_rows,
+)
 from mas_batch.errors import EngineError
 
 Choose = Callable[[Tensor, Sequence[int], int], Tensor]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mas_batch import job
 from mas_batch.corpus import CorpusReader
-from mas_batch.engines.predicting import read_options
+from mas_batch.engines.classical.predicting import read_options
 from mas_batch.errors import JobError
 from mas_batch.records import Record
 

@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.bayes import words
-from mas_batch.engines.predicting import PredictingEngine, Prediction, read_options
+from mas_batch.engines.classical.bayes import words
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, read_options
 from mas_batch.models import ModelFiles
 
 Label = Annotated[str, Field(min_length=1)]

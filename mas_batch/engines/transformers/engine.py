@@ -17,16 +17,16 @@ import transformers
 from transformers.utils import logging as transformers_logging
 
 from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.engines.checkpoints import (
+from mas_batch.engines.timing import BatchTime, batch_time
+from mas_batch.engines.transformers.checkpoints import (
     Options,
     checkpoint,
     load_model,
     load_tokenizer,
     read_options,
 )
-from mas_batch.engines.decoding import Decoded, decode
-from mas_batch.engines.streams import SpecialTokens
-from mas_batch.engines.timing import BatchTime, batch_time
+from mas_batch.engines.transformers.decoding import Decoded, decode
+from mas_batch.engines.transformers.streams import SpecialTokens
 from mas_batch.errors import EngineError, JobError, OutOfMemoryError
 from mas_batch.models import ModelFiles
 

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mas_batch.engines.predicting import Prediction
+from mas_batch.engines.classical.predicting import Prediction
 from mas_batch.errors import EngineError
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.examples import ExampleOptions, Examples, read_examples
-from mas_batch.engines.predicting import (
+from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
+from mas_batch.engines.classical.predicting import (
     PredictingEngine,
     Prediction,
     most_likely,

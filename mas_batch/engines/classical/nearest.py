@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.encoder import Encoder
-from mas_batch.engines.examples import ExampleOptions, Examples, read_examples
-from mas_batch.engines.halves import HalvesOptions, halves, scaled
-from mas_batch.engines.predicting import (
+from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
+from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
+from mas_batch.engines.classical.predicting import (
     PredictingEngine,
     Prediction,
     most_likely,
     read_options,
 )
+from mas_batch.engines.encoder import Encoder
 from mas_batch.errors import JobError
 from mas_batch.models import ModelFiles
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mas_batch.engines.base import Sampling
-from mas_batch.engines.marian_network import Network, State
+from mas_batch.engines.marian.network import Network, State
 
 
 @dataclass(slots=True)

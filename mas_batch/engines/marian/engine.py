@@ -16,9 +16,9 @@ import sentencepiece
 import torch
 
 from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.engines.marian_decoding import Hypothesis, beam_search, decode, greedy, sampler
-from mas_batch.engines.marian_format import read_marian
-from mas_batch.engines.marian_network import Network, State
+from mas_batch.engines.marian.decoding import Hypothesis, beam_search, decode, greedy, sampler
+from mas_batch.engines.marian.format import read_marian
+from mas_batch.engines.marian.network import Network, State
 from mas_batch.engines.timing import BatchTime, batch_time
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
 from mas_batch.models import ModelFiles
