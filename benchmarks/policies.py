@@ -29,9 +29,9 @@ from distributed import Client
 from routing_model import SCENARIOS, Scenario, Worker, simulate, simulate_many, workers
 
 from mas_batch import pipeline
+from mas_batch.events import Event, PartitionAsked, PartitionMerged
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
-from mas_batch.monitor.events import Event, PartitionAsked, PartitionMerged
 from mas_batch.routing.policies import POLICIES
 
 

@@ -35,16 +35,23 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from mas_batch import asking, pipeline, results
-from mas_batch.agents.work import RunRef, partition_statistics
+from mas_batch import pipeline
+from mas_batch.agents.work import partition_statistics
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
+from mas_batch.events import Event, PartitionMerged
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
-from mas_batch.monitor.events import Event, PartitionMerged
 from mas_batch.partition import partition
 from mas_batch.records import ANSWERS, FAILURES
-from mas_batch.storage import Store
+from mas_batch.run_folder.commits import Committed, commit_results, committed
+from mas_batch.run_folder.manifest import manifest_files, write_manifest
+from mas_batch.run_folder.names import FORMAT, answers_name, part
+from mas_batch.run_folder.plan import read_plan, read_records, stage
+from mas_batch.run_folder.read import open_run
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
+from mas_batch.stages import asking
 
 RECORDS = 10
 AGENTS = ("a", "b")
@@ -134,8 +141,8 @@ def write_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     partitions = partition(
         corpus, max_tokens=10**9, max_records=RECORDS, tokens_per_record=job.task.max_new_tokens
     )
-    staging = measure(lambda: results.stage(store, corpus, partitions), num_partitions)
-    records = results.read_records(store, 0, corpus.passthrough_schema())
+    staging = measure(lambda: stage(store, corpus, partitions), num_partitions)
+    records = read_records(store, 0, corpus.passthrough_schema())
     answers = {agent: answers_of(agent, records) for agent in AGENTS}
     merged, none = merge_answers(
         records, pa.concat_tables(answers.values()), pipeline.merge_spec(job)
@@ -145,11 +152,11 @@ def write_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     )
     for index in range(num_partitions):
         for agent, table in answers.items():
-            store.commit_table(results.answers_name(index, agent), table)
+            store.commit_table(answers_name(index, agent), table)
         if index % FAILED_EVERY:
-            results.commit_results(store, index, merged, none, AGENTS)
+            commit_results(store, index, merged, none, AGENTS)
         else:
-            results.commit_results(Store(store.url), index, merged.slice(1), failed, AGENTS)
+            commit_results(Store(store.url), index, merged.slice(1), failed, AGENTS)
     return {"staging, without the writing": staging}
 
 
@@ -163,10 +170,10 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     """Do what the submitting process does, from a resumed run's plan to a reader's names."""
     job = make_job(folder, num_partitions, TWO_AGENTS)
     store = Store(str(folder / f"run-{num_partitions}"))
-    plan = results.read_plan(store)
+    plan = read_plan(store)
     assert plan is not None
-    done = results.committed(store, plan, AGENTS)
-    nothing_merged = results.Committed(np.zeros_like(done.merged), done.answered)
+    done = committed(store, plan, AGENTS)
+    nothing_merged = Committed(np.zeros_like(done.merged), done.answered)
     ref = RunRef(
         store, "", job.task, pipeline.merge_spec(job), None, plan.passthrough, keep_text=True
     )
@@ -174,22 +181,22 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
 
     def publish() -> None:
         failures = {
-            index: f"failures/{results.part(index)}-0123456789ab.parquet"
+            index: f"failures/{part(index)}-0123456789ab.parquet"
             for index in range(0, num_partitions, FAILED_EVERY)
         }
         answers = {agent: [[0, num_partitions]] for agent in AGENTS}
-        files = results.manifest_files(plan, answers, failures, [])
-        manifest = {"format": results.FORMAT, "run": store.url, "files": files}
-        results.publish(store, manifest)
+        files = manifest_files(plan, answers, failures, [])
+        manifest = {"format": FORMAT, "run": store.url, "files": files}
+        write_manifest(store, manifest)
 
     def list_names() -> None:
-        run = results.open_run(store.url)
+        run = open_run(store.url)
         for table in ("results", "failures", "answers"):
             exhaust(run.files(table))
 
     steps: dict[str, Callable[[], object]] = {
-        "reading the plan": lambda: results.read_plan(store),
-        "listing what is committed": lambda: results.committed(store, plan, AGENTS),
+        "reading the plan": lambda: read_plan(store),
+        "listing what is committed": lambda: committed(store, plan, AGENTS),
         "iterating over the work": lambda: exhaust(asking._work(plan, nothing_merged)),
         "manifest": publish,
         "collecting orphans": store.remove_orphans,

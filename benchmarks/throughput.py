@@ -30,10 +30,10 @@ import mas_batch
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
+from mas_batch.events import AgentReady, Event, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.models import fetch
-from mas_batch.monitor.events import AgentReady, Event, RunFinished
 from mas_batch.records import Record
 from mas_batch.tasks import make_task
 

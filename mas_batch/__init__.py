@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mas_batch.job import Job
     from mas_batch.job_file import check_job, load_job
     from mas_batch.pipeline import Summary, preview, run
-    from mas_batch.results import Run, open_run
+    from mas_batch.run_folder.read import Run, open_run
     from mas_batch.serving.pool import AgentPool
 
 __version__ = "0.1.0"
@@ -26,8 +26,8 @@ _HOME = {
     "Summary": "mas_batch.pipeline",
     "preview": "mas_batch.pipeline",
     "run": "mas_batch.pipeline",
-    "Run": "mas_batch.results",
-    "open_run": "mas_batch.results",
+    "Run": "mas_batch.run_folder.read",
+    "open_run": "mas_batch.run_folder.read",
     "AgentPool": "mas_batch.serving.pool",
 }
 

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from mas_batch import __version__, explain, models, pipeline, remerge, show
 from mas_batch.errors import ExitCode, MasBatchError
+from mas_batch.events import Event
 from mas_batch.job import Job, MergeMethod
 from mas_batch.job_file import load_job, parse_overrides
-from mas_batch.monitor.events import Event
 from mas_batch.monitor.progress import Bar, LogLines, Throughput, sentence
-from mas_batch.results import open_run
+from mas_batch.run_folder.read import open_run
+from mas_batch.run_folder.storage import Store
 from mas_batch.safe_text import printable, without_credentials
-from mas_batch.storage import Store
 
 EXIT_CODES = """\b
 Exit codes:

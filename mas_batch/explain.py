@@ -14,13 +14,14 @@ import fsspec
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mas_batch import incremental, results
+from mas_batch import incremental
 from mas_batch.errors import RunError
 from mas_batch.monitor.event_log import FOLDER, read_events
 from mas_batch.monitor.story import Decision, OutcomeKind, Step, Story
-from mas_batch.results import Plan
+from mas_batch.run_folder.names import answers_name, results_name, staged_name
+from mas_batch.run_folder.plan import Plan, read_plan
+from mas_batch.run_folder.storage import Store
 from mas_batch.safe_text import without_credentials
-from mas_batch.storage import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def explain(store: Store, partition: int) -> Explanation:
     stories = _stories(store, partition, problems.append)
     answered_by = _answered_by(store, partition)
     reused = _reused(store, partition, answered_by)
-    is_merged = store.exists(results.results_name(partition))
+    is_merged = store.exists(results_name(partition))
     asked = [agent_id for agent_id in answered_by if agent_id not in reused]
     # Where nobody was asked anything, partitions are merged without the router, and untold.
     problems += _untold(stories, asked, is_merged and (bool(asked) or not reused))
@@ -111,7 +112,7 @@ def find_record(store: Store, record_id: str) -> int:
     """
     plan = _plan(store)
     for partition, _, _ in plan.sizes():
-        url = store.child(results.staged_name(partition)).url
+        url = store.child(staged_name(partition)).url
         with fsspec.open(url, "rb", **store.options) as file:
             ids = pq.read_table(file, columns=["record_id"])["record_id"]
         if pc.index(ids, record_id).as_py() >= 0:
@@ -122,7 +123,7 @@ def find_record(store: Store, record_id: str) -> int:
 
 
 def _plan(store: Store) -> Plan:
-    plan = results.read_plan(store)
+    plan = read_plan(store)
     if plan is None:
         is_run = store.exists("job.yaml")
         why = "its corpus is not staged yet" if is_run else "this is not a run folder"
@@ -150,7 +151,7 @@ def _stories(store: Store, partition: int, report: Callable[[str], None]) -> lis
 def _answered_by(store: Store, partition: int) -> tuple[str, ...]:
     folders = sorted(name for name in store.list("answers") if name.startswith("agent="))
     agents = (folder.removeprefix("agent=") for folder in folders)
-    return tuple(a for a in agents if store.exists(results.answers_name(partition, a)))
+    return tuple(a for a in agents if store.exists(answers_name(partition, a)))
 
 
 def _reused(store: Store, partition: int, agents: Iterable[str]) -> dict[str, str]:
@@ -158,7 +159,7 @@ def _reused(store: Store, partition: int, agents: Iterable[str]) -> dict[str, st
         return {}
     found: dict[str, str] = {}
     for agent_id in agents:
-        name = results.answers_name(partition, agent_id)
+        name = answers_name(partition, agent_id)
         runs = store.read_table(name, ["reused_from"])["reused_from"].unique().to_pylist()
         if runs and None not in runs:
             found[agent_id] = ", ".join(sorted(runs))

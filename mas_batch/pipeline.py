@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dask.system import CPU_COUNT
-from distributed import Client, span
+from distributed import Client
 
-from mas_batch import cluster, report, results
+from mas_batch import cluster, report
 from mas_batch.agents.spec import agent_specs
-from mas_batch.agents.work import RunRef
-from mas_batch.aggregate.escalation import check_method
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.stopping import StoppingRule, check_rule
-from mas_batch.asking import Asking
 from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader
-from mas_batch.errors import ExitCode, JobError, RunError
-from mas_batch.history import Memory
+from mas_batch.engines.classical import examples
+from mas_batch.errors import ExitCode, JobError
+from mas_batch.events import AnswersReused, Emit, RunFinished
+from mas_batch.execution import execute, new_topic
 from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
 from mas_batch.job import Job
-from mas_batch.latency.ledger import Ledger
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
-from mas_batch.learning import escalation, learned
-from mas_batch.lock import RunLock, job_lock
-from mas_batch.monitor.event_log import EventLog
-from mas_batch.monitor.events import AnswersReused, Event, RunFinished
-from mas_batch.monitor.feed import Feed, introduce
+from mas_batch.merging import check_merging
+from mas_batch.monitor.feed import introduce
 from mas_batch.partition import Partition, partition
-from mas_batch.publishing import publish, remove_rest
-from mas_batch.results import Plan, Run
 from mas_batch.routing.scaling import Scaler
-from mas_batch.storage import Store
-from mas_batch.tasks import make_task
+from mas_batch.run_folder.lock import RunLock, job_lock
+from mas_batch.run_folder.manifest import read_manifest, write_job
+from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS, earlier_runs, run_name
+from mas_batch.run_folder.plan import Plan, read_plan, stage
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
+from mas_batch.stages.asking import Asking
+from mas_batch.stages.memory import Memory
+from mas_batch.stages.publishing import publish, remove_rest
+from mas_batch.stages.whole_corpus import escalation, learned
 
 logger = logging.getLogger(__name__)
-
-Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +113,7 @@ def run(
     """
     start = time.perf_counter()
     phases = Phases(READING, start)
-    merge, stopping = _merging(job)
+    merge, stopping = check_merging(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
@@ -130,44 +127,39 @@ def run(
         # Whoever held the lock before may have completed the run.
         if (summary := _published(job, store, start)) is not None:
             return summary
-        plan = results.read_plan(store) or _stage(job, store, corpus, lock)
+        plan = read_plan(store) or _stage(job, store, corpus, lock)
         is_embedded = cluster.is_embedded(job.cluster, client)
         since = _since(Present(job, _output(job), store, name, plan, is_embedded), lock)
         asked, origin = _asked(job, since), _origin(job, since)
         phases.begin(STARTING)
         specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT)
-        # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
-        topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
+        topic = new_topic(name)
+        live = introduce(job, name, topic, time.time())
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
             reuses=since is not None and since.run is not None,
         )  # fmt: skip
-        with (
-            (
-                cluster.connect(asked, specs, topic, client, scaler)
-                if specs
-                else cluster.connect_to_merge(job, plan.num_partitions, client)
-            ) as connection,
-            Feed(connection.client, introduce(job, name, topic, time.time())) as feed,
-            _logged(store, (feed, emit), phases) as log,
-            # One for the run: Dask makes a new default span, for ever, whenever nothing is left
-            # to do of a kind for a moment. Its dashboard can tell runs apart by it.
-            span(name),
-        ):
-            asking = Asking(connection, job, specs, plan, name, log, lock, memory, phases)
+        connecting = (
+            cluster.connect(asked, specs, topic, client, scaler)
+            if specs
+            else cluster.connect_to_merge(job, plan.num_partitions, client)
+        )
+        with execute(live, store, lock, connecting, phases, emit) as execution:
+            asking = Asking(execution, job, specs, plan, memory)
             if since is not None:
-                log(AnswersReused(since.run, since.records, since.answers, since.refused))
+                reused = AnswersReused(since.run, since.records, since.answers, since.refused)
+                execution.log(reused)
             ref, statistics = _answer_and_merge(asking, ref)
             lock.check()
             phases.begin(PUBLISHING)
-            log.ledger.flush()
+            execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
             manifest = publish(ref, name, plan, agents, statistics, origin)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
-            log(RunFinished(counts["results"], counts["failures"], wall_s))
+            execution.log(RunFinished(counts["results"], counts["failures"], wall_s))
         _write_report(store, manifest)
     return _summary(job, store, manifest, wall_s, already_complete=False)
 
@@ -181,47 +173,13 @@ def _write_report(store: Store, manifest: dict[str, Any]) -> None:
         logger.warning("%s is not written: %s; `mas-batch report` tries again", location, error)
 
 
-class _Log:
-    """Every event goes to the run's event log, its ledger, and whoever else reads them."""
-
-    def __init__(self, store: Store, readers: Sequence[Emit], start: float) -> None:
-        self._events = EventLog(store)
-        self._readers = readers
-        self.ledger = Ledger(store, self._events.execution, start)
-
-    def __call__(self, event: Event) -> None:
-        self._events(event)
-        self.ledger(event)
-        for read in self._readers:
-            read(event)
-
-    def flush(self) -> None:
-        self._events.flush()
-        self.ledger.flush()
-
-
-@contextmanager
-def _logged(store: Store, readers: Sequence[Emit], phases: Phases) -> Iterator[_Log]:
-    """Keep every event in the run as well, also of an execution that fails."""
-    log = _Log(store, readers, phases.start)
-    phases.tell(log)
-    try:
-        yield log
-    except BaseException:
-        with suppress(RunError):  # a full disk, say: what failed first is what people must read
-            phases.end()
-            log.flush()
-        raise
-    log.flush()
-
-
 def preview(job: Job) -> Preview:
     """Read the corpus and cut it as a run would, without a cluster, a model or a write.
 
     Raises:
         JobError: the job cannot run as written.
     """
-    _merging(job)
+    check_merging(job)
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
@@ -233,7 +191,7 @@ def preview(job: Job) -> Preview:
     return Preview(
         run=store.url,
         exists=store.exists("job.yaml"),
-        earlier_runs=tuple(results.earlier_runs(_output(job), job.name, name)),
+        earlier_runs=tuple(earlier_runs(_output(job), job.name, name)),
         num_files=len(corpus.files),
         num_records=num_records,
         num_unusable=num_unusable,
@@ -245,49 +203,9 @@ def preview(job: Job) -> Preview:
 
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
     """Return the store and the name of the run that this job on this corpus means."""
-    name = results.run_name(job, corpus)
+    taught = [examples.fingerprint(agent.options) for agent in job.agents]
+    name = run_name(job, corpus.fingerprint, taught)
     return _output(job).child(name), name
-
-
-def merge_spec(job: Job) -> MergeSpec:
-    """Fill the job's merge section with the task's defaults."""
-    task = make_task(job.task)
-    return MergeSpec(
-        method=job.merge.method or task.default_merge,
-        utility=job.merge.utility or task.default_utility,
-        accuracies=job.merge.accuracies,
-        weights=job.merge.weights,
-        abstain_below=job.merge.abstain_below,
-        answer_kind=task.answer_kind,
-        num_labels=len(job.task.labels) if job.task.labels else None,
-        labels=job.task.labels,
-        agents=tuple(agent.name for agent in job.agents),
-        encoder=job.merge.encoder,
-        covers_text=task.covers_text,
-    )
-
-
-def stopping_rule(job: Job) -> StoppingRule | None:
-    """Return when a record needs no further answer; None: all that are asked for come.
-
-    Raises:
-        JobError: the job's merge method cannot be stopped early that way.
-    """
-    if job.routing.adaptive is None:
-        return None
-    # The last agent that is asked may give more than are wanted.
-    most = job.answers_per_record + max(agent.samples for agent in job.first_agents) - 1
-    rule = StoppingRule(job.routing.adaptive.confidence, most)
-    check_rule(merge_spec(job).first_pass, rule)
-    return rule
-
-
-def _merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
-    """Check all of the job that has to do with merging."""
-    merge = merge_spec(job)
-    if job.routing.escalate is not None:
-        check_method(merge.method)
-    return merge, stopping_rule(job)
 
 
 def _output(job: Job) -> Store:
@@ -304,9 +222,9 @@ def _partitions(job: Job, corpus: CorpusReader) -> Iterator[Partition]:
 
 
 def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
-    results.write_job(store, job)
+    write_job(store, job)
     try:
-        return results.stage(store, corpus, _partitions(job, corpus))
+        return stage(store, corpus, _partitions(job, corpus))
     except JobError:
         lock.remove_run()  # a wrong job leaves nothing behind
         raise
@@ -317,7 +235,7 @@ def _since(present: Present, lock: RunLock) -> Since | None:
     job = present.job
     if job.since is None:
         return read_since(present.store)  # an execution that was cut short may have
-    return take_over(present, Settling.of(job, *_merging(job)), lock.check)
+    return take_over(present, Settling.of(job, *check_merging(job)), lock.check)
 
 
 def _asked(job: Job, since: Since | None) -> Job:
@@ -343,34 +261,35 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     """
     job, memory = asking.job, asking.memory
     escalate = job.routing.escalate
+    phases, name = asking.execution.phases, asking.execution.name
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
     if not ref.merge.needs_corpus and escalate is None:
         asking.answer(ref, first)
-        asking.phases.begin(COUNTING)
-        return ref, asking.corpus(ref, every).statistics(merge=False)
-    provisional = replace(ref, merge=ref.merge.first_pass, into=results.FIRST_PASS)
+        phases.begin(COUNTING)
+        return ref, asking.all_answers(ref, every).statistics(merge=False)
+    provisional = replace(ref, merge=ref.merge.first_pass, into=FIRST_PASS)
     asking.answer(provisional, first)
-    asking.phases.begin(LEARNING)
-    corpus = asking.corpus(replace(ref, stopping=None, passes=(results.FIRST_PASS,)), first)
-    prior = memory.prior(besides=asking.name) if memory else None
+    phases.begin(LEARNING)
+    answers = asking.all_answers(replace(ref, stopping=None, passes=(FIRST_PASS,)), first)
+    prior = memory.prior(besides=name) if memory else None
     if escalate is not None:
-        ranked = learned(corpus, "learned-before-escalation.json", prior)
+        ranked = learned(answers, "learned-before-escalation.json", prior)
         chosen = escalation(ranked, escalate)
-        asking.escalate(replace(ranked.run, escalation=chosen, into=results.SECOND_PASS))
-        asking.phases.begin(LEARNING)
-        both = replace(corpus.run, passes=(results.FIRST_PASS, results.SECOND_PASS))
-        corpus = replace(corpus, run=both, agents=every)
-    corpus = learned(corpus, "learned.json", prior)
-    if memory is not None and corpus.run.merge.reliability is not None:
-        memory.keep(asking.name, corpus.run.merge.reliability)
-    asking.phases.begin(COUNTING)
-    return corpus.run, corpus.statistics(merge=True)
+        asking.escalate(replace(ranked.run, escalation=chosen, into=SECOND_PASS))
+        phases.begin(LEARNING)
+        both = replace(answers.run, passes=(FIRST_PASS, SECOND_PASS))
+        answers = replace(answers, run=both, agents=every)
+    answers = learned(answers, "learned.json", prior)
+    if memory is not None and answers.run.merge.reliability is not None:
+        memory.keep(name, answers.run.merge.reliability)
+    phases.begin(COUNTING)
+    return answers.run, answers.statistics(merge=True)
 
 
 def _published(job: Job, store: Store, start: float) -> Summary | None:
     """Return what came of the run if it is complete."""
-    manifest = results.read_manifest(store)
+    manifest = read_manifest(store)
     if manifest is None:
         return None
     return _summary(job, store, manifest, time.perf_counter() - start, already_complete=True)

@@ -10,19 +10,22 @@ from typing import Any
 import yaml
 from distributed import Client
 
-from mas_batch.agents.work import RunRef
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.cluster import local_workers
 from mas_batch.errors import JobError, RunError
-from mas_batch.history import Memory
+from mas_batch.events import Event
 from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
-from mas_batch.learning import Corpus, learned
-from mas_batch.monitor.events import Event
-from mas_batch.pipeline import merge_spec
-from mas_batch.publishing import publish
-from mas_batch.results import MERGES, Run, read_plan, without_credentials_in
-from mas_batch.storage import Store
+from mas_batch.merging import merge_spec
+from mas_batch.run_folder.manifest import without_credentials_in
+from mas_batch.run_folder.names import MERGES
+from mas_batch.run_folder.plan import read_plan
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
+from mas_batch.stages.memory import Memory
+from mas_batch.stages.publishing import publish
+from mas_batch.stages.whole_corpus import AllAnswers, learned
 from mas_batch.tasks import make_task
 
 SECTION = "merge.json"
@@ -80,9 +83,9 @@ def merge_again(
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     connection = nullcontext(client) if client is not None else local_workers(processes=True)
     with connection as connected:
-        corpus = learned(Corpus(connected, ref, plan, agents, emit), "learned.json", prior)
-        statistics = corpus.statistics(merge=True)
-    publish(corpus.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
+        answers = learned(AllAnswers(connected, ref, plan, agents, emit), "learned.json", prior)
+        statistics = answers.statistics(merge=True)
+    publish(answers.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
     return run.merge(name)
 
 

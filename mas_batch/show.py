@@ -21,7 +21,7 @@ from mas_batch.job import Job
 from mas_batch.monitor.progress import Throughput
 from mas_batch.monitor.story import Candidate, Decision, News, Outcome, OutcomeKind, Step
 from mas_batch.pipeline import Preview, Summary
-from mas_batch.results import Run, open_run
+from mas_batch.run_folder.read import Run, open_run
 from mas_batch.safe_text import printable, without_credentials
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 import mas_batch
-from mas_batch.results import Run
-from mas_batch.storage import Store
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 
 NUM_RECORDS = 60
 PRELOAD = Path(__file__).with_name("chaos_preload.py")

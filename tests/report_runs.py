@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from mas_batch import results
 from mas_batch.aggregate.reductions import add_counts, count_run, summarize_run
 from mas_batch.records import ANSWERS, FAILURES, RESULT_FIELDS
-from mas_batch.results import Run
-from mas_batch.storage import Store
+from mas_batch.run_folder.manifest import write_manifest
+from mas_batch.run_folder.names import FORMAT, answers_name, results_name
+from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.storage import Store
 
 RESULTS = pa.schema(
     [
@@ -82,13 +83,13 @@ def made_run(
         done = pa.Table.from_pylist([row for row in part if "answer" in row], RESULTS)
         failed = pa.Table.from_pylist([row for row in part if "reason" in row], FAILURES)
         given = pa.Table.from_pylist(list(answers[number]) if answers else [], ANSWERS)
-        store.commit_table(results.results_name(number), done)
+        store.commit_table(results_name(number), done)
         if failed.num_rows:
-            failures_files.append(f"failures/{results.part(number)}-0.parquet")
+            failures_files.append(f"failures/{part(number)}-0.parquet")
             store.commit_table(failures_files[-1], failed)
         for agent in agents:
             own = given.filter(pc.equal(given["agent_id"], agent))
-            store.commit_table(results.answers_name(number, agent), own)
+            store.commit_table(answers_name(number, agent), own)
         counted.append(count_run(done, failed, given))
     store.replace("job.yaml", yaml.safe_dump(job or _JOB).encode())
     counts = summarize_run(add_counts(counted))
@@ -96,7 +97,7 @@ def made_run(
     every = [[0, len(rows)]]
     files = {"results": every, "review": [], "failures": failures_files}
     published = {
-        "format": results.FORMAT,
+        "format": FORMAT,
         "run": folder.name,
         "counts": counts,
         "agents": by_agent,
@@ -106,5 +107,5 @@ def made_run(
         "files": {**files, "answers": dict.fromkeys(agents, every)},
         **manifest,
     }
-    results.publish(store, published)
-    return results.open_run(store.url)
+    write_manifest(store, published)
+    return open_run(store.url)

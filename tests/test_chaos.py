@@ -20,9 +20,9 @@ import pytest
 from distributed import Client, Nanny
 
 from mas_batch import pipeline
+from mas_batch.events import Event, PartitionMerged
 from mas_batch.job_file import load_job
-from mas_batch.monitor.events import Event, PartitionMerged
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 from tests.chaos import (
     CHAOS,
     JOB,

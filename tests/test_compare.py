@@ -25,7 +25,7 @@ from mas_batch.compare import records as join
 from mas_batch.compare.changes import Change, changes
 from mas_batch.errors import RunError
 from mas_batch.remerge import merge_again
-from mas_batch.results import open_run
+from mas_batch.run_folder.read import open_run
 from tests.report_runs import answer, failure, made_run, result
 
 

@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mas_batch import pipeline
 from mas_batch.errors import RunError
+from mas_batch.events import Event, PartitionAnswered
 from mas_batch.job import Job
 from mas_batch.monitor.dashboard.plugin import AgentsDashboard
-from mas_batch.monitor.events import Event, PartitionAnswered
 from tests.clusters import cluster_of
 
 MakeJob = Callable[..., Job]

@@ -14,7 +14,7 @@ import pytest
 from distributed import Client
 from rich.console import Console
 
-from mas_batch import pipeline, results
+from mas_batch import pipeline
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import Reason, RunError
@@ -26,8 +26,12 @@ from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.partition import partition
 from mas_batch.records import ANSWERS, Answer
-from mas_batch.results import Run
-from mas_batch.storage import Store
+from mas_batch.run_folder.commits import commit_results
+from mas_batch.run_folder.manifest import write_job, write_manifest
+from mas_batch.run_folder.names import FORMAT, answers_name
+from mas_batch.run_folder.plan import read_records, stage
+from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.storage import Store
 
 Replies = Mapping[str, Sequence[str | None]]
 MakeRun = Callable[..., Run]
@@ -65,30 +69,30 @@ def make_run(tmp_path: Path) -> MakeRun:
         )
         store = Store(str(tmp_path / folder))
         reader = CorpusReader(job.corpus)
-        results.write_job(store, job)
+        write_job(store, job)
         cut = partition(reader, max_tokens=10_000, max_records=max_records, tokens_per_record=8)
-        plan = results.stage(store, reader, cut)
+        plan = stage(store, reader, cut)
         method = job.merge.method or {"classify": "vote", "score": "mean"}.get(kind, "mbr")
         facts = {"method": method, "accuracies": job.merge.accuracies, "utility": "chrf"}
         ranges = [[0, plan.num_partitions]]
         manifest = {
-            "format": results.FORMAT,
+            "format": FORMAT,
             "run": "judged-1",
             "counts": {"results": len(rows), "failures": 0},
             "merge": facts,
             "files": {"results": ranges, "failures": [], "answers": dict.fromkeys(replies, ranges)},
         }
-        results.publish(store, manifest)
+        write_manifest(store, manifest)
         spec = run_spec(Run(store, manifest), job)
         for index in range(plan.num_partitions):
-            records = results.read_records(store, index, plan.passthrough)
+            records = read_records(store, index, plan.passthrough)
             tables = [
                 _answers(store, index, records, agent, given, kind)
                 for agent, given in replies.items()
             ]
             merged = merge_answers(records, pa.concat_tables(tables), spec)
-            results.commit_results(store, index, *merged, list(replies))
-        return results.open_run(store.url)
+            commit_results(store, index, *merged, list(replies))
+        return open_run(store.url)
 
     return make
 
@@ -122,7 +126,7 @@ def _answers(
         times = {"attempt": 1, "t_transfer_s": 0.1, "t_processing_s": 0.4}
         rows.append({**asdict(answer), **times})
     table = pa.Table.from_pylist(rows, ANSWERS)
-    store.commit_table(results.answers_name(index, agent), table)
+    store.commit_table(answers_name(index, agent), table)
     return table
 
 
@@ -425,7 +429,7 @@ def test_a_real_run_is_judged(cluster_client: Client, make_job: Callable[..., Jo
     ]
     task = {"kind": "classify", "labels": LABELS}
     job = make_job(rows, agents=agents, task=task)
-    run = results.open_run(pipeline.run(job, client=cluster_client).run)
+    run = open_run(pipeline.run(job, client=cluster_client).run)
     found = evaluate(run, "gold", compare=[run], num_resamples=20)
     published = run.arrow().to_pylist()
     right = sum(row["answer"] == row["gold"] for row in published)

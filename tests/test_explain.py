@@ -14,14 +14,11 @@ from click.testing import CliRunner
 from distributed import Client
 from rich.console import Console
 
-from mas_batch import pipeline, results, show
+from mas_batch import pipeline, show
 from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import RunError
-from mas_batch.explain import Explanation, explain, find_record
-from mas_batch.job import Job
-from mas_batch.monitor.event_log import EventLog, LoggedEvent, read_events
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentDraining,
     AgentLost,
     AgentReady,
@@ -33,9 +30,15 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     PartitionUndecided,
 )
+from mas_batch.explain import Explanation, explain, find_record
+from mas_batch.job import Job
+from mas_batch.monitor.event_log import EventLog, LoggedEvent, read_events
 from mas_batch.monitor.story import Decision, News, OutcomeKind, Step, Story
 from mas_batch.partition import partition
-from mas_batch.storage import Store
+from mas_batch.run_folder.manifest import write_job
+from mas_batch.run_folder.names import answers_name, results_name, staged_name
+from mas_batch.run_folder.plan import stage
+from mas_batch.run_folder.storage import Store
 
 MakeJob = Callable[..., Job]
 READY = [AgentReady(agent, f"{agent}-{i}", 0.1) for agent in ("small", "large") for i in (0, 1)]
@@ -99,10 +102,8 @@ def staged(make_job: MakeJob) -> Store:
     job = make_job()
     corpus = CorpusReader(job.corpus)
     store, _ = pipeline.open_store(job, corpus)
-    results.write_job(store, job)
-    results.stage(
-        store, corpus, partition(corpus, max_tokens=1000, max_records=3, tokens_per_record=8)
-    )
+    write_job(store, job)
+    stage(store, corpus, partition(corpus, max_tokens=1000, max_records=3, tokens_per_record=8))
     return store
 
 
@@ -319,7 +320,7 @@ def test_executions_are_told_apart_and_idle_ones_left_out(staged: Store) -> None
 
 def test_what_a_killed_process_could_not_log_is_said(staged: Store) -> None:
     log(staged, READY[0], asked("small-0"))
-    for name in (results.answers_name(1, "small"), results.results_name(1)):
+    for name in (answers_name(1, "small"), results_name(1)):
         staged.commit(name, b"")
     told = explain(staged, 1)
     assert told.answered_by == ("small",)
@@ -394,7 +395,7 @@ def test_the_command_refuses_in_one_line(staged: Store, tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_staged_yet_says_so(make_job: MakeJob, tmp_path: Path) -> None:
     store = Store(str(tmp_path / "run"))
-    results.write_job(store, make_job())
+    write_job(store, make_job())
     with pytest.raises(RunError, match="its corpus is not staged yet"):
         explain(store, 0)
 
@@ -446,7 +447,7 @@ def test_native_mode_has_news_instead_of_decisions(
 
 def test_an_object_store_is_explained_too(s3_options: dict[str, Any], staged: Store) -> None:
     remote = Store("s3://bucket/runs/x", s3_options)
-    for name in ("plan.parquet", *(results.staged_name(i) for i in range(7))):
+    for name in ("plan.parquet", *(staged_name(i) for i in range(7))):
         remote.commit(name, staged.read_bytes(name))
     log(remote, READY[0], asked("small-0"), answered("small-0"))
     assert find_record(remote, "r19") == 6

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mas_batch.aggregate.reliability import AgentReliability, Reliability
-from mas_batch.history import Memory
 from mas_batch.job import Job
-from mas_batch.pipeline import merge_spec
+from mas_batch.merging import merge_spec
+from mas_batch.stages.memory import Memory
 
 MakeJob = Callable[..., Job]
 LABELS = ("x", "y")

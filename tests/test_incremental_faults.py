@@ -16,9 +16,9 @@ import yaml
 
 import mas_batch
 from mas_batch.errors import RunLockedError
-from mas_batch.lock import job_lock
-from mas_batch.results import Run
-from mas_batch.storage import Store
+from mas_batch.run_folder.lock import job_lock
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 from tests.chaos import started
 from tests.test_faults import wait_for
 

@@ -16,11 +16,11 @@ from distributed import Client
 import mas_batch
 from mas_batch import pipeline
 from mas_batch.errors import ExitCode, RunError
+from mas_batch.events import AgentReady, AnswersReused, PartitionAnswered
 from mas_batch.explain import explain
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
-from mas_batch.monitor.events import AgentReady, AnswersReused, PartitionAnswered
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 from tests.test_run import Recorder
 
 Row = dict[str, Any]
@@ -413,7 +413,7 @@ def test_a_run_that_is_cut_short_while_it_takes_over_goes_on(
     monkeypatch.setattr("mas_batch.incremental.taking._RECORDS_AT_ONCE", 8)
     checks = iter([None, None])
     with monkeypatch.context() as cut:
-        cut.setattr("mas_batch.lock.RunLock.check", lambda lock: _next(checks))
+        cut.setattr("mas_batch.run_folder.lock.RunLock.check", lambda lock: _next(checks))
         with pytest.raises(RuntimeError, match="cut short"):
             job.run(v2)
     second = job.run(None)

@@ -15,12 +15,11 @@ import mas_batch
 from mas_batch import pipeline
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import RunError
+from mas_batch.events import AgentReady, Event, PartitionAnswered
 from mas_batch.job import Job
 from mas_batch.latency import phases
-from mas_batch.latency.ledger import read_ledger
-from mas_batch.monitor.events import AgentReady, Event, PartitionAnswered
 from mas_batch.records import LEDGER
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run, read_ledger
 
 MakeJob = Callable[..., Job]
 

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_batch.monitor import board as boards
-from mas_batch.monitor.board import TAKEN, WANTED, Board
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentDraining,
     AgentLoading,
     AgentLost,
@@ -27,6 +25,8 @@ from mas_batch.monitor.events import (
     RunFinished,
     RunStarted,
 )
+from mas_batch.monitor import board as boards
+from mas_batch.monitor.board import TAKEN, WANTED, Board
 from mas_batch.monitor.fleet import LiveAgent
 from mas_batch.monitor.live import MAX_LOST, LiveRun
 from mas_batch.monitor.messages import MAX_TEXT, VERSION, Message, decode, slim

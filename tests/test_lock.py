@@ -22,9 +22,9 @@ from distributed import Client
 from mas_batch import pipeline
 from mas_batch.errors import JobError, OutputError, RunError, RunLockedError
 from mas_batch.job import Job
-from mas_batch.lock import FOLDER, RunLock
-from mas_batch.owner import Owner
-from mas_batch.storage import Store
+from mas_batch.run_folder.lock import FOLDER, RunLock
+from mas_batch.run_folder.owner import Owner
+from mas_batch.run_folder.storage import Store
 from tests.chaos import Arena, started
 
 FOR_EVER = 1000.0
@@ -34,8 +34,8 @@ SUBMITTER = """
 import json, sys
 from contextlib import ExitStack
 from mas_batch.errors import MasBatchError
-from mas_batch.lock import RunLock
-from mas_batch.storage import Store
+from mas_batch.run_folder.lock import RunLock
+from mas_batch.run_folder.storage import Store
 with ExitStack() as held:
     print("ready", flush=True)
     for line in sys.stdin:

@@ -8,7 +8,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentDraining,
     AgentLost,
     AgentReady,

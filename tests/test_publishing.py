@@ -12,10 +12,13 @@ from distributed import Client
 from rich.console import Console
 
 import mas_batch
-from mas_batch import pipeline, results, show
+from mas_batch import pipeline, show
 from mas_batch.job import Job
-from mas_batch.lock import RunLock
-from mas_batch.results import FIRST_PASS, SECOND_PASS, Run
+from mas_batch.run_folder.lock import RunLock
+from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
+from mas_batch.stages import publishing
 from tests.test_routing_run import contents
 
 MakeJob = Callable[..., Job]
@@ -49,7 +52,7 @@ def folders(job: Job) -> tuple[Path, set[str]]:
 
 def killed_at(job: Job, client: Client, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(results, step, kill)
+        patched.setattr(publishing, step, kill)
         with pytest.raises(KilledError):
             pipeline.run(job, client=client)
 
@@ -57,7 +60,7 @@ def killed_at(job: Job, client: Client, step: str, monkeypatch: pytest.MonkeyPat
 def test_killed_before_the_manifest_it_still_has_its_passes_and_goes_on(
     job: Job, cluster_client: Client, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed_at(job, cluster_client, "publish", monkeypatch)
+    killed_at(job, cluster_client, "write_manifest", monkeypatch)
     run, left = folders(job)
     assert left == {FIRST_PASS, SECOND_PASS}
     assert not (run / "manifest.json").exists()
@@ -90,7 +93,7 @@ def test_what_another_process_still_removes_is_left_to_it(
 ) -> None:
     killed_at(job, cluster_client, "remove_passes", monkeypatch)
     run, left = folders(job)
-    with RunLock(Run(results.Store(str(run)), {}).store):
+    with RunLock(Run(Store(str(run)), {}).store):
         assert pipeline.run(job, client=cluster_client).already_complete
     assert folders(job) == (run, left)
     assert "its provisional merges are not removed" in caplog.text

@@ -28,7 +28,7 @@ from mas_batch.engines.base import EngineConfig, Sampling
 from mas_batch.errors import EngineError, EngineRefusedError, Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
-from mas_batch.storage import Store
+from mas_batch.run_folder.storage import Store
 from mas_batch.tasks import make_task
 
 TASK = make_task(job.Task(kind="summarize"))

@@ -13,14 +13,18 @@ import pytest
 from distributed import Client, Worker
 
 import mas_batch
-from mas_batch import pipeline, remerge, results
+from mas_batch import pipeline, remerge
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.collect import answers_by_partition
+from mas_batch.events import Event, PartitionMerged
 from mas_batch.job import Job
-from mas_batch.monitor.events import Event, PartitionMerged
+from mas_batch.merging import merge_spec
 from mas_batch.records import ANSWERS
 from mas_batch.remerge import SECTION, merge_again
-from mas_batch.results import MERGES, Run
+from mas_batch.run_folder.names import MERGES, answers_name
+from mas_batch.run_folder.plan import read_plan
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 from tests.clusters import cluster_of
 from tests.test_routing_run import contents, labelling
 
@@ -150,7 +154,7 @@ def test_a_merges_section_is_stripped_value_by_value(make_job: MakeJob) -> None:
     """As one JSON text, what is stripped could take the backslash before a quote with it."""
     merge = {"method": "reliability", "history": 'memory://user:pass@bucket/x?key=ab"c'}
     job = make_job(ROWS, **{**labelling(RATES), "merge": merge})
-    section = remerge._section(job, pipeline.merge_spec(job))
+    section = remerge._section(job, merge_spec(job))
     assert section["history"] == 'memory://bucket/x?key=***"c'
 
 
@@ -159,7 +163,7 @@ def test_a_merges_section_is_stripped_value_by_value(make_job: MakeJob) -> None:
 
 def intrude(run: Run, partition: int) -> None:
     """Commit answers of the agents that were not asked, as a slow copy of a task may."""
-    there = {agent: results.answers_name(partition, agent) for agent in RATES}
+    there = {agent: answers_name(partition, agent) for agent in RATES}
     asked = [name for name in there.values() if run.store.exists(name)]
     for agent, name in there.items():
         if name not in asked:
@@ -177,7 +181,7 @@ def test_answers_that_come_after_the_merge_change_nothing(
 
     def emit(event: Event) -> None:
         if type(event).__name__ == "RunStarted":
-            stores.append(Run(results.Store(event.run), {}))  # type: ignore[attr-defined]
+            stores.append(Run(Store(event.run), {}))  # type: ignore[attr-defined]
         if isinstance(event, PartitionMerged):
             intrude(stores[0], event.partition)
 
@@ -236,7 +240,7 @@ def test_a_history_in_the_runs_object_store_is_read_with_its_options(
     answered(make_job, client, history, output=output, name="earlier")
     run = answered(make_job, client, {"method": "vote"})
     alone = merge_again(run, {"method": "reliability"}, client=client)
-    with_options = Run(results.Store(run.store.url, s3_options), run.manifest)
+    with_options = Run(Store(run.store.url, s3_options), run.manifest)
     informed = merge_again(with_options, history, client=client)
     assert informed.store.read_bytes("learned.json") != alone.store.read_bytes("learned.json")
 
@@ -258,7 +262,7 @@ def test_a_run_that_two_versions_have_answered_is_read_for_evaluation(
     make_job: MakeJob, client: Client
 ) -> None:
     run = answered(make_job, client, {"method": "vote"})
-    plan = results.read_plan(run.store)
+    plan = read_plan(run.store)
     assert plan is not None
     expected = sum(table.num_rows for table in answers_by_partition(run, plan))
     for file in (Path(run.store.url) / "answers/agent=good").glob("*.parquet"):

@@ -16,7 +16,7 @@ from mas_batch import pipeline, report
 from mas_batch.cli import main
 from mas_batch.report import jobs, record_facts, scan, slowest, walk
 from mas_batch.report.write import count, figure, seconds, share
-from mas_batch.results import Run, open_run
+from mas_batch.run_folder.read import Run, open_run
 from tests.report_runs import answer, failure, made_run, result
 
 SCRIPT = "<script>alert('canary')</script>"

@@ -21,12 +21,17 @@ from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mas_batch import results
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.errors import OutputError, RunError
 from mas_batch.records import FAILURES, PLAN
-from mas_batch.storage import Store
+from mas_batch.run_folder.commits import commit_results, committed, merged_agents, read_results
+from mas_batch.run_folder.manifest import manifest_files, write_manifest
+from mas_batch.run_folder.names import FORMAT, answers_name, part, results_name, review_name
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.ranges import from_ranges, join_ranges, to_ranges
+from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.storage import Store
 
 NAMES = ("results", "answers/agent=b", "answers/agent=a")
 FOREIGN = (
@@ -35,7 +40,7 @@ FOREIGN = (
 )
 
 
-def plan_of(num_partitions: int, records: int = 10) -> results.Plan:
+def plan_of(num_partitions: int, records: int = 10) -> Plan:
     columns = [
         range(num_partitions),
         range(0, num_partitions * records, records),
@@ -43,7 +48,7 @@ def plan_of(num_partitions: int, records: int = 10) -> results.Plan:
         [100 * i for i in range(num_partitions)],
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, PLAN, strict=True)]
-    return results.Plan(pa.table(arrays, schema=PLAN), pa.schema([]))
+    return Plan(pa.table(arrays, schema=PLAN), pa.schema([]))
 
 
 def one_row(record_id: str) -> pa.Table:
@@ -55,12 +60,12 @@ def failure(record_id: str) -> pa.Table:
     return pa.Table.from_pylist([row], schema=FAILURES)
 
 
-def published(folder: Path, **files: Any) -> results.Run:
+def published(folder: Path, **files: Any) -> Run:
     """A run whose manifest holds these files and else nothing."""
     none: dict[str, Any] = {"results": [], "failures": [], "answers": {}}
-    manifest = {"format": results.FORMAT, "run": "x", "files": none | files, "versions": {}}
-    results.publish(Store(str(folder)), manifest)
-    return results.open_run(str(folder))
+    manifest = {"format": FORMAT, "run": "x", "files": none | files, "versions": {}}
+    write_manifest(Store(str(folder)), manifest)
+    return open_run(str(folder))
 
 
 # Ranges and bitmaps
@@ -68,8 +73,8 @@ def published(folder: Path, **files: Any) -> results.Run:
 
 @given(st.lists(st.booleans(), max_size=60))
 def test_ranges_are_the_members_and_as_few_as_can_be(members: list[bool]) -> None:
-    ranges = results.to_ranges(np.array(members, np.bool_))
-    assert list(results.from_ranges(ranges)) == [i for i, there in enumerate(members) if there]
+    ranges = to_ranges(np.array(members, np.bool_))
+    assert list(from_ranges(ranges)) == [i for i, there in enumerate(members) if there]
     assert all(first < stop for first, stop in ranges)
     assert all(stop < first for (_, stop), (first, _) in pairwise(ranges)), "two ranges touch"
     assert json.loads(json.dumps(ranges)) == ranges
@@ -84,11 +89,11 @@ def test_what_is_committed_is_what_the_folders_hold(
     run = Store(str(folder) if local else f"memory://{folder.name}")
     for name, numbers in zip(NAMES, parts, strict=True):
         theirs = FOREIGN if numbers else ()
-        for file in (*(f"{results.part(n)}.parquet" for n in numbers), *theirs):
+        for file in (*(f"{part(n)}.parquet" for n in numbers), *theirs):
             run.replace(f"{name}/{file}", b"")
     merged, answered = parts[0], {"b": parts[1], "a": parts[2]}
 
-    done = results.committed(run, plan_of(20), ["b", "a"])
+    done = committed(run, plan_of(20), ["b", "a"])
 
     assert set(np.flatnonzero(done.merged)) == merged
     assert {a: set(np.flatnonzero(bits)) for a, bits in done.answered.items()} == answered
@@ -102,7 +107,7 @@ def test_what_is_committed_is_what_the_folders_hold(
 def test_a_file_where_a_folder_must_be_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "results").write_bytes(b"")
     with pytest.raises(RunError, match=r"results"):
-        results.committed(Store(str(tmp_path)), plan_of(3), [])
+        committed(Store(str(tmp_path)), plan_of(3), [])
 
 
 def test_the_plan_is_streamed_in_order_whatever_its_length() -> None:
@@ -123,16 +128,16 @@ def test_the_plan_is_streamed_in_order_whatever_its_length() -> None:
 def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> None:
     run, plan = Store(str(tmp_path)), plan_of(12)
     for p in range(12):
-        run.replace(results.results_name(p), b"")
+        run.replace(results_name(p), b"")
     asked = {"z": [0, 1, 2, 3, 7, 11], "a": [1, 2, 10, 11], "idle": []}
     for agent, partitions in asked.items():
         for p in partitions:
-            run.replace(results.answers_name(p, agent), b"")
+            run.replace(answers_name(p, agent), b"")
     failures = {10: "failures/part-000010-beef.parquet", 2: "failures/part-000002-cafe.parquet"}
 
     found = {agent: [[p, p + 1] for p in partitions] for agent, partitions in asked.items()}
-    answers = {agent: results.join_ranges([parts]) for agent, parts in found.items()}
-    files = results.manifest_files(plan, answers, failures, [1])
+    answers = {agent: join_ranges([parts]) for agent, parts in found.items()}
+    files = manifest_files(plan, answers, failures, [1])
 
     assert files["results"] == [[0, 12]]
     assert files["answers"] == {
@@ -141,11 +146,11 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
         "idle": [],
     }
     opened = published(tmp_path, **files)
-    assert list(opened.files("results")) == [results.results_name(p) for p in range(12)]
+    assert list(opened.files("results")) == [results_name(p) for p in range(12)]
     assert list(opened.files("failures")) == [failures[2], failures[10]]
-    assert list(opened.files("review")) == [results.review_name(1)]
+    assert list(opened.files("review")) == [review_name(1)]
     assert list(opened.files("answers")) == [
-        results.answers_name(p, agent) for p in range(12) for agent in asked if p in asked[agent]
+        answers_name(p, agent) for p in range(12) for agent in asked if p in asked[agent]
     ]
     with pytest.raises(RunError, match="no table 'plan'; allowed: results"):
         opened.files("plan")
@@ -154,7 +159,7 @@ def test_the_manifest_names_what_is_there_in_corpus_order(tmp_path: Path) -> Non
 def test_the_manifest_of_a_large_run_is_small() -> None:
     nothing: list[str] = []
     answers = {"a": [[0, 100_000]], "b": nothing}
-    files = results.manifest_files(plan_of(100_000), answers, {}, [])
+    files = manifest_files(plan_of(100_000), answers, {}, [])
     assert files == {
         "results": [[0, 100_000]], "review": [], "failures": nothing, "answers": answers,
     }  # fmt: skip
@@ -170,35 +175,35 @@ def test_ranges_are_joined_as_if_they_were_made_at_once(
     parts: list[Any] = [[] for _ in range(num_parts)]
     for member in members:
         parts[rng.randrange(num_parts)].append([member, member + 1])
-    leaves = [results.join_ranges([part]) for part in parts]
+    leaves = [join_ranges([part]) for part in parts]
     rng.shuffle(leaves)
-    half = [results.join_ranges(leaves[::2]), results.join_ranges(leaves[1::2])]
-    assert results.join_ranges(half) == results.join_ranges(leaves) == results.to_ranges(bitmap)
+    half = [join_ranges(leaves[::2]), join_ranges(leaves[1::2])]
+    assert join_ranges(half) == join_ranges(leaves) == to_ranges(bitmap)
 
 
 def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
     run = Store(str(tmp_path))
     for p in range(2):
-        run.commit_table(results.results_name(p), one_row(f"r{p}"))
-    names = [results.results_name(p) for p in range(2)]
+        run.commit_table(results_name(p), one_row(f"r{p}"))
+    names = [results_name(p) for p in range(2)]
     old = {"results": names, "failures": [], "answers": []}
-    results.publish(run, {"format": 1, "run": "x", "files": old})
-    opened = results.open_run(str(tmp_path))
+    write_manifest(run, {"format": 1, "run": "x", "files": old})
+    opened = open_run(str(tmp_path))
     assert opened.arrow()["record_id"].to_pylist() == ["r0", "r1"]
     assert list(opened.files("answers")) == []
 
 
 def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
-    later = {"format": results.FORMAT + 1, "versions": {"mas_batch": "9.0"}}
-    results.publish(Store(str(tmp_path)), later)
+    later = {"format": FORMAT + 1, "versions": {"mas_batch": "9.0"}}
+    write_manifest(Store(str(tmp_path)), later)
     with pytest.raises(RunError, match=r"format 4, .* reads 1 to 3; .*'mas_batch': '9\.0'"):
-        results.open_run(str(tmp_path))
+        open_run(str(tmp_path))
 
 
 def test_a_table_of_many_files_is_read_with_few_open_and_in_few_chunks(tmp_path: Path) -> None:
     run = Store(str(tmp_path))
     for p in range(130):
-        run.commit_table(results.results_name(p), one_row(f"r{p}"))
+        run.commit_table(results_name(p), one_row(f"r{p}"))
     opened = published(tmp_path, results=[[0, 130]])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_open = len(list(Path("/proc/self/fd").iterdir()))
@@ -216,10 +221,10 @@ def test_dask_partitions_are_files_until_there_are_many(
     tmp_path: Path, num_files: int, num_partitions: int
 ) -> None:
     run = Store(str(tmp_path))
-    run.commit_table(results.results_name(0), one_row("r"))
-    first = Path(run.path(results.results_name(0)))
+    run.commit_table(results_name(0), one_row("r"))
+    first = Path(run.path(results_name(0)))
     for p in range(1, num_files):
-        Path(run.path(results.results_name(p))).hardlink_to(first)
+        Path(run.path(results_name(p))).hardlink_to(first)
     frame = published(tmp_path, results=[[0, num_files]]).dask()
     assert frame.npartitions == num_partitions
     ends = [len(frame.get_partition(i).compute(scheduler="sync")) for i in (0, num_partitions - 1)]
@@ -229,18 +234,18 @@ def test_dask_partitions_are_files_until_there_are_many(
 def test_results_and_their_failures_file_stay_together(tmp_path: Path) -> None:
     """Of two copies of a merge that saw different answers the first wins, failures included."""
     run = Store(str(tmp_path))
-    assert results.commit_results(run, 4, one_row("a"), failure("b"), ["y", "x"]) == (1, 1)
-    assert results.commit_results(run, 4, one_row("b"), failure("x"), ["x", "y", "z"]) == (1, 1)
-    merged = results.read_results(run, 4)
+    assert commit_results(run, 4, one_row("a"), failure("b"), ["y", "x"]) == (1, 1)
+    assert commit_results(run, 4, one_row("b"), failure("x"), ["x", "y", "z"]) == (1, 1)
+    merged = read_results(run, 4)
     assert merged.results["record_id"].to_pylist() == ["a"]
     assert merged.failures["record_id"].to_pylist() == ["b"]
     assert merged.failures_name in {f"failures/{file}" for file in run.list("failures")}
-    assert merged.agents == results.merged_agents(run, 4) == ("x", "y")
-    results.commit_results(run, 5, one_row("c"), FAILURES.empty_table(), [])
-    assert results.read_results(run, 5).failures_name is None
-    assert results.merged_agents(run, 5) == ()
-    run.commit_table(results.results_name(6), one_row("of an earlier version"))
-    assert results.merged_agents(run, 6) is None
+    assert merged.agents == merged_agents(run, 4) == ("x", "y")
+    commit_results(run, 5, one_row("c"), FAILURES.empty_table(), [])
+    assert read_results(run, 5).failures_name is None
+    assert merged_agents(run, 5) == ()
+    run.commit_table(results_name(6), one_row("of an earlier version"))
+    assert merged_agents(run, 6) is None
 
 
 # The statistics tree, when things go wrong

@@ -15,8 +15,7 @@ import mas_batch
 from mas_batch import pipeline
 from mas_batch.agents import work
 from mas_batch.errors import JobError, ModelError, OutputError
-from mas_batch.job import Job
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentDraining,
     AgentLost,
     AgentReady,
@@ -28,11 +27,12 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     PartitionUndecided,
 )
-from mas_batch.results import Run
+from mas_batch.job import Job
 from mas_batch.routing import upkeep
 from mas_batch.routing.hosting import cluster_workers
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 from mas_batch.show import answers_saved
-from mas_batch.storage import Store
 from tests.clusters import cluster_of
 from tests.test_run import Recorder
 

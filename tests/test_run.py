@@ -11,12 +11,11 @@ import pytest
 from distributed import Client
 
 import mas_batch
-from mas_batch import pipeline, results
+from mas_batch import pipeline
 from mas_batch.aggregate.reductions import RUN_STATISTICS, Reduction
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.errors import ExitCode, JobError, ModelError, RunError
-from mas_batch.job import Job
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AnswerFailed,
     Event,
     PartitionAnswered,
@@ -24,6 +23,8 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     RunStarted,
 )
+from mas_batch.job import Job
+from mas_batch.run_folder.manifest import write_job
 
 MakeJob = Callable[..., Job]
 
@@ -293,7 +294,7 @@ def test_what_an_endpoint_is_told_and_storage_options_stay_out_of_the_run(
     agent = job.agents[0].model_copy(update={"options": {"extra_body": {"key": "CANARY"}}})
     job = job.model_copy(update={"agents": (agent,)})
     store, _ = pipeline.open_store(job, pipeline.CorpusReader(job.corpus))
-    results.write_job(store, job)
+    write_job(store, job)
     kept = store.read_bytes("job.yaml")
     assert b"CANARY" not in kept
     assert b"auto_mkdir" not in kept

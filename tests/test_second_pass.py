@@ -13,10 +13,11 @@ from distributed import Client, Worker
 import mas_batch
 from mas_batch import pipeline
 from mas_batch.errors import JobError, RunError
+from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Job
-from mas_batch.monitor.events import Escalated, Event, Learned
 from mas_batch.remerge import merge_again
-from mas_batch.results import FIRST_PASS, SECOND_PASS, Run
+from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
+from mas_batch.run_folder.read import Run
 from tests.clusters import cluster_of
 from tests.test_routing_run import contents, labelling
 from tests.test_run import Recorder

@@ -36,10 +36,11 @@ from mas_batch import cluster, pipeline, show
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cli import main
 from mas_batch.errors import JobError
+from mas_batch.events import AgentLost
 from mas_batch.job import Job
 from mas_batch.job_file import check_job, load_job
-from mas_batch.monitor.events import AgentLost
 from mas_batch.monitor.progress import sentence
+from mas_batch.run_folder import manifest
 from mas_batch.safe_text import names_a_secret, printable, without_credentials
 from tests.recipes import JOB, write_job
 from tests.test_engine_openai import Server
@@ -357,7 +358,7 @@ def test_a_prompt_is_kept_as_it_is_though_it_looks_like_a_url(make_job: MakeJob)
     job = make_job()
     job = job.model_copy(update={"task": job.task.model_copy(update={"prompt": prompt})})
     store, _ = pipeline.open_store(job, pipeline.CorpusReader(job.corpus))
-    pipeline.results.write_job(store, job)
+    manifest.write_job(store, job)
     assert yaml.safe_load(store.read_bytes("job.yaml"))["task"]["prompt"] == prompt
 
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from mas_batch.errors import JobError, OutputError, RunError
+from mas_batch.run_folder.storage import Store, parquet_bytes
 from mas_batch.safe_text import without_credentials
-from mas_batch.storage import Store, parquet_bytes
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -28,8 +28,8 @@ from mas_batch.agents.answering import AgentProfile, failed_answers
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import fingerprint
 from mas_batch.records import ANSWERS, Answer, Record
-from mas_batch.results import JOURNAL, part
-from mas_batch.storage import Store
+from mas_batch.run_folder.names import JOURNAL, part
+from mas_batch.run_folder.storage import Store
 
 logger = logging.getLogger(__name__)
 

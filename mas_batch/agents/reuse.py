@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch import results
 from mas_batch.records import ANSWERS, Record
-from mas_batch.storage import Store
+from mas_batch.run_folder.names import reused_name
+from mas_batch.run_folder.storage import Store
 
 
 def known_answers(
     run: Store, partition: int, agent_id: str, records: Sequence[Record]
 ) -> tuple[pa.Table, list[Record], list[Record]]:
     """Return earlier answers to these records, the records that have them, and the others."""
-    name = results.reused_name(partition, agent_id)
+    name = reused_name(partition, agent_id)
     try:
         rows = run.read_table(name)
     except FileNotFoundError:

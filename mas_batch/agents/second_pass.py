@@ -10,11 +10,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch import results
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.agents.work import (
     COMMITTED,
-    RunRef,
     agents_merged,
     agents_there,
     commit_merged,
@@ -27,6 +25,9 @@ from mas_batch.aggregate.escalation import CONFIDENCES
 from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.aggregate.patterns import add_patterns, count_answers
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
+from mas_batch.run_folder.names import results_name, staged_name
+from mas_batch.run_folder.plan import read_records
+from mas_batch.run_folder.ref import RunRef
 
 PATTERNS = Reduction("patterns", count_answers, add_patterns, dict)
 """Pattern of agreement → records; see `aggregate.patterns`."""
@@ -52,7 +53,7 @@ def _answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
 
 
 def _support(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    records = run.store.read_table(results.staged_name(partition))
+    records = run.store.read_table(staged_name(partition))
     answers = _answers(run, partition, agents)
     return support_partial(records, answers, run.merge, encoder_for(run.merge, answers))
 
@@ -65,7 +66,7 @@ def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[s
 def merge_known(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Merge partitions of which all answers are there, as `merge_partition` does; count them."""
     for partition in partitions:
-        if not run.merged.exists(results.results_name(partition)):
+        if not run.merged.exists(results_name(partition)):
             merge_partition(run, partition, agents_there(run, partition, agents))
     return {"partitions": len(partitions)}
 
@@ -80,7 +81,7 @@ def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str
 
 
 def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    records = run.store.read_table(results.staged_name(partition))
+    records = run.store.read_table(staged_name(partition))
     voters = agents_merged(run, partition, agents)
     merged, failures = merge_of(run, partition, voters, records)
     askable = records.filter(pc.is_null(records["reason"]))["record_id"]
@@ -89,8 +90,8 @@ def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
 
 
 def _merged_and_counted(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    if not run.merged.exists(results.results_name(partition)):
-        records = results.read_records(run.store, partition, run.passthrough)
+    if not run.merged.exists(results_name(partition)):
+        records = read_records(run.store, partition, run.passthrough)
         voters = agents_merged(run, partition, agents)
         merged, failures = merge_of(run, partition, voters, records)
         commit_merged(run, partition, merged, failures, voters)

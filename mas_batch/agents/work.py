@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch import results
 from mas_batch.agents.answering import AgentProfile, answer_records, prompt_hash
 from mas_batch.agents.checks import check_engine
 from mas_batch.agents.encoding import encoder_for
@@ -23,49 +22,22 @@ from mas_batch.agents.host import current_host, peak_memory_bytes, report, repor
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.reuse import asked_now, in_order, known_answers
 from mas_batch.agents.spec import AgentSpec
-from mas_batch.aggregate.escalation import Escalation, picked
+from mas_batch.aggregate.escalation import picked
 from mas_batch.aggregate.merge import merge_answers
-from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.reductions import RUN_STATISTICS, Partial, Reduction
-from mas_batch.aggregate.stopping import StoppingRule, undecided
+from mas_batch.aggregate.stopping import undecided
 from mas_batch.engines.base import Sampling
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import Task
 from mas_batch.latency.sketch import RECORD_LATENCY
 from mas_batch.latency.times import Stopwatch
 from mas_batch.records import ANSWERS, Answer, Record, join_answers
-from mas_batch.storage import Store
+from mas_batch.run_folder.commits import commit_results, commit_review, merged_agents, read_results
+from mas_batch.run_folder.names import answers_name, staged_name
+from mas_batch.run_folder.plan import read_records
+from mas_batch.run_folder.ranges import Ranges, join_ranges
+from mas_batch.run_folder.ref import RunRef
 from mas_batch.tasks import make_task
-
-
-@dataclass(frozen=True, slots=True)
-class RunRef:
-    """What every task of a run needs to know of it."""
-
-    store: Store
-    topic: str
-    """Names this execution's Dask events, plugin and executor."""
-    task: Task
-    merge: MergeSpec
-    stopping: StoppingRule | None
-    """Adaptive: when a record needs no further answer; None: every agent asked answers all."""
-    passthrough: pa.Schema
-    keep_text: bool
-    into: str = ""
-    """Folder of the run in which merges are committed: a first pass, or a merge made afterwards;
-    empty: they are the run's results."""
-    passes: tuple[str, ...] = ()
-    """Folders of the run with earlier merges: only answers that went into one of them are merged.
-    What came later is passed over, or the outcome would depend on when. Empty: there are none."""
-    escalation: Escalation | None = None
-    """Which records its agent is asked about; all other agents are asked about every one."""
-    reuses: bool = False
-    """Answers of an earlier run are there, in `reused/`: only the others are asked for."""
-
-    @property
-    def merged(self) -> Store:
-        """Where merges are committed."""
-        return self.store.child(self.into) if self.into else self.store
 
 
 def load_agent(run: RunRef, spec: AgentSpec) -> None:
@@ -97,7 +69,7 @@ def answer_partition(
     """
     host, watch = current_host(run.topic), Stopwatch()
     idle_s = host.begin()
-    name = results.answers_name(partition, spec.agent_id)
+    name = answers_name(partition, spec.agent_id)
     if run.store.exists(name):  # a twin of this task finished first
         table = run.store.read_table(name)
         watch.lap("read")
@@ -190,7 +162,7 @@ def merge_partition(
         final: False: if records are undecided, only say how many, so that one more agent is asked.
     """
     identity, watch = {"partition": partition, "agents": list(agents)}, Stopwatch()
-    records = results.read_records(run.store, partition, run.passthrough)
+    records = read_records(run.store, partition, run.passthrough)
     answers = committed_answers(run, partition, agents)
     watch.lap("read")
     spec = run.merge
@@ -226,7 +198,7 @@ def commit_merged(
     it has."""
     if not run.keep_text:
         merged = merged.drop_columns(["text"])
-    return results.commit_results(run.merged, partition, merged, failures, agents)
+    return commit_results(run.merged, partition, merged, failures, agents)
 
 
 def merge_of(
@@ -243,7 +215,7 @@ def committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.
     Raises:
         FileNotFoundError: one of them has none.
     """
-    names = [results.answers_name(partition, agent) for agent in agents]
+    names = [answers_name(partition, agent) for agent in agents]
     return join_answers(run.store.read_table(name) for name in names)
 
 
@@ -256,7 +228,7 @@ def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[st
     """
     named: set[str] = set()
     for folder in run.passes:
-        found = results.merged_agents(run.store.child(folder), partition)
+        found = merged_agents(run.store.child(folder), partition)
         if found is None:
             return agents_there(run, partition, agents)
         named.update(found)
@@ -265,7 +237,7 @@ def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[st
 
 def agents_there(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
     """Return those of the agents, in their order, whose answers to the partition are committed."""
-    names = ((agent, results.answers_name(partition, agent)) for agent in agents)
+    names = ((agent, answers_name(partition, agent)) for agent in agents)
     return [agent for agent, name in names if run.store.exists(name)]
 
 
@@ -283,10 +255,10 @@ def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequenc
 
 
 def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    merged = results.read_results(run.merged, partition)
+    merged = read_results(run.merged, partition)
     voters = [agent for agent in agents if agent in (merged.agents or ())]
     answers, name = committed_answers(run, partition, voters), merged.failures_name
-    reviewed = results.commit_review(run.merged, partition, merged.results)
+    reviewed = commit_review(run.merged, partition, merged.results)
     return {
         "counts": RUN_STATISTICS.chunk(merged.results, merged.failures, answers),
         "answers": {agent: [[partition, partition + 1]] for agent in voters},
@@ -298,11 +270,11 @@ def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
 
 def _add_statistics(partials: Sequence[Partial]) -> Partial:
     files = (partial["failures_files"].items() for partial in partials)
-    ranges: defaultdict[str, list[results.Ranges]] = defaultdict(list)
+    ranges: defaultdict[str, list[Ranges]] = defaultdict(list)
     for agent, parts in chain.from_iterable(partial["answers"].items() for partial in partials):
         ranges[agent].append(parts)
     return {
-        "answers": {agent: results.join_ranges(parts) for agent, parts in ranges.items()},
+        "answers": {agent: join_ranges(parts) for agent, parts in ranges.items()},
         "counts": RUN_STATISTICS.combine([partial["counts"] for partial in partials]),
         "latency": RECORD_LATENCY.combine([partial["latency"] for partial in partials]),
         "failures_files": dict(chain.from_iterable(files)),
@@ -347,7 +319,7 @@ def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
 
 def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list[Record]:
     """Read the partition's usable records, or those that are undecided or escalated."""
-    table = run.store.read_table(results.staged_name(partition))
+    table = run.store.read_table(staged_name(partition))
     if run.escalation is not None:
         others = [a for a in run.merge.agents if a != run.escalation.agent_id]
         voters = agents_merged(run, partition, others)

@@ -13,7 +13,7 @@ from mas_batch.report.collect import agents_of, model, quality, totals
 from mas_batch.report.facts import AgentFacts, Quality, System
 from mas_batch.report.jobs import read_job
 from mas_batch.report.latency import latency
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 
 @dataclass(frozen=True, slots=True)

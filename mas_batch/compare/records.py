@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.normalise import normalise_text
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 RECORDS_AT_ONCE = 50_000
 MAX_FILES = 256

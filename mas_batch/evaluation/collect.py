@@ -18,7 +18,10 @@ from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.systems import Confidences, Evidence, Key, Kind, Ledger
 from mas_batch.records import join_answers
-from mas_batch.results import Plan, Run, part, read_plan, read_records, read_results
+from mas_batch.run_folder.commits import read_results
+from mas_batch.run_folder.names import part
+from mas_batch.run_folder.plan import Plan, read_plan, read_records
+from mas_batch.run_folder.read import Run
 
 Published: TypeAlias = tuple[str, float | None, str]
 """An answer, its confidence and the confidence's kind."""

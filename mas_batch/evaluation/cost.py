@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.evaluation.systems import Vector
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 _TIMES = ("t_compute_s", "t_transfer_s", "t_processing_s")
 

@@ -21,7 +21,7 @@ from mas_batch.evaluation.scaling import Scale, read_job, scaling
 from mas_batch.evaluation.specs import other_specs, run_spec
 from mas_batch.evaluation.systems import Evidence, Kind, oracle
 from mas_batch.job import Job
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from mas_batch.evaluation.evaluate import Evaluation
-from mas_batch.results import EVALUATION
-from mas_batch.storage import Store, parquet_bytes
+from mas_batch.run_folder.names import EVALUATION
+from mas_batch.run_folder.storage import Store, parquet_bytes
 
 QUALITY = pa.schema(
     [

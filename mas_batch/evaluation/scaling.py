@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from mas_batch.errors import RunError
 from mas_batch.job import Job
 from mas_batch.monitor.event_log import read_events
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 
 @dataclass(frozen=True, slots=True)

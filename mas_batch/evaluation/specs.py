@@ -13,8 +13,10 @@ from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.collect import answers_by_partition
 from mas_batch.job import Job, MergeMethod
-from mas_batch.pipeline import merge_spec
-from mas_batch.results import Run, read_plan, staged_name
+from mas_batch.merging import merge_spec
+from mas_batch.run_folder.names import staged_name
+from mas_batch.run_folder.plan import read_plan
+from mas_batch.run_folder.read import Run
 from mas_batch.tasks import make_task
 
 METHODS: tuple[str, ...] = get_args(MergeMethod)

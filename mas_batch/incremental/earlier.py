@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mas_batch import results
 from mas_batch.errors import RunError
 from mas_batch.incremental.index import COLUMNS, RecordIndex, record_keys
 from mas_batch.records import ANSWERS, join_answers
-from mas_batch.results import Plan, Run, from_ranges
-from mas_batch.storage import Store
+from mas_batch.run_folder.names import answers_name, earlier_runs, staged_name
+from mas_batch.run_folder.plan import Plan, read_plan
+from mas_batch.run_folder.ranges import from_ranges
+from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.storage import Store
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +55,7 @@ class EarlierRun:
         """
 
         def keys(partition: int) -> NDArray[np.bytes_]:
-            return record_keys(self._read(results.staged_name(partition), COLUMNS))
+            return record_keys(self._read(staged_name(partition), COLUMNS))
 
         return RecordIndex.of(pool.map(keys, range(self.plan.num_partitions)))
 
@@ -73,12 +75,12 @@ class EarlierRun:
         here = [p for p in np.unique(partitions).tolist() if p in answered]
 
         def found(partition: int) -> tuple[pa.Table, list[int]]:
-            name = results.answers_name(partition, agent_id)
+            name = answers_name(partition, agent_id)
             rows = _valid(self._read(name), prompt_hash)
             members = np.flatnonzero(partitions == partition).tolist()
             now = then = [wanted.ids[i] for i in members]
             if not wanted.same_id[members].all():
-                ids = self._read(results.staged_name(partition), ["record_id"])["record_id"]
+                ids = self._read(staged_name(partition), ["record_id"])["record_id"]
                 then = ids.take(pa.array(wanted.positions[members] - first[partition])).to_pylist()
             return _of(rows, samples, now, then, members)
 
@@ -113,7 +115,7 @@ def last_published(output: Store, job_name: str, current: str) -> EarlierRun | N
         if not runs:
             return None
         last = max(runs, key=lambda run: (run.manifest["finished"], run.manifest["run"]))
-        plan = results.read_plan(last.store)
+        plan = read_plan(last.store)
     except (KeyError, OSError, RunError, ValueError) as error:
         raise _unreadable(output, error) from error
     if plan is None:
@@ -122,10 +124,10 @@ def last_published(output: Store, job_name: str, current: str) -> EarlierRun | N
 
 
 def _published(output: Store, job_name: str, current: str) -> Iterator[Run]:
-    for name in results.earlier_runs(output, job_name, current):
+    for name in earlier_runs(output, job_name, current):
         store = output.child(name)
         if store.exists("manifest.json"):
-            yield results.open_run(store.url, store.options)
+            yield open_run(store.url, store.options)
 
 
 def _unreadable(store: Store, error: Exception) -> RunError:

@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mas_batch import results
 from mas_batch.incremental.earlier import EarlierRun, Wanted, last_published
 from mas_batch.incremental.identity import difference, draws, hash_of_prompt
 from mas_batch.incremental.index import COLUMNS, Keys, Matches, RecordIndex, record_keys
 from mas_batch.incremental.settling import Settling
 from mas_batch.job import Agent, Job
-from mas_batch.results import Committed, Plan
-from mas_batch.storage import Store
+from mas_batch.run_folder.commits import Committed, committed
+from mas_batch.run_folder.manifest import read_engines, write_engines
+from mas_batch.run_folder.names import answers_name, reused_name, staged_name
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.storage import Store
 
 FILE = "since.json"
 
@@ -205,7 +207,7 @@ class _Taking:
             if (why := difference(job, agent, manifest, is_embedded=present.is_embedded))
         }
         agents = [agent for agent in job.agents if agent.name not in refused]
-        done = results.committed(present.store, present.plan, settling.samples)
+        done = committed(present.store, present.plan, settling.samples)
         return cls(present, settling, earlier, done, agents, refused, pool)
 
     def run(self, check: Callable[[], None]) -> Since:
@@ -241,7 +243,7 @@ class _Taking:
         spoke = self.earlier.run.manifest["engines"]
         kept = {agent.name: spoke[agent.name] for agent in self.agents if agent.name in spoke}
         store = self.present.store
-        results.write_engines(store, kept | results.read_engines(store))
+        write_engines(store, kept | read_engines(store))
 
     def _parts(self) -> Iterator[list[_Part]]:
         """Read the staged records, some partitions at a time."""
@@ -257,7 +259,7 @@ class _Taking:
             yield list(self.pool.map(self._part, numbers))
 
     def _part(self, number: int) -> _Part:
-        name = results.staged_name(number)
+        name = staged_name(number)
         records = self.present.store.read_table(name, [*COLUMNS, "reason"])
         return _Part(number, records.select(["record_id", "reason"]), record_keys(records))
 
@@ -273,7 +275,7 @@ class _Taking:
         store, done = self.present.store, self.done.agents(part.number)
         choice = self.settling.choose(part.records, known, done)
         for agent_id, rows in choice.answers.items():
-            store.commit_table(results.answers_name(part.number, agent_id), rows)
+            store.commit_table(answers_name(part.number, agent_id), rows)
         asked = (
             set()
             if choice.is_settled
@@ -281,7 +283,7 @@ class _Taking:
         )
         for agent_id in sorted(known.keys() & (asked | self._escalated)):
             if known[agent_id].num_rows:
-                name = results.reused_name(part.number, agent_id)
+                name = reused_name(part.number, agent_id)
                 store.commit_table(name, known[agent_id])
         return asked
 

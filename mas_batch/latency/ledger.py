@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentReady,
     AnswerFailed,
     Event,
@@ -19,10 +19,8 @@ from mas_batch.monitor.events import (
     TaskEnded,
 )
 from mas_batch.records import LEDGER
-from mas_batch.storage import Store
-
-FOLDER = "ledger"
-"""Folder of a run that holds its ledger's files."""
+from mas_batch.run_folder.names import LEDGER_FOLDER
+from mas_batch.run_folder.storage import Store
 
 _TIMES = tuple(field.name for field in fields(TaskEnded) if field.name in LEDGER.names)
 
@@ -70,17 +68,10 @@ class Ledger:
         self._last_flush = time.perf_counter()
         if self._rows:
             table = pa.Table.from_pylist(self._rows, schema=LEDGER)
-            name = f"{FOLDER}/{self._execution}-{self._num_files:04d}.parquet"
+            name = f"{LEDGER_FOLDER}/{self._execution}-{self._num_files:04d}.parquet"
             self._store.commit_table(name, table)
             self._num_files += 1
             self._rows.clear()
-
-
-def read_ledger(store: Store) -> pa.Table:
-    """Read all rows of a run's executions; none for a run of an earlier version."""
-    names = sorted(name for name in store.list(FOLDER) if name.endswith(".parquet"))
-    tables = [store.read_table(f"{FOLDER}/{name}") for name in names]
-    return pa.concat_tables(tables) if tables else LEDGER.empty_table()
 
 
 def _row(event: Event, now_s: float) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from mas_batch.monitor.events import Event, PhaseEnded
+from mas_batch.events import Event, PhaseEnded
 
 READING = "reading corpus"
 STARTING = "starting"

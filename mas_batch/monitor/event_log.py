@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mas_batch.errors import RunError
-from mas_batch.monitor.events import Event
-from mas_batch.storage import Store
+from mas_batch.events import Event
+from mas_batch.run_folder.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class LoggedEvent:
     execution: str
     """Which process: its start, as the event files are named after it."""
     name: str
-    """Class of the event in `monitor.events`; a later version may know others."""
+    """Class of the event in `events`; a later version may know others."""
     facts: dict[str, Any]
     """The event's fields."""
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 from distributed import Client
 
+from mas_batch.events import Event
 from mas_batch.job import Job
 from mas_batch.monitor.board import TAKEN, WANTED
 from mas_batch.monitor.dashboard.plugin import HANDLER, AgentsDashboard
-from mas_batch.monitor.events import Event
 from mas_batch.monitor.fleet import LiveAgent
 from mas_batch.monitor.live import LiveRun
 from mas_batch.monitor.messages import VERSION, Message, plain, slim

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentDraining,
     AgentLoading,
     AgentLost,

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from mas_batch.monitor import events as kinds
-from mas_batch.monitor.events import AgentReady, Event, PartitionAsked, RunStarted
+from mas_batch import events as kinds
+from mas_batch.events import AgentReady, Event, PartitionAsked, RunStarted
 from mas_batch.monitor.live import LiveRun
 from mas_batch.safe_text import printable, without_credentials
 

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentDraining,
     AgentLost,
     AgentReady,

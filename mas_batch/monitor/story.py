@@ -80,7 +80,7 @@ class News:
 
     time: datetime
     event: str
-    """Class of the event in `monitor.events`."""
+    """Class of the event in `events`."""
     message: str
 
 

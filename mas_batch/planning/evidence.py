@@ -19,7 +19,8 @@ from mas_batch.evaluation.scaling import read_job
 from mas_batch.job import Agent, Job
 from mas_batch.latency.model import Floats, Tasks, waits, work_done
 from mas_batch.latency.phases import ALL, PUBLISHING
-from mas_batch.results import Run, read_plan
+from mas_batch.run_folder.plan import read_plan
+from mas_batch.run_folder.read import Run
 
 _ELSEWHERE = ("echo", "openai")
 """Engines that wait for something else than this machine's cores."""

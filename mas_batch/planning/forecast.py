@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mas_batch.asking import rules_of
 from mas_batch.job import Agent, Job
 from mas_batch.latency.model import Floats
 from mas_batch.latency.phases import ANSWERING, LOADING
@@ -20,6 +19,7 @@ from mas_batch.planning.survey import Cut, Survey
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Ask, Rules, Work
 from mas_batch.routing.policies import POLICIES
+from mas_batch.routing.rules import rules_of
 
 MAX_SIMULATED = 600
 """Partitions of a simulation, evenly spaced; the rest goes on at the rate of its middle half."""

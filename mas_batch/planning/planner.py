@@ -20,8 +20,8 @@ from mas_batch.planning.planned import AgentForecast, Option, Planned, Range, Re
 from mas_batch.planning.sampling import sampled
 from mas_batch.planning.shares import escalated_share, undecided_shares
 from mas_batch.planning.survey import Cut, Survey, survey
-from mas_batch.results import Run, open_run
 from mas_batch.routing.policies import POLICIES
+from mas_batch.run_folder.read import Run, open_run
 
 _SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes of partitions that are compared, in the job's."""

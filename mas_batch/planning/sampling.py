@@ -14,8 +14,8 @@ from distributed import Client
 from mas_batch import cluster, pipeline
 from mas_batch.job import Corpus, Job, Output, Partitioning, Routing
 from mas_batch.records import Record
-from mas_batch.results import Run, open_run
-from mas_batch.storage import Store
+from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.storage import Store
 
 _PARTITIONS_OF_SAMPLE = 4
 _SMALLER_BY = 4

@@ -13,8 +13,8 @@ from mas_batch.agents.encoding import encoder_for
 from mas_batch.aggregate.stopping import undecided
 from mas_batch.evaluation.scaling import read_job
 from mas_batch.job import Job
-from mas_batch.pipeline import merge_spec, stopping_rule
-from mas_batch.results import Run
+from mas_batch.merging import merge_spec, stopping_rule
+from mas_batch.run_folder.read import Run
 
 _MAX_JUDGED = 1000
 """Records whose answers are judged, of however many there are."""

@@ -28,7 +28,8 @@ from mas_batch.report.jobs import job_text
 from mas_batch.report.latency import latency, spreads
 from mas_batch.report.scan import scan_answers, scan_failures, scan_results
 from mas_batch.report.walk import clip, stride
-from mas_batch.results import EVALUATION, Run
+from mas_batch.run_folder.names import EVALUATION
+from mas_batch.run_folder.read import Run
 from mas_batch.safe_text import without_credentials
 
 MAX_AGENTS = 40

@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from mas_batch.errors import RunError
-from mas_batch.results import MERGES, Run, without_credentials_in
-from mas_batch.storage import Store
+from mas_batch.run_folder.manifest import without_credentials_in
+from mas_batch.run_folder.names import MERGES
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 
 _SECTION = "merge.json"
 

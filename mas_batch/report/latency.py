@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.report.facts import Activity, Latency, PartitionTimes, Spread
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 NUM_STRETCHES = 80
 """Points of an agent's activity."""

@@ -36,7 +36,7 @@ from mas_batch.report.walk import (
     shown_answer,
     tables,
 )
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 NUM_SHOWN = 10
 """Least certain records."""

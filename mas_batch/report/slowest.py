@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from mas_batch.report.record_facts import SlowRecord
 from mas_batch.report.walk import ID_CHARS, TEXT_CHARS, clip, clipped, rows_of, shown_answer
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 NUM_SLOWEST = 5
 MAX_AGENTS = 8

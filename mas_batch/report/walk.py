@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 from mas_batch.safe_text import printable
 
 MAX_RECORDS = 250_000

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from mas_batch.report import charts
 from mas_batch.report.collect import collect
 from mas_batch.report.facts import Facts
-from mas_batch.results import Run
+from mas_batch.run_folder.read import Run
 
 NAME = "report.html"
 """In the run's folder."""

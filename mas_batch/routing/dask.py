@@ -21,11 +21,9 @@ import dask
 from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec
-from mas_batch.agents.work import RunRef, answer_partition, merge_partition
+from mas_batch.agents.work import answer_partition, merge_partition
 from mas_batch.errors import JobError, OutputError, RunError
-from mas_batch.job import Job
-from mas_batch.latency.times import TaskTimes
-from mas_batch.monitor.events import (
+from mas_batch.events import (
     AgentsScaled,
     AnswerFailed,
     BreakerChanged,
@@ -35,7 +33,8 @@ from mas_batch.monitor.events import (
     PartitionMerged,
     PartitionUndecided,
 )
-from mas_batch.results import answers_name
+from mas_batch.job import Job
+from mas_batch.latency.times import TaskTimes
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.hosting import Failure, Hosting, watch
 from mas_batch.routing.instructions import (
@@ -51,6 +50,8 @@ from mas_batch.routing.native import NATIVE_PATIENCE_S, NativeFeed, agents_asked
 from mas_batch.routing.policies import ReplicaView
 from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
 from mas_batch.routing.upkeep import Upkeep
+from mas_batch.run_folder.names import answers_name
+from mas_batch.run_folder.ref import RunRef
 
 _CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3

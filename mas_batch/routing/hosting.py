@@ -14,10 +14,11 @@ import dask
 from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
-from mas_batch.agents.work import RunRef, load_agent
+from mas_batch.agents.work import load_agent
 from mas_batch.errors import ModelError, RunError
+from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
 from mas_batch.job import Job
-from mas_batch.monitor.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
+from mas_batch.run_folder.ref import RunRef
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ import dask
 from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec
-from mas_batch.agents.work import RunRef, answer_partition, merge_partition
+from mas_batch.agents.work import answer_partition, merge_partition
 from mas_batch.routing.instructions import Work
+from mas_batch.run_folder.ref import RunRef
 
 NATIVE_PATIENCE_S = 600.0
 _PARTITIONS_PER_WORKER = 16

@@ -16,22 +16,22 @@ import pyarrow as pa
 from distributed import Client
 
 from mas_batch import cluster
-from mas_batch.agents.work import RunRef
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.reliability import Reliability
 from mas_batch.errors import JobError, MasBatchError, PoolClosedError
 from mas_batch.job import Job
-from mas_batch.pipeline import merge_spec, stopping_rule
-from mas_batch.results import open_run
+from mas_batch.merging import merge_spec, stopping_rule
 from mas_batch.routing.instructions import Rules
 from mas_batch.routing.policies import POLICIES
+from mas_batch.run_folder.read import open_run
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
 from mas_batch.serving.desk import Desk
 from mas_batch.serving.dispatch import Dispatch
 from mas_batch.serving.measure import PoolStats
 from mas_batch.serving.question import Asking
 from mas_batch.serving.reply import Reply, make_record
 from mas_batch.serving.residence import Residence
-from mas_batch.storage import Store
 
 logger = logging.getLogger(__name__)
 

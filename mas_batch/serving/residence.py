@@ -24,12 +24,12 @@ from distributed import Client, Future
 from mas_batch import cluster
 from mas_batch.agents.spec import agent_specs
 from mas_batch.agents.texts import Answered, TextHost, texts_op
-from mas_batch.agents.work import RunRef
 from mas_batch.errors import MasBatchError, PoolClosedError
+from mas_batch.events import AgentDraining, AgentLost, Event
 from mas_batch.job import Job
-from mas_batch.monitor.events import AgentDraining, AgentLost, Event
 from mas_batch.records import Record
 from mas_batch.routing.hosting import Failure, Hosting, watch
+from mas_batch.run_folder.ref import RunRef
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,10 @@ class Event:
     def to_dict(self) -> dict[str, Any]:
         """Return the event as plain data."""
         return {"event": type(self).__name__, **asdict(self)}
+
+
+Emit: TypeAlias = Callable[[Event], None]
+"""Takes every event of a run, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from mas_batch.errors import OutputError, RunError, RunLockedError
-from mas_batch.owner import Owner
-from mas_batch.storage import Store
+from mas_batch.run_folder.owner import Owner
+from mas_batch.run_folder.storage import Store
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ FOLDER = "locks"
 _LOCK = re.compile(r"(\d{6})\.json")
 _HELD: set[str] = set()
 """Tokens of the locks that this process holds: being alive does not say that for itself."""
-
 
 _JOBS = ".locks"
 """Folder beside the runs that holds the locks of jobs; no job's name begins with a dot."""

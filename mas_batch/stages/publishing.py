@@ -13,15 +13,23 @@ from typing import Any
 
 import pyarrow as pa
 
-from mas_batch import results
-from mas_batch.agents.work import COMMITTED, RunRef
+from mas_batch.agents.work import COMMITTED
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import MasBatchError
-from mas_batch.latency.ledger import read_ledger
 from mas_batch.latency.summary import summarize
-from mas_batch.lock import RunLock
-from mas_batch.results import Plan
-from mas_batch.storage import Store, parquet_bytes
+from mas_batch.run_folder.commits import has_passes, remove_passes
+from mas_batch.run_folder.lock import RunLock
+from mas_batch.run_folder.manifest import (
+    check_invariant,
+    manifest_files,
+    read_engines,
+    write_manifest,
+)
+from mas_batch.run_folder.names import FORMAT
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.read import read_ledger
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store, parquet_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +58,16 @@ def publish(
     store = run.merged
     statistics = COMMITTED.finalize(partial)
     counts = statistics["counts"]
-    results.check_invariant(plan, counts["results"], counts["failures"])
+    check_invariant(plan, counts["results"], counts["failures"])
     table = [{"agent_id": agent_id, **facts} for agent_id, facts in counts.pop("agents").items()]
     store.replace("agents.parquet", parquet_bytes(pa.Table.from_pylist(table)))
     manifest = {
-        "format": results.FORMAT,
+        "format": FORMAT,
         "run": name,
         "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "counts": counts,
         "agents": table,
-        "engines": results.read_engines(run.store),
+        "engines": read_engines(run.store),
         "merge": _merge_facts(run.merge),
         **facts,
         "versions": {
@@ -69,7 +77,7 @@ def publish(
                 for package in ("mas_batch", "dask", "distributed", "pyarrow")
             },
         },
-        "files": results.manifest_files(
+        "files": manifest_files(
             plan,
             {agent: statistics["answers"].get(agent, []) for agent in agents},
             statistics["failures_files"],
@@ -79,8 +87,8 @@ def publish(
     if not run.into:  # a merge made afterwards has no ledger of its own
         manifest["latency"] = summarize(read_ledger(store), statistics["latency"])
     store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
-    results.publish(store, manifest)
-    results.remove_passes(store)
+    write_manifest(store, manifest)
+    remove_passes(store)
     return manifest
 
 
@@ -90,9 +98,9 @@ def remove_rest(store: Store) -> None:
     The run is complete with it or without: where it cannot be removed, it stays and is logged.
     """
     try:
-        if results.has_passes(store):
+        if has_passes(store):
             with RunLock(store):  # not beside the process that published, if it is still at it
-                results.remove_passes(store)
+                remove_passes(store)
     except (MasBatchError, OSError) as error:
         logger.warning("%s: its provisional merges are not removed: %s", store.location(""), error)
 

@@ -20,17 +20,19 @@ from mas_batch.agents.second_pass import (
     pattern_counts,
     support_sums,
 )
-from mas_batch.agents.work import COMMITTED, RunRef, partition_statistics
+from mas_batch.agents.work import COMMITTED, partition_statistics
 from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.reliability import History, Reliability
 from mas_batch.aggregate.tree import tree_reduce
+from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Escalate
-from mas_batch.monitor.events import Escalated, Event, Learned
-from mas_batch.results import Plan, read_engines
-from mas_batch.storage import Store
+from mas_batch.run_folder.manifest import read_engines
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
 
 PARTITIONS_PER_LEAF = 16
 """Partitions that one leaf of a tree reads, at least."""
@@ -40,7 +42,7 @@ MAX_LEAVES = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
+class AllAnswers:
     """All answers of a run, as trees of tasks on workers read them."""
 
     client: Client
@@ -66,35 +68,35 @@ class Corpus:
         return self.reduce(merge_and_count if merge else partition_statistics, COMMITTED)
 
 
-def learned(corpus: Corpus, name: str, prior: History | None = None) -> Corpus:
-    """Return the corpus with what its merge learns of all answers; kept in the run as `name`.
+def learned(answers: AllAnswers, name: str, prior: History | None = None) -> AllAnswers:
+    """Return the answers with what their merge learns of them all; kept in the run as `name`.
 
     A method that learns nothing is returned as it is.
 
     Args:
         prior: of `reliability`: what earlier runs have learned.
     """
-    spec, run = corpus.run.merge, corpus.run
+    spec, run = answers.run.merge, answers.run
     if not spec.needs_corpus:
-        return corpus
+        return answers
     if spec.method == "reliability":
-        found = _once(run.merged, name, lambda: _reliability(corpus, prior).to_json())
+        found = _read_or_commit(run.merged, name, lambda: _reliability(answers, prior).to_json())
         reliability = Reliability.from_json(found)
         merge = replace(spec, reliability=reliability)
-        corpus.emit(Learned(spec.method, dict(reliability.accuracies), reliability.why))
+        answers.emit(Learned(spec.method, dict(reliability.accuracies), reliability.why))
     else:
-        found = _once(run.merged, name, lambda: json.dumps(_weights(corpus), indent=1))
+        found = _read_or_commit(run.merged, name, lambda: json.dumps(_weights(answers), indent=1))
         merge = replace(spec, accuracies=json.loads(found))
         why = f"weights by how well the others' answers support an agent's ({spec.utility})"
-        corpus.emit(Learned(spec.method, dict(merge.accuracies), why))
-    return replace(corpus, run=replace(run, merge=merge))
+        answers.emit(Learned(spec.method, dict(merge.accuracies), why))
+    return replace(answers, run=replace(run, merge=merge))
 
 
-def escalation(corpus: Corpus, escalate: Escalate) -> Escalation:
+def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
     """Decide which records one more agent is asked about; kept in the run as escalation.json."""
 
     def find() -> str:
-        counts = corpus.reduce(confidence_counts, CONFIDENCES)
+        counts = answers.reduce(confidence_counts, CONFIDENCES)
         if escalate.fraction is not None:
             chosen = choose(counts, escalate.agent, escalate.fraction)
         else:
@@ -102,20 +104,20 @@ def escalation(corpus: Corpus, escalate: Escalate) -> Escalation:
         picked = chosen.expected(counts)
         return json.dumps({**asdict(chosen), "picked": picked, "of": counts["records"]}, indent=1)
 
-    facts = json.loads(_once(corpus.run.store, "escalation.json", find))
+    facts = json.loads(_read_or_commit(answers.run.store, "escalation.json", find))
     picked, of = facts.pop("picked"), facts.pop("of")
-    corpus.emit(Escalated(escalate.agent, picked, of))
+    answers.emit(Escalated(escalate.agent, picked, of))
     return Escalation(**facts)
 
 
-def _reliability(corpus: Corpus, prior: History | None) -> Reliability:
-    patterns = corpus.reduce(pattern_counts, PATTERNS)
-    families = dict(_families(corpus.run.store, corpus.agents))
-    return learn(patterns, corpus.agents, families, corpus.run.merge.labels, prior)
+def _reliability(answers: AllAnswers, prior: History | None) -> Reliability:
+    patterns = answers.reduce(pattern_counts, PATTERNS)
+    families = dict(_families(answers.run.store, answers.agents))
+    return learn(patterns, answers.agents, families, answers.run.merge.labels, prior)
 
 
-def _weights(corpus: Corpus) -> dict[str, float]:
-    return SUPPORT.finalize(corpus.reduce(support_sums, SUPPORT))
+def _weights(answers: AllAnswers) -> dict[str, float]:
+    return SUPPORT.finalize(answers.reduce(support_sums, SUPPORT))
 
 
 def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -125,7 +127,7 @@ def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield agent, engines.get(agent, {}).get("family_id", agent)
 
 
-def _once(store: Store, name: str, find: Callable[[], str]) -> str:
+def _read_or_commit(store: Store, name: str, find: Callable[[], str]) -> str:
     """Return what is committed under the name, else find it and commit it; the first wins."""
     if not store.exists(name):
         store.commit(name, find().encode())

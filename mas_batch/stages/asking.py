@@ -2,59 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distributed import Client
 
-from mas_batch import results
 from mas_batch.agents.second_pass import MERGED, merge_known
 from mas_batch.agents.spec import AgentSpec
-from mas_batch.agents.work import RunRef
-from mas_batch.cluster import Connection
-from mas_batch.history import Memory
+from mas_batch.events import RunStarted
+from mas_batch.execution import Execution
 from mas_batch.job import Job
-from mas_batch.latency.phases import ANSWERING, LOADING, Phases
-from mas_batch.learning import Corpus
-from mas_batch.lock import RunLock
-from mas_batch.monitor.events import Event, RunStarted
-from mas_batch.results import Committed, Plan
+from mas_batch.latency.phases import ANSWERING, LOADING
 from mas_batch.routing.dask import DaskRouter
 from mas_batch.routing.dispatcher import Dispatcher
-from mas_batch.routing.instructions import Rules, Work
+from mas_batch.routing.instructions import Work
 from mas_batch.routing.policies import POLICIES
+from mas_batch.routing.rules import rules_of
+from mas_batch.run_folder.commits import Committed, committed
+from mas_batch.run_folder.manifest import read_engines, write_engines
+from mas_batch.run_folder.names import JOURNAL, earlier_runs
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
 from mas_batch.safe_text import without_credentials
-from mas_batch.storage import Store
+from mas_batch.stages.memory import Memory
+from mas_batch.stages.whole_corpus import AllAnswers
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
     """Asks agents about everything that is not committed yet."""
 
-    connection: Connection
+    execution: Execution
     job: Job
     specs: dict[str, AgentSpec]
     """Of the agents that may be asked; an earlier run has the answers of all others."""
     plan: Plan
-    name: str
-    emit: Callable[[Event], None]
-    lock: RunLock
     memory: Memory | None
     """What earlier runs have learned of the agents, if the job keeps it."""
-    phases: Phases
 
-    def corpus(self, ref: RunRef, agents: tuple[str, ...]) -> Corpus:
+    def all_answers(self, ref: RunRef, agents: tuple[str, ...]) -> AllAnswers:
         """Return all answers of these agents, for what is to be found in them."""
-        return Corpus(self.connection.client, ref, self.plan, agents, self.emit)
+        execution = self.execution
+        return AllAnswers(execution.connection.client, ref, self.plan, agents, execution.log)
 
     def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
         """Ask these agents about every record, as the job's routing says."""
-        done = results.committed(ref.store, self.plan, agents, ref.merged)
-        client = self.connection.client
-        self.emit(_started(client, self.job, ref.store, self.plan, done, self.name))
+        done = committed(ref.store, self.plan, agents, ref.merged)
+        client = self.execution.connection.client
+        self.execution.log(
+            _started(client, self.job, ref.store, self.plan, done, self.execution.name)
+        )
         if self.specs.keys().isdisjoint(agents):  # an earlier run has answered everything
-            self.phases.begin(ANSWERING)
-            self.corpus(ref, tuple(agents)).reduce(merge_known, MERGED)
+            self.execution.phases.begin(ANSWERING)
+            self.all_answers(ref, tuple(agents)).reduce(merge_known, MERGED)
             return
         known = self.memory.accuracies() if self.memory else {}
         self._route(self._job_of(agents), ref, done, known)
@@ -63,7 +64,7 @@ class Asking:
         """Ask the last agent about the records that were chosen for it."""
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
-        done = results.committed(ref.store, self.plan, [agent_id], ref.merged)
+        done = committed(ref.store, self.plan, [agent_id], ref.merged)
         plain = {"answers_per_record": None, "adaptive": None, "escalate": None, "mode": "window"}
         routing = self.job.routing.model_copy(update=plain)
         job = self._job_of([agent_id]).model_copy(update={"routing": routing})
@@ -77,20 +78,20 @@ class Asking:
     def _route(self, job: Job, ref: RunRef, done: Committed, known: Mapping[str, float]) -> None:
         if done.num_merged == self.plan.num_partitions:
             return  # an earlier execution was killed after the last merge
-        ref.store.remove_folder(results.JOURNAL)
+        ref.store.remove_folder(JOURNAL)
         specs = {a.name: self.specs[a.name] for a in job.agents if a.name in self.specs}
         with DaskRouter(
-            self.connection.client,
+            self.execution.connection.client,
             self._job_of(specs, job),
             ref,
             specs,
-            self.emit,
-            check=self.lock.check,
-            scaler=self.connection.scaler,
+            self.execution.log,
+            check=self.execution.lock.check,
+            scaler=self.execution.connection.scaler,
         ) as router:
-            self.phases.begin(LOADING)
+            self.execution.phases.begin(LOADING)
             router.host()
-            self.phases.begin(ANSWERING)
+            self.execution.phases.begin(ANSWERING)
             self._keep_engines(ref.store, router)
             work = _work(self.plan, done)
             if job.routing.mode == "native" and not ref.reuses:  # it would ask all of everything
@@ -110,26 +111,7 @@ class Asking:
             self._keep_engines(ref.store, router)  # also of those that came later
 
     def _keep_engines(self, store: Store, router: DaskRouter) -> None:
-        results.write_engines(store, results.read_engines(store) | router.engine_facts)
-
-
-def rules_of(job: Job, known: Mapping[str, float]) -> Rules:
-    """Return what the dispatcher keeps to.
-
-    Args:
-        known: agent → accuracy that earlier runs have learned.
-    """
-    routing = job.routing
-    return Rules(
-        answers_per_record=job.answers_per_record,
-        first=routing.adaptive.first if routing.adaptive else None,
-        window=routing.window,
-        max_attempts=routing.max_attempts,
-        weights=routing.weights,
-        accuracies={**known, **job.merge.accuracies},
-        speculate=routing.speculate,
-        timeout_s=routing.timeout_s,
-    )
+        write_engines(store, read_engines(store) | router.engine_facts)
 
 
 def _work(plan: Plan, done: Committed) -> Iterator[Work]:
@@ -151,6 +133,6 @@ def _started(
         answers_done=done.num_answers_to_open,
         answers_per_record=job.answers_per_record,
         # Of a job that goes on from its last run there is one for every night.
-        earlier_runs=() if job.since else tuple(results.earlier_runs(output, job.name, name)),
+        earlier_runs=() if job.since else tuple(earlier_runs(output, job.name, name)),
         dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
     )

@@ -21,7 +21,7 @@ from mas_batch.aggregate.reliability import AgentHistory, History, Reliability
 from mas_batch.engines.classical import examples
 from mas_batch.errors import RunError
 from mas_batch.job import Agent, Job, fingerprint
-from mas_batch.storage import Store
+from mas_batch.run_folder.storage import Store
 
 
 class Memory:

@@ -1,0 +1,54 @@
+"""How a job says that its answers are merged: its sections become the values that merges take."""
+
+from __future__ import annotations
+
+from mas_batch.aggregate.escalation import check_method
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.stopping import StoppingRule, check_rule
+from mas_batch.job import Job
+from mas_batch.tasks import make_task
+
+
+def check_merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
+    """Return how the job merges and when it stops asking, all of it checked.
+
+    Raises:
+        JobError: the method, the answers' kind, early stopping and escalation do not go together.
+    """
+    merge = merge_spec(job)
+    if job.routing.escalate is not None:
+        check_method(merge.method)
+    return merge, stopping_rule(job)
+
+
+def merge_spec(job: Job) -> MergeSpec:
+    """Fill the job's merge section with the task's defaults."""
+    task = make_task(job.task)
+    return MergeSpec(
+        method=job.merge.method or task.default_merge,
+        utility=job.merge.utility or task.default_utility,
+        accuracies=job.merge.accuracies,
+        weights=job.merge.weights,
+        abstain_below=job.merge.abstain_below,
+        answer_kind=task.answer_kind,
+        num_labels=len(job.task.labels) if job.task.labels else None,
+        labels=job.task.labels,
+        agents=tuple(agent.name for agent in job.agents),
+        encoder=job.merge.encoder,
+        covers_text=task.covers_text,
+    )
+
+
+def stopping_rule(job: Job) -> StoppingRule | None:
+    """Return when a record needs no further answer; None: all that are asked for come.
+
+    Raises:
+        JobError: the job's merge method cannot be stopped early that way.
+    """
+    if job.routing.adaptive is None:
+        return None
+    # The last agent that is asked may give more than are wanted.
+    most = job.answers_per_record + max(agent.samples for agent in job.first_agents) - 1
+    rule = StoppingRule(job.routing.adaptive.confidence, most)
+    check_rule(merge_spec(job).first_pass, rule)
+    return rule

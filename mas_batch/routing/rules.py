@@ -1,0 +1,27 @@
+"""What a dispatcher keeps to, as the job says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mas_batch.job import Job
+from mas_batch.routing.instructions import Rules
+
+
+def rules_of(job: Job, known: Mapping[str, float]) -> Rules:
+    """Return what the dispatcher keeps to.
+
+    Args:
+        known: agent → accuracy that earlier runs have learned.
+    """
+    routing = job.routing
+    return Rules(
+        answers_per_record=job.answers_per_record,
+        first=routing.adaptive.first if routing.adaptive else None,
+        window=routing.window,
+        max_attempts=routing.max_attempts,
+        weights=routing.weights,
+        accuracies={**known, **job.merge.accuracies},
+        speculate=routing.speculate,
+        timeout_s=routing.timeout_s,
+    )

@@ -1,0 +1,168 @@
+"""What is committed of a run while it is answered and merged, and what is left to do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mas_batch.records import FAILURES
+from mas_batch.run_folder.names import (
+    PASSES,
+    part,
+    results_name,
+    review_name,
+)
+from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.ranges import Bitmap
+from mas_batch.run_folder.storage import Store, parquet_bytes
+
+_PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")  # as `part` writes them
+_FAILURES = b"mas_batch.failures"
+_AGENTS = b"mas_batch.agents"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Committed:
+    """What earlier executions of the run left behind: a byte per partition and folder."""
+
+    merged: Bitmap
+    """Partition → its results are there."""
+    answered: Mapping[str, Bitmap]
+    """Agent → partition → its answers are there."""
+
+    @property
+    def num_merged(self) -> int:
+        """How many partitions are merged."""
+        return int(np.count_nonzero(self.merged))
+
+    @property
+    def num_answers_to_open(self) -> int:
+        """How many answers, of one agent to one partition, wait for a merge."""
+        return sum(int(np.count_nonzero(parts & ~self.merged)) for parts in self.answered.values())
+
+    def agents(self, partition: int) -> frozenset[str]:
+        """Agents whose answers to the partition are there."""
+        return frozenset(agent for agent, parts in self.answered.items() if parts[partition])
+
+
+def committed(
+    run: Store, plan: Plan, agents: Iterable[str], merged: Store | None = None
+) -> Committed:
+    """List what is committed; one listing per folder.
+
+    Args:
+        merged: where the merges are; None: in the run itself.
+    """
+    size = plan.num_partitions
+    answered = {agent: _bitmap(_names(run, f"answers/agent={agent}"), size) for agent in agents}
+    return Committed(_bitmap(_names(merged or run, "results"), size), answered)
+
+
+def _names(run: Store, folder: str) -> Iterator[str]:
+    """Stream the names in a folder; a local one is not held in memory, nor is each file asked."""
+    if not run.is_local:
+        yield from run.list(folder)
+        return
+    try:
+        with os.scandir(run.path(folder)) as entries:
+            for entry in entries:
+                yield entry.name
+    except FileNotFoundError:
+        return
+    except OSError:
+        yield from run.list(folder)  # raises the error that people can act on
+
+
+def _bitmap(names: Iterable[str], size: int) -> Bitmap:
+    """Mark the partitions of file names; what else a filesystem keeps there is passed over."""
+    members = np.zeros(size, np.bool_)
+    for name in names:
+        match = _PART.fullmatch(name)
+        if match and int(match[1]) < size:
+            members[int(match[1])] = True
+    return members
+
+
+def commit_results(
+    run: Store, partition: int, merged: pa.Table, failures: pa.Table, agents: Iterable[str]
+) -> tuple[int, int]:
+    """Commit a partition's results and failures as one step; returns their row counts.
+
+    The results file names its failures file, whose own name is a hash of its content: if two
+    copies of the merge saw different answers, the winner's pair stays together. It names the
+    agents too: answers that are committed later are not part of what is merged.
+
+    Args:
+        agents: whose answers were merged; agent names have no comma.
+    """
+    name = None
+    if failures.num_rows:
+        content = parquet_bytes(failures)
+        digest = hashlib.blake2b(content, digest_size=6).hexdigest()
+        name = f"failures/{part(partition)}-{digest}.parquet"
+        run.commit(name, content)
+    metadata = {_FAILURES: (name or "").encode(), _AGENTS: ",".join(sorted(agents)).encode()}
+    if run.commit_table(results_name(partition), merged.replace_schema_metadata(metadata)):
+        return merged.num_rows, failures.num_rows
+    winner = read_results(run, partition)
+    return winner.results.num_rows, winner.failures.num_rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Merged:
+    """What is committed of a partition's merge."""
+
+    results: pa.Table
+    failures: pa.Table
+    failures_name: str | None
+    """The failures file, if there is one."""
+    agents: tuple[str, ...] | None
+    """Whose answers were merged, sorted; None: an earlier version did not say."""
+
+
+def read_results(run: Store, partition: int) -> Merged:
+    """Read a partition's committed results and failures."""
+    merged = run.read_table(results_name(partition))
+    name = ((merged.schema.metadata or {}).get(_FAILURES) or b"").decode() or None
+    failures = run.read_table(name) if name else FAILURES.empty_table()
+    plain = merged.replace_schema_metadata(None)
+    return Merged(plain, failures, name, _agents_in(merged.schema))
+
+
+def merged_agents(run: Store, partition: int) -> tuple[str, ...] | None:
+    """Read only `Merged.agents`."""
+    return _agents_in(run.read_schema(results_name(partition)))
+
+
+def _agents_in(schema: pa.Schema) -> tuple[str, ...] | None:
+    named = (schema.metadata or {}).get(_AGENTS)
+    return None if named is None else tuple(filter(None, named.decode().split(",")))
+
+
+def commit_review(run: Store, partition: int, merged: pa.Table) -> int:
+    """Commit what people should look at, if anything; returns how many records.
+
+    These are the results in a tie or below the job's confidence, with all their candidates.
+    """
+    doubtful = merged.filter(pc.or_(merged["tie"], merged["abstain"]))
+    if doubtful.num_rows:
+        run.commit_table(review_name(partition), doubtful)
+    return int(doubtful.num_rows)
+
+
+def has_passes(run: Store) -> bool:
+    """Say whether the run has provisional merges, or a journal."""
+    return not run.list("").isdisjoint(PASSES)
+
+
+def remove_passes(run: Store) -> None:
+    """Remove the provisional merges of a published run, and its journal."""
+    for folder in PASSES:
+        run.remove_folder(folder)
