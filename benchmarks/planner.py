@@ -29,7 +29,7 @@ from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.latency.phases import ANSWERING
 from mas_batch.planning import plan
-from mas_batch.planning.machine import others
+from mas_batch.planning.sampling import other_programs
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,9 +55,7 @@ class Found:
 
     name: str
     measuring_s: float
-    p10_s: float
     predicted_s: float
-    p90_s: float
     measured_s: float
     predicted_answering_s: float
     measured_answering_s: float
@@ -230,33 +228,31 @@ def compare(configuration: Configuration) -> Found:
         write_corpus(folder / "corpus.jsonl", configuration)
         job = job_of(folder, configuration, configuration.job)
         former = None
-        with others() as before:
+        with other_programs() as before:
             if configuration.former is not None:
                 sections = {**configuration.job, **configuration.former}
                 former = pipeline.run(job_of(folder, configuration, sections)).run
-            planned = plan(job, former=former, num_sampled=configuration.num_sampled)
-        with others() as then:
+            predicted = plan(job, former=former, num_sampled=configuration.num_sampled)
+        with other_programs() as then:
             summary = pipeline.run(job)
         phases = summary.manifest["latency"]["phases"]
         tokens = sum(agent["completion_tokens"] for agent in summary.manifest["agents"])
         both = {
-            name: [round(planned.phases.get(name, 0.0), 2), round(phases.get(name, 0.0), 2)]
-            for name in planned.phases | phases
+            name: [round(predicted.phases.get(name, 0.0), 2), round(phases.get(name, 0.0), 2)]
+            for name in predicted.phases | phases
         }
         return Found(
             name=configuration.name,
-            measuring_s=planned.measuring_s,
-            p10_s=planned.own.duration.p10_s,
-            predicted_s=planned.own.duration.median_s,
-            p90_s=planned.own.duration.p90_s,
+            measuring_s=predicted.measuring_s,
+            predicted_s=predicted.own.duration_s,
             measured_s=summary.wall_s,
-            predicted_answering_s=planned.phases[ANSWERING],
+            predicted_answering_s=predicted.phases[ANSWERING],
             measured_answering_s=phases[ANSWERING],
-            predicted_tokens=sum(agent.completion_tokens for agent in planned.agents),
+            predicted_tokens=sum(agent.completion_tokens for agent in predicted.agents),
             measured_tokens=tokens,
             others_before=before.num_cores,
             others_then=then.num_cores,
-            bottleneck=planned.bottleneck.what,
+            bottleneck=predicted.bottleneck.what,
             phases=both,
         )
 
@@ -287,7 +283,7 @@ def row(found: Found) -> str:
     cells = (
         found.name,
         f"{found.measuring_s:.0f}",
-        f"{found.predicted_s:.1f} ({found.p10_s:.1f} to {found.p90_s:.1f})",
+        f"{found.predicted_s:.1f}",
         f"{found.measured_s:.1f}",
         f"{found.error:+.0%}",
         f"{found.predicted_answering_s:.1f} / {found.measured_answering_s:.1f}",

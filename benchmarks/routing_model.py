@@ -1,6 +1,6 @@
 """Scenarios for the simulator that also plans runs: workers known by their rates.
 
-Deterministic: the same seed gives the same history, so policies are compared on equal work.
+Deterministic: the same seed gives the same result, so policies are compared on equal work.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mas_batch.latency import simulate as simulator
-from mas_batch.latency.simulate import Costs, History, Simulation
+from mas_batch.latency.simulate import Costs, Simulation, SimulationResult
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import POLICIES
@@ -75,7 +75,9 @@ def _fluid_s(workers: list[Worker], tokens: float) -> float:
     raise ValueError("the workers leave before the work is done")
 
 
-def simulate(scenario: Scenario, policy: str, *, seed: int = 0, **rules: object) -> History:
+def simulate(
+    scenario: Scenario, policy: str, *, seed: int = 0, **rules: object
+) -> SimulationResult:
     """Run a scenario under a policy."""
     plan = scenario.plan(seed)
     keep = Rules(scenario.answers_per_record, **rules)  # type: ignore[arg-type]
@@ -84,7 +86,7 @@ def simulate(scenario: Scenario, policy: str, *, seed: int = 0, **rules: object)
     return _run(dispatcher, scenario, size_of)
 
 
-def simulate_many(num_partitions: int, num_workers: int, policy: str) -> History:
+def simulate_many(num_partitions: int, num_workers: int, policy: str) -> SimulationResult:
     """Run equal partitions that are made one by one, as a run's plan is read: nothing is kept."""
     scenario = Scenario("many", workers(*[FAST] * num_workers), num_partitions)
     plan = (Work(index, 1000) for index in range(num_partitions))
@@ -92,7 +94,9 @@ def simulate_many(num_partitions: int, num_workers: int, policy: str) -> History
     return _run(dispatcher, scenario, lambda _: 1000)
 
 
-def _run(dispatcher: Dispatcher, scenario: Scenario, size_of: Callable[[int], int]) -> History:
+def _run(
+    dispatcher: Dispatcher, scenario: Scenario, size_of: Callable[[int], int]
+) -> SimulationResult:
     rates = {worker.name: worker.tokens_per_s for worker in scenario.workers}
     costs = Costs(
         answer_s=lambda worker, ask, share: size_of(ask.partition) / rates[worker.name],

@@ -36,7 +36,7 @@ import psutil
 import pyarrow as pa
 
 from mas_batch import pipeline
-from mas_batch.agents.work import partition_statistics
+from mas_batch.agents.statistics import partition_statistics
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
 from mas_batch.events import Event, PartitionMerged

@@ -230,7 +230,7 @@ def explain_partition(
 
     The figures are those that the routing policy saw. RUN need not be complete.
     """
-    from mas_batch import explain, show
+    from mas_batch import explain
     from mas_batch.run_folder.storage import Store
 
     store = Store(run)
@@ -238,11 +238,11 @@ def explain_partition(
         partition = explain.find_record(store, record_id)
     elif partition is None or record_id is not None:
         raise click.UsageError("give either PARTITION or --record ID")
-    told = explain.explain(store, partition)
+    explanation = explain.explain(store, partition)
     if as_json:
-        click.echo(json.dumps(show.explanation_facts(told), ensure_ascii=False))
+        click.echo(json.dumps(explain.to_json(explanation), ensure_ascii=False))
     else:
-        show.print_explanation(Console(), told)
+        explain.print_explanation(Console(), explanation)
 
 
 @main.command("merge")
@@ -374,7 +374,7 @@ def plan_job(
     from mas_batch.job_file import load_job
 
     job = load_job(job_file, overrides)
-    planned = planning.plan(
+    predicted = planning.plan(
         job,
         former=former,
         num_sampled=num_sampled,
@@ -383,9 +383,9 @@ def plan_job(
         tell=lambda line: click.echo(line, err=True),
     )
     if as_json:
-        click.echo(json.dumps(planning.to_json(planned), ensure_ascii=False))
+        click.echo(json.dumps(planning.to_json(predicted), ensure_ascii=False))
     else:
-        planning.print_plan(Console(), planned)
+        planning.print_plan(Console(), predicted)
 
 
 @main.command()

@@ -18,7 +18,7 @@ from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
 from mas_batch.merging import merge_spec
 from mas_batch.run_folder.manifest import without_credentials_in
-from mas_batch.run_folder.names import MERGES
+from mas_batch.run_folder.names import MERGE_SECTION, MERGES
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.ref import RunRef
@@ -27,9 +27,6 @@ from mas_batch.stages.memory import Memory
 from mas_batch.stages.publishing import publish
 from mas_batch.stages.whole_corpus import AllAnswers, learned
 from mas_batch.tasks import make_task
-
-SECTION = "merge.json"
-"""File of a merge: the effective `merge` section that it is made by."""
 
 THE_RUN = ""
 """The run's own merge, among the folders of its merges."""
@@ -122,14 +119,14 @@ def _claim(merge: Store, name: str, section: Mapping[str, Any]) -> None:
     Raises:
         RunError: it is there for another merge.
     """
-    strangers = merge.list("") - {SECTION}
-    if strangers and not merge.exists(SECTION):
+    strangers = merge.list("") - {MERGE_SECTION}
+    if strangers and not merge.exists(MERGE_SECTION):
         raise RunError(
-            f"{merge.location(SECTION)} is missing: an earlier version made the merge {name!r} and "
-            "did not keep how; allowed: another --name"
+            f"{merge.location(MERGE_SECTION)} is missing: an earlier version made the merge "
+            f"{name!r} and did not keep how; allowed: another --name"
         )
-    merge.commit(SECTION, json.dumps(section, ensure_ascii=False, indent=1).encode())
-    there: dict[str, Any] = json.loads(merge.read_bytes(SECTION))
+    merge.commit(MERGE_SECTION, json.dumps(section, ensure_ascii=False, indent=1).encode())
+    there: dict[str, Any] = json.loads(merge.read_bytes(MERGE_SECTION))
     different = [
         f"{key} is {there.get(key)!r}, asked for is {section.get(key)!r}"
         for key in sorted({*there, *section})

@@ -77,3 +77,9 @@ def printable(text: str) -> str:
     make text read backwards.
     """
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def clip(text: str, length: int) -> str:
+    """Shorten a text for people: one printable paragraph of at most so many characters."""
+    text = printable(" ".join(text[: 4 * length].split()))  # not all of a text of megabytes
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

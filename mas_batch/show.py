@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import datetime
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from mas_batch import report
 from mas_batch.errors import Reason
-from mas_batch.explain import Explanation
 from mas_batch.incremental.told import since_facts, since_lines
 from mas_batch.job import Job
 from mas_batch.monitor.progress import Throughput
-from mas_batch.monitor.story import Candidate, Decision, News, Outcome, OutcomeKind, Step
 from mas_batch.pipeline import Preview, Summary
 from mas_batch.run_folder.read import Run, open_run
-from mas_batch.safe_text import printable, without_credentials
+from mas_batch.safe_text import clip, printable, without_credentials
 
 
 def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
@@ -165,8 +160,8 @@ def _records_table(run: Run, num_shown: int) -> Table:
     for row in rows:
         confidence = "–" if row["confidence"] is None else f"{row['confidence']:.2f}"
         table.add_row(
-            Text(_clip(row.get("text") or row["record_id"], 100)),
-            Text(_clip(row["answer"], 200)),
+            Text(clip(row.get("text") or row["record_id"], 100)),
+            Text(clip(row["answer"], 200)),
             confidence + ("\ntie" if row["tie"] else "") + _coverage(row),
             Text(_backers(row)),
         )
@@ -216,137 +211,3 @@ def _agents_table(run: Run) -> Table:
             f"{agent['compute_s']:.1f} s",
         )
     return table
-
-
-def _clip(text: str, length: int) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-_MAX_CANDIDATES = 10
-"""Rows of a table of candidates; `--json` has all of a large cluster's."""
-
-_PURPOSES = {
-    "retry": "retry after a failure",
-    "careful": "careful: record by record, after a worker died at it",
-    "copy": "copy of a slow task",
-    "probe": "probe of a worker that kept failing",
-}
-_FIGURES = {
-    "in_flight": ("in flight", "{:.0f}"),
-    "in_flight_tokens": ("tokens", "{:,.0f}"),
-    "num_answered": ("answered", "{:,.0f}"),
-    "num_asked": ("asked", "{:,.0f}"),
-    "tokens_per_s": ("tok/s", "{:,.0f}"),
-    "agreement": ("agreed", "{:.0%}"),
-}
-_OUTCOMES = {
-    OutcomeKind.ANSWERED: ("answered in", "green"),
-    OutcomeKind.FAILED: ("failed after", "yellow"),
-    OutcomeKind.LOST: ("lost after", "yellow"),
-    OutcomeKind.OVERTAKEN: ("not waited for", "dim"),
-    OutcomeKind.OPEN: ("no outcome: it is at work, or the run's process ended", "dim"),
-}
-
-
-def explanation_facts(told: Explanation) -> dict[str, Any]:
-    """Return an explanation as plain data; times in ISO 8601, UTC."""
-    facts: dict[str, Any] = json.loads(json.dumps(asdict(told), default=datetime.isoformat))
-    return facts
-
-
-def print_explanation(out: Console, told: Explanation) -> None:
-    """Print who was asked about a partition, when, why and to what end."""
-    first, last = told.first_record + 1, told.first_record + told.num_records
-    which = f"record {first:,}" if first == last else f"records {first:,} to {last:,}"
-    about = f"{which}, about {told.estimated_tokens:,} tokens per answer"
-    title = (f"partition {told.partition}", "bold")
-    out.print(Text.assemble(title, f" (0 to {told.num_partitions - 1}): {about}"))
-    out.print(told.run, soft_wrap=True, highlight=False, markup=False)
-    for execution in told.executions:
-        out.print(f"\n[bold]execution of {execution.started:%Y-%m-%d %H:%M:%S} UTC[/]")
-        for step in execution.steps:
-            _print_step(out, step, execution.started)
-    out.print()
-    for problem in told.problems:
-        out.print(Text(printable(f"not told: {problem}"), style="yellow"))
-    for agent_id, run in told.reused.items():
-        out.print(Text(f"{agent_id} was not asked: its answers are those of {printable(run)}"))
-    answers = ", ".join(told.answered_by) or "nobody"
-    state = "merged" if told.is_merged else "not merged"
-    out.print(Text(f"now: {state}; answers of {answers} are committed"))
-
-
-def _print_step(out: Console, step: Step, started: datetime) -> None:
-    line = Table.grid(padding=(0, 2))
-    line.add_column(no_wrap=True, style="cyan")
-    pattern = "%H:%M:%S.%f" if step.time.date() == started.date() else "%m-%d %H:%M:%S.%f"
-    time = step.time.strftime(pattern)[:-3]
-    if isinstance(step, News):
-        good = step.event in ("PartitionMerged", "PartitionAnswered")
-        line.add_row(time, Text(printable(step.message), style="green" if good else "yellow"))
-        out.print(line)
-        return
-    purpose = f" (attempt {step.attempt}, {_PURPOSES.get(step.purpose, step.purpose)})"
-    whom = ((step.agent_id, "bold"), " on ", (step.worker, "bold"))
-    line.add_row(time, Text.assemble("asked ", *whom, purpose))
-    out.print(line)
-    out.print(_indented(Text(_reason(step))))
-    if len(step.candidates) > 1:
-        out.print(_indented(_candidates_table(step.candidates)))
-    out.print(_indented(_outcome(step.outcome)))
-
-
-def _indented(what: Text | Table) -> Padding:
-    return Padding(what, (0, 0, 0, 4), expand=False)
-
-
-def _reason(step: Decision) -> str:
-    if step.purpose == "copy":
-        return step.why
-    busy = f", {step.num_busy:,} busy" if step.num_busy else ""
-    if len(step.candidates) == 1:
-        return f"the only free worker{busy}: {step.policy} had no choice"
-    return f"by {step.policy}: {step.why}; among {len(step.candidates):,} free workers{busy}"
-
-
-def _candidates_table(candidates: tuple[Candidate, ...]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("")
-    table.add_column("worker", overflow="fold")
-    table.add_column("agent", overflow="fold")
-    figures = sorted(
-        {key for c in candidates for key in c.figures},
-        key=lambda key: (list(_FIGURES).index(key) if key in _FIGURES else len(_FIGURES), key),
-    )
-    for key in figures:
-        table.add_column(_FIGURES.get(key, (key,))[0], justify="right", no_wrap=True)
-    shown = sorted(candidates, key=lambda c: not c.chosen)[:_MAX_CANDIDATES]
-    for candidate in shown:
-        table.add_row(
-            "→" if candidate.chosen else "",
-            Text(printable(candidate.worker)),
-            Text(candidate.agent_id or "?"),
-            *(_figure(key, candidate.figures.get(key)) for key in figures),
-            style="bold" if candidate.chosen else None,
-        )
-    if len(candidates) > len(shown):
-        table.add_row("", f"{len(candidates) - len(shown):,} more")
-    return table
-
-
-def _figure(key: str, value: float | None) -> str:
-    if value is None or (key == "tokens_per_s" and not value):
-        return "–"  # not measured yet
-    return _FIGURES[key][1].format(value) if key in _FIGURES else f"{value:g}"
-
-
-def _outcome(outcome: Outcome) -> Text:
-    text, style = _OUTCOMES[outcome.kind]
-    text += "" if outcome.after_s is None else f" {outcome.after_s:,.2f} s"
-    if outcome.kind is OutcomeKind.ANSWERED:
-        text += f" ({outcome.compute_s:,.2f} s of model time): {outcome.num_answers:,} answers"
-        text += f", {outcome.num_failed:,} failed" if outcome.num_failed else ""
-    text += f": {outcome.message}" if outcome.message else ""
-    text += "; the agent is given up on this partition" if outcome.given_up else ""
-    return Text(printable(text), style=style)

@@ -13,7 +13,7 @@ import yaml
 from mas_batch.aggregate.reductions import add_counts, count_run, summarize_run
 from mas_batch.records import ANSWERS, FAILURES, RESULT_FIELDS
 from mas_batch.run_folder.manifest import write_manifest
-from mas_batch.run_folder.names import FORMAT, answers_name, results_name
+from mas_batch.run_folder.names import FORMAT, answers_name, part, results_name
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
 
@@ -78,10 +78,10 @@ def made_run(
     """
     store = Store(str(folder))
     counted, failures_files = [], []
-    agents = sorted({row["agent_id"] for part in answers for row in part})
-    for number, part in enumerate(rows):
-        done = pa.Table.from_pylist([row for row in part if "answer" in row], RESULTS)
-        failed = pa.Table.from_pylist([row for row in part if "reason" in row], FAILURES)
+    agents = sorted({row["agent_id"] for given in answers for row in given})
+    for number, partition in enumerate(rows):
+        done = pa.Table.from_pylist([row for row in partition if "answer" in row], RESULTS)
+        failed = pa.Table.from_pylist([row for row in partition if "reason" in row], FAILURES)
         given = pa.Table.from_pylist(list(answers[number]) if answers else [], ANSWERS)
         store.commit_table(results_name(number), done)
         if failed.num_rows:

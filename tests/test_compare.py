@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from distributed import Client
@@ -21,7 +20,7 @@ from rich.console import Console
 from mas_batch import evaluation, pipeline, report
 from mas_batch.cli import main
 from mas_batch.compare import compare, print_comparison
-from mas_batch.compare import records as join
+from mas_batch.compare import record_pairs as join
 from mas_batch.compare.changes import Change, changes
 from mas_batch.errors import RunError
 from mas_batch.remerge import merge_again
@@ -147,7 +146,7 @@ def test_the_join_counts_each_record_once(fates: list[Any], at_once: int, random
         return [made[:cut], made[cut:]]
 
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(join, "RECORDS_AT_ONCE", at_once)  # so many files
+        patch.setattr(join, "RECORDS_PER_PASS", at_once)
         runs = [made_run(Path(folder, name), rows(side)) for name, side in (("a", a), ("b", b))]
         found = join.compare_records(*runs, 99, judge=False)
     counted = Counter(_fate(a[key], b[key]) for key in a.keys() & b.keys())
@@ -165,12 +164,11 @@ def _fate(a: str | None, b: str | None) -> str:
     return "same" if a == b else "different"
 
 
-def test_files_hold_their_share_of_the_ids(tmp_path: Path) -> None:
-    """However many records, one file's worth is in memory."""
-    ids = [f"r{i}" for i in range(1000)]
-    table = join._side(pa.table({"record_id": ids}))
-    join._spill([table.slice(0, 300), table.slice(300)], tmp_path, 10)
-    sizes = [join._read(tmp_path / str(number)).num_rows for number in range(10)]
+def test_a_pass_holds_its_share_of_the_ids(tmp_path: Path) -> None:
+    """However many records, one pass's worth is in memory."""
+    rows = [result(f"r{i}") for i in range(700)] + [failure(f"f{i}") for i in range(300)]
+    run = made_run(tmp_path / "run", [rows[:400], rows[400:]])
+    sizes = [join._side(run, number, 10).num_rows for number in range(10)]
     assert sum(sizes) == 1000
     assert max(sizes) < 200
 

@@ -280,7 +280,7 @@ def test_a_scheduler_with_an_older_package_is_fed_nothing_and_the_run_goes_on(
     assert "mas_batch.monitor.dashboard" in said
 
 
-def test_a_scheduler_that_does_not_answer_for_a_while_gets_the_state_later(
+def test_a_scheduler_that_does_not_answer_for_a_while_is_told_later(
     dashboard: tuple[Client, str], make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mas_batch.monitor import feed
@@ -290,8 +290,9 @@ def test_a_scheduler_that_does_not_answer_for_a_while_gets_the_state_later(
     taken = plugin.AgentsDashboard.receive
     calls: list[bytes] = []
 
-    def lose(self: Any, version: int, data: bytes) -> Any:
-        last_words = b"RunFinished" in data and not any(b"RunFinished" in each for each in calls)
+    def lose(self: Any, version: str, data: bytes) -> Any:
+        finished = b'"stage":"finished"'
+        last_words = finished in data and not any(finished in each for each in calls)
         calls.append(data)
         if len(calls) == 2:  # it has taken it, but does not answer
             return asyncio.sleep(2, taken(self, version, data))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import yaml
@@ -36,10 +38,31 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def glossary() -> list[tuple[str, str]]:
+    text = (ROOT / "docs/glossary.md").read_text()
+    return re.findall(r"^\| ([a-z ]+) \| `([A-Za-z_.]+)` \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("word", "name"), glossary())
+def test_each_word_of_the_glossary_is_a_name_in_the_code(word: str, name: str) -> None:
+    *owners, last = name.split(".")
+    assert word.replace(" ", "_") in name.lower(), "the name holds the word"
+    try:
+        import_module(f"mas_batch.{name}")
+    except ModuleNotFoundError:
+        owner = resolve_name(".".join(["mas_batch", *owners]))
+        fields = getattr(owner, "model_fields", None) or getattr(owner, "__annotations__", {})
+        assert hasattr(owner, last) or last in fields
+
+
+def test_a_word_stands_in_the_glossary_once() -> None:
+    words = [word for word, _ in glossary()]
+    assert len(words) > 40
+    assert len(words) == len(set(words))
+
+
 def test_the_journey_names_what_exists() -> None:
     """Every `module.name` in the journey is there."""
-    from importlib import import_module
-
     text = (ROOT / "docs/journey-of-a-document.md").read_text()
     for dotted in set(re.findall(r"`((?:[a-z_]+\.)+[A-Za-z_]+)`", text)):
         module_name, _, attribute = dotted.rpartition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,15 +19,15 @@ from mas_batch import pipeline
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import Reason, RunError
-from mas_batch.evaluation import Calibration, Verdict, evaluate, print_evaluation, write
-from mas_batch.evaluation.scaling import read_job
+from mas_batch.evaluation import Calibration, Worth, evaluate, print_evaluation, write
 from mas_batch.evaluation.specs import LEARNED_MBR, other_specs, run_spec
-from mas_batch.evaluation.systems import Kind
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.partition import partition
+from mas_batch.quality import Kind
 from mas_batch.records import ANSWERS, Answer
 from mas_batch.run_folder.commits import commit_results
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.manifest import write_job, write_manifest
 from mas_batch.run_folder.names import FORMAT, answers_name
 from mas_batch.run_folder.plan import read_records, stage
@@ -216,7 +217,7 @@ def test_a_merge_that_is_worse_is_said_loudly(make_run: MakeRun) -> None:
     liars = ["y", "z", "x"] * 30
     run = make_run(references, {"good": references, "liar": liars, "twin": liars}, max_records=50)
     found = evaluate(run, "gold", num_resamples=100)
-    assert found.verdict is Verdict.WORSE
+    assert found.verdict is Worth.WORSE
     assert found.to_json()["verdict"] == "worse, beyond noise"
     line = "The merge (vote) is WORSE than the best single agent, good, beyond noise"
     assert line in printed(found)
@@ -233,7 +234,7 @@ def test_a_merge_that_is_better_is_said_too(make_run: MakeRun) -> None:
         for agent in range(3)
     }
     found = evaluate(make_run(references, replies, max_records=50), "gold", num_resamples=100)
-    assert found.verdict is Verdict.BETTER
+    assert found.verdict is Worth.BETTER
     assert found.merge.score("accuracy").value == 1.0
 
 
@@ -310,6 +311,33 @@ def test_the_same_seed_gives_the_same_figures(make_run: MakeRun) -> None:
     first, second = (evaluate(run, "gold", num_resamples=30) for _ in range(2))
     assert first == second
     assert evaluate(run, "gold", num_resamples=30, seed=1) != first
+
+
+def test_a_run_without_its_plan_is_told_so(make_run: MakeRun) -> None:
+    run = texts_run(make_run, method="mbr")
+    Path(run.store.path("plan.parquet")).unlink()
+    with pytest.raises(RunError, match=r"plan\.parquet is missing"):
+        evaluate(run, "gold", num_resamples=10)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "given"),
+    [
+        ("sklearn.metrics", "classify", ["x", "y"] * 30),
+        ("sklearn.isotonic", "classify", ["x", "y"] * 30),
+        ("scipy.stats", "score", ["1", "2"] * 30),
+        ("rouge_score", "translate", ["one", "two"]),
+    ],
+)
+def test_a_missing_package_says_what_to_install(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, module: str, kind: str, given: list[str]
+) -> None:
+    run = make_run(given, {"a": given, "b": given}, kind=kind, max_records=60)
+    names = [module, *(name for name in sys.modules if name.startswith(f"{module}."))]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RunError, match=r"not installed: pip install 'mas_batch\[evaluate\]'"):
+        evaluate(run, "gold", num_resamples=10)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from mas_batch.evaluation.calibration import (
 )
 from mas_batch.evaluation.confidence import judge_confidence
 from mas_batch.evaluation.metrics import metrics_for
-from mas_batch.evaluation.systems import Confidences, Kind
+from mas_batch.evaluation.systems import Confidences
+from mas_batch.quality import Kind
 from tests.test_evaluation_metrics import LABELS, SCORES, TEXTS, evidence_of
 
 unit = st.integers(0, 20).map(lambda n: n / 20)

@@ -15,9 +15,10 @@ from rouge_score import rouge_scorer
 from mas_batch.errors import RunError
 from mas_batch.evaluation.bootstrap import interval, p_value, resampled_sums
 from mas_batch.evaluation.metrics import Metrics, metrics_for
-from mas_batch.evaluation.quality import Quality, Verdict, best_agent, qualities, verdict
-from mas_batch.evaluation.systems import Evidence, Kind, Ledger, oracle
+from mas_batch.evaluation.scoring import Worth, best_agent, qualities, worth_of
+from mas_batch.evaluation.systems import Evidence, EvidenceBuilder, oracle
 from mas_batch.job import Task
+from mas_batch.quality import Kind, Quality
 
 Replies = Mapping[str, Sequence[str | None]]
 """Agent → its answer to each record."""
@@ -31,23 +32,23 @@ def evidence_of(
     references: Sequence[str], replies: Replies, merge: Sequence[str | None] | None = None
 ) -> Evidence:
     """Agents' answers, and a merge; None: the first agent's answers."""
-    ledger = Ledger()
+    builder = EvidenceBuilder()
     for position, reference in enumerate(references):
-        ledger.start_record(reference)
+        builder.start_record(reference)
         given = {agent: answers[position] for agent, answers in replies.items()}
         for agent, answer in given.items():
-            ledger.add(Kind.AGENT, agent, [answer])
-        ledger.add(Kind.RANDOM, "random agent", given.values())
-        ledger.add(Kind.RUN, "merge", [merge[position] if merge else next(iter(given.values()))])
-    return as_evidence(ledger)
+            builder.add(Kind.AGENT, agent, [answer])
+        builder.add(Kind.RANDOM, "random agent", given.values())
+        builder.add(Kind.RUN, "merge", [merge[position] if merge else next(iter(given.values()))])
+    return as_evidence(builder)
 
 
-def as_evidence(ledger: Ledger) -> Evidence:
+def as_evidence(builder: EvidenceBuilder) -> Evidence:
     return Evidence(
-        references=ledger.references,
-        answers=ledger.answers,
-        record_of=np.array(ledger.record_of, np.int64),
-        systems=ledger.systems(),
+        references=builder.references,
+        answers=builder.answers,
+        record_of=np.array(builder.record_of, np.int64),
+        systems=builder.systems(),
         confidences={},
         skipped={},
         num_without_reference=0,
@@ -270,39 +271,39 @@ def noisy(rng: np.random.Generator, references: Sequence[str], accuracy: float) 
 @pytest.mark.parametrize(
     ("first", "other", "expected"),
     [
-        (0.95, 0.6, Verdict.EQUAL),  # the run's merge is the first agent
-        (0.6, 0.95, Verdict.WORSE),
-        (0.80, 0.83, Verdict.PERHAPS_WORSE),
+        (0.95, 0.6, Worth.EQUAL),  # the run's merge is the first agent
+        (0.6, 0.95, Worth.WORSE),
+        (0.80, 0.83, Worth.PERHAPS_WORSE),
     ],
 )
-def test_the_verdict_on_labels(first: float, other: float, expected: Verdict) -> None:
+def test_the_verdict_on_labels(first: float, other: float, expected: Worth) -> None:
     rng = np.random.default_rng(0)
     references = ["x", "y", "z"] * 60
     replies = {"a": noisy(rng, references, first), "b": noisy(rng, references, other)}
     metrics, judged = judge(LABELS, "label", references, replies)
-    assert verdict(judged["merge"], metrics.goal) is expected
+    assert worth_of(judged["merge"], metrics.goal) is expected
 
 
 def test_the_verdict_on_errors_knows_that_less_is_better() -> None:
     references = [f"{i % 10}.0" for i in range(60)]
     off = [f"{float(reference) + 1}" for reference in references]
     metrics, judged = judge(SCORES, "value", references, {"off": off}, merge=references)
-    assert verdict(judged["merge"], metrics.goal) is Verdict.BETTER
+    assert worth_of(judged["merge"], metrics.goal) is Worth.BETTER
     difference = judged["merge"].score("MAE").difference
     assert difference is not None
     assert difference.value == pytest.approx(-1)
 
 
 def test_systems_are_compared_on_the_records_that_both_were_asked_about() -> None:
-    ledger = Ledger()
+    builder = EvidenceBuilder()
     for position in range(40):
-        ledger.start_record("x")
+        builder.start_record("x")
         # Where `late` is asked, everybody is wrong; elsewhere `always` is right.
         hard = position >= 10
-        ledger.add(Kind.AGENT, "always", ["y" if hard else "x"])
+        builder.add(Kind.AGENT, "always", ["y" if hard else "x"])
         if hard:
-            ledger.add(Kind.AGENT, "late", ["x" if position % 2 else "y"])
-    evidence = as_evidence(ledger)
+            builder.add(Kind.AGENT, "late", ["x" if position % 2 else "y"])
+    evidence = as_evidence(builder)
     metrics = metrics_for(LABELS, "label", evidence)
     always, late = evidence.systems
     judged = qualities(evidence, [always, late], always, metrics, 100, 0)

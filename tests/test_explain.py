@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from distributed import Client
 from rich.console import Console
 
-from mas_batch import pipeline, show
+from mas_batch import pipeline
 from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import RunError
@@ -30,10 +30,10 @@ from mas_batch.events import (
     PartitionMerged,
     PartitionUndecided,
 )
-from mas_batch.explain import Explanation, explain, find_record
+from mas_batch.explain import Explanation, explain, find_record, print_explanation, to_json
+from mas_batch.explain.story import Decision, News, OutcomeKind, Step, Story
 from mas_batch.job import Job
 from mas_batch.monitor.event_log import EventLog, LoggedEvent, read_events
-from mas_batch.monitor.story import Decision, News, OutcomeKind, Step, Story
 from mas_batch.partition import partition
 from mas_batch.run_folder.manifest import write_job
 from mas_batch.run_folder.names import answers_name, results_name, staged_name
@@ -117,7 +117,7 @@ def log(store: Store, *events: Event) -> None:
 
 def screen(told: Explanation, width: int) -> str:
     console = Console(width=width, file=io.StringIO())
-    show.print_explanation(console, told)
+    print_explanation(console, told)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert max(map(len, text.splitlines()[2:])) <= width  # the second line is the run's folder
@@ -334,7 +334,7 @@ def test_a_partition_that_nobody_was_asked_about_has_no_steps(staged: Store) -> 
     log(staged, *READY)
     told = explain(staged, 6)
     assert told.executions == told.answered_by == told.problems == ()
-    assert "not merged; answers of nobody are committed" in screen(told, 80)
+    assert "not merged; no answers are committed" in screen(told, 80)
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -380,7 +380,7 @@ def test_the_command_refuses_in_one_line(staged: Store, tmp_path: Path) -> None:
     for arguments, words in {
         (str(tmp_path / "nowhere"), "0"): "no plan.parquet; this is not a run folder",
         (run, "7"): "no partition 7; allowed: 0 to 6",
-        (run, "0"): "events: no events are kept; nobody has been asked yet, or the run was made",
+        (run, "0"): "events: no events are kept: the run has not asked an agent yet, or an older",
         (run, "--record", "r20"): "none of its 20 records has the id 'r20'",
     }.items():
         exit_code, output = call(*arguments)
@@ -427,7 +427,7 @@ def test_a_real_run_is_explained_by_partition_and_by_record(
     assert execution.steps[-1].event == "PartitionMerged"
     exit_code, output = call(summary.run, "--record", "r4", "--json")
     assert exit_code == 0
-    assert json.loads(output) == show.explanation_facts(told)
+    assert json.loads(output) == to_json(told)
     exit_code, output = call(summary.run, "1")
     assert exit_code == 0
     assert "asked strong on strong-0" in output

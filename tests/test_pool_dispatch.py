@@ -20,8 +20,8 @@ from mas_batch.routing.instructions import Rules
 from mas_batch.routing.policies import Capability
 from mas_batch.routing.replica import Breaker
 from mas_batch.serving.desk import Desk
-from mas_batch.serving.dispatch import Dispatch
-from mas_batch.serving.question import Asking
+from mas_batch.serving.question import AskingRules
+from mas_batch.serving.queues import AgentQueues
 from mas_batch.serving.reply import Reply, make_record
 
 VOTE = MergeSpec("vote", None, {}, None, 0.0, "text", None)
@@ -59,10 +59,10 @@ class Setup:
         names = sorted({address[0] for address in addresses})
         agents = [Agent(name=name, model=f"echo:{name}") for name in names]
         rules = Rules(answers_per_record=1, window=1, timeout_s=timeout_s)
-        self.dispatch = Dispatch(
+        self.queues = AgentQueues(
             agents, rules, replicas, replicas.suspect, max_batch=max_batch, max_wait_s=0.0
         )
-        self.desk = Desk(self.dispatch, Capability(), VOTE, max_pending=max_pending)
+        self.desk = Desk(self.queues, Capability(), VOTE, max_pending=max_pending)
         self.samples = dict.fromkeys(names, 1)
         for address in addresses:
             self.desk.joined(address, address[0], paused=False)
@@ -76,7 +76,7 @@ class Setup:
         stopping: StoppingRule | None = None,
         timeout_s: float = 60.0,
     ) -> asyncio.Task[Reply]:
-        asking = Asking(self.samples, wanted, race, stopping, timeout_s, True, 8)
+        asking = AskingRules(self.samples, wanted, race, stopping, timeout_s, True, 8)
         return asyncio.create_task(self.desk.ask(make_record(text, None), asking))
 
 
@@ -203,7 +203,7 @@ def test_leaving_answers_also_what_waits_for_room() -> None:
 
         replicas.behaviours["a1"] = waits
         setup = Setup(replicas, "a1", max_pending=2)
-        asking = Asking(setup.samples, 1, False, None, 60.0, True, 8)
+        asking = AskingRules(setup.samples, 1, False, None, 60.0, True, 8)
         records = [make_record(f"text {i}", None) for i in range(6)]
         asked = [
             asyncio.create_task(setup.desk.ask(record, asking, wait_for_room=True))

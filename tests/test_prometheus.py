@@ -141,11 +141,11 @@ def test_every_rule_names_metrics_that_exist_and_fires_when_it_should() -> None:
 
 
 def test_panels_rules_and_docs_name_the_metrics_that_we_serve() -> None:
-    from mas_batch.monitor.board import Board
     from mas_batch.monitor.dashboard.metrics import families
+    from mas_batch.monitor.inbox import Inbox
 
     served = set()
-    for family in families(Board(), 0.0):
+    for family in families([Inbox()], 0.0):
         served.add(family.name + "_total" * (family.type == "counter"))
     files = [*PANELS, DASHBOARDS / "alerts.yaml", DASHBOARDS / "alerts_test.yaml"]
     documented = DASHBOARDS.parent / "docs" / "dashboards.md"

@@ -15,13 +15,13 @@ from distributed import Client, Worker
 import mas_batch
 from mas_batch import pipeline, remerge
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.collect import answers_by_partition
+from mas_batch.evaluation.gather import answers_by_partition
 from mas_batch.events import Event, PartitionMerged
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec
 from mas_batch.records import ANSWERS
-from mas_batch.remerge import SECTION, merge_again
-from mas_batch.run_folder.names import MERGES, answers_name
+from mas_batch.remerge import merge_again
+from mas_batch.run_folder.names import MERGE_SECTION, MERGES, answers_name
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
@@ -95,7 +95,7 @@ def test_a_complete_merge_is_not_taken_for_another(make_job: MakeJob, client: Cl
     changes = {"method": "weighted", "accuracies": accuracies}
     merged = merge_again(run, changes, name="mine", client=client)
     assert contents(merge_again(run, changes, name="mine")) == contents(merged)
-    kept = json.loads(run.store.read_bytes(f"{MERGES}/mine/{SECTION}"))
+    kept = json.loads(run.store.read_bytes(f"{MERGES}/mine/{MERGE_SECTION}"))
     assert (kept["method"], kept["accuracies"]) == ("weighted", accuracies)
     other = {**changes, "accuracies": {**accuracies, "good": 0.6}}
     with pytest.raises(RunError, match=r"accuracies is .*'good': 0\.95.*asked for is .*: 0\.6"):
@@ -109,7 +109,7 @@ def test_a_merge_that_does_not_say_how_it_was_made_is_left_alone(
 ) -> None:
     run = answered(make_job, client, {"method": "vote"})
     merge_again(run, {"method": "best"}, name="old", client=client)
-    run.store.remove(f"{MERGES}/old/{SECTION}")
+    run.store.remove(f"{MERGES}/old/{MERGE_SECTION}")
     with pytest.raises(RunError, match=r"merge\.json is missing: an earlier version made .*'old'"):
         merge_again(run, {"method": "best"}, name="old")
     assert run.merge("old").arrow().num_rows == len(ROWS)
@@ -137,7 +137,7 @@ def test_the_tasks_default_method_is_a_method_like_any_other(
 def test_another_method_keeps_facts_about_agents_only(make_job: MakeJob, client: Client) -> None:
     run = summarized(make_job, client, {"utility": "bleu", "accuracies": {"short": 0.9}})
     merged = merge_again(run, {"method": "rover"}, client=client)
-    section = json.loads(merged.store.read_bytes(SECTION))
+    section = json.loads(merged.store.read_bytes(MERGE_SECTION))
     assert (section["utility"], section["accuracies"]) == (None, {"short": 0.9})
 
 

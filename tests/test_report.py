@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from distributed import Client
 
 from mas_batch import pipeline, report
 from mas_batch.cli import main
-from mas_batch.report import jobs, record_facts, scan, slowest, walk
-from mas_batch.report.write import count, figure, seconds, share
+from mas_batch.evaluation.write import QUALITY
+from mas_batch.report import record_facts, scan, slowest, walk
+from mas_batch.report.page import count, figure, seconds, share
+from mas_batch.run_folder.kept_job import job_facts
 from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.storage import parquet_bytes
 from tests.report_runs import answer, failure, made_run, result
 
 SCRIPT = "<script>alert('canary')</script>"
@@ -83,10 +88,10 @@ def test_every_run_has_its_report(real_run: pipeline.Summary) -> None:
     assert "whole" in page.text
     facts = report.collect(run)
     assert (facts.totals.records, facts.totals.results, facts.totals.failures) == (14, 13, 1)
-    assert facts.latency is not None
+    assert facts.time is not None
     assert facts.totals.wall_s is not None
     assert all(agent.latency is not None for agent in facts.agents)
-    assert {each.agent_id for each in facts.latency.activity} == {"whole", "brief"}
+    assert {each.agent_id for each in facts.time.activity} == {"whole", "brief"}
 
 
 def test_what_comes_out_of_the_corpus_cannot_become_markup(
@@ -162,7 +167,7 @@ def test_a_prompt_is_shown_as_it_is_and_other_credentials_are_not(tmp_path: Path
         "output": {"path": "s3://CANARY:CANARY@bucket/x"},  # as an earlier version may have left
     }
     run = made_run(tmp_path / "run", [[result("a")]], job=job)
-    shown = jobs.read_job(run)
+    shown = job_facts(run)
     assert shown["task"]["prompt"] == prompt
     assert shown["output"]["path"] == "s3://bucket/x"
 
@@ -250,6 +255,29 @@ def test_failures_have_examples(tmp_path: Path) -> None:
     assert facts.outcome.exit_code == 3
 
 
+def test_an_evaluated_run_shows_its_quality_without_the_libraries_that_found_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("sklearn", "sklearn.metrics", "scipy", "scipy.stats", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, module, None)
+    run = made_run(tmp_path / "run", [[result("a")]], [[answer("a")]])
+    about = {"num_records": 1, "num_missing": 0, "low": 0.25, "high": 0.75}
+    rows = [
+        {"kind": "agent", "name": "one", "metric": "accuracy", "value": 0.5, **about},
+        {"kind": "agent", "name": "one", "metric": "macro-F1", "value": 0.375, **about},
+        {
+            **{"kind": "run", "name": "vote", "metric": "accuracy", "value": 0.25, **about},
+            **{"difference": -0.25, "difference_low": -0.5, "difference_high": 0.0, "p": 0.125},
+        },
+        {"kind": "run", "name": "vote", "metric": "macro-F1", "value": None, **about},
+    ]
+    table = pa.Table.from_pylist(rows, QUALITY)
+    run.store.replace("evaluation/quality.parquet", parquet_bytes(table))
+    shown = " ".join(page_of(run).text.split())
+    assert "onebest agent 0.500 0.250 – 0.750 0.375" in shown
+    assert "votethis run 0.250 0.250 – 0.750 \u22120.250 0.125 –" in shown
+
+
 def test_a_large_run_is_sampled_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +318,7 @@ def test_a_run_of_an_earlier_version_has_a_report_too(tmp_path: Path) -> None:
     }
     del run.manifest["engines"]
     facts = report.collect(run)
-    assert facts.latency is None
+    assert facts.time is None
     assert facts.totals.wall_s is None
     (agent,) = facts.agents
     assert agent.latency is not None

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.records import SUPPORT
-from mas_batch.report.agreement import PAIRS
-from mas_batch.report.latency import mean_overlap
+from mas_batch.report.agreeing_pairs import PAIRS
+from mas_batch.report.timing import mean_overlap
 
 AGENTS = ["a", "b", "b#1", "c"]
 SUPPORTS = st.lists(

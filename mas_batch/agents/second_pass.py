@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.agents.encoding import encoder_for
+from mas_batch.agents.statistics import COMMITTED
 from mas_batch.agents.work import (
-    COMMITTED,
     agents_merged,
     agents_there,
     commit_merged,

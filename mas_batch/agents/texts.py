@@ -20,6 +20,7 @@ from mas_batch.agents.answering import answer_records
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import profile_of
+from mas_batch.dask_compat import add_handler, remove_handler
 from mas_batch.errors import EngineError, MasBatchError, RunError
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch, TaskTimes
@@ -57,11 +58,11 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
     def setup(self, worker: Worker) -> None:
         """Take calls from now on."""
         self._worker = worker
-        worker.handlers[self.name] = self.answer
+        add_handler(worker, self.name, self.answer)
 
     def teardown(self, worker: Worker) -> None:
         """Take no more calls."""
-        worker.handlers.pop(self.name, None)
+        remove_handler(worker, self.name)
 
     async def answer(self, agent_id: str, records: Sequence[tuple[str, str, str | None]]) -> Any:
         """Ask the agent about the records (id, text, context); an `Answered` or error goes back.

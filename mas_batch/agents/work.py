@@ -6,10 +6,9 @@ event (see `routing.dask` for why). The function names are what the Dask dashboa
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -24,18 +23,16 @@ from mas_batch.agents.reuse import asked_now, in_order, known_answers
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.aggregate.escalation import picked
 from mas_batch.aggregate.merge import merge_answers
-from mas_batch.aggregate.reductions import RUN_STATISTICS, Partial, Reduction
+from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import undecided
 from mas_batch.engines.base import Sampling
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import Task
-from mas_batch.latency.sketch import RECORD_LATENCY
 from mas_batch.latency.times import Stopwatch
 from mas_batch.records import ANSWERS, Answer, Record, join_answers
-from mas_batch.run_folder.commits import commit_results, commit_review, merged_agents, read_results
+from mas_batch.run_folder.commits import commit_results, merged_agents
 from mas_batch.run_folder.names import answers_name, staged_name
 from mas_batch.run_folder.plan import read_records
-from mas_batch.run_folder.ranges import Ranges, join_ranges
 from mas_batch.run_folder.ref import RunRef
 from mas_batch.tasks import make_task
 
@@ -247,54 +244,6 @@ def _agreement(
     """Return agent → (answers that say what is published, valid answers)."""
     counts = RUN_STATISTICS.chunk(merged, failures, answers)["agents"]
     return {agent: (each["agreements"], each["answers"]) for agent, each in counts.items()}
-
-
-def partition_statistics(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Leaf of the statistics tree: count what is committed for these partitions."""
-    return COMMITTED.combine([COMMITTED.chunk(run, partition, agents) for partition in partitions])
-
-
-def _statistics(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    merged = read_results(run.merged, partition)
-    voters = [agent for agent in agents if agent in (merged.agents or ())]
-    answers, name = committed_answers(run, partition, voters), merged.failures_name
-    reviewed = commit_review(run.merged, partition, merged.results)
-    return {
-        "counts": RUN_STATISTICS.chunk(merged.results, merged.failures, answers),
-        "answers": {agent: [[partition, partition + 1]] for agent in voters},
-        "latency": RECORD_LATENCY.chunk(asked_now(answers)),
-        "failures_files": {partition: name} if name else {},
-        "reviewed": [partition] if reviewed else [],
-    }
-
-
-def _add_statistics(partials: Sequence[Partial]) -> Partial:
-    files = (partial["failures_files"].items() for partial in partials)
-    ranges: defaultdict[str, list[Ranges]] = defaultdict(list)
-    for agent, parts in chain.from_iterable(partial["answers"].items() for partial in partials):
-        ranges[agent].append(parts)
-    return {
-        "answers": {agent: join_ranges(parts) for agent, parts in ranges.items()},
-        "counts": RUN_STATISTICS.combine([partial["counts"] for partial in partials]),
-        "latency": RECORD_LATENCY.combine([partial["latency"] for partial in partials]),
-        "failures_files": dict(chain.from_iterable(files)),
-        "reviewed": sorted(chain.from_iterable(partial["reviewed"] for partial in partials)),
-    }
-
-
-def _finalize_statistics(partial: Partial) -> dict[str, Any]:
-    return {
-        **partial,
-        "counts": RUN_STATISTICS.finalize(partial["counts"]),
-        "latency": RECORD_LATENCY.finalize(partial["latency"]),
-    }
-
-
-COMMITTED = Reduction("run_statistics", _statistics, _add_statistics, _finalize_statistics)
-"""`counts` of `RUN_STATISTICS`; `latency` of `RECORD_LATENCY`; `answers`: agent → ranges of the
-partitions in whose merge its answers are; `failures_files`: partition → its failures file, where
-it has one (the results file names both, and workers have to read that anyway); `reviewed`:
-partitions of which something is in `review/`. The chunk commits what belongs there."""
 
 
 def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:

@@ -33,7 +33,7 @@ def _changes(path: str, a: Any, b: Any) -> Iterator[Change]:
             below = f"{path}.{key}" if path else str(key)
             yield from _changes(below, a.get(key, _ABSENT), b.get(key, _ABSENT))
     elif a != b:
-        yield Change(path, _shown(a), _shown(b))
+        yield Change(path, _as_text(a), _as_text(b))
 
 
 def _by_name(value: Any) -> Any:
@@ -47,7 +47,7 @@ def _has_name(item: Any) -> bool:
     return isinstance(item, Mapping) and "name" in item
 
 
-def _shown(value: Any) -> str | None:
+def _as_text(value: Any) -> str | None:
     if value is _ABSENT:
         return None
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mas_batch.compare.changes import Change, changes
-from mas_batch.compare.records import Records, compare_records
-from mas_batch.report.collect import agents_of, model, quality, totals
-from mas_batch.report.facts import AgentFacts, Quality, System
-from mas_batch.report.jobs import read_job
-from mas_batch.report.latency import latency
+from mas_batch.compare.record_pairs import Records, compare_records
+from mas_batch.quality import KeptEvaluation, Kind, MetricScore, Quality, read_evaluation
+from mas_batch.report.collect import agents_of, model, totals
+from mas_batch.report.facts import AgentFacts
+from mas_batch.report.timing import time_facts
+from mas_batch.run_folder.kept_job import job_facts
 from mas_batch.run_folder.read import Run
 
 
@@ -78,7 +79,7 @@ def compare(a: Run, b: Run, *, num_shown: int = 10) -> Comparison:
     Raises:
         RunError: a table of a run cannot be read.
     """
-    job_a, job_b = read_job(a), read_job(b)
+    job_a, job_b = job_facts(a), job_facts(b)
     judge = all(job["task"]["kind"] == "classify" for job in (job_a, job_b))
     return Comparison(
         run_a=a.manifest["run"],
@@ -91,7 +92,7 @@ def compare(a: Run, b: Run, *, num_shown: int = 10) -> Comparison:
         totals=_figures(asdict(totals(a)), asdict(totals(b))),
         time=_figures(_time(a), _time(b)),
         agents=_agents(a, b),
-        quality=_quality(quality(a), quality(b)),
+        quality=_quality(read_evaluation(a), read_evaluation(b)),
         records=compare_records(a, b, num_shown, judge=judge),
     )
 
@@ -112,7 +113,7 @@ def _figures(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[Figure, ..
 
 
 def _time(run: Run) -> dict[str, float]:
-    found = latency(run)
+    found = time_facts(run)
     if found is None:
         return {}
     phases = {f"{name} phase_s": value for name, value in found.phases.items()}
@@ -140,27 +141,29 @@ def _agents(a: Run, b: Run) -> dict[str, tuple[Figure, ...]]:
     }
 
 
-def _quality(a: Quality | None, b: Quality | None) -> tuple[QualityPair, ...]:
+def _quality(a: KeptEvaluation | None, b: KeptEvaluation | None) -> tuple[QualityPair, ...]:
     if a is None or b is None or a.metrics[0] != b.metrics[0]:
         return ()
-    in_b = {_key(system): system for system in b.systems}
-    both = ((system, in_b[_key(system)]) for system in a.systems if _key(system) in in_b)
-    return tuple(_pair(a.metrics[0], *pair) for pair in both)
+    in_b = {_key(system): system for system in b.qualities}
+    both = ((system, in_b[_key(system)]) for system in a.qualities if _key(system) in in_b)
+    return tuple(_pair(*pair) for pair in both)
 
 
-def _key(system: System) -> tuple[str, str]:
+def _key(system: Quality) -> tuple[str, str]:
     """Tell systems apart; what the run published is one, by whatever method."""
-    return system.kind, "the run" if system.kind == "run" else system.name
+    return system.kind, "the run" if system.kind is Kind.RUN else system.name
 
 
-def _pair(metric: str, a: System, b: System) -> QualityPair:
-    first, second = _interval(a), _interval(b)
+def _pair(a: Quality, b: Quality) -> QualityPair:
+    score_a, score_b = a.scores[0], b.scores[0]
+    first, second = _interval(score_a), _interval(score_b)
     overlap = None
     if first and second:
         overlap = first[0] <= second[1] and second[0] <= first[1]
-    scores = a.scores[metric], b.scores[metric]
-    return QualityPair(*_key(a), metric, *scores, first, second, overlap)
+    return QualityPair(
+        *_key(a), score_a.metric, score_a.value, score_b.value, first, second, overlap
+    )
 
 
-def _interval(system: System) -> tuple[float, float] | None:
-    return None if system.low is None or system.high is None else (system.low, system.high)
+def _interval(score: MetricScore) -> tuple[float, float] | None:
+    return None if score.low is None or score.high is None else (score.low, score.high)

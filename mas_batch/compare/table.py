@@ -10,9 +10,10 @@ from rich.text import Text
 
 from mas_batch.compare.changes import Change
 from mas_batch.compare.comparison import Comparison, Figure, QualityPair
-from mas_batch.compare.records import RecordPair, Records
-from mas_batch.report.write import count, figure, seconds, share
-from mas_batch.safe_text import printable
+from mas_batch.compare.record_pairs import RecordPair, Records
+from mas_batch.report.page import count, figure, seconds, share
+from mas_batch.safe_text import clip, printable
+from mas_batch.terminal import plain_table, print_section
 
 MAX_CHANGES = 40
 """Keys of a job that are shown; `--json` has all."""
@@ -28,13 +29,13 @@ def print_comparison(out: Console, found: Comparison) -> None:
         ("Job", found.job), ("Models", found.models), ("Versions", found.versions),
     ):  # fmt: skip
         _print_changes(out, title, changed)
-    _print_section(out, "Totals", "", _figures_table(found.totals))
+    print_section(out, "Totals", "", _figures_table(found.totals))
     if found.time:
-        _print_section(out, "Time", "", _figures_table(found.time))
-    _print_section(out, "Agents", "", _agents_table(found))
+        print_section(out, "Time", "", _figures_table(found.time))
+    print_section(out, "Agents", "", _agents_table(found))
     if found.quality:
         about = f"{found.quality[0].metric}; 95 % intervals that overlap may be noise"
-        _print_section(out, "Quality", about, _quality_table(found.quality))
+        print_section(out, "Quality", about, _quality_table(found.quality))
     _print_records(out, found.records)
 
 
@@ -42,22 +43,25 @@ def _print_changes(out: Console, title: str, changed: Sequence[Change]) -> None:
     if not changed:
         out.print(Text.assemble("\n", (title, "bold"), ("  the same", "dim")))
         return
-    table = _table("", "A", "B", num_left=3)
+    table = plain_table(["", "A", "B"], num_left=3)
     for each in changed[:MAX_CHANGES]:
         table.add_row(Text(printable(each.key)), _value(each.a), _value(each.b))
     more = len(changed) - MAX_CHANGES
-    _print_section(out, title, f"{more:,} more in --json" if more > 0 else "", table)
+    print_section(out, title, f"{more:,} more in --json" if more > 0 else "", table)
 
 
 def _value(value: str | None) -> Text:
-    return Text("–", style="dim") if value is None else Text(_clip(value, _VALUE_CHARS))
+    return Text("–", style="dim") if value is None else Text(clip(value, _VALUE_CHARS))
 
 
 def _figures_table(figures: Iterable[Figure]) -> Table:
-    table = _table("", "A", "B", "B / A")
+    table = plain_table(["", "A", "B", "B / A"])
     for each in figures:
         table.add_row(
-            _label(each.name), _shown(each.name, each.a), _shown(each.name, each.b), _ratio(each)
+            _label(each.name),
+            _figure_cell(each.name, each.a),
+            _figure_cell(each.name, each.b),
+            _ratio(each),
         )
     return table
 
@@ -66,14 +70,14 @@ def _agents_table(found: Comparison) -> Table:
     """Lay out a row per agent and a column per figure that any agent has."""
     every = [each for figures in found.agents.values() for each in figures]
     names = list(dict.fromkeys(e.name for e in every if (e.a, e.b) != (None, None)))
-    table = _table("", *map(_label, names))
+    table = plain_table(["", *map(_label, names)])
     for agent, figures in found.agents.items():
         table.add_row(Text(agent), *(_change(each) for each in figures if each.name in names))
     return table
 
 
 def _change(each: Figure) -> str:
-    a, b = (_shown(each.name, value) for value in (each.a, each.b))
+    a, b = (_figure_cell(each.name, value) for value in (each.a, each.b))
     return a if a == b else f"{a} → {b}"
 
 
@@ -86,7 +90,7 @@ def _is_seconds(name: str) -> bool:
     return name.endswith("_s") and not name.endswith("per_s")
 
 
-def _shown(name: str, value: float | None) -> str:
+def _figure_cell(name: str, value: float | None) -> str:
     if _is_seconds(name):
         return seconds(value)
     return share(value) if name in _SHARES else count(value)
@@ -99,7 +103,7 @@ def _ratio(each: Figure) -> str:
 
 
 def _quality_table(pairs: Sequence[QualityPair]) -> Table:
-    table = _table("", "A", "95 %", "B", "95 %", "B - A", "")
+    table = plain_table(["", "A", "95 %", "B", "95 %", "B - A", ""])
     for pair in pairs:
         difference = None if pair.a is None or pair.b is None else pair.b - pair.a
         sign = "" if difference is None else "+" if difference >= 0 else "-"
@@ -117,7 +121,7 @@ def _range(interval: tuple[float, float] | None) -> str:
 
 
 def _print_records(out: Console, records: Records) -> None:
-    table = _table("", "records")
+    table = plain_table(["", "records"])
     for label, number in (
         ("in both", records.common), ("answered alike", records.same),
         ("answered otherwise", records.different), ("newly answered", records.newly_answered),
@@ -126,7 +130,7 @@ def _print_records(out: Console, records: Records) -> None:
     ):  # fmt: skip
         if number or label in ("in both", "answered otherwise"):
             table.add_row(label, f"{number:,}")
-    _print_section(out, "Records", "", table)
+    print_section(out, "Records", "", table)
     if records.judged is not None:
         judged = records.judged
         out.print(
@@ -139,34 +143,16 @@ def _print_records(out: Console, records: Records) -> None:
         out.print("confidences are of unlike kinds or none: not compared", style="dim")
     if records.changed:
         about = "surest first"
-        _print_section(out, "Other answers", about, _pairs_table(records.changed))
+        print_section(out, "Other answers", about, _pairs_table(records.changed))
     if records.shifted:
         about = "biggest first"
-        _print_section(out, "Changes of confidence", about, _pairs_table(records.shifted))
+        print_section(out, "Changes of confidence", about, _pairs_table(records.shifted))
 
 
 def _pairs_table(pairs: Iterable[RecordPair]) -> Table:
-    table = _table("record", "A", "B", "conf. A", "conf. B", num_left=3)
+    table = plain_table(["record", "A", "B", "conf. A", "conf. B"], num_left=3)
     for pair in pairs:
-        answers = (Text(_clip(text, _VALUE_CHARS)) for text in (pair.answer_a, pair.answer_b))
+        answers = (Text(clip(text, _VALUE_CHARS)) for text in (pair.answer_a, pair.answer_b))
         figures = (figure(value, 2) for value in (pair.confidence_a, pair.confidence_b))
-        table.add_row(Text(_clip(pair.record_id, _VALUE_CHARS)), *answers, *figures)
+        table.add_row(Text(clip(pair.record_id, _VALUE_CHARS)), *answers, *figures)
     return table
-
-
-def _table(*header: str, num_left: int = 1) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for position, title in enumerate(header):
-        left = position < num_left
-        table.add_column(title, justify="left" if left else "right", no_wrap=not left)
-    return table
-
-
-def _print_section(out: Console, title: str, about: str, table: Table) -> None:
-    out.print(Text.assemble("\n", (title, "bold"), ("  " + about if about else "", "dim")))
-    out.print(table)
-
-
-def _clip(text: str, length: int) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= length else text[: length - 1] + "…"

@@ -2,8 +2,8 @@
 
 from mas_batch.evaluation.calibration import Calibration
 from mas_batch.evaluation.evaluate import Evaluation, evaluate
-from mas_batch.evaluation.files import write
-from mas_batch.evaluation.quality import Verdict
+from mas_batch.evaluation.scoring import Worth
 from mas_batch.evaluation.table import print_evaluation
+from mas_batch.evaluation.write import write
 
-__all__ = ["Calibration", "Evaluation", "Verdict", "evaluate", "print_evaluation", "write"]
+__all__ = ["Calibration", "Evaluation", "Worth", "evaluate", "print_evaluation", "write"]

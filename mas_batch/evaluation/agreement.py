@@ -1,4 +1,4 @@
-"""How alike the agents answer: who says the same cannot correct each other."""
+"""How alike the agents answer: agents that say the same cannot correct each other."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from itertools import combinations
 import numpy as np
 
 from mas_batch.aggregate.chrf import chrf_matrix
-from mas_batch.aggregate.normalise import normalise_text
-from mas_batch.evaluation.systems import Evidence, Indices, Kind, Mask
+from mas_batch.evaluation.libraries import library
+from mas_batch.evaluation.systems import Evidence, Indices, Mask, number_texts
+from mas_batch.quality import Kind
 
 MAX_TEXTS = 1000
 """Records whose texts are compared pair by pair; of more, a random sample."""
 
 
 @dataclass(frozen=True, slots=True)
-class PairAgreement:
+class AgentPair:
     """Two agents' first answers to the records that both answered."""
 
     agent_a: str
@@ -35,15 +36,17 @@ class PairAgreement:
     """Numbers: mean absolute difference."""
 
 
-def pairwise_agreement(
-    evidence: Evidence, answer_kind: str, seed: int
-) -> tuple[PairAgreement, ...]:
+def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple[AgentPair, ...]:
     """Compare every two agents; a record that one of them did not answer is left out.
 
-    Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960.
+    Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960; it is
+    scikit-learn's.
+
+    Raises:
+        RunError: answers are labels, and scikit-learn is not installed.
     """
     answered = _answered(evidence)
-    codes = _codes([*evidence.references, *(answer or "" for answer in evidence.answers)])
+    _, codes = number_texts([*evidence.references, *(answer or "" for answer in evidence.answers)])
     references, said = codes[: evidence.num_records], codes[evidence.num_records :]
     utilities = _utilities(evidence, answered, seed) if answer_kind == "text" else {}
     pairs = []
@@ -51,14 +54,14 @@ def pairwise_agreement(
         both = (answered[a] >= 0) & (answered[b] >= 0)
         left, right = answered[a][both], answered[b][both]
         equal = _mean(said[left] == said[right])
-        pair = PairAgreement(a, b, len(left), equal, utility=utilities.get((a, b)))
+        pair = AgentPair(a, b, len(left), equal, utility=utilities.get((a, b)))
         if answer_kind == "label":
             kappa = _kappa(said[left], said[right])
             same = _same_error(said[left], said[right], references[both])
-            pair = PairAgreement(a, b, len(left), equal, kappa, same)
+            pair = AgentPair(a, b, len(left), equal, kappa, same)
         elif answer_kind == "value":
             difference = _mean_difference(evidence.answers, left, right)
-            pair = PairAgreement(a, b, len(left), equal, mean_difference=difference)
+            pair = AgentPair(a, b, len(left), equal, mean_difference=difference)
         pairs.append(pair)
     return tuple(pairs)
 
@@ -71,23 +74,14 @@ def _answered(evidence: Evidence) -> dict[str, Indices]:
     return {name: np.where(missing[first], -1, first) for name, first in agents.items()}
 
 
-def _codes(texts: Sequence[str]) -> Indices:
-    normalised = np.array([normalise_text(text) for text in texts], dtype=object)
-    return np.unique(normalised, return_inverse=True)[1].astype(np.int64)
-
-
 def _mean(values: Mask) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
 def _kappa(left: Indices, right: Indices) -> float | None:
-    if not len(left):
+    if len(np.union1d(left, right)) < 2:
         return None
-    size = int(max(left.max(), right.max())) + 1
-    observed = float(np.mean(left == right))
-    shares = (np.bincount(side, minlength=size) / len(side) for side in (left, right))
-    expected = float(np.prod(np.stack(list(shares)), axis=0).sum())
-    return (observed - expected) / (1 - expected) if expected < 1 else None
+    return float(library("sklearn.metrics").cohen_kappa_score(left, right))
 
 
 def _same_error(left: Indices, right: Indices, references: Indices) -> float | None:

@@ -8,25 +8,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from mas_batch.evaluation.libraries import library
 from mas_batch.evaluation.systems import Vector
+from mas_batch.quality import Bin
 
 NUM_BINS = 15
 NUM_FOLDS = 5
 MIN_RECORDS = 50
 """Fewer are not calibrated: a fold of ten says nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Records of like confidence in a reliability diagram."""
-
-    low: float
-    """Not in the bin, but for 0."""
-    high: float
-    """In the bin."""
-    num_records: int
-    mean_confidence: float
-    mean_correct: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +33,13 @@ class Calibration:
 
     @classmethod
     def fit(cls, confidences: Vector, correct: Vector) -> Self:
-        """Fit the least-squares isotonic map by pooling adjacent violators.
+        """Fit scikit-learn's isotonic regression: least squares, by pooling adjacent violators.
 
-        Source: Ayer et al., "An empirical distribution function for sampling with incomplete
-        information", 1955. Cost: O(n log n).
+        Raises:
+            RunError: scikit-learn is not installed.
         """
-        levels, inverse, counts = np.unique(confidences, return_inverse=True, return_counts=True)
-        means = np.bincount(inverse, correct) / counts
-        pools: list[tuple[float, int, int]] = []  # mean, records, levels
-        for mean, count in zip(means.tolist(), counts.tolist(), strict=True):
-            pool = (mean, count, 1)
-            while pools and pools[-1][0] >= pool[0]:
-                pool = _pooled(pools.pop(), pool)
-            pools.append(pool)
-        sizes = np.array([size for _, _, size in pools])
-        values = np.repeat([mean for mean, _, _ in pools], sizes)
-        # Inside a pool the map is flat: its two ends say it all.
-        last = np.cumsum(sizes) - 1
-        kept = np.unique(np.concatenate([last - sizes + 1, last]))
-        return cls(tuple(levels[kept].tolist()), tuple(values[kept].tolist()))
+        fitted = library("sklearn.isotonic").IsotonicRegression().fit(confidences, correct)
+        return cls(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Sequence[float]]) -> Self:
@@ -119,13 +96,11 @@ def calibration_error(confidences: Vector, correct: Vector) -> float:
 
 def cross_fitted(confidences: Vector, correct: Vector, seed: int) -> Vector:
     """Calibrate every record by a map that was fitted on the other four fifths."""
+    isotonic = library("sklearn.isotonic").IsotonicRegression(out_of_bounds="clip")
+    selection = library("sklearn.model_selection")
     folds = np.random.default_rng(seed).permutation(len(confidences)) % NUM_FOLDS
-    calibrated = np.empty_like(confidences)
-    for fold in range(NUM_FOLDS):
-        held_out = folds == fold
-        fitted = Calibration.fit(confidences[~held_out], correct[~held_out])
-        calibrated[held_out] = fitted.apply(confidences[held_out])
-    return calibrated
+    split = selection.PredefinedSplit(folds)
+    return np.asarray(selection.cross_val_predict(isotonic, confidences, correct, cv=split))
 
 
 def risk_coverage(trust: Vector, losses: Vector) -> RiskCoverage:
@@ -136,12 +111,6 @@ def risk_coverage(trust: Vector, losses: Vector) -> RiskCoverage:
         losses: how wrong each record's answer is.
     """
     return RiskCoverage(_area(trust, losses), float(losses.mean()), _area(-losses, losses))
-
-
-def _pooled(left: tuple[float, int, int], right: tuple[float, int, int]) -> tuple[float, int, int]:
-    count = left[1] + right[1]
-    mean = (left[0] * left[1] + right[0] * right[1]) / count
-    return mean, count, left[2] + right[2]
 
 
 def _area(trust: Vector, losses: Vector) -> float:

@@ -8,7 +8,6 @@ import numpy as np
 
 from mas_batch.evaluation.calibration import (
     MIN_RECORDS,
-    Bin,
     Calibration,
     RiskCoverage,
     calibration_error,
@@ -17,7 +16,8 @@ from mas_batch.evaluation.calibration import (
     risk_coverage,
 )
 from mas_batch.evaluation.metrics import SumMetric
-from mas_batch.evaluation.systems import Confidences, Kind, System
+from mas_batch.evaluation.systems import Confidences, System
+from mas_batch.quality import Bin, Kind
 
 STANDARD_ERROR = "standard_error"
 """The kind of confidence that is in the answers' unit, and smaller for surer ones."""

@@ -16,8 +16,8 @@ _TIMES = ("t_compute_s", "t_transfer_s", "t_processing_s")
 
 
 @dataclass(frozen=True, slots=True)
-class Latency:
-    """Percentiles of seconds per answer."""
+class Percentiles:
+    """Seconds per answer."""
 
     p50_s: float
     p95_s: float
@@ -37,9 +37,9 @@ class AgentCost:
     """Completion tokens per second of model time; None where no time was measured."""
     records_per_s: float | None
     """Records per second of the total time."""
-    compute: Latency
+    compute: Percentiles
     """t_compute: an answer's share of its batch's model time."""
-    total: Latency
+    total: Percentiles
     """T = t_compute + t_transfer + t_processing."""
 
 
@@ -72,8 +72,8 @@ def _cost(agent_id: str, answers: pa.Table) -> AgentCost:
         completion_tokens=completion_tokens,
         tokens_per_s=_rate(completion_tokens, compute),
         records_per_s=_rate(num_records, total),
-        compute=_latency(compute),
-        total=_latency(total),
+        compute=_percentiles(compute),
+        total=_percentiles(total),
     )
 
 
@@ -86,5 +86,5 @@ def _rate(count: int, seconds: Vector) -> float | None:
     return count / total_s if total_s > 0 else None
 
 
-def _latency(seconds: Vector) -> Latency:
-    return Latency(*np.percentile(seconds, [50, 95, 99]).tolist())
+def _percentiles(seconds: Vector) -> Percentiles:
+    return Percentiles(*np.percentile(seconds, [50, 95, 99]).tolist())

@@ -11,16 +11,18 @@ import pyarrow as pa
 
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import RunError
-from mas_batch.evaluation.agreement import PairAgreement, pairwise_agreement
-from mas_batch.evaluation.collect import Question, collect
+from mas_batch.evaluation.agreement import AgentPair, pairwise_agreement
 from mas_batch.evaluation.confidence import ConfidenceQuality, judge_confidence
 from mas_batch.evaluation.cost import AgentCost, agent_costs
+from mas_batch.evaluation.gather import EvidenceRequest, gather
 from mas_batch.evaluation.metrics import Metrics, metrics_for
-from mas_batch.evaluation.quality import Quality, Verdict, best_agent, qualities, verdict
-from mas_batch.evaluation.scaling import Scale, read_job, scaling
+from mas_batch.evaluation.scoring import Worth, best_agent, qualities, worth_of
 from mas_batch.evaluation.specs import other_specs, run_spec
-from mas_batch.evaluation.systems import Evidence, Kind, oracle
+from mas_batch.evaluation.speedup import Scale, scaling
+from mas_batch.evaluation.systems import Evidence, oracle
 from mas_batch.job import Job
+from mas_batch.quality import Kind, Quality
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
 
@@ -45,7 +47,7 @@ class Evaluation:
     num_resamples: int
     seed: int
     best_agent: str
-    verdict: Verdict
+    verdict: Worth
     """The run's merge against the best single agent."""
     qualities: tuple[Quality, ...]
     skipped: Mapping[str, str]
@@ -53,7 +55,7 @@ class Evaluation:
     signatures: Mapping[str, str]
     """Metric → version and settings, to be quoted beside a figure."""
     notes: tuple[str, ...]
-    agreement: tuple[PairAgreement, ...]
+    agreement: tuple[AgentPair, ...]
     confidences: tuple[ConfidenceQuality, ...]
     costs: tuple[AgentCost, ...]
     scaling: tuple[Scale, ...]
@@ -103,8 +105,8 @@ def evaluate(
     own = spec or run_spec(run, job)
     others, skipped = other_specs(run, own, job, methods)
     agents = tuple(agent.name for agent in job.agents)
-    question = Question(reference, own, others, merges or {}, agents, _always_asked(job))
-    evidence = collect(run, question)
+    request = EvidenceRequest(reference, own, others, merges or {}, agents, _always_asked(job))
+    evidence = gather(run, request)
     metrics = metrics_for(job.task, own.answer_kind, evidence)
     baseline = best_agent(evidence.of(Kind.AGENT), metrics.goal)
     systems = [*evidence.systems, oracle(evidence, metrics.goal.losses)]
@@ -123,7 +125,7 @@ def evaluate(
         num_resamples=num_resamples,
         seed=seed,
         best_agent=baseline.name,
-        verdict=verdict(merged, metrics.goal),
+        verdict=worth_of(merged, metrics.goal),
         qualities=judged,
         skipped={**skipped, **evidence.skipped},
         signatures=metrics.signatures,
@@ -162,8 +164,10 @@ def _notes(own: MergeSpec, metrics: Metrics, judged: Sequence[Quality]) -> list[
         )
     partly = [q.name for q in judged if q.kind is Kind.AGENT and q.num_records < _most(judged)]
     if partly:
+        names = ", ".join(partly)
         notes.append(
-            f"{', '.join(partly)}: not asked about every record; compared on those that they were"
+            f"{names}: not asked about every record; each is compared with the best agent on the "
+            "records that both were asked about"
         )
     return notes
 

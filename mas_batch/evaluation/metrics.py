@@ -13,7 +13,15 @@ import numpy as np
 
 from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.errors import RunError
-from mas_batch.evaluation.systems import Evidence, Indices, Matrix, System, Vector
+from mas_batch.evaluation.libraries import library
+from mas_batch.evaluation.systems import (
+    Evidence,
+    Indices,
+    Matrix,
+    System,
+    Vector,
+    number_texts,
+)
 from mas_batch.evaluation.text_metrics import bleu, chrf, rouge
 from mas_batch.job import Task
 
@@ -71,7 +79,7 @@ def metrics_for(task: Task, answer_kind: str, evidence: Evidence) -> Metrics:
 
     Raises:
         RunError: a reference of a `score` task is not a finite number.
-        RunError: a text's metrics are not installed.
+        RunError: a package of the extra `evaluate` is not installed.
     """
     if answer_kind == "label":
         return _label_metrics(evidence, task.labels or ())
@@ -93,7 +101,7 @@ def _counted(values: Vector) -> Matrix:
 
 
 def _label_metrics(evidence: Evidence, labels: Sequence[str]) -> Metrics:
-    names, codes = _codes([*evidence.references, *(a or "" for a in evidence.answers)])
+    names, codes = number_texts([*evidence.references, *(a or "" for a in evidence.answers)])
     references, answers = codes[: evidence.num_records], codes[evidence.num_records :]
     missing = np.array([answer is None for answer in evidence.answers], np.bool_)
     answers = np.where(missing, len(names), answers)
@@ -108,26 +116,17 @@ def _label_metrics(evidence: Evidence, labels: Sequence[str]) -> Metrics:
     )
 
 
-def _codes(texts: Sequence[str]) -> tuple[list[str], Indices]:
-    """Number the normalised texts: (the distinct ones, the number of each)."""
-    names, codes = np.unique(np.array([normalise_text(t) for t in texts]), return_inverse=True)
-    return names.tolist(), codes.astype(np.int64)
-
-
-def _macro_f1(system: System, references: Indices, answers: Indices, missing: int) -> float | None:
+def _macro_f1(system: System, references: Indices, answers: Indices, missing: int) -> float:
     """Return the mean F1 of the classes that are a reference or an answer; a missing one is none.
 
     Args:
         references: class of every record; answers: class of every candidate.
-        missing: the class of missing answers, above all others.
+        missing: the class of missing answers.
     """
     true, said = references[system.records], answers[system.candidates]
-    weights, size = system.weights, missing + 1
-    there = np.bincount(true, weights, minlength=size)[:missing]
-    given = np.bincount(said, weights, minlength=size)[:missing]
-    right = np.bincount(true[true == said], weights[true == said], minlength=size)[:missing]
-    occurs = there + given > 0
-    return float(np.mean(2 * right[occurs] / (there + given)[occurs])) if occurs.any() else None
+    classes = np.union1d(true, said[said != missing])
+    f1 = library("sklearn.metrics").f1_score
+    return float(f1(true, said, labels=classes, average="macro", sample_weight=system.weights))
 
 
 def _value_metrics(evidence: Evidence, minimum: float, maximum: float) -> Metrics:
@@ -147,7 +146,7 @@ def _value_metrics(evidence: Evidence, minimum: float, maximum: float) -> Metric
         sums=[SumMetric("MAE", 0.0, _counted(np.abs(answers - true)), mean_of)],
         whole=[
             WholeMetric("Pearson", correlation(lambda x: x)),
-            WholeMetric("Spearman", correlation(_ranks)),
+            WholeMetric("Spearman", correlation(library("scipy.stats").rankdata)),
         ],
     )
 
@@ -163,18 +162,14 @@ def _number(text: str) -> float:
 
 
 def _correlation(x: Vector, y: Vector, weights: Vector) -> float | None:
-    """Return Pearson's correlation; None where one side is constant."""
+    """Return Pearson's correlation; None where one side is constant.
+
+    Not scipy's, which knows no weights: several answers to a record count as one.
+    """
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     covariance = np.cov(x, y, aweights=weights, ddof=0)
     return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
-
-
-def _ranks(values: Vector) -> Vector:
-    """Rank from 1; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse])
 
 
 def _text_metrics(evidence: Evidence, task: Task) -> Metrics:

@@ -11,11 +11,10 @@ from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
 from mas_batch.aggregate.partials import pattern_partial, support_partial
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.collect import answers_by_partition
+from mas_batch.evaluation.gather import answers_by_partition, plan_of
 from mas_batch.job import Job, MergeMethod
 from mas_batch.merging import merge_spec
 from mas_batch.run_folder.names import staged_name
-from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
 from mas_batch.tasks import make_task
 
@@ -88,11 +87,9 @@ def _with_reliability(spec: MergeSpec, run: Run) -> MergeSpec:
 
 
 def _with_weights(spec: MergeSpec, run: Run) -> MergeSpec:
-    plan = read_plan(run.store)
-    assert plan is not None
     partials = [
         support_partial(run.store.read_table(staged_name(index)), answers, spec)
-        for index, answers in enumerate(answers_by_partition(run, plan))
+        for index, answers in enumerate(answers_by_partition(run, plan_of(run)))
     ]
     weights = SUPPORT.finalize(SUPPORT.combine(partials))
     return replace(spec, weights="learned", accuracies=weights)

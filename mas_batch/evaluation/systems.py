@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from mas_batch.aggregate.normalise import normalise_text
+from mas_batch.quality import Key, Kind
+
 Matrix: TypeAlias = npt.NDArray[np.float64]
 Vector: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
-
-
-class Kind(StrEnum):
-    """What a system is."""
-
-    AGENT = "agent"
-    RANDOM = "random"
-    """Any one of a record's answers: the mean over them."""
-    RUN = "run"
-    """The answers that the run published."""
-    MERGE = "merge"
-    """The stored answers, merged in another way."""
-    ORACLE = "oracle"
-    """The best answer that any agent gave to each record: no choice among them can do better."""
-
-
-Key: TypeAlias = tuple[Kind, str]
-"""A system's kind and name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +113,7 @@ class Evidence:
 
 
 @dataclass(slots=True)
-class Ledger:
+class EvidenceBuilder:
     """Collects records and their answers, one record after the other."""
 
     references: list[str] = field(default_factory=list)
@@ -168,6 +152,13 @@ class Ledger:
             self.answers.append(answer)
             self.record_of.append(len(self.references) - 1)
         return self._current[answer]
+
+
+def number_texts(texts: Sequence[str]) -> tuple[list[str], Indices]:
+    """Number texts that are equal in normalised form: (the distinct ones, the number of each)."""
+    normalised = np.array([normalise_text(text) for text in texts], dtype=object)
+    names, numbers = np.unique(normalised, return_inverse=True)
+    return names.tolist(), numbers.astype(np.int64)
 
 
 def oracle(evidence: Evidence, losses: Vector) -> System:

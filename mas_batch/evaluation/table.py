@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mas_batch.evaluation.agreement import PairAgreement
+from mas_batch.evaluation.agreement import AgentPair
 from mas_batch.evaluation.confidence import ConfidenceQuality
-from mas_batch.evaluation.cost import AgentCost, Latency
+from mas_batch.evaluation.cost import AgentCost, Percentiles
 from mas_batch.evaluation.evaluate import Evaluation
-from mas_batch.evaluation.quality import Difference, Quality, Score, Verdict
-from mas_batch.evaluation.scaling import Scale
-from mas_batch.evaluation.systems import Kind
+from mas_batch.evaluation.scoring import Worth
+from mas_batch.evaluation.speedup import Scale
+from mas_batch.quality import Difference, Kind, MetricScore, Quality
+from mas_batch.terminal import plain_table, print_section
 
 _KINDS = {
     Kind.AGENT: "agent",
@@ -24,11 +25,11 @@ _KINDS = {
     Kind.ORACLE: "limit",
 }
 _STYLES = {
-    Verdict.BETTER: "bold green",
-    Verdict.PERHAPS_BETTER: "bold",
-    Verdict.EQUAL: "bold",
-    Verdict.PERHAPS_WORSE: "bold yellow",
-    Verdict.WORSE: "bold red",
+    Worth.BETTER: "bold green",
+    Worth.PERHAPS_BETTER: "bold",
+    Worth.EQUAL: "bold",
+    Worth.PERHAPS_WORSE: "bold yellow",
+    Worth.WORSE: "bold red",
 }
 _OWN_ANSWERS = (Kind.AGENT, Kind.RUN, Kind.MERGE)
 _BAR_WIDTH = 20
@@ -69,7 +70,7 @@ def _verdict_line(evaluation: Evaluation) -> str:
     merge, goal = evaluation.merge, evaluation.goal
     agent = f"the best single agent, {evaluation.best_agent}"
     difference = merge.score(goal).difference
-    if difference is None or evaluation.verdict is Verdict.EQUAL:
+    if difference is None or evaluation.verdict is Worth.EQUAL:
         return f"The merge ({merge.name}) is as good as {agent}, by {goal}"
     word, noise = evaluation.verdict.split(", ")
     loud = word.upper() if word == "worse" else word
@@ -86,7 +87,7 @@ def _print_quality(console: Console, evaluation: Evaluation) -> None:
     better = "higher" if evaluation.higher_is_better else "lower"
     has_missing = any(quality.num_missing for quality in evaluation.qualities)
     header = ["", "", goal, "95 %", "Δ", "95 %", "p", *["missing"] * has_missing]
-    table = _table(header, num_left=2)
+    table = plain_table(header, num_left=2)
     best = _best(evaluation, goal)
     for quality in evaluation.qualities:
         score = quality.score(goal)
@@ -94,13 +95,13 @@ def _print_quality(console: Console, evaluation: Evaluation) -> None:
         table.add_row(
             _name(quality.kind, quality.name),
             Text(kind, style="dim"),
-            _shown(score, best, quality),
+            _score_cell(score, best, quality),
             _range(score.low, score.high, show),
             *_difference_cells(score.difference, show),
             *[f"{quality.num_missing:,}" if quality.kind in _OWN_ANSWERS else ""] * has_missing,
         )
     about = f"{goal}, {better} is better; Δ is against the best single agent"
-    _print_section(console, "Quality", about, table)
+    print_section(console, "Quality", about, table)
     for method, why in evaluation.skipped.items():
         console.print(Text(f"{method} is not tried: {why}", style="dim"))
     _print_other_metrics(console, evaluation)
@@ -110,11 +111,11 @@ def _print_other_metrics(console: Console, evaluation: Evaluation) -> None:
     goal = evaluation.goal
     names = [score.metric for score in evaluation.qualities[0].scores if score.metric != goal]
     best = {name: _best(evaluation, name) for name in names}
-    table = _table(["", *names])
+    table = plain_table(["", *names])
     for quality in evaluation.qualities:
-        cells = (_shown(quality.score(name), best[name], quality) for name in names)
+        cells = (_score_cell(quality.score(name), best[name], quality) for name in names)
         table.add_row(_name(quality.kind, quality.name), *cells)
-    _print_section(console, "Other metrics", "higher is better", table)
+    print_section(console, "Other metrics", "higher is better", table)
     for name, signature in evaluation.signatures.items():
         console.print(Text(f"{name}: {signature}", style="dim"))
 
@@ -138,7 +139,7 @@ def _best(evaluation: Evaluation, metric: str) -> float | None:
     return (min if lower else max)(values, default=None)
 
 
-def _shown(score: Score, best: float | None, quality: Quality) -> Text:
+def _score_cell(score: MetricScore, best: float | None, quality: Quality) -> Text:
     if score.value is None:
         return Text("–")
     is_best = score.value == best and quality.kind is not Kind.ORACLE
@@ -152,7 +153,7 @@ def _difference_cells(difference: Difference | None, show: Callable[[float], str
     return [_signed(difference.value, show), f"{low} {high}", f"{difference.p:.3f}"]
 
 
-def _print_agreement(console: Console, pairs: Sequence[PairAgreement]) -> None:
+def _print_agreement(console: Console, pairs: Sequence[AgentPair]) -> None:
     columns = {
         "equal": ("equal", "{:.0%}"),
         "kappa": ("kappa", "{:.2f}"),
@@ -161,20 +162,20 @@ def _print_agreement(console: Console, pairs: Sequence[PairAgreement]) -> None:
         "mean_difference": ("difference", "{:.3g}"),
     }
     used = [name for name in columns if any(getattr(pair, name) is not None for pair in pairs)]
-    table = _table(["", "", "records", *(columns[name][0] for name in used)], num_left=2)
+    table = plain_table(["", "", "records", *(columns[name][0] for name in used)], num_left=2)
     for pair in pairs[:_MAX_PAIRS]:
         figures = (_format(getattr(pair, name), columns[name][1]) for name in used)
         table.add_row(Text(pair.agent_a), Text(pair.agent_b), f"{pair.num_records:,}", *figures)
     about = "agents that always say the same cannot correct each other"
     if len(pairs) > _MAX_PAIRS:
         about += f"; {len(pairs) - _MAX_PAIRS:,} pairs more in agreement.parquet"
-    _print_section(console, "Agreement", about, table)
+    print_section(console, "Agreement", about, table)
 
 
 def _print_confidence(console: Console, judged: Sequence[ConfidenceQuality]) -> None:
     about = "ECE: distance to the truth; risk: mean loss with the surest answered first"
     header = ["", "confidence", "mean", "correct", "ECE", "calibrated", "risk", "random", "best"]
-    table = _table(header, num_left=2)
+    table = plain_table(header, num_left=2)
     for each in judged:
         risk = (each.risk.area, each.risk.random, each.risk.best)
         table.add_row(
@@ -186,7 +187,7 @@ def _print_confidence(console: Console, judged: Sequence[ConfidenceQuality]) -> 
             _format(each.calibrated_error, "{:.3f}"),
             *(f"{value:.3f}" for value in risk),
         )
-    _print_section(console, "Confidence", about, table)
+    print_section(console, "Confidence", about, table)
     own = next((each for each in judged if each.kind is Kind.RUN), None)
     if own is not None and own.bins:
         console.print(_diagram(own))
@@ -199,7 +200,9 @@ def _mean(judged: ConfidenceQuality, name: str) -> float | None:
 
 def _diagram(judged: ConfidenceQuality) -> Table:
     """Draw how often (or how far) records of like confidence are right."""
-    table = _table([judged.confidence_kind.replace("_", " "), "records", "mean", "correct", ""])
+    table = plain_table(
+        [judged.confidence_kind.replace("_", " "), "records", "mean", "correct", ""]
+    )
     table.columns[-1].justify = "left"
     for each in judged.bins:
         full = round(each.mean_correct * _BAR_WIDTH)
@@ -215,7 +218,7 @@ def _diagram(judged: ConfidenceQuality) -> Table:
 
 def _print_cost(console: Console, costs: Sequence[AgentCost]) -> None:
     header = ("", "answers", "failed", "prompt tokens", "new tokens", "tokens/s", "records/s")
-    table = _table(header)
+    table = plain_table(header)
     for cost in costs:
         counts = (cost.answers, cost.failed_answers, cost.prompt_tokens, cost.completion_tokens)
         table.add_row(
@@ -224,16 +227,16 @@ def _print_cost(console: Console, costs: Sequence[AgentCost]) -> None:
             _format(cost.tokens_per_s, "{:,.1f}"),
             _format(cost.records_per_s, "{:,.2f}"),
         )
-    _print_section(console, "Cost", "rates are those of one busy replica", table)
-    table = _table(["", "compute p50", "p95", "p99", "T p50", "p95", "p99"])
+    print_section(console, "Cost", "rates are those of one busy replica", table)
+    table = plain_table(["", "compute p50", "p95", "p99", "T p50", "p95", "p99"])
     for cost in costs:
         table.add_row(Text(cost.agent_id), *_percentiles(cost.compute), *_percentiles(cost.total))
     about = "seconds per answer; T = compute + transfer + processing"
-    _print_section(console, "Latency", about, table)
+    print_section(console, "Latency", about, table)
 
 
 def _print_scaling(console: Console, scales: Sequence[Scale]) -> None:
-    table = _table(["", "replicas", "wall s", "rec/s", "speed-up", "efficiency"])
+    table = plain_table(["", "replicas", "wall s", "rec/s", "speed-up", "efficiency"])
     for scale in scales:
         replicas = ", ".join(f"{agent} {count}" for agent, count in scale.replicas.items())
         resumed = f" ({scale.num_executions} executions)" if scale.num_executions > 1 else ""
@@ -246,20 +249,7 @@ def _print_scaling(console: Console, scales: Sequence[Scale]) -> None:
             f"{scale.efficiency:.0%}",
         )
     about = "from the first partition asked to the last merged; against the fewest replicas"
-    _print_section(console, "Scaling", about, table)
-
-
-def _table(header: Iterable[str], num_left: int = 1) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for position, title in enumerate(header):
-        left = position < num_left  # in a narrow terminal words are broken, figures never
-        table.add_column(title, justify="left" if left else "right", no_wrap=not left)
-    return table
-
-
-def _print_section(console: Console, title: str, about: str, table: Table) -> None:
-    console.print(Text.assemble("\n", (title, "bold"), "  ", (about, "dim")))
-    console.print(table)
+    print_section(console, "Scaling", about, table)
 
 
 def _formatter(metric: str) -> Callable[[float], str]:
@@ -279,5 +269,5 @@ def _format(value: float | None, pattern: str) -> str:
     return "–" if value is None else pattern.format(value)
 
 
-def _percentiles(latency: Latency) -> list[str]:
-    return [f"{seconds:,.3f}" for seconds in (latency.p50_s, latency.p95_s, latency.p99_s)]
+def _percentiles(seconds: Percentiles) -> list[str]:
+    return [f"{value:,.3f}" for value in (seconds.p50_s, seconds.p95_s, seconds.p99_s)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from mas_batch.errors import RunError
+from mas_batch.evaluation.libraries import library
 from mas_batch.evaluation.systems import Matrix, Vector
 
 _TEXTS_AT_ONCE = 1000
@@ -60,7 +59,7 @@ def chrf() -> CorpusMetric:
     Raises:
         RunError: sacrebleu is not installed.
     """
-    return CorpusMetric("chrF", _library("sacrebleu.metrics").CHRF())
+    return CorpusMetric("chrF", library("sacrebleu.metrics").CHRF())
 
 
 def bleu(language: str) -> CorpusMetric:
@@ -72,7 +71,7 @@ def bleu(language: str) -> CorpusMetric:
         RunError: sacrebleu is not installed.
     """
     tokenizer = _TOKENIZERS.get(language.casefold(), "13a")
-    return CorpusMetric("BLEU", _library("sacrebleu.metrics").BLEU(tokenize=tokenizer))
+    return CorpusMetric("BLEU", library("sacrebleu.metrics").BLEU(tokenize=tokenizer))
 
 
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[dict[str, Vector], int]:
@@ -86,7 +85,7 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[dict[st
     Raises:
         RunError: rouge-score is not installed.
     """
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(list(_ROUGE.values()))
+    scorer = library("rouge_score.rouge_scorer").RougeScorer(list(_ROUGE.values()))
     columns: dict[str, list[float]] = {name: [] for name in _ROUGE}
     for hypothesis, reference in zip(hypotheses, references, strict=True):
         scores = scorer.score(reference, hypothesis)
@@ -94,13 +93,3 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> tuple[dict[st
             column.append(scores[_ROUGE[name]].fmeasure)
     num_blind = sum(not _ROUGE_TOKEN.search(reference) for reference in references)
     return {name: np.array(column, np.float64) for name, column in columns.items()}, num_blind
-
-
-def _library(module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise RunError(
-            f"texts are judged with {module.partition('.')[0]}, which is not installed: "
-            "pip install 'mas_batch[evaluate]'"
-        ) from error

@@ -102,7 +102,7 @@ def take_over(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class _PresentPartition:
     """A partition of the present run, without its texts."""
 
     number: int
@@ -112,15 +112,15 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Block:
+class _Neighbours:
     """Neighbouring partitions, and what the earlier run has of their records."""
 
-    parts: Sequence[_Part]
+    parts: Sequence[_PresentPartition]
     matches: Matches
     usable: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, parts: Sequence[_Part], index: RecordIndex) -> _Block:
+    def of(cls, parts: Sequence[_PresentPartition], index: RecordIndex) -> _Neighbours:
         matches = index.find(np.concatenate([part.keys for part in parts]))
         reasons = (part.records["reason"].is_null().to_numpy() for part in parts)
         return cls(parts, matches, np.concatenate(list(reasons)))
@@ -218,7 +218,7 @@ class _Taking:
         to_ask = set(self._escalated)
         for parts in self._parts():
             check()
-            block = _Block.of(parts, index)
+            block = _Neighbours.of(parts, index)
             block.tally(tally)
             known = {agent.name: self._known(agent, block) for agent in self.agents}
             answers.update({agent: sum(map(len, tables)) for agent, tables in known.items()})
@@ -245,7 +245,7 @@ class _Taking:
         store = self.present.store
         write_engines(store, kept | read_engines(store))
 
-    def _parts(self) -> Iterator[list[_Part]]:
+    def _parts(self) -> Iterator[list[_PresentPartition]]:
         """Read the staged records, some partitions at a time."""
         numbers: list[int] = []
         num_records = 0
@@ -258,19 +258,21 @@ class _Taking:
         if numbers:
             yield list(self.pool.map(self._part, numbers))
 
-    def _part(self, number: int) -> _Part:
+    def _part(self, number: int) -> _PresentPartition:
         name = staged_name(number)
         records = self.present.store.read_table(name, [*COLUMNS, "reason"])
-        return _Part(number, records.select(["record_id", "reason"]), record_keys(records))
+        return _PresentPartition(
+            number, records.select(["record_id", "reason"]), record_keys(records)
+        )
 
-    def _known(self, agent: Agent, block: _Block) -> list[pa.Table]:
+    def _known(self, agent: Agent, block: _Neighbours) -> list[pa.Table]:
         """Return of each partition the agent's earlier answers that would be today's."""
         prompt = hash_of_prompt(self.present.job, agent)
         wanted = block.wanted(same_id=draws(agent))
         found = self.earlier.answers(agent.name, agent.samples, prompt, wanted, self.pool)
         return block.split(*found)
 
-    def _settle(self, part: _Part, known: Mapping[str, pa.Table]) -> set[str]:
+    def _settle(self, part: _PresentPartition, known: Mapping[str, pa.Table]) -> set[str]:
         """Commit a partition's known answers; returns who may have to be asked about it."""
         store, done = self.present.store, self.done.agents(part.number)
         choice = self.settling.choose(part.records, known, done)

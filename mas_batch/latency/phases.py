@@ -9,7 +9,9 @@ from mas_batch.events import Event, PhaseEnded
 
 READING = "reading corpus"
 STARTING = "starting"
+"""Workers are started, or found."""
 LOADING = "first model"
+"""No worker holds its model yet; workers that come later load theirs while others answer."""
 ANSWERING = "answering"
 LEARNING = "learning"
 COUNTING = "counting"
@@ -18,7 +20,7 @@ ALL = (READING, STARTING, LOADING, ANSWERING, LEARNING, COUNTING, PUBLISHING)
 
 
 class Phases:
-    """Times phases by one clock; each is told as an event when the next begins."""
+    """Times phases by one clock; each is emitted as an event when the next begins."""
 
     def __init__(self, name: str, start: float) -> None:
         """Begin the first phase.
@@ -30,17 +32,17 @@ class Phases:
         self._name = name
         self._began = start
         self._emit: Callable[[Event], None] | None = None
-        self._untold: list[PhaseEnded] = []
+        self._ended: list[PhaseEnded] = []
 
     def tell(self, emit: Callable[[Event], None]) -> None:
         """Emit what has ended so far, and from now on each phase as it ends."""
         self._emit = emit
-        for event in self._untold:
+        for event in self._ended:
             emit(event)
-        self._untold.clear()
+        self._ended.clear()
 
     def begin(self, name: str) -> None:
-        """End the present phase and begin another; one that goes on goes on."""
+        """End the present phase and begin another; the name of the present one changes nothing."""
         if name != self._name:
             self._end()
             self._name = name
@@ -54,6 +56,6 @@ class Phases:
         event = PhaseEnded(self._name, self._began - self.start, now - self._began)
         self._began = now
         if self._emit is None:
-            self._untold.append(event)
+            self._ended.append(event)
         else:
             self._emit(event)

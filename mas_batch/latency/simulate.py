@@ -1,7 +1,7 @@
 """A run on a virtual clock: the project's own dispatcher, workers that only take time.
 
-Deterministic: equal arguments give an equal history. What a task takes is the caller's business;
-this module knows who works when, who waits for whom, and what sharing a machine's cores costs.
+Deterministic: equal arguments give an equal result. The caller says what a task takes; this module
+knows when each worker works, what it waits for, and what sharing a machine's cores costs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Ask, Instruction, Merge
 
 _LOOK_S = 1.0
-"""How often the router looks around: until then it does not know that a worker is dead."""
+"""How often the router looks at its workers: until then it does not know that one is dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +53,17 @@ class Costs:
 
 
 class Clock:
-    """Two queues of events: at a time, and when work is done whose speed depends on who works.
+    """Two queues of events: at a time, and when work is done whose speed depends on other work.
 
-    All who work on the shared machine get the same share of it: with more cores wanted than
-    there are, everybody's work takes as much longer (processor sharing).
+    All tasks at work on the shared machine get the same share of it: with more cores wanted than
+    there are, every task takes as much longer (processor sharing).
     """
 
     def __init__(self, num_cores: float) -> None:
         self.now = 0.0
         self._num_cores = num_cores
         self._wanted = 0.0
-        self._done = 0.0  # seconds of work that everybody at work has been able to do so far
+        self._done = 0.0  # seconds of work that a task at work since the start has been able to do
         self._timed: list[tuple[float, int, Callable[[], None]]] = []
         self._working: list[tuple[float, int, float, Callable[[], None]]] = []
         self._tie = count()
@@ -88,7 +88,7 @@ class Clock:
         if self._working and not (self._timed and self._timed[0][0] <= due):
             self._advance(due)
             self._done, _, cores, event = heapq.heappop(self._working)
-            # Without this, sums of fractions would leave a trace of cores that nobody wants.
+            # Without this, sums of fractions would leave a trace of cores that no task wants.
             self._wanted = self._wanted - cores if self._working else 0.0
         else:
             when_s, _, event = heapq.heappop(self._timed)
@@ -110,8 +110,8 @@ class Clock:
 
 
 @dataclass(slots=True)
-class History:
-    """What came of a simulated run; times are seconds after its start."""
+class SimulationResult:
+    """What came of a simulation; times are seconds after its start."""
 
     loaded_s: float = 0.0
     """When enough models were loaded to begin."""
@@ -132,12 +132,12 @@ class History:
         """Seconds from the first question to the last merge."""
         return self.makespan_s - self.loaded_s
 
-    def followed_by(self, later: History) -> History:
+    def followed_by(self, later: SimulationResult) -> SimulationResult:
         """Return both passes as one: all models are loaded, then one pass follows the other."""
         loaded_s = self.loaded_s + later.loaded_s
         shift_s = loaded_s + self.asking_s - later.loaded_s
         ended_s = {name: end + later.loaded_s for name, end in self.ended_s.items()}
-        return History(
+        return SimulationResult(
             loaded_s=loaded_s,
             makespan_s=loaded_s + self.asking_s + later.asking_s,
             busy_s=defaultdict(float, self.busy_s | later.busy_s),
@@ -158,7 +158,7 @@ class Simulation:
             another agent, of all its records; never more than the time before.
         may_start: given the agents that are served, whether asking may begin.
         on_merged: called with the time of every merge.
-        look_s: how often the router looks around.
+        look_s: how often the router looks at its workers.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Simulation:
         on_merged: Callable[[float], None] = lambda now: None,
         look_s: float = _LOOK_S,
     ) -> None:
-        self.history = History()
+        self.result = SimulationResult()
         self._dispatcher = dispatcher
         self._workers = {worker.name: worker for worker in workers}
         self._costs = costs
@@ -190,7 +190,7 @@ class Simulation:
         self._has_started = False
         self._free_s = 0.0  # when the submitting process has handled what it has heard
 
-    def run(self) -> History:
+    def run(self) -> SimulationResult:
         """Run to the last merge.
 
         Raises:
@@ -207,10 +207,8 @@ class Simulation:
             self._clock.step()
             num_idle = num_idle + 1 if self._clock.num_events == 1 else 0  # the next look
             if num_idle > 2:
-                raise RuntimeError(
-                    "nothing goes on: partitions are left for an agent without workers"
-                )
-        return self.history
+                raise RuntimeError("partitions are left for an agent without workers")
+        return self.result
 
     # Workers
 
@@ -223,7 +221,7 @@ class Simulation:
             self._hear(partial(self._join, worker))
         elif self._may_start({ready.agent_id for ready in self._ready}):
             self._has_started = True
-            self.history.loaded_s = self._clock.now
+            self.result.loaded_s = self._clock.now
             for ready in self._ready:
                 self._hear(partial(self._join, ready))
 
@@ -236,7 +234,7 @@ class Simulation:
     def _begin(self, ask: Ask) -> None:
         worker = self._workers[ask.replica_id]
         share = self._open.get(ask.partition, 1.0) if ask.earlier else 1.0
-        self.history.num_asks += 1
+        self.result.num_asks += 1
         work_s = self._costs.answer_s(worker, ask, share)
         began = self._clock.now
         self._clock.work(work_s, worker.cores, partial(self._end, ask, began))
@@ -244,8 +242,8 @@ class Simulation:
     def _end(self, ask: Ask, began: float) -> None:
         if ask.replica_id in self._gone:
             return
-        self.history.busy_s[ask.replica_id] += self._clock.now - began
-        self.history.ended_s[ask.replica_id] = self._clock.now
+        self.result.busy_s[ask.replica_id] += self._clock.now - began
+        self.result.ended_s[ask.replica_id] = self._clock.now
         queue = self._queues[ask.replica_id]
         queue.popleft()
         if queue:
@@ -257,7 +255,7 @@ class Simulation:
     def _hear(self, handle: Callable[[], list[Instruction]]) -> None:
         """Handle news when what was heard before is handled."""
         self._free_s = max(self._free_s, self._clock.now) + self._costs.handle_s
-        self.history.handling_s += self._costs.handle_s
+        self.result.handling_s += self._costs.handle_s
         self._clock.at(self._free_s, lambda: self._act(handle()))
 
     def _join(self, worker: Worker) -> list[Instruction]:
@@ -278,7 +276,7 @@ class Simulation:
                 # The dispatcher only needs to know that there are some.
                 return self._dispatcher.undecided(partition, 1, now)
         self._open.pop(partition, None)
-        self.history.makespan_s = now
+        self.result.makespan_s = now
         self._on_merged(now)
         return self._dispatcher.merged(partition, now)
 
@@ -295,7 +293,7 @@ class Simulation:
         for instruction in instructions:
             match instruction:
                 case Ask():
-                    self.history.num_copies += instruction.purpose == "copy"
+                    self.result.num_copies += instruction.purpose == "copy"
                     self._clock.at(sent_s, partial(self._arrive, instruction))
                 case Merge():
                     self._clock.at(sent_s, partial(self._merge, instruction))

@@ -103,7 +103,7 @@ def read_events(
 
     Args:
         store: the run's folder.
-        report: told of a file whose last line is cut short; that line is passed over.
+        report: called with a message for a file whose last line is cut short, which is skipped.
 
     Raises:
         RunError: another line cannot be read; the message names file and line.
@@ -117,7 +117,7 @@ def read_events(
                 message = f"{store.path(name)}, line {number}: not an event: {error}"
                 if number < len(lines):
                     raise RunError(message) from error
-                report(f"{message}; passed over, it is the file's last")
+                report(f"{message}; skipped, it is the file's last")
             else:
                 yield event
 

@@ -1,7 +1,6 @@
-"""Sends a run's events to the scheduler, for its dashboard, from a thread of its own.
+"""Sends the scheduler snapshots of a run, for its dashboard, from a thread of its own.
 
-The run neither waits for it nor fails by it. What the scheduler has missed (it did not answer, it
-was told of the run too late) it gets as one copy of the state that the events come to.
+The run neither waits for that nor fails by it.
 """
 
 from __future__ import annotations
@@ -10,35 +9,33 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 
 from distributed import Client
 
+from mas_batch.dask_compat import call_scheduler
 from mas_batch.events import Event
 from mas_batch.job import Job
-from mas_batch.monitor.board import TAKEN, WANTED
 from mas_batch.monitor.dashboard.plugin import HANDLER, AgentsDashboard
 from mas_batch.monitor.fleet import LiveAgent
+from mas_batch.monitor.fold import Fold, public_text
 from mas_batch.monitor.live import LiveRun
-from mas_batch.monitor.messages import VERSION, Message, plain, slim
-from mas_batch.monitor.rings import History
+from mas_batch.monitor.rings import Timeline
+from mas_batch.monitor.snapshot import VERSION, Snapshot
 
 logger = logging.getLogger(__name__)
 
 EVERY_S = 0.5
-MAX_EVENTS = 200
-"""Per message; where more have come, the state they come to is the shorter message."""
 _SIGN_OF_LIFE_S = 5.0
 _CALL_S = 5.0
 _LAST_WORDS_S = 3.0
 
 
 def introduce(job: Job, name: str, execution: str, at: float) -> LiveRun:
-    """Return the state of a run of which nothing has happened yet."""
+    """Return a run of which nothing has happened yet."""
     agents = {
         agent.name: LiveAgent(
             agent.name,
-            model=plain(agent.model),
+            model=public_text(agent.model),
             capabilities=list(agent.capabilities or (job.task.kind,)),
             num_wanted=agent.count,
         )
@@ -47,22 +44,23 @@ def introduce(job: Job, name: str, execution: str, at: float) -> LiveRun:
     window = 2 if job.routing.window is None else job.routing.window
     kind, policy = job.task.kind, job.routing.policy
     return LiveRun(
-        name, execution, job.name, kind, policy, window, at, agents, {}, History(start=at)
+        name, execution, job.name, kind, policy, window, at, agents, {}, Timeline(start=at)
     )
 
 
 class Feed:
-    """A reader of events that passes them on; a context manager."""
+    """A reader of events that sends what they come to; a context manager."""
 
     def __init__(self, client: Client, run: LiveRun) -> None:
         self._client = client
         self._run = run
+        self._fold = Fold(run)
         self._events: deque[tuple[float, Event]] = deque()
-        self._wake = threading.Event()
-        self._closing = False
-        self._failed: str | None = None
-        self._state_wanted = True
-        self._last_sent = 0.0
+        self._closing = threading.Event()
+        self._error: str | None = None
+        self._num_sent = 0
+        self._last_heard: float | None = None
+        """When the scheduler last answered; None: it has to be told again."""
         self._given_up = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="mas-batch-feed")
 
@@ -72,28 +70,23 @@ class Feed:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            self._failed = plain(f"{type(error).__name__}: {error}")
-        self._closing = True
-        self._wake.set()
+            self._error = public_text(f"{type(error).__name__}: {error}")
+        self._closing.set()
         self._thread.join(_LAST_WORDS_S)
 
     def __call__(self, event: Event) -> None:
-        """Take an event, to be sent within half a second."""
+        """Take an event; the scheduler hears of it within half a second."""
         if not self._given_up:
-            self._events.append((time.time(), slim(event)))
-            if len(self._events) >= MAX_EVENTS:
-                self._wake.set()
+            self._events.append((time.time(), event))
 
     def _work(self) -> None:
         try:
             # Where the plugin is (by the preload, by an earlier run) this does nothing.
             self._client.register_plugin(AgentsDashboard())
-            while not self._closing:
-                self._wake.wait(EVERY_S)
-                self._wake.clear()
+            while not self._closing.wait(EVERY_S):
                 self._send()
             self._send()
-            if self._state_wanted:  # the last words were not heard
+            if self._last_heard is None:  # the last words were not heard
                 self._send()
         except Exception as error:  # a scheduler with an older package, or that lets no plugin in
             logger.debug("the scheduler shows no agents: %s", error)
@@ -102,50 +95,29 @@ class Feed:
             self._events.clear()
 
     def _send(self) -> None:
-        """Fold what has come and send it, if there is something to be said.
+        """Fold what has come and send a snapshot, if the scheduler is to hear something.
 
         Raises:
-            Exception: the scheduler does not want messages of this version.
+            Exception: the scheduler does not want snapshots of this version.
         """
-        batch = [self._events.popleft() for _ in range(len(self._events))]
-        num_before = self._run.num_events
-        for at, event in batch:
-            self._run.fold(at, event)
-        is_due = time.monotonic() - self._last_sent >= _SIGN_OF_LIFE_S
-        if not (batch or is_due or self._state_wanted or self._failed):
-            return
-        by_events = not self._state_wanted and len(batch) <= MAX_EVENTS
-        if by_events and self._deliver(self._message(num_before, batch)) != WANTED:
-            return
-        self._deliver(self._message(state=self._run))
-
-    def _message(
-        self,
-        num_before: int = 0,
-        batch: Sequence[tuple[float, Event]] = (),
-        state: LiveRun | None = None,
-    ) -> Message:
-        return Message(
-            run=self._run.name,
-            execution=self._run.execution,
-            sent_at=time.time(),
-            num_before=num_before,
-            events=[(at, event.to_dict()) for at, event in batch],
-            state=state,
-            failed=self._failed,
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        for at, event in events:
+            self._fold.take(at, event)
+        if self._error is not None:
+            self._fold.close(time.time(), self._error)
+        is_silent = (
+            self._last_heard is None or time.monotonic() - self._last_heard >= _SIGN_OF_LIFE_S
         )
+        if events or is_silent or self._error is not None:
+            self._deliver()
 
-    def _deliver(self, message: Message) -> str | None:
-        """Return the scheduler's reply; None if there was none: it may have it, or not."""
-        call = getattr(self._client.scheduler, HANDLER)
+    def _deliver(self) -> None:
+        self._num_sent += 1
+        data = Snapshot(self._num_sent, time.time(), self._run).to_json()
         try:
-            reply: str = self._client.sync(
-                call, version=VERSION, data=message.to_json(), callback_timeout=_CALL_S
-            )
+            call_scheduler(self._client, HANDLER, _CALL_S, version=VERSION, data=data)
         except (OSError, TimeoutError) as error:
-            logger.debug("the scheduler has not taken news of the run: %s", error)
-            self._state_wanted = True
-            return None
-        self._last_sent = time.monotonic()
-        self._state_wanted = reply != TAKEN
-        return reply
+            logger.debug("the scheduler has not taken a snapshot of the run: %s", error)
+            self._last_heard = None
+        else:
+            self._last_heard = time.monotonic()

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from mas_batch.monitor.board import Board, Entry
 from mas_batch.monitor.fleet import LiveAgent, LiveReplica, ReplicaState
+from mas_batch.monitor.inbox import HeardRun, Inbox
 from mas_batch.monitor.live import LiveRun
 
 FORMAT = 1
@@ -150,16 +150,16 @@ def schema() -> dict[str, Any]:
     return _OVERVIEW.json_schema()
 
 
-def overview(board: Board, now: float) -> Overview:
+def overview(inbox: Inbox, now: float) -> Overview:
     """Return how all runs are at this Unix time of the scheduler's clock."""
-    return Overview(FORMAT, now, [run_row(e, now) for e in reversed(board.entries.values())])
+    return Overview(FORMAT, now, [run_row(h, now) for h in reversed(inbox.runs.values())])
 
 
-def run_row(entry: Entry, now: float) -> RunRow:
+def run_row(heard: HeardRun, now: float) -> RunRow:
     """Return how a run is at this Unix time of the scheduler's clock."""
-    run = entry.run
+    run = heard.run
     # All times in the run are those of the submitting process's clock.
-    run_now = now - entry.clock_ahead_s if run.ended is None else run.ended
+    run_now = now - heard.clock_ahead_s if run.ended is None else run.ended
     replicas = sorted(run.replicas.values(), key=lambda r: (r.agent_id, r.worker))
     return RunRow(
         run=run.name,
@@ -167,9 +167,9 @@ def run_row(entry: Entry, now: float) -> RunRow:
         task=run.task,
         policy=run.policy,
         url=run.url,
-        status=entry.status(now),
+        status=heard.status(now),
         message=run.message,
-        started=run.started + entry.clock_ahead_s,
+        started=run.started + heard.clock_ahead_s,
         running_s=max(0.0, run_now - run.started),
         progress=progress(run),
         partitions=dict(zip(PARTITION_STATES, run.states, strict=True)),
@@ -185,6 +185,8 @@ def run_row(entry: Entry, now: float) -> RunRow:
 
 
 PARTITION_STATES = ("waiting", "answering", "answered", "merged")
+PURPOSES = ("answer", "retry", "careful", "copy", "probe")
+"""Why an agent is asked; see `events.PartitionAsked`."""
 
 
 def progress(run: LiveRun) -> float:

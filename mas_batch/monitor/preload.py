@@ -7,8 +7,8 @@ from distributed import Scheduler
 from mas_batch.monitor.dashboard import page
 from mas_batch.monitor.dashboard.plugin import NAME, AgentsDashboard
 
-# Dask imports this before it starts its dashboard: the plots are then among its own, and whoever
-# lists those (JupyterLab's extension) lists ours.
+# Dask imports this module before it starts its dashboard: our plots are then among its own, and
+# JupyterLab's extension, which lists those, lists ours.
 page.register()
 
 

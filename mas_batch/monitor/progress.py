@@ -72,7 +72,7 @@ class Throughput:
 
     @property
     def answering_s(self) -> float:
-        """Seconds from the first agent that was ready to the last news."""
+        """Seconds from the first agent that was ready to the last answer or merge."""
         return max(0.0, self._last - self._start) if self._start else 0.0
 
     def per_second(self, count: int) -> float:
@@ -175,38 +175,40 @@ def _escalation(event: Escalated) -> str:
 
 
 def sentence(event: Event) -> str | None:
-    """Tell people of an event, in rich's markup; None if it is not worth a line."""
+    """Return what people read of an event, in rich's markup; None if it is not worth a line."""
     match event:
         case AnswersReused(None):
-            return "since last: there is no earlier run, every record is asked about"
+            return "since last: there is no earlier run, so the agents are asked about every record"
         case AnswersReused(run, records, answers, refused):
-            whys = [f"\n[yellow]{a} is asked everything: {_shown(w)}" for a, w in refused.items()]
+            whys = [
+                f"\n[yellow]{a} is asked about every record: {_safe(w)}" for a, w in refused.items()
+            ]
             reused = _counts({**records, "reused answers": sum(answers.values())})
             return f"since {run}: {reused}{''.join(whys)}"
         case AgentReady(agent_id, worker, load_s):
-            return f"{agent_id} ready on {_shown(worker)} ({load_s:.1f} s)"
+            return f"{agent_id} ready on {_safe(worker)} ({load_s:.1f} s)"
         case AgentLost(agent_id, worker, message):
-            return f"[yellow]agent {agent_id} on {_shown(worker)}: {_shown(message)}"
+            return f"[yellow]agent {agent_id} on {_safe(worker)}: {_safe(message)}"
         case AgentDraining(agent_id, worker, message):
-            return f"{agent_id} on {_shown(worker)} is asked nothing further: {_shown(message)}"
+            return f"{agent_id} on {_safe(worker)} is asked nothing further: {_safe(message)}"
         case BreakerChanged(agent_id, worker, state, message):
             style = "green" if state == "closed" else "yellow"
-            return f"[{style}]{agent_id} on {_shown(worker)}, breaker {state}: {_shown(message)}"
+            return f"[{style}]{agent_id} on {_safe(worker)}, breaker {state}: {_safe(message)}"
         case Learned(method, weights, why):
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
-            return f"{method} has learned: {_shown(each)}; {_shown(why)}"
+            return f"{method} has learned: {_safe(each)}; {_safe(why)}"
         case AgentsScaled(wanted, backlog):
             return f"workers wanted: {_counts(wanted)} (partitions to do: {_counts(backlog)})"
         case AnswerFailed():
             what = "given up" if event.given_up else "asked again"
             return (
-                f"[yellow]partition {event.partition}, {event.agent_id} on {_shown(event.worker)}, "
-                f"attempt {event.attempt}: {_shown(event.message)}; {what}"
+                f"[yellow]partition {event.partition}, {event.agent_id} on {_safe(event.worker)}, "
+                f"attempt {event.attempt}: {_safe(event.message)}; {what}"
             )
     return None
 
 
-def _shown(text: str) -> str:
+def _safe(text: str) -> str:
     """Make the words of a library or a model safe for the console: no markup, no escapes."""
     return escape_markup(printable(text))
 

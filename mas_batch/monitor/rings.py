@@ -59,7 +59,7 @@ class Recent:
 
 
 @dataclass(slots=True)
-class Point:
+class TimelinePoint:
     """One step of a run's history."""
 
     index: int
@@ -76,13 +76,13 @@ class Point:
 
 
 @dataclass(slots=True)
-class History:
+class Timeline:
     """A whole run in at most `MAX_POINTS` points: when they are full, two become one."""
 
     start: float
     """Unix time."""
     step_s: float = 1.0
-    points: list[Point] = field(default_factory=list)
+    points: list[TimelinePoint] = field(default_factory=list)
 
     def note(
         self, at: float, states: tuple[int, int, int, int], num_records: int, num_tokens: int
@@ -95,14 +95,14 @@ class History:
         while (index := max(0, int((at - self.start) / self.step_s))) >= MAX_POINTS:
             self._halve()
         if not self.points or self.points[-1].index < index:
-            self.points.append(Point(index, *states))
+            self.points.append(TimelinePoint(index, *states))
         last = self.points[-1]
         last.waiting, last.answering, last.answered, last.merged = states
         last.num_records += num_records
         last.num_tokens += num_tokens
 
     def _halve(self) -> None:
-        merged: list[Point] = []
+        merged: list[TimelinePoint] = []
         for point in self.points:
             point.index //= 2
             if merged and merged[-1].index == point.index:

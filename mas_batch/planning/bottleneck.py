@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mas_batch.latency.phases import ANSWERING
-from mas_batch.planning.forecast import Forecaster, Outcome, Setting, busy_fractions
+from mas_batch.planning.forecast import Forecast
 
 Kind = Literal["start", "submitter", "cores", "tail", "agent"]
 
 _FULL = 0.9
-"""A share of the time from which on somebody is called fully busy."""
+"""Share of the time from which on an agent, the cores or the submitter count as fully busy."""
 _LONG_TAIL = 0.15
-"""Of answering, while a replica of the busiest agent has nothing left to do."""
+"""Share of answering in which a replica of the busiest agent has nothing left to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """What holds a run up, and what would help."""
+    """What a run waits for most, and what would help."""
 
     kind: Kind
     agent_id: str | None
@@ -29,14 +29,12 @@ class Bottleneck:
     help: str
 
 
-def find_bottleneck(forecaster: Forecaster, setting: Setting, outcome: Outcome) -> Bottleneck:
-    """Name what a simulated run waits for most."""
-    answering_s, total_s = outcome.phases[ANSWERING], outcome.duration_s
-    rest = 1 - answering_s / total_s
+def find_bottleneck(forecast: Forecast) -> Bottleneck:
+    """Name what a predicted run waits for most."""
+    phases, result = forecast.phases, forecast.result
+    rest = 1 - phases[ANSWERING] / forecast.duration_s
     if rest > 0.5:
-        slowest = max(
-            (name for name in outcome.phases if name != ANSWERING), key=outcome.phases.__getitem__
-        )
+        slowest = max((name for name in phases if name != ANSWERING), key=phases.__getitem__)
         return Bottleneck(
             "start",
             None,
@@ -44,9 +42,8 @@ def find_bottleneck(forecaster: Forecaster, setting: Setting, outcome: Outcome) 
             f"{rest:.0%} of the time is spent before and after answering, most of it {slowest}",
             "more records per run: other settings hardly matter here",
         )
-    history = outcome.history
-    simulated_s = max(1e-9, history.asking_s)
-    handling = history.handling_s / simulated_s
+    asking_s = max(1e-9, result.asking_s)
+    handling = result.handling_s / asking_s
     if handling > _FULL:
         return Bottleneck(
             "submitter",
@@ -55,19 +52,21 @@ def find_bottleneck(forecaster: Forecaster, setting: Setting, outcome: Outcome) 
             f"the submitting process is busy {handling:.0%} of the time with its partitions",
             "larger partitions (partition.max_records, partition.max_tokens)",
         )
-    busy = busy_fractions(setting, outcome)
-    busiest = max(busy, key=lambda name: busy[name])
-    if outcome.core_fraction > _FULL:
+    busy = forecast.busy_fractions()
+    busiest = max(busy, key=busy.__getitem__)
+    if forecast.core_fraction > _FULL:
+        largest = max(forecast.totals, key=lambda name: forecast.totals[name].own_s)
         return Bottleneck(
             "cores",
             busiest,
-            outcome.core_fraction,
-            f"this machine's cores are busy {outcome.core_fraction:.0%} of the time, most of it "
-            f"with {_hungriest(outcome)}",
+            forecast.core_fraction,
+            f"this machine's cores are busy {forecast.core_fraction:.0%} of the time, most of it "
+            f"with {largest}",
             "more or faster cores: a Dask cluster on other machines; more replicas here do not",
         )
-    own = [history.ended_s.get(name, history.loaded_s) for name in _names(setting, busiest)]
-    tail = (history.makespan_s - min(own)) / simulated_s
+    replicas = [f"{busiest}-{number}" for number in range(forecast.replicas[busiest])]
+    first_ended_s = min(result.ended_s.get(name, result.loaded_s) for name in replicas)
+    tail = (result.makespan_s - first_ended_s) / asking_s
     if busy[busiest] < _FULL and tail > _LONG_TAIL:
         return Bottleneck(
             "tail",
@@ -83,11 +82,3 @@ def find_bottleneck(forecaster: Forecaster, setting: Setting, outcome: Outcome) 
         f"{busiest} is busy {busy[busiest]:.0%} of the time",
         f"more replicas of {busiest}",
     )
-
-
-def _names(setting: Setting, agent_id: str) -> list[str]:
-    return [f"{agent_id}-{number}" for number in range(setting.replicas[agent_id])]
-
-
-def _hungriest(outcome: Outcome) -> str:
-    return max(outcome.shares, key=lambda name: outcome.shares[name].own_s)

@@ -1,4 +1,4 @@
-"""Simulates runs with the project's own dispatcher: how long, how many tokens, who is busy."""
+"""Predicts a run by simulating it with the project's dispatcher: seconds, tokens, busy agents."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mas_batch.job import Agent, Job
-from mas_batch.latency.model import Floats
 from mas_batch.latency.phases import ANSWERING, LOADING
-from mas_batch.latency.simulate import Costs, History, Simulation, Worker
-from mas_batch.planning.evidence import PARTS, Evidence
-from mas_batch.planning.rates import HANDLE_S, Rates, other_phases, rates, tokens_asked
-from mas_batch.planning.survey import Cut, Survey
+from mas_batch.latency.simulate import Costs, Simulation, SimulationResult, Worker
+from mas_batch.planning.measurements import Measurements
+from mas_batch.planning.rates import HANDLE_S, RunRates, fit_rates, other_phases, tokens_asked
+from mas_batch.planning.service_time import Floats
+from mas_batch.planning.survey import Survey, evenly_spaced
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Ask, Rules, Work
 from mas_batch.routing.policies import POLICIES
@@ -24,27 +23,12 @@ from mas_batch.routing.rules import rules_of
 MAX_SIMULATED = 600
 """Partitions of a simulation, evenly spaced; the rest goes on at the rate of its middle half."""
 _PER_REPLICA = 8
-"""And at least so many for each replica, or its middle would be start and end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What may be chosen about a run."""
-
-    cut: Cut
-    replicas: Mapping[str, int]
-    """By agent."""
-    policy: str
-
-    @property
-    def total(self) -> int:
-        """Replicas of all agents."""
-        return sum(self.replicas.values())
+"""A simulation has at least so many for each replica: its middle half must not be start and end."""
 
 
 @dataclass(slots=True)
-class Share:
-    """What one agent is asked about in one simulated run."""
+class AgentTotals:
+    """What one agent is asked about in a predicted run."""
 
     num_tasks: float = 0.0
     num_records: float = 0.0
@@ -54,14 +38,16 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """One simulated run."""
+class Forecast:
+    """A run as predicted for one number of replicas of each agent."""
 
+    replicas: Mapping[str, int]
+    """By agent."""
     phases: Mapping[str, float]
     """Phase → seconds."""
-    history: History
+    result: SimulationResult
     """Of its passes, or of the part of them that was simulated."""
-    shares: Mapping[str, Share]
+    totals: Mapping[str, AgentTotals]
     """By agent; of the whole corpus."""
     core_fraction: float
     """How busy the shared machine's cores are; 0: there is no shared machine."""
@@ -71,67 +57,74 @@ class Outcome:
         """From the start of the command to the published manifest."""
         return float(sum(self.phases.values()))
 
+    def busy_fractions(self) -> dict[str, float]:
+        """Return agent → share of the answering time that its replicas are at work."""
+        whole_s = max(1e-9, self.result.asking_s)
+        busy_s = dict.fromkeys(self.replicas, 0.0)
+        for worker, seconds in self.result.busy_s.items():
+            busy_s[worker.rpartition("-")[0]] += seconds
+        return {
+            name: min(1.0, seconds / whole_s / self.replicas[name])
+            for name, seconds in busy_s.items()
+        }
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecaster:
-    """Everything that stays the same while settings are compared."""
+    """Predicts runs of one job with any number of replicas."""
 
     job: Job
-    evidence: Evidence
+    measurements: Measurements
     survey: Survey
     undecided: Mapping[int, float] | None
     """Answers per record → share of the records that is undecided with so many; None: not known,
-    and believed to be all."""
+    and taken to be all."""
     escalated: float
     """Share of the records that go to the last agent."""
     embedded: bool
+    """Whether the replicas share this machine's cores."""
 
-    def simulate(self, setting: Setting, seed: int | None) -> Outcome:
-        """Simulate a run.
-
-        Args:
-            seed: of one that might come; None: the one that is expected, from all measurements.
-        """
-        rng = None if seed is None else np.random.default_rng(seed)
-        known = rates(self.job, self.evidence, setting.replicas, embedded=self.embedded, rng=rng)
-        drawn = np.random.default_rng(seed or 0)
+    def forecast(self, replicas: Mapping[str, int]) -> Forecast:
+        """Simulate the run; equal arguments give an equal forecast."""
+        job = self.job
+        rates = fit_rates(job, self.measurements, replicas, embedded=self.embedded)
         phases = other_phases(
-            self.evidence,
-            num_partitions=len(setting.cut),
+            self.measurements,
+            num_partitions=self.survey.num_partitions,
             num_records=self.survey.num_records,
             read_s=self.survey.read_s,
-            num_workers=setting.total if self.embedded else 0,
+            num_workers=sum(replicas.values()) if self.embedded else 0,
         )
-        job = self.job
         undecided = self.undecided
         if undecided is None:
             undecided = dict.fromkeys(range(1, job.answers_per_record), 1.0)
-        first = _Pass(job, job.first_agents, rules_of(job, {}), undecided, known, drawn)
-        history, answering_s = first.run(setting)
-        shares, core_s = dict(first.shares), first.core_s
+        first = _Pass(job, job.first_agents, rules_of(job, {}), undecided, rates)
+        result, answering_s = first.run(self.survey, replicas)
+        totals, core_s = dict(first.totals), first.core_s
         if self.escalated:
             agents = tuple(a for a in job.agents if a not in job.first_agents)
             plain = replace(rules_of(job, {}), answers_per_record=agents[0].samples, first=None)
-            second = _Pass(job, agents, plain, {}, known, drawn)
-            later, more_s = second.run(setting, self.escalated)
-            history, answering_s = history.followed_by(later), answering_s + more_s
-            shares, core_s = shares | second.shares, core_s + second.core_s
-        phases |= {LOADING: history.loaded_s, ANSWERING: answering_s}
-        cores_s = known.num_cores * max(1e-9, history.asking_s)
-        return Outcome(phases, history, shares, core_s / cores_s)
+            second = _Pass(job, agents, plain, {}, rates)
+            later, more_s = second.run(self.survey, replicas, self.escalated)
+            result, answering_s = result.followed_by(later), answering_s + more_s
+            totals, core_s = totals | second.totals, core_s + second.core_s
+        phases |= {LOADING: result.loaded_s, ANSWERING: answering_s}
+        cores_s = rates.num_cores * max(1e-9, result.asking_s)
+        return Forecast(replicas, phases, result, totals, core_s / cores_s)
 
-    def tokens(self, outcome: Outcome, agent_id: str) -> tuple[int, int]:
+    def tokens(self, forecast: Forecast, agent_id: str) -> tuple[int, int]:
         """Return (prompt tokens, completion tokens) of an agent."""
-        share = outcome.shares.get(agent_id, Share())
-        return tokens_asked(self.evidence.agents[agent_id], share.num_records, share.text_tokens)
+        asked = forecast.totals.get(agent_id, AgentTotals())
+        measured = self.measurements.agents[agent_id]
+        return tokens_asked(measured, asked.num_records, asked.text_tokens)
 
-    def parts_s(self, outcome: Outcome, agent_id: str) -> dict[str, float]:
+    def parts_s(self, forecast: Forecast, agent_id: str) -> dict[str, float]:
         """Return T_compute, T_transfer and T_processing of all of an agent's tasks."""
-        share = outcome.shares.get(agent_id, Share())
-        measured = self.evidence.agents[agent_id].parts_s
+        asked = forecast.totals.get(agent_id, AgentTotals())
+        measured = self.measurements.agents[agent_id].parts_s
         whole = sum(measured.values()) or 1.0
-        own = {part: share.own_s * measured[part] / whole for part in PARTS}
-        waiting_s = share.num_tasks * self.evidence.send_s
+        own = {part: asked.own_s * seconds / whole for part, seconds in measured.items()}
+        waiting_s = asked.num_tasks * self.measurements.send_s
         return {
             "compute_s": own["compute"],
             "transfer_s": own["transfer"],
@@ -139,50 +132,40 @@ class Forecaster:
         }
 
 
-def busy_fractions(setting: Setting, outcome: Outcome) -> dict[str, float]:
-    """Return agent → share of its replicas' time that they are at work while answers are asked."""
-    history = outcome.history
-    whole_s = max(1e-9, history.asking_s)
-    busy = dict.fromkeys(setting.replicas, 0.0)
-    for worker, seconds in history.busy_s.items():
-        busy[worker.rpartition("-")[0]] += seconds
-    return {
-        name: min(1.0, seconds / whole_s / setting.replicas[name]) for name, seconds in busy.items()
-    }
-
-
 @dataclass(slots=True)
 class _Pass:
-    """Asks some of the job's agents about the corpus."""
+    """Simulates one pass over the corpus, in which some of the job's agents answer."""
 
     job: Job
     agents: tuple[Agent, ...]
     rules: Rules
     undecided: Mapping[int, float]
-    known: Rates
-    rng: np.random.Generator
-    shares: defaultdict[str, Share] = field(default_factory=lambda: defaultdict(Share))
+    rates: RunRates
+    totals: defaultdict[str, AgentTotals] = field(default_factory=lambda: defaultdict(AgentTotals))
     core_s: float = 0.0
     """Core-seconds of the shared machine."""
+    _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _warm: set[str] = field(default_factory=set)
     _open: dict[int, float] = field(default_factory=dict)
     _records: Floats = field(default_factory=lambda: np.zeros(0))
     _tokens: Floats = field(default_factory=lambda: np.zeros(0))
 
-    def run(self, setting: Setting, fraction: float = 1.0) -> tuple[History, float]:
-        """Simulate the pass; returns its history, and how long answering takes.
+    def run(
+        self, survey: Survey, replicas: Mapping[str, int], fraction: float = 1.0
+    ) -> tuple[SimulationResult, float]:
+        """Simulate the pass; returns its result, and how long answering takes.
 
         Args:
             fraction: of each partition's records that are asked about.
         """
-        cut = setting.cut
-        chosen = _evenly(len(cut), max(MAX_SIMULATED, _PER_REPLICA * setting.total))
-        self._records = cut.num_records[chosen] * fraction
-        self._tokens = cut.text_tokens[chosen] * fraction
+        most = max(MAX_SIMULATED, _PER_REPLICA * sum(replicas.values()))
+        chosen = evenly_spaced(survey.num_partitions, most)
+        self._records = survey.usable_records[chosen] * fraction
+        self._tokens = survey.text_tokens[chosen] * fraction
         merged: list[float] = []
         simulation = Simulation(
-            self._dispatcher(setting.policy),
-            list(self._workers(setting.replicas)),
+            self._dispatcher(),
+            list(self._workers(replicas)),
             self._costs(),
             samples={agent.name: agent.samples for agent in self.agents},
             undecided=self._undecided,
@@ -190,48 +173,48 @@ class _Pass:
             on_merged=merged.append,
             look_s=max(1.0, self._longest_s() / 20),
         )
-        history = simulation.run()
-        self._grow(cut.num_records.sum() * fraction / max(1e-9, self._records.sum()))
-        return history, _answering_s(history, merged, len(cut))
+        result = simulation.run()
+        self._scale_totals(survey.num_usable * fraction / max(1e-9, self._records.sum()))
+        return result, _answering_s(result, merged, survey.num_partitions)
 
-    def _dispatcher(self, policy: str) -> Dispatcher:
+    def _dispatcher(self) -> Dispatcher:
         per_record = self.job.task.max_new_tokens
         work = [
             Work(index, max(1, round(tokens + records * per_record)), max(1, round(records)))
             for index, (records, tokens) in enumerate(zip(self._records, self._tokens, strict=True))
         ]
         samples = {agent.name: agent.samples for agent in self.agents}
-        return Dispatcher(samples, self.rules, POLICIES[policy](), work, len(work))
+        return Dispatcher(samples, self.rules, POLICIES[self.job.routing.policy](), work, len(work))
 
     def _workers(self, replicas: Mapping[str, int]) -> Iterable[Worker]:
         for agent in self.agents:
-            known = self.known.agents[agent.name]
+            rates = self.rates.agents[agent.name]
             for number in range(replicas[agent.name]):
                 name = f"{agent.name}-{number}"
-                yield Worker(name, agent.name, known.load_s, known.cores)
+                yield Worker(name, agent.name, rates.load_s, rates.cores)
 
     def _costs(self) -> Costs:
-        shared = self.known.num_cores != float("inf")
+        shared = self.rates.num_cores != float("inf")
         return Costs(
             answer_s=self._answer_s,
             merge_s=self._merge_s,
             handle_s=HANDLE_S,
-            send_s=self.known.send_s,
+            send_s=self.rates.send_s,
             merge_cores=1.0 if shared else 0.0,
-            num_cores=self.known.num_cores,
+            num_cores=self.rates.num_cores,
         )
 
     def _answer_s(self, worker: Worker, ask: Ask, share: float) -> float:
-        service = self.known.agents[worker.agent_id].answer
+        service = self.rates.agents[worker.agent_id].answer
         records = float(self._records[ask.partition]) * share
         tokens = float(self._tokens[ask.partition]) * share
-        seconds = service.seconds(records, tokens) * self._stray(service.spread)
+        seconds = service.seconds(records, tokens)
         if worker.name not in self._warm:
             self._warm.add(worker.name)
             seconds += service.first_s
         self.core_s += seconds * worker.cores
         if ask.purpose != "copy":  # of two tries, one counts
-            asked = self.shares[worker.agent_id]
+            asked = self.totals[worker.agent_id]
             asked.num_tasks += 1
             asked.num_records += records
             asked.text_tokens += tokens
@@ -239,15 +222,11 @@ class _Pass:
         return seconds
 
     def _merge_s(self, partition: int) -> float:
-        service = self.known.merge
+        service = self.rates.merge
         seconds = service.seconds(float(self._records[partition]), float(self._tokens[partition]))
-        seconds *= self._stray(service.spread)
-        if self.known.num_cores != float("inf"):
+        if self.rates.num_cores != float("inf"):
             self.core_s += seconds
         return seconds
-
-    def _stray(self, spread: tuple[float, ...]) -> float:
-        return spread[self.rng.integers(len(spread))]
 
     def _undecided(self, partition: int, num_answers: int) -> float:
         """Draw how many of the partition's records that are still open stay so."""
@@ -256,39 +235,33 @@ class _Pass:
         now = min(before, self.undecided.get(num_answers, 0.0))
         records = max(1, round(self._records[partition]))
         still = round(self._open.get(partition, 1.0) * records)
-        drawn = self.rng.binomial(still, now / before) if before > 0 else 0
+        drawn = self._rng.binomial(still, now / before) if before > 0 else 0
         self._open[partition] = drawn / records
         return float(drawn / records)
 
     def _may_start(self, served: set[str]) -> bool:
-        """As `routing.dask.DaskRouter` waits for models: until who is there can answer enough."""
+        """As `routing.dask.DaskRouter`: wait for models until the loaded ones can answer enough."""
         samples = {agent.name: agent.samples for agent in self.agents}
         there = sum(samples[name] for name in served)
         return served == samples.keys() or there >= self.rules.answers_per_record
 
     def _longest_s(self) -> float:
         records, tokens = self._records.max(), self._tokens.max()
-        return max(a.answer.seconds(records, tokens) for a in self.known.agents.values())
+        return max(a.answer.seconds(records, tokens) for a in self.rates.agents.values())
 
-    def _grow(self, times: float) -> None:
+    def _scale_totals(self, times: float) -> None:
         """Count for the whole corpus what was simulated of a part of it."""
-        for asked in self.shares.values():
+        for asked in self.totals.values():
             asked.num_tasks *= times
             asked.num_records *= times
             asked.text_tokens *= times
             asked.own_s *= times
 
 
-def _answering_s(history: History, merged: list[float], num_partitions: int) -> float:
+def _answering_s(result: SimulationResult, merged: list[float], num_partitions: int) -> float:
     """Return how long all partitions take, by the rate of those in the middle."""
-    simulated_s = history.asking_s
     num_more = num_partitions - len(merged)
     if num_more <= 0:
-        return simulated_s
+        return result.asking_s
     first, last = len(merged) // 4, 3 * len(merged) // 4
-    return simulated_s + num_more * (merged[last] - merged[first]) / (last - first)
-
-
-def _evenly(count: int, most: int) -> NDArray[np.intp]:
-    """Return positions, evenly spaced."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.intp))
+    return result.asking_s + num_more * (merged[last] - merged[first]) / (last - first)

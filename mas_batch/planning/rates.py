@@ -1,4 +1,4 @@
-"""What a run's tasks and phases will take, from evidence: the numbers that a simulation needs."""
+"""What the tasks and phases of a planned run take, by what was measured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from dask.system import CPU_COUNT
 
 from mas_batch.agents.spec import agent_specs
 from mas_batch.job import Job
-from mas_batch.latency.model import (
-    NOTHING,
+from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING
+from mas_batch.planning.measurements import AgentMeasurements, Measurements
+from mas_batch.planning.service_time import (
     Floats,
     ServiceTime,
     fit,
     nonnegative_least_squares,
 )
-from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING
-from mas_batch.planning.evidence import AgentEvidence, Evidence
 
 HANDLE_S = 0.005
 """Of the submitting process and its scheduler per piece of news: docs/scale.md has 10.5 ms for a
@@ -28,16 +27,16 @@ _STAGE_RECORD_S = 5e-5
 _START_WORKER_S = 1.0
 """One more embedded worker process, on one core."""
 _PER_PARTITION_S = {READING: 0.003, COUNTING: 0.006, LEARNING: 0.01, PUBLISHING: 1e-5}
-"""Phase → seconds per partition, where all evidence is of one number of them; docs/scale.md."""
-_AT_MOST = 4.0
-"""Runs of a few partitions are believed as far as so many times that, either way."""
+"""Phase → seconds per partition, where all runs measured had one number of them; docs/scale.md."""
+_MAX_SLOPE_FACTOR = 4.0
+"""Two runs of a few partitions measure a slope badly: it is kept within so many times of
+`_PER_PARTITION_S`, above and below."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AgentRates:
     """What one agent's tasks take in the planned run."""
 
-    agent_id: str
     answer: ServiceTime
     load_s: float
     cores: float
@@ -45,50 +44,46 @@ class AgentRates:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rates:
-    """What everything takes in the planned run."""
+class RunRates:
+    """What all tasks take in the planned run."""
 
     agents: Mapping[str, AgentRates]
     merge: ServiceTime
     send_s: float
     num_cores: float
+    """Of the machine that replicas share; infinite: they share none."""
 
 
-def rates(
+def fit_rates(
     job: Job,
-    evidence: Evidence,
+    measurements: Measurements,
     replicas: Mapping[str, int],
     *,
     embedded: bool,
-    rng: np.random.Generator | None = None,
-) -> Rates:
+) -> RunRates:
     """Fit what tasks take, for so many replicas.
 
     On the embedded cluster replicas share this machine's cores; elsewhere each is taken to have
     hardware of its own. More threads are taken to make a replica faster in proportion.
-
-    Args:
-        rng: fit to what might as well have been measured; None: to what was.
     """
     planned = with_replicas(job, replicas)
     specs = agent_specs(planned, embedded=embedded, num_cores=CPU_COUNT)
     found = {}
     for agent in job.agents:
-        known = evidence.agents[agent.name]
+        known = measurements.agents[agent.name]
         threads = specs[agent.name].threads
         shares = embedded and known.cores > 0
         faster = threads / known.threads if shares and known.threads and threads else 1.0
         found[agent.name] = AgentRates(
-            agent.name,
-            fit(known.tasks, job.task.max_new_tokens, rng).scaled(1 / faster),
+            fit(known.tasks, job.task.max_new_tokens).scaled(1 / faster),
             known.load_s / faster,
             float(threads or 1) if shares else 0.0,
         )
-    merges = evidence.merges
-    return Rates(
+    merges = measurements.merges
+    return RunRates(
         found,
-        fit(merges, job.task.max_new_tokens) if len(merges) else NOTHING,
-        evidence.send_s,
+        fit(merges, job.task.max_new_tokens) if len(merges) else ServiceTime(),
+        measurements.send_s,
         float(CPU_COUNT) if embedded else float("inf"),
     )
 
@@ -102,7 +97,9 @@ def with_replicas(job: Job, replicas: Mapping[str, int]) -> Job:
     return job.model_copy(update={"agents": agents})
 
 
-def tokens_asked(known: AgentEvidence, num_records: float, text_tokens: float) -> tuple[int, int]:
+def tokens_asked(
+    known: AgentMeasurements, num_records: float, text_tokens: float
+) -> tuple[int, int]:
     """Return (prompt tokens, completion tokens) of an agent asked about so much."""
     tasks = known.tasks
     columns = np.stack([tasks.num_records, tasks.text_tokens], axis=1)
@@ -116,7 +113,12 @@ def tokens_asked(known: AgentEvidence, num_records: float, text_tokens: float) -
 
 
 def other_phases(
-    evidence: Evidence, *, num_partitions: int, num_records: int, read_s: float, num_workers: int
+    measurements: Measurements,
+    *,
+    num_partitions: int,
+    num_records: int,
+    read_s: float,
+    num_workers: int,
 ) -> dict[str, float]:
     """Return the seconds of all phases but those that a simulation has.
 
@@ -125,15 +127,15 @@ def other_phases(
     """
     found = {
         name: _by_partitions(
-            [(p, phases[name]) for p, phases in evidence.phases], slope, num_partitions
+            [(p, phases[name]) for p, phases in measurements.phases], slope, num_partitions
         )
         for name, slope in _PER_PARTITION_S.items()
-        if any(phases[name] for _, phases in evidence.phases)
+        if any(phases[name] for _, phases in measurements.phases)
     }
     found[READING] = found.get(READING, 0.0) + read_s + _STAGE_RECORD_S * num_records
-    starts = [phases[STARTING] for _, phases in evidence.phases]
+    starts = [phases[STARTING] for _, phases in measurements.phases]
     if starts:
-        more = (num_workers - evidence.num_workers) * _START_WORKER_S / CPU_COUNT
+        more = (num_workers - measurements.num_workers) * _START_WORKER_S / CPU_COUNT
         measured = float(np.mean(starts))
         found[STARTING] = max(measured / 3, measured + more) if num_workers else measured
     return found
@@ -146,6 +148,6 @@ def _by_partitions(seen: Sequence[tuple[int, float]], prior: float, num_partitio
     slope = prior
     if counts.max() > counts.min():
         found = float(np.polyfit(counts, seconds, 1)[0])
-        slope = min(max(found, prior / _AT_MOST), prior * _AT_MOST)
+        slope = float(np.clip(found, prior / _MAX_SLOPE_FACTOR, prior * _MAX_SLOPE_FACTOR))
     constant = max(0.0, float(np.mean(seconds - slope * counts)))
     return constant + slope * num_partitions

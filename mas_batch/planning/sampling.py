@@ -1,18 +1,26 @@
-"""Measures a job: runs it on a sample of its records, in two sizes of partition."""
+"""Measures a job: runs it on a sample of its records, in two sizes of partition.
+
+What other programs take of this machine meanwhile is measured too.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from distributed import Client
 
 from mas_batch import cluster, pipeline
 from mas_batch.job import Corpus, Job, Output, Partitioning, Routing
+from mas_batch.planning.rates import with_replicas
 from mas_batch.records import Record
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
@@ -79,13 +87,10 @@ def _of_sample(
         max_attempts=job.routing.max_attempts,
         speculate=False,
     )
-    agents = tuple(
-        agent.model_copy(update={"count": agent.most, "max_count": None}) for agent in job.agents
-    )
+    job = with_replicas(job, {agent.name: agent.most for agent in job.agents})
     return job.model_copy(
         update={
             "corpus": Corpus(path=(str(corpus),), id="id", context=context),
-            "agents": agents,
             "routing": routing,
             "merge": job.merge.model_copy(update={"history": None}),
             "partition": sizing,
@@ -114,3 +119,25 @@ def _line(record: Record) -> str:
 def _sentence(job: Job, num_records: int, sizing: Partitioning) -> str:
     agents = f"{len(job.agents)} agents" if len(job.agents) > 1 else "the agent"
     return f"asking {agents} about {num_records} records in partitions of {sizing.max_records}"
+
+
+@dataclass(slots=True)
+class OtherPrograms:
+    """All programs but this one and its children."""
+
+    num_cores: float = 0.0
+    """Cores that they kept busy on average, known at the end."""
+
+
+@contextmanager
+def other_programs() -> Iterator[OtherPrograms]:
+    """Measure them meanwhile; children count as this program's when they have ended by the end."""
+    found, start, before = OtherPrograms(), time.perf_counter(), _others_busy_s()
+    yield found
+    found.num_cores = max(0.0, _others_busy_s() - before) / (time.perf_counter() - start)
+
+
+def _others_busy_s() -> float:
+    every = psutil.cpu_times()
+    own = sum(os.times()[:4])  # user and system time of this process and of ended children
+    return float(every.user + every.nice + every.system - own)

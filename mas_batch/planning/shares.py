@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.aggregate.stopping import undecided
-from mas_batch.evaluation.scaling import read_job
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec, stopping_rule
+from mas_batch.planning.survey import evenly_spaced
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
 _MAX_JUDGED = 1000
@@ -23,11 +24,12 @@ _MAX_JUDGED = 1000
 def undecided_shares(runs: Sequence[Run], job: Job) -> dict[int, float] | None:
     """Return answers per record → share of all records that are undecided with so many.
 
-    A run that was adaptive in the same way tells by what it asked. Of any other all agents'
-    answers are needed: they are looked at in every rotation of the job's order.
+    A run that was adaptive in the same way shows it by what it asked. A run in which every agent
+    answered every record shows it by its answers: they are judged as if each agent in turn had
+    been asked first.
 
     Returns:
-        None: the runs do not tell.
+        None: no run shows it.
     """
     adaptive = job.routing.adaptive
     if adaptive is None:
@@ -87,11 +89,11 @@ def _asked_further(run: Run, job: Job) -> dict[int, float]:
 
 
 def _judged(answers: pa.Table, job: Job) -> dict[int, float]:
-    """Look at the answers as the run would, with whom it might have asked first."""
+    """Judge all agents' answers as the run would, with each agent in turn as the first."""
     spec, rule = merge_spec(job).first_pass, stopping_rule(job)
     assert rule is not None
     ids = pc.unique(answers["record_id"])
-    ids = ids.take(pa.array(_some(len(ids))))
+    ids = ids.take(pa.array(evenly_spaced(len(ids), _MAX_JUDGED)))
     answers = answers.filter(pc.is_in(answers["record_id"], ids))
     encode = encoder_for(spec, answers)
     found: defaultdict[int, list[float]] = defaultdict(list)
@@ -111,7 +113,7 @@ def _judged(answers: pa.Table, job: Job) -> dict[int, float]:
 
 
 def _rotations(job: Job) -> Iterator[Mapping[int, list[str]]]:
-    """Yield, for each agent as the first, the looks: answers per record → who has answered."""
+    """Yield, for each agent as the first, answers per record → the agents that gave them."""
     agents = job.first_agents
     first = job.routing.adaptive.first if job.routing.adaptive else 0
     for turn in range(len(agents)):
@@ -122,9 +124,3 @@ def _rotations(job: Job) -> Iterator[Mapping[int, list[str]]]:
             if first <= number < job.answers_per_record:
                 looks[number] = list(names)
         yield looks
-
-
-def _some(count: int) -> list[int]:
-    """Return positions, evenly spaced."""
-    which = np.linspace(0, count - 1, min(count, _MAX_JUDGED)).round()
-    return [int(position) for position in which]

@@ -1,39 +1,23 @@
-"""One pass over the corpus: how it would be cut in several sizes, and a sample of its records."""
+"""One pass over the corpus: its partitions' sizes, and a sample of its records."""
 
 from __future__ import annotations
 
-import heapq
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import tee
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import JobError
-from mas_batch.job import Job, Partitioning
-from mas_batch.latency.model import Floats
-from mas_batch.partition import Partition, partition
+from mas_batch.job import Job
+from mas_batch.partition import partition
+from mas_batch.planning.service_time import Floats
 from mas_batch.records import Record
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cut:
-    """A corpus cut into partitions of one size; a row per partition, in its order."""
-
-    sizing: Partitioning
-    num_records: Floats
-    """Usable ones: the others are asked of nobody."""
-    text_tokens: Floats
-    """Estimated tokens of their texts, without what is to be generated."""
-
-    def __len__(self) -> int:
-        return len(self.num_records)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,88 +25,58 @@ class Survey:
     """What a look at the whole corpus tells."""
 
     num_records: int
-    num_usable: int
     read_s: float
-    """Seconds of reading alone."""
-    cuts: tuple[Cut, ...]
+    """Seconds of reading and cutting it."""
+    usable_records: Floats
+    """Of each partition, in their order; agents are asked about no others."""
+    text_tokens: Floats
+    """Of each partition: estimated tokens of its texts, without what is to be generated."""
     sample: tuple[Record, ...]
     """Usable records, evenly spaced over the corpus."""
 
+    @property
+    def num_partitions(self) -> int:
+        """Partitions of the job's size."""
+        return len(self.usable_records)
 
-def survey(job: Job, sizings: Sequence[Partitioning], num_sampled: int) -> Survey:
-    """Read the corpus once; memory is that of the largest partitions and three numbers for each.
+    @property
+    def num_usable(self) -> int:
+        """Records that agents are asked about."""
+        return int(self.usable_records.sum())
+
+
+def survey(job: Job, num_sampled: int) -> Survey:
+    """Read the corpus once; memory is that of one partition, the sample and two numbers for each.
 
     Raises:
-        JobError: the corpus cannot be read as the job says, or nothing in it can be asked about.
+        JobError: the corpus cannot be read as the job says, or no record of it is usable.
     """
-    reading, sample = _Timed(CorpusReader(job.corpus)), _EvenlySpaced[Record](num_sampled)
-    num_records = 0
-
-    def counted() -> Iterator[Record]:
-        nonlocal num_records
-        for record in reading:
-            num_records += 1
-            if record.reason is None:
-                sample.offer(record)
-            yield record
-
-    cuts = _cut(counted(), sizings, job.task.max_new_tokens)
-    num_usable = int(cuts[0].num_records.sum())
-    if not num_usable:
+    start, num_records = time.perf_counter(), 0
+    usable_records, text_tokens = array("d"), array("d")
+    sample = EvenlySpacedSample[Record](num_sampled)
+    tokens_per_record = job.task.max_new_tokens
+    for part in partition(
+        CorpusReader(job.corpus),
+        max_tokens=job.partition.max_tokens,
+        max_records=job.partition.max_records,
+        tokens_per_record=tokens_per_record,
+    ):
+        num_records += len(part.records)
+        usable = [record for record in part.records if record.text is not None]
+        for record in usable:
+            sample.offer(record)
+        usable_records.append(len(usable))
+        text_tokens.append(part.estimated_tokens - len(usable) * tokens_per_record)
+    read_s = time.perf_counter() - start
+    if not sum(usable_records):
         where = ", ".join(job.corpus.path)
         raise JobError(f"{where}: none of its {num_records} records is usable", key="corpus.path")
-    return Survey(num_records, num_usable, reading.spent_s, cuts, tuple(sample.chosen()))
-
-
-def _cut(
-    records: Iterator[Record], sizings: Sequence[Partitioning], tokens_per_record: int
-) -> tuple[Cut, ...]:
-    """Cut one stream in several sizes: who has read least reads on, so that little is held."""
-    columns = [(array("d"), array("d")) for _ in sizings]
-    streams: list[Iterator[Partition]] = [
-        partition(
-            stream,
-            max_tokens=sizing.max_tokens,
-            max_records=sizing.max_records,
-            tokens_per_record=tokens_per_record,
-        )
-        for sizing, stream in zip(sizings, tee(records, len(sizings)), strict=True)
-    ]
-    positions = [(0, which) for which in range(len(sizings))]
-    while positions:
-        _, which = heapq.heappop(positions)
-        part = next(streams[which], None)
-        if part is None:
-            continue
-        usable = sum(record.text is not None for record in part.records)
-        columns[which][0].append(usable)
-        columns[which][1].append(part.estimated_tokens - usable * tokens_per_record)
-        heapq.heappush(positions, (part.first_record + len(part.records), which))
-    return tuple(
-        Cut(sizing, np.array(usable), np.array(tokens))
-        for sizing, (usable, tokens) in zip(sizings, columns, strict=True)
+    return Survey(
+        num_records, read_s, np.array(usable_records), np.array(text_tokens), sample.chosen()
     )
 
 
-class _Timed:
-    """Adds up what another iterable takes."""
-
-    def __init__(self, items: Iterable[Record]) -> None:
-        self._items = items
-        self.spent_s = 0.0
-
-    def __iter__(self) -> Iterator[Record]:
-        items, end = iter(self._items), object()
-        while True:
-            start = time.perf_counter()
-            item = next(items, end)
-            self.spent_s += time.perf_counter() - start
-            if not isinstance(item, Record):
-                return
-            yield item
-
-
-class _EvenlySpaced(Generic[T]):
+class EvenlySpacedSample(Generic[T]):
     """Keeps items of a stream of unknown length, all equally far from the next."""
 
     def __init__(self, num_wanted: int) -> None:
@@ -140,9 +94,12 @@ class _EvenlySpaced(Generic[T]):
                 self._stride *= 2
         self._num_seen += 1
 
-    def chosen(self) -> list[T]:
+    def chosen(self) -> tuple[T, ...]:
         """Return as many as are wanted, or all there were; between one and two strides apart."""
-        if len(self._kept) <= self._num_wanted:
-            return self._kept
-        which = np.linspace(0, len(self._kept) - 1, self._num_wanted).round().astype(int)
-        return [self._kept[index] for index in which]
+        positions = evenly_spaced(len(self._kept), self._num_wanted)
+        return tuple(self._kept[position] for position in positions)
+
+
+def evenly_spaced(count: int, most: int) -> NDArray[np.intp]:
+    """Return at most so many positions of `count`, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.intp)

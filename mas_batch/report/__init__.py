@@ -1,14 +1,14 @@
 """What came of a run, as one page that opens anywhere: `report.html`.
 
 collect.py   pure facts (facts.py, record_facts.py) out of a run's folder, from scan.py (walk.py,
-             slowest.py, agreement.py), latency.py and jobs.py
+             slowest.py, agreeing_pairs.py) and timing.py
 charts.py    small inline SVG
 page.html    what the page says; style.css how it looks
-write.py     facts → page → file
+page.py      facts → page → file
 """
 
 from mas_batch.report.collect import collect
 from mas_batch.report.facts import Facts
-from mas_batch.report.write import NAME, render, write
+from mas_batch.report.page import NAME, render, write
 
 __all__ = ["NAME", "Facts", "collect", "render", "write"]

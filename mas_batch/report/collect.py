@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
+from mas_batch.aggregate.reliability import Reliability
 from mas_batch.errors import ExitCode
+from mas_batch.quality import KeptEvaluation, read_evaluation
 from mas_batch.report.facts import (
     AgentFacts,
-    AgentReliability,
     Agreement,
-    Bin,
+    ExitFacts,
     Facts,
     ModelFacts,
-    Outcome,
-    Quality,
-    Reliability,
     Spread,
-    System,
     Totals,
 )
-from mas_batch.report.jobs import job_text
-from mas_batch.report.latency import latency, spreads
 from mas_batch.report.scan import scan_answers, scan_failures, scan_results
-from mas_batch.report.walk import clip, stride
-from mas_batch.run_folder.names import EVALUATION
+from mas_batch.report.timing import spreads, time_facts
+from mas_batch.report.walk import stride
+from mas_batch.run_folder.kept_job import job_facts
 from mas_batch.run_folder.read import Run
-from mas_batch.safe_text import without_credentials
+from mas_batch.safe_text import clip, without_credentials
 
 MAX_AGENTS = 40
 MAX_AGENTS_IN_MATRIX = 16
@@ -49,8 +45,7 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         RunError: a table of the run cannot be read.
     """
     manifest = run.manifest
-    text = job_text(run)
-    job = yaml.safe_load(text)
+    job = job_facts(run)
     every = 1 if whole else stride(run)
     results = scan_results(run, every, keep_text=job["output"].get("keep_text", True))
     answers = scan_answers(run, every)
@@ -65,8 +60,8 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         policy=job["routing"]["policy"],
         outcome=_outcome(manifest["counts"], job),
         totals=totals(run),
-        quality=quality(run),
-        latency=latency(run),
+        quality=_evaluation(run),
+        time=time_facts(run),
         agents=agents_of(run, answers.latency)[:MAX_AGENTS],
         num_agents_left_out=len(agents[MAX_AGENTS:]),
         agreement=_agreement(agents, results.pairs),
@@ -78,25 +73,25 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         failures=scan_failures(run),
         failed_answers=answers.failed,
         scope=results.scope,
-        job=_shown_job(text),
+        job=_job_text(job),
         models=tuple(model(agent, manifest) for agent in agents[:MAX_AGENTS]),
         versions=manifest.get("versions", {}),
     )
 
 
-def _shown_job(text: str) -> str:
-    """Return job.yaml, which `results.write_job` has stripped of secrets."""
+def _job_text(job: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(job, sort_keys=False, allow_unicode=True)
     return text if len(text) <= JOB_CHARS else text[:JOB_CHARS] + "\n# … the rest is in job.yaml"
 
 
-def _outcome(counts: Mapping[str, int], job: Mapping[str, Any]) -> Outcome:
+def _outcome(counts: Mapping[str, int], job: Mapping[str, Any]) -> ExitFacts:
     limit = job["output"].get("max_failed_fraction", 0.05)
     failed = counts["failures"] / max(1, counts["results"] + counts["failures"])
     if failed > limit:
         meaning = "more records failed than the job allows"
-        return Outcome(ExitCode.TOO_MANY_FAILED_RECORDS, meaning, failed, limit)
+        return ExitFacts(ExitCode.TOO_MANY_FAILED_RECORDS, meaning, failed, limit)
     meaning = "no more records failed than the job allows" if failed else "every record is answered"
-    return Outcome(ExitCode.ANSWERED, meaning, failed, limit)
+    return ExitFacts(ExitCode.ANSWERED, meaning, failed, limit)
 
 
 def totals(run: Run) -> Totals:
@@ -187,55 +182,10 @@ def _agreement(agents: Sequence[str], pairs: Mapping[str, Mapping[str, float]]) 
 def _reliability(learned: Mapping[str, Any] | None) -> Reliability | None:
     if learned is None:
         return None
-    known = list(learned["agents"].items())[:MAX_AGENTS]
-    agents = tuple(_agent_reliability(agent_id, facts) for agent_id, facts in known)
-    return Reliability(learned["method"], learned["why"], agents)
+    found = Reliability.from_json(json.dumps(learned))
+    return replace(found, agents=dict(list(found.agents.items())[:MAX_AGENTS]))
 
 
-def _agent_reliability(agent_id: str, facts: Mapping[str, Any]) -> AgentReliability:
-    low, high = facts["interval"] or (None, None)
-    return AgentReliability(agent_id, facts["accuracy"], low, high, facts["weight"])
-
-
-def quality(run: Run) -> Quality | None:
-    """Read what `mas-batch evaluate` has left in the run, if it has."""
-    if not run.store.exists(f"{EVALUATION}/quality.parquet"):
-        return None
-    rows = run.store.read_table(f"{EVALUATION}/quality.parquet").to_pylist()
-    if not rows:
-        return None
-    systems: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        systems.setdefault((row["kind"], row["name"]), []).append(row)
-    own = _own_confidence(run)
-    return Quality(
-        metrics=tuple(dict.fromkeys(row["metric"] for row in rows)),
-        num_records=max(row["num_records"] for row in rows),
-        systems=tuple(_system(*key, of) for key, of in list(systems.items())[:MAX_SYSTEMS]),
-        calibration=tuple(Bin(**each) for each in own.get("bins", [])),
-        calibration_error=own.get("error"),
-    )
-
-
-def _own_confidence(run: Run) -> dict[str, Any]:
-    if not run.store.exists(f"{EVALUATION}/calibration.json"):
-        return {}
-    judged = json.loads(run.store.read_bytes(f"{EVALUATION}/calibration.json"))
-    return next((each for each in judged if each["kind"] == "run"), {})
-
-
-def _system(kind: str, name: str, rows: Sequence[Mapping[str, Any]]) -> System:
-    first = rows[0]
-    return System(
-        kind=kind,
-        name=name,
-        scores={row["metric"]: _finite(row["value"]) for row in rows},
-        low=first["low"],
-        high=first["high"],
-        difference=first["difference"],
-        p=first["p"],
-    )
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
+def _evaluation(run: Run) -> KeptEvaluation | None:
+    found = read_evaluation(run)
+    return found and replace(found, qualities=found.qualities[:MAX_SYSTEMS])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mas_batch.aggregate.reliability import Reliability
+from mas_batch.quality import KeptEvaluation
 from mas_batch.report.record_facts import (
     FailedAnswers,
     FailureGroup,
@@ -15,7 +17,7 @@ from mas_batch.report.record_facts import (
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ExitFacts:
     """How the run ended, in the command line's terms."""
 
     exit_code: int
@@ -113,7 +115,7 @@ class PartitionTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Latency:
+class TimeFacts:
     """Where the time went: phases of the submitting process, and the replicas' sum."""
 
     wall_s: float | None
@@ -129,46 +131,6 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class System:
-    """A judged system: an agent, a merge, chance or the upper limit."""
-
-    kind: str
-    name: str
-    scores: Mapping[str, float | None]
-    """By metric."""
-    low: float | None
-    high: float | None
-    """95 % interval of the first metric."""
-    difference: float | None
-    p: float | None
-    """Against the best single agent, by the first metric."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Records of like confidence."""
-
-    low: float
-    high: float
-    num_records: int
-    mean_confidence: float
-    mean_correct: float
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """What `mas-batch evaluate` found."""
-
-    metrics: tuple[str, ...]
-    """The first decides who is best."""
-    num_records: int
-    systems: tuple[System, ...]
-    calibration: tuple[Bin, ...]
-    """Of the run's own confidences."""
-    calibration_error: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class Agreement:
     """How often two agents' answers to a record were merged as the same answer."""
 
@@ -177,26 +139,6 @@ class Agreement:
     """By ordered pair; an agent with itself: among its samples. None: never asked together."""
     num_left_out: int
     """Agents beyond those of the matrix."""
-
-
-@dataclass(frozen=True, slots=True)
-class AgentReliability:
-    """What the merge learned of an agent without references."""
-
-    agent_id: str
-    accuracy: float | None
-    low: float | None
-    high: float | None
-    weight: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Reliability:
-    """What the merge learned of all agents."""
-
-    method: str
-    why: str
-    agents: tuple[AgentReliability, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +165,10 @@ class Facts:
     task: str
     method: str
     policy: str
-    outcome: Outcome
+    outcome: ExitFacts
     totals: Totals
-    quality: Quality | None
-    latency: Latency | None
+    quality: KeptEvaluation | None
+    time: TimeFacts | None
     agents: tuple[AgentFacts, ...]
     num_agents_left_out: int
     agreement: Agreement | None

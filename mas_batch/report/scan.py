@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.latency.sketch import RECORD_LATENCY
-from mas_batch.report.agreement import PAIRS
+from mas_batch.report.agreeing_pairs import PAIRS
 from mas_batch.report.record_facts import (
     CandidateFacts,
     FailedAnswers,
@@ -31,12 +29,12 @@ from mas_batch.report.walk import (
     ID_CHARS,
     MESSAGE_CHARS,
     TEXT_CHARS,
-    clip,
-    clipped,
+    clip_optional,
     shown_answer,
     tables,
 )
 from mas_batch.run_folder.read import Run
+from mas_batch.safe_text import clip
 
 NUM_SHOWN = 10
 """Least certain records."""
@@ -76,15 +74,14 @@ def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
     Args:
         keep_text: the job's `output.keep_text`; False: references are not to be shown either.
     """
-    doubtful: list[tuple[float, float, str, RecordFacts]] = []
+    doubtful: list[dict[str, Any]] = []
     pairs, num_records, kind = PAIRS.combine([]), 0, None
     for _, table in tables(run, "results", every):
         num_records += table.num_rows
         pairs = PAIRS.combine([pairs, PAIRS.chunk(table)])
         kind = kind or next(iter(table["confidence_kind"].to_pylist()), None)
-        found = [(*_doubt_of(row), _record(row, keep_text)) for row in _most_doubtful(table)]
-        doubtful = heapq.nlargest(NUM_SHOWN, [*doubtful, *found], key=lambda each: each[:3])
-    records = tuple(record for *_, record in doubtful)
+        doubtful = heapq.nlargest(NUM_SHOWN, [*doubtful, *_most_doubtful(table)], key=_by_doubt)
+    records = tuple(_record(row, keep_text) for row in doubtful)
     return ResultsScan(Scope(every, num_records), records, PAIRS.finalize(pairs), kind)
 
 
@@ -129,37 +126,31 @@ def _added(reduction: Reduction, partial: Partial, table: pa.Table) -> Partial:
 
 
 def _most_doubtful(results: pa.Table) -> list[dict[str, Any]]:
-    """Return the partition's rows that may be among the most doubtful; none that is certain."""
-    doubt = _doubts(results)
-    candidates = np.flatnonzero(doubt > 0)
-    top = candidates[np.argsort(-doubt[candidates], kind="stable")]
-    if len(top) > NUM_SHOWN:  # all that are as doubtful as the last one: entropy decides
-        top = top[doubt[top] >= doubt[top[NUM_SHOWN - 1]]]
-    rows: list[dict[str, Any]] = results.take(pa.array(top)).to_pylist()
-    return heapq.nlargest(NUM_SHOWN, rows, key=_doubt_of)
+    """Return the partition's most doubtful rows, with their `doubt`; none that is certain.
+
+    Doubt is 1 - confidence, or its standard error; where confidence is not known there is none.
+    """
+    confidence = pc.cast(results["confidence"], pa.float64())
+    is_error = pc.equal(results["confidence_kind"], "standard_error")
+    doubt = pc.if_else(is_error, confidence, pc.subtract(1.0, confidence))
+    entropy = pc.fill_null(results["entropy"], 0.0)
+    keys = pa.table({"doubt": doubt, "entropy": entropy, "record_id": results["record_id"]})
+    order = pc.sort_indices(keys, [(name, "descending") for name in keys.column_names])
+    top = results.append_column("doubt", doubt).take(order[:NUM_SHOWN])
+    rows: list[dict[str, Any]] = top.filter(pc.greater(top["doubt"], 0)).to_pylist()
+    return rows
 
 
-def _doubts(results: pa.Table) -> npt.NDArray[np.float64]:
-    """Return how doubtful each result is: 1 - confidence, or its standard error; unknown is 0."""
-    confidence = results["confidence"].to_numpy().astype(np.float64)
-    is_error = pc.equal(results["confidence_kind"], "standard_error").to_numpy()
-    doubts = np.where(is_error, confidence, 1.0 - confidence)
-    return np.asarray(np.nan_to_num(doubts), np.float64)
-
-
-def _doubt_of(row: Mapping[str, Any]) -> tuple[float, float, str]:
-    confidence = row["confidence"]
-    is_error = row["confidence_kind"] == "standard_error"
-    doubt = 0.0 if confidence is None else confidence if is_error else 1.0 - confidence
-    return doubt, row["entropy"] or 0.0, row["record_id"]
+def _by_doubt(row: Mapping[str, Any]) -> tuple[float, float, str]:
+    return row["doubt"], row["entropy"] or 0.0, row["record_id"]
 
 
 def _record(row: Mapping[str, Any], keep_text: bool) -> RecordFacts:
     support = row["support"] or []
     return RecordFacts(
         record_id=clip(row["record_id"], ID_CHARS),
-        text=clipped(row.get("text"), TEXT_CHARS),
-        reference=clipped(row.get("reference"), ANSWER_CHARS) if keep_text else None,
+        text=clip_optional(row.get("text"), TEXT_CHARS),
+        reference=clip_optional(row.get("reference"), ANSWER_CHARS) if keep_text else None,
         answer=shown_answer(row),
         confidence=row["confidence"],
         confidence_kind=row["confidence_kind"],

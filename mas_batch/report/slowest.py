@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.report.record_facts import SlowRecord
-from mas_batch.report.walk import ID_CHARS, TEXT_CHARS, clip, clipped, rows_of, shown_answer
+from mas_batch.report.walk import ID_CHARS, TEXT_CHARS, clip_optional, rows_of, shown_answer
 from mas_batch.run_folder.read import Run
+from mas_batch.safe_text import clip
 
 NUM_SLOWEST = 5
 MAX_AGENTS = 8
@@ -61,6 +62,6 @@ def with_texts(run: Run, slowest: Sequence[Found]) -> Iterator[SlowRecord]:
         row = found.get(record_id, {})
         yield SlowRecord(
             **{**facts, "record_id": clip(record_id, ID_CHARS)},
-            text=clipped(row.get("text"), TEXT_CHARS),
+            text=clip_optional(row.get("text"), TEXT_CHARS),
             answer=shown_answer(row) if row else None,
         )

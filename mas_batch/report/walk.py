@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.run_folder.read import Run
-from mas_batch.safe_text import printable
+from mas_batch.safe_text import clip
 
 MAX_RECORDS = 250_000
 MAX_PARTITIONS = 1_000
@@ -32,12 +32,6 @@ def stride(run: Run) -> int:
     num_results: int = run.manifest["counts"]["results"]
     by_records = math.ceil(num_results / MAX_RECORDS)
     return max(1, by_records, math.ceil(num_partitions / MAX_PARTITIONS))
-
-
-def clip(text: str, length: int) -> str:
-    """Shorten a text for people: one paragraph of at most so many characters."""
-    text = printable(" ".join(text[: 4 * length].split()))  # not all of a text of megabytes
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def tables(run: Run, table: str, every: int) -> Iterator[tuple[int, pa.Table]]:
@@ -60,7 +54,7 @@ def shown_answer(row: Mapping[str, Any]) -> str:
     return f"{row['value']:.4g}" if row["method"] == "mean" else clip(row["answer"], ANSWER_CHARS)
 
 
-def clipped(value: Any, length: int) -> str | None:
+def clip_optional(value: Any, length: int) -> str | None:
     """Shorten a text that may be missing."""
     return None if value is None else clip(str(value), length)
 

@@ -15,6 +15,7 @@ from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import load_agent
+from mas_batch.dask_compat import left_on_purpose, restart_process
 from mas_batch.errors import ModelError, RunError
 from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
 from mas_batch.job import Job
@@ -253,16 +254,8 @@ class Hosting:
         ).start()
 
     def _restart(self, address: str) -> None:
-        # Not by `Client.restart_workers`, which refuses workers without a nanny.
         try:
-            self._client.sync(
-                self._client.scheduler.restart_workers,
-                workers=[address],
-                timeout=_RESTART_TIMEOUT_S,
-                wait_for_workers=False,
-                on_error="return",
-                stimulus_id=f"mas-batch-restart-{time.time()}",
-            )
+            restart_process(self._client, address, _RESTART_TIMEOUT_S)
         except Exception as error:  # it is tried again when the worker stays silent
             logger.warning("worker %s could not be restarted: %s", address, error)
 
@@ -317,7 +310,9 @@ class Hosting:
         agent_id = self._hosts.pop(address)
         # One that hung says goodbye too when it is ended for that; what it hung on is to blame.
         hung = address in self._hung
-        expected = address in self._retiring or (not hung and self._was_expected(address))
+        expected = address in self._retiring or (
+            not hung and left_on_purpose(self._client, address)
+        )
         self._hung.discard(address)
         how = "left" if expected else "was lost"
         self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
@@ -328,20 +323,6 @@ class Hosting:
         self.ready.pop(address, None)
         if self.listener is not None:
             self.listener.left(address, blamed=not expected)
-
-    def _was_expected(self, address: str) -> bool:
-        """Whether the scheduler took the worker off on purpose: retired, scaled down."""
-        return any(_is_farewell(event) for _, event in self._client.get_events(address))
-
-
-def _is_farewell(event: object) -> bool:
-    """Whether an event of a worker's topic says that it was to go."""
-    match event:
-        case {"action": "remove-worker", "expected": True} | {"action": "retired"}:
-            return True
-        case {"action": "worker-status-change", "status": "closing_gracefully" | "closing"}:
-            return True  # the second is all that one sees of a worker that a SpecCluster ends
-    return False
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:

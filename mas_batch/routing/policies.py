@@ -198,7 +198,7 @@ class Throughput:
         return min(candidates, key=lambda r: (finish_s(r), r.turn))
 
 
-class Reliability:
+class ReliabilityPolicy:
     """The agent whose answers most often are the merged ones, even if it has to be waited for.
 
     An agent that is clearly worse than a busy one is not asked: that costs time, and pays where
@@ -246,7 +246,7 @@ _ALL: tuple[type[Policy], ...] = (
     RandomLowLoad,
     WeightedRoundRobin,
     Throughput,
-    Reliability,
+    ReliabilityPolicy,
 )
 POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _ALL}
 """The words that a job's `routing.policy` may be."""

@@ -50,8 +50,11 @@ SECOND_PASS = "second-pass"
 MERGES = "merges"
 """Folder of merges that were made afterwards, each a folder with a manifest."""
 
+MERGE_SECTION = "merge.json"
+"""File of such a merge: the effective `merge` section that it is made by."""
+
 EVALUATION = "evaluation"
-"""Folder of what `mas-batch evaluate` has found; see `evaluation.files`."""
+"""Folder of what `mas-batch evaluate` has found; see `evaluation.write`."""
 
 REUSED = "reused"
 """Folder of an earlier run's answers, by partition and agent, until all others are there too."""

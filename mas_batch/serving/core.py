@@ -27,9 +27,9 @@ from mas_batch.run_folder.read import open_run
 from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store
 from mas_batch.serving.desk import Desk
-from mas_batch.serving.dispatch import Dispatch
 from mas_batch.serving.measure import PoolStats
-from mas_batch.serving.question import Asking
+from mas_batch.serving.question import AskingRules
+from mas_batch.serving.queues import AgentQueues
 from mas_batch.serving.reply import Reply, make_record
 from mas_batch.serving.residence import Residence
 
@@ -93,7 +93,7 @@ class PoolCore:
         store = Store(job.output.path, job.output.storage_options)
         run = RunRef(store, topic, job.task, spec, None, pa.schema([]), keep_text=False)
         self._residence = Residence(job, run, _usable(job, client))
-        dispatch = Dispatch(
+        queues = AgentQueues(
             job.agents,
             _rules(job, limits.timeout_s),
             self._residence.call,
@@ -101,7 +101,7 @@ class PoolCore:
             max_batch=limits.max_batch,
             max_wait_s=limits.max_wait_s,
         )
-        self._desk = Desk(dispatch, POLICIES[job.routing.policy](), spec, limits.max_pending)
+        self._desk = Desk(queues, POLICIES[job.routing.policy](), spec, limits.max_pending)
         self._is_open = self._is_abandoned = False
 
     def open(self) -> None:
@@ -190,7 +190,7 @@ class PoolCore:
 
     def _asking(
         self, agents: Sequence[str] | None, answers: Answers, timeout_s: float | None
-    ) -> Asking:
+    ) -> AskingRules:
         """Resolve what is asked of whom.
 
         Raises:
@@ -198,7 +198,7 @@ class PoolCore:
         """
         samples = self._chosen(agents)
         answers = self._answers if answers is None else answers
-        asking = Asking(
+        asking = AskingRules(
             samples=samples,
             wanted=sum(samples.values()),
             race=answers is not None,
@@ -296,7 +296,7 @@ def _num_wanted(answers: Answers, possible: int) -> int:
 
 
 def _rules(job: Job, timeout_s: float) -> Rules:
-    """Return what the dispatch keeps to; a worker is restarted when it has been silent for long."""
+    """Return what the queues keep to; a worker is restarted when it has been silent for long."""
     return Rules(
         answers_per_record=job.answers_per_record,
         window=1,  # what a replica has been sent it has begun; all else can be withdrawn

@@ -21,11 +21,11 @@ from mas_batch.errors import (
 from mas_batch.partition import estimate_tokens
 from mas_batch.records import Record
 from mas_batch.routing.policies import PartitionView, Policy
-from mas_batch.serving.dispatch import Dispatch
 from mas_batch.serving.k_of_n import Quorum
 from mas_batch.serving.measure import Meter, PoolStats
-from mas_batch.serving.parts import Part
-from mas_batch.serving.question import Asking, Question
+from mas_batch.serving.parts import AgentPart
+from mas_batch.serving.question import AskingRules, Question
+from mas_batch.serving.queues import AgentQueues
 from mas_batch.serving.reply import Reply, encoder_of, merged, rows_of
 
 
@@ -33,16 +33,16 @@ class Desk:
     """Asks, waits, merges, for many at a time.
 
     Args:
-        dispatch: the agents' replicas.
+        queues: the agents' replicas.
         policy: chooses whom to ask next about a question.
         spec: how answers are merged.
         max_pending: questions at a time.
     """
 
     def __init__(
-        self, dispatch: Dispatch, policy: Policy, spec: MergeSpec, max_pending: int
+        self, queues: AgentQueues, policy: Policy, spec: MergeSpec, max_pending: int
     ) -> None:
-        self._dispatch = dispatch
+        self._queues = queues
         self._policy = policy
         self._spec = spec
         self._room = asyncio.Semaphore(max_pending)
@@ -59,7 +59,9 @@ class Desk:
         self._drains = False
         self._all_settled = asyncio.Event()
 
-    async def ask(self, record: Record, asking: Asking, *, wait_for_room: bool = False) -> Reply:
+    async def ask(
+        self, record: Record, asking: AskingRules, *, wait_for_room: bool = False
+    ) -> Reply:
         """Return the merged answer to the record.
 
         Raises:
@@ -85,7 +87,7 @@ class Desk:
             if not self._num_taken:
                 self._all_settled.set()
 
-    async def _ask(self, record: Record, asking: Asking) -> Reply:
+    async def _ask(self, record: Record, asking: AskingRules) -> Reply:
         context = estimate_tokens(record.context) if record.context else 0
         tokens = estimate_tokens(record.text or "") + context + asking.new_tokens
         quorum = Quorum(asking.samples, asking.wanted, asking.race)
@@ -110,21 +112,21 @@ class Desk:
 
     def tick(self) -> None:
         """Look around; call it every second."""
-        self._dispatch.tick()
+        self._queues.tick()
 
     def joined(self, address: str, agent_id: str, paused: bool) -> None:
         """A worker holds the agent's model."""
-        self._dispatch.joined(address, agent_id, paused=paused)
+        self._queues.joined(address, agent_id, paused=paused)
         self._wake()
 
     def paused(self, address: str, paused: bool) -> None:
         """A worker is to be asked nothing further, or again."""
-        self._dispatch.paused(address, paused)
+        self._queues.paused(address, paused)
         self._wake()
 
     def left(self, address: str) -> None:
         """A worker is gone."""
-        self._dispatch.left(address)
+        self._queues.left(address)
         self._wake()
 
     def fail(self, why: str) -> None:
@@ -143,7 +145,7 @@ class Desk:
         if self._num_taken:
             self._all_settled.clear()
             await self._all_settled.wait()
-        self._dispatch.close()
+        self._queues.close()
         self._merging.shutdown(wait=False)
 
     def stats(self) -> PoolStats:
@@ -156,12 +158,12 @@ class Desk:
             num_busy=self._num_busy,
             num_hedged=self._num_hedged,
             latency=latency,
-            agents=self._dispatch.stats(),
+            agents=self._queues.stats(),
         )
 
     # Asking
 
-    async def _gather_in_time(self, question: Question, asking: Asking) -> None:
+    async def _gather_in_time(self, question: Question, asking: AskingRules) -> None:
         """Gather what comes in time; some answers are better than none.
 
         Raises:
@@ -176,7 +178,7 @@ class Desk:
                 message = f"no answer within {asking.timeout_s:g} s; asked: {agents}"
                 raise AnswerTimeoutError(message) from None
 
-    async def _gather(self, question: Question, asking: Asking) -> None:
+    async def _gather(self, question: Question, asking: AskingRules) -> None:
         """Ask until there are answers enough, or nobody is left to ask."""
         quorum = question.quorum
         while True:
@@ -195,12 +197,12 @@ class Desk:
             question.news.clear()
 
     def _stalled(self, quorum: Quorum) -> list[str]:
-        return [agent for agent in quorum.open if not self._dispatch.is_served(agent)]
+        return [agent for agent in quorum.open if not self._queues.is_served(agent)]
 
     def _choose(self, question: Question) -> str | None:
         """Choose whom to ask next, by the job's policy; nobody can be asked: the first, later."""
         unasked = question.quorum.unasked
-        views = [view for agent in unasked for view in self._dispatch.views(agent)]
+        views = [view for agent in unasked for view in self._queues.views(agent)]
         if not views:
             return None if question.quorum.open else unasked[0]
         partition = PartitionView(question.number, question.tokens, len(question.parts))
@@ -211,13 +213,13 @@ class Desk:
     def _submit(self, question: Question, agent_id: str) -> None:
         question.quorum.ask(agent_id)
         now = self._now()
-        part = Part(question.record, agent_id, question.tokens, now, question.hear)
+        part = AgentPart(question.record, agent_id, question.tokens, now, question.hear)
         question.parts[agent_id] = part
-        self._dispatch.submit(part)
+        self._queues.submit(part)
 
     def _withdraw(self, question: Question) -> None:
         for part in question.parts.values():
-            self._dispatch.withdraw(part)
+            self._queues.withdraw(part)
 
     # What is late
 
@@ -230,10 +232,10 @@ class Desk:
         ]
         return max(0.0, min(dues) - self._now()) if dues else None
 
-    def _late_at(self, part: Part) -> float | None:
+    def _late_at(self, part: AgentPart) -> float | None:
         if part.hedged:
             return None
-        late_s = self._dispatch.late_s(part.agent_id)
+        late_s = self._queues.late_s(part.agent_id)
         return None if late_s is None else part.asked + part.patience * late_s
 
     def _hedge(self, question: Question) -> None:
@@ -246,7 +248,7 @@ class Desk:
             other = self._choose(question) if question.quorum.unasked else None
             if other is not None:
                 self._submit(question, other)
-            part.hedged = other is not None or self._dispatch.hedge(part)
+            part.hedged = other is not None or self._queues.hedge(part)
             part.patience *= 2
             self._num_hedged += part.hedged
 

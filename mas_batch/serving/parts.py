@@ -14,7 +14,7 @@ from mas_batch.serving.reply import Failure
 if TYPE_CHECKING:
     from mas_batch.agents.texts import Answered
 
-_ENGINE_REASONS = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)
+_WORTH_ANOTHER_REPLICA = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)  # a death is counted apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Outcome:
         if self.answers or self.failure is None:
             return None
         reason = Reason(self.failure.reason)
-        return reason if reason in _ENGINE_REASONS else None
+        return reason if reason in _WORTH_ANOTHER_REPLICA else None
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class AgentPart:
     """One agent's part in answering a question."""
 
     record: Record
@@ -49,7 +49,7 @@ class Part:
     """Estimated, with the answer's."""
     asked: float
     """When, by the loop's clock."""
-    on_settled: Callable[[Part], None]
+    on_settled: Callable[[AgentPart], None]
     outcome: Outcome | None = None
     hedged: bool = False
     """Somebody else has been asked because it was late."""
@@ -72,7 +72,7 @@ class Part:
 
 
 def outcome_of(
-    part: Part, answers: Sequence[Answer], answered: Answered, sent: float, heard: float
+    part: AgentPart, answers: Sequence[Answer], answered: Answered, sent: float, heard: float
 ) -> Outcome:
     """Return the part's outcome by its agent's answers, one per sample, in what was answered."""
     valid = tuple(answer for answer in answers if answer.reason is None)

@@ -10,12 +10,12 @@ from mas_batch.aggregate.stopping import StoppingRule
 from mas_batch.errors import Reason
 from mas_batch.records import Answer, Record
 from mas_batch.serving.k_of_n import Quorum
-from mas_batch.serving.parts import Part
-from mas_batch.serving.reply import Failure, Latency
+from mas_batch.serving.parts import AgentPart
+from mas_batch.serving.reply import Failure, ReplyTimes
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class AskingRules:
     """How questions are asked; see `AgentPool`."""
 
     samples: Mapping[str, int]
@@ -43,10 +43,10 @@ class Question:
     asked: float
     """When, by the loop's clock."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, AgentPart] = field(default_factory=dict)
     """By agent."""
 
-    def hear(self, part: Part) -> None:
+    def hear(self, part: AgentPart) -> None:
         """Take what came of a part."""
         assert part.outcome is not None
         self.quorum.settle(part.agent_id, len(part.outcome.answers))
@@ -68,7 +68,7 @@ class Question:
             self.parts[agent].failure(Reason.AGENT_FAILED, "no answer in time") for agent in late
         ]
 
-    def latency(self, last: str, heard: float, now: float) -> Latency:
+    def latency(self, last: str, heard: float, now: float) -> ReplyTimes:
         """Share the time since asking out along the part that was heard of last.
 
         Args:
@@ -82,4 +82,4 @@ class Question:
         transfer_s = max(0.0, away_s - outcome.waited_s - times.own_s)
         processing_s = times.process_s + now - heard
         waited_s = now - self.asked - times.compute_s - transfer_s - processing_s
-        return Latency(max(0.0, waited_s), times.compute_s, transfer_s, processing_s)
+        return ReplyTimes(max(0.0, waited_s), times.compute_s, transfer_s, processing_s)

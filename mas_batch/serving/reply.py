@@ -39,7 +39,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Latency:
+class ReplyTimes:
     """Where the seconds of a reply went, along the answer that was waited for last.
 
     T = T_compute + T_transfer + T_processing, of which `queue_s` is a part: `total_s` is the sum
@@ -79,7 +79,7 @@ class Reply:
     agents: tuple[str, ...]
     """Whose answers were merged, in the order in which they came."""
     failures: tuple[Failure, ...]
-    latency: Latency
+    latency: ReplyTimes
 
 
 def make_record(text: object, context: str | None) -> Record:
@@ -121,7 +121,7 @@ def merged(
         ),
         agents=tuple(agents),
         failures=tuple(failures),
-        latency=Latency(0.0, 0.0, 0.0, 0.0),
+        latency=ReplyTimes(0.0, 0.0, 0.0, 0.0),
     )
 
 

@@ -2,7 +2,7 @@
 
 `routing.hosting` decides which worker serves which agent, loads models, and notices workers that
 come, pause, leave or hang, as for a batch run. Its calls block, so they have this thread; what it
-finds goes to the desk on the client's event loop.
+finds goes to the listener on the client's event loop.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from distributed import Client, Future
 from mas_batch import cluster
 from mas_batch.agents.spec import agent_specs
 from mas_batch.agents.texts import Answered, TextHost, texts_op
+from mas_batch.dask_compat import call_worker, call_worker_by_scheduler
 from mas_batch.errors import MasBatchError, PoolClosedError
 from mas_batch.events import AgentDraining, AgentLost, Event
 from mas_batch.job import Job
@@ -39,7 +40,7 @@ _REACH_S = 3.0
 _LOST_S = 120.0
 
 
-class Desk(Protocol):
+class ReplicaListener(Protocol):
     """What is told; every call is made on the client's event loop."""
 
     def joined(self, address: str, agent_id: str, paused: bool) -> None:
@@ -91,8 +92,8 @@ class Residence:
 
     # Any thread
 
-    def open(self, desk: Desk) -> None:
-        """Connect, and load every agent's model; from then on the desk is told.
+    def open(self, listener: ReplicaListener) -> None:
+        """Connect, and load every agent's model; from then on the listener is told.
 
         Raises:
             JobError: an agent has no capable worker.
@@ -102,7 +103,7 @@ class Residence:
         """
         if self._opened.done():
             raise PoolClosedError("a pool is opened once; make another")
-        self._desk = desk
+        self._listener = listener
         self._thread.start()
         self._opened.result()
 
@@ -133,11 +134,8 @@ class Residence:
         """
         op = texts_op(self._run.topic)
         texts = [(record.record_id, record.text, record.context) for record in records]
-        if address in self._proxied:
-            message = {"op": op, "agent_id": agent_id, "records": texts}
-            reply = await self._client.scheduler.proxy(worker=address, msg=message)
-        else:
-            reply = await getattr(self._client.rpc(address), op)(agent_id=agent_id, records=texts)
+        call = call_worker_by_scheduler if address in self._proxied else call_worker
+        reply = await call(self._client, address, op, agent_id=agent_id, records=texts)
         if isinstance(reply, MasBatchError):
             raise reply
         if not isinstance(reply, Answered):
@@ -189,7 +187,7 @@ class Residence:
                 self._handle_next()
         except Exception as error:  # the scheduler is lost, say; the loop is needed until `close`
             logger.warning("the pool's cluster is lost: %s", error)
-            self._tell(self._desk.fail, f"the pool's cluster is lost: {error}")
+            self._tell(self._listener.fail, f"the pool's cluster is lost: {error}")
             self._closing.wait()
 
     def _if_running(self, call: Callable[[str], object], name: str) -> None:
@@ -206,7 +204,7 @@ class Residence:
             self._hosting.refresh()
             for address in suspects & self._hosting.ready.keys():
                 self.joined(address, self._hosting.ready[address])  # it lives
-            self._tell(self._desk.tick)
+            self._tell(self._listener.tick)
 
     def _look_after(self, address: str, hangs: bool) -> None:
         if not hangs:
@@ -232,15 +230,15 @@ class Residence:
             self._proxied.discard(address)
         else:
             self._proxied.add(address)
-        self._tell(self._desk.joined, address, agent_id, self._hosting.is_paused(address))
+        self._tell(self._listener.joined, address, agent_id, self._hosting.is_paused(address))
 
     def paused(self, address: str, paused: bool) -> None:
         """A worker takes nothing further, or again."""
-        self._tell(self._desk.paused, address, paused)
+        self._tell(self._listener.paused, address, paused)
 
     def left(self, address: str, *, blamed: bool) -> None:
         """A worker is gone."""
-        self._tell(self._desk.left, address)
+        self._tell(self._listener.left, address)
 
     def _is_near(self, address: str) -> bool:
         """Tell whether the worker can be reached without going through the scheduler."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mas_batch.agents.work import COMMITTED
+from mas_batch.agents.statistics import COMMITTED
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import MasBatchError
 from mas_batch.latency.summary import summarize
@@ -49,7 +49,7 @@ def publish(
 
     Args:
         name: of the run, or of a merge that was made afterwards.
-        partial: of `agents.work.COMMITTED`.
+        partial: of `agents.statistics.COMMITTED`.
         facts: further ones for the manifest.
 
     Raises:

@@ -20,7 +20,7 @@ from mas_batch.agents.second_pass import (
     pattern_counts,
     support_sums,
 )
-from mas_batch.agents.work import COMMITTED, partition_statistics
+from mas_batch.agents.statistics import COMMITTED, partition_statistics
 from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
 from mas_batch.aggregate.learning import learn

@@ -1,22 +1,34 @@
-"""What all parts of the agents' page have in common, in the manner of Dask's own components."""
+"""What all parts of the agents' page have in common."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from bokeh.core.properties import without_property_validation
 from bokeh.models import ColumnDataSource
-from distributed.dashboard.components import DashboardComponent
-from distributed.dashboard.utils import update
 
-from mas_batch.monitor.dashboard.plugin import board_of
-from mas_batch.monitor.overview import FORMAT, Overview, RunRow, overview
+from mas_batch.monitor.dashboard.inboxes import inbox_of
+from mas_batch.monitor.overview import Overview, RunRow, overview
+
+_EVERY_MS = 500
 
 
-class RunPlot(DashboardComponent):  # type: ignore[misc]
+class Component(Protocol):
+    """A part of a page, or all of it."""
+
+    root: Any
+    """The Bokeh model."""
+
+    def update(self) -> None:
+        """Show the scheduler's runs as they are now."""
+
+
+class RunPlot:
     """Shows one run; by itself, the newest one."""
+
+    root: Any
 
     def __init__(self, scheduler: Any, columns: Iterable[str], **kwargs: Any) -> None:
         self.scheduler = scheduler
@@ -35,16 +47,23 @@ class RunPlot(DashboardComponent):  # type: ignore[misc]
     @without_property_validation  # type: ignore[untyped-decorator]
     def show(self, run: RunRow | None) -> None:
         """Show a run, or nothing."""
-        data = self.data(run) if run else {name: [] for name in self.columns}
-        update(self.source, data)
+        data: Any = self.data(run) if run else {name: [] for name in self.columns}
+        if self.source.data != data:
+            self.source.data.update(data)
 
     def update(self) -> None:
-        """Called by Dask's dashboard every now and then."""
+        """Show the newest run as it is now."""
         runs = current(self.scheduler).runs
         self.show(runs[0] if runs else None)
 
 
+def add_to(doc: Any, component: Component) -> None:
+    """Put a component on a Bokeh document and keep it up to date."""
+    component.update()
+    doc.add_periodic_callback(component.update, _EVERY_MS)
+    doc.add_root(component.root)
+
+
 def current(scheduler: Any) -> Overview:
-    """Return how the scheduler's runs are now; none where there is no board."""
-    board, now = board_of(scheduler), time.time()
-    return overview(board, now) if board is not None else Overview(FORMAT, now, [])
+    """Return how the scheduler's runs are now."""
+    return overview(inbox_of(scheduler), time.time())

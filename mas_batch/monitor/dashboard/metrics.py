@@ -1,6 +1,6 @@
 """Prometheus metrics of the runs that feed a scheduler, on its own `/metrics`.
 
-Labels are runs (at most `board.MAX_RUNS` at a time), the agents of their jobs, and words of short
+Labels are runs (at most `inbox.MAX_RUNS` at a time), the agents of their jobs, and words of short
 fixed lists; never a partition, a worker or a key. Names follow Prometheus' conventions: base units,
 `_total` for what only grows while a run is executed.
 """
@@ -9,63 +9,65 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
-from distributed.http.scheduler.prometheus import core
+from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from mas_batch.errors import Reason
-from mas_batch.monitor.board import Board, Entry
-from mas_batch.monitor.dashboard.plugin import board_of
+from mas_batch.monitor.dashboard.inboxes import all_inboxes
 from mas_batch.monitor.fleet import LiveAgent, ReplicaState
-from mas_batch.monitor.overview import PARTITION_STATES, is_serving, progress, replicas_of
+from mas_batch.monitor.inbox import HeardRun, Inbox
+from mas_batch.monitor.overview import (
+    PARTITION_STATES,
+    PURPOSES,
+    is_serving,
+    progress,
+    replicas_of,
+)
 
 STATUSES = ("starting", "answering", "escalating", "finished", "failed", "silent")
-PURPOSES = ("answer", "retry", "careful", "copy", "probe")
 
 
-def install(scheduler: Any) -> None:
-    """Add the metrics to the scheduler's page.
+class AgentsCollector(Collector):
+    """Reads the inboxes of all schedulers of this process; Dask's page shows the one registry."""
 
-    Dask registers its collectors once per process, at the first scrape, and points them to the
-    scheduler that is asked; ours goes the same way.
-    """
-    handler = core.PrometheusHandler
-    if AgentsCollector in core.COLLECTORS:
-        return
-    core.COLLECTORS = [*core.COLLECTORS, AgentsCollector]
-    if handler._collectors:  # there was a scrape before
-        ours = AgentsCollector(scheduler)
-        handler._collectors = (*handler._collectors, ours)
-        core.prometheus_client.REGISTRY.register(ours)
-
-
-class AgentsCollector(core.PrometheusCollector):  # type: ignore[misc]
-    """Reads the board of the scheduler that Dask points it to."""
+    def describe(self) -> Iterable[Metric]:
+        """Yield the metrics without a sample."""
+        return families([], 0.0)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metrics; none on a scheduler without a board."""
-        board = board_of(self.server)
-        if board is not None:
-            yield from families(board, time.time())
+        """Yield all metrics; none in a process without an inbox."""
+        if inboxes := all_inboxes():
+            yield from families(inboxes, time.time())
 
 
-def families(board: Board, now: float) -> Iterator[Metric]:
+@cache
+def install() -> None:
+    """Add the metrics to those of this process; another call does nothing."""
+    REGISTRY.register(AgentsCollector())
+
+
+def families(inboxes: Sequence[Inbox], now: float) -> Iterator[Metric]:
     """Yield all metrics of all runs.
 
     Args:
         now: Unix time on the scheduler's clock.
     """
-    entries = list(board.entries.values())
-    yield from _progress(entries, now)
-    yield from _answers(entries)
-    yield from _replicas(entries)
+    by_name = {name: heard for inbox in inboxes for name, heard in inbox.runs.items()}
+    heard_runs = list(by_name.values())
+    last_success = {job: at for inbox in inboxes for job, at in inbox.last_success.items()}
+    yield from _progress(heard_runs, now)
+    yield from _answers(heard_runs)
+    yield from _replicas(heard_runs)
     yield _gauge(
         "last_success_timestamp_seconds",
         "When a run of the job was last finished, as Unix time",
         ["job_name"],
-        (((name,), at) for name, at in board.last_success.items()),
+        (((name,), at) for name, at in last_success.items()),
     )
 
 
@@ -88,8 +90,8 @@ def _filled(family: Any, samples: Samples) -> Metric:
     return metric
 
 
-def _progress(entries: list[Entry], now: float) -> Iterator[Metric]:
-    runs = [entry.run for entry in entries]
+def _progress(heard_runs: list[HeardRun], now: float) -> Iterator[Metric]:
+    runs = [heard.run for heard in heard_runs]
     yield _gauge(
         "run_records", "Records of the corpus", ["run"], (((r.name,), r.num_records) for r in runs)
     )
@@ -103,13 +105,13 @@ def _progress(entries: list[Entry], now: float) -> Iterator[Metric]:
         "run_status",
         "1 for the status that the run has, 0 for the others",
         ["run", "status"],
-        (((e.run.name, s), float(e.status(now) == s)) for e in entries for s in STATUSES),
+        (((h.run.name, s), float(h.status(now) == s)) for h in heard_runs for s in STATUSES),
     )
     yield _gauge(
         "run_heard_timestamp_seconds",
         "When the submitting process last said something, as Unix time",
         ["run"],
-        (((entry.run.name,), entry.heard) for entry in entries),
+        (((heard.run.name,), heard.heard) for heard in heard_runs),
     )
     yield _gauge(
         "partitions",
@@ -141,8 +143,8 @@ def _progress(entries: list[Entry], now: float) -> Iterator[Metric]:
     )
 
 
-def _answers(entries: list[Entry]) -> Iterator[Metric]:
-    pairs = [(entry.run.name, agent) for entry in entries for agent in entry.run.agents.values()]
+def _answers(heard_runs: list[HeardRun]) -> Iterator[Metric]:
+    pairs = [(heard.run.name, agent) for heard in heard_runs for agent in heard.run.agents.values()]
     for name, text, count in _COUNTED:
         samples = (((run, agent.agent_id), count(agent)) for run, agent in pairs)
         yield _counter(name, text, ["run", "agent"], samples)
@@ -204,10 +206,10 @@ _COUNTED: list[tuple[str, str, Callable[[LiveAgent], float]]] = [
 ]
 
 
-def _replicas(entries: list[Entry]) -> Iterator[Metric]:
+def _replicas(heard_runs: list[HeardRun]) -> Iterator[Metric]:
     fleets = [
         (run, agent_id, replicas_of(run, agent_id))
-        for run in (entry.run for entry in entries)
+        for run in (heard.run for heard in heard_runs)
         for agent_id in run.agents
     ]
     yield _gauge(

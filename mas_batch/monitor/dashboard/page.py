@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from bokeh.core.properties import without_property_validation
 from bokeh.layouts import column, row
 from bokeh.models.widgets import Div, Select
-from distributed.dashboard.components import add_periodic_callback
-from distributed.dashboard.components.scheduler import BOKEH_THEME, env, individual_doc
-from distributed.dashboard.core import BokehApplication, DaskBokehTornado
-from distributed.dashboard.scheduler import applications, template_variables
-from distributed.http.utils import RequestHandler
-from tornado.ioloop import IOLoop
+from tornado.web import RequestHandler
 
-from mas_batch.monitor.dashboard.base import current
-from mas_batch.monitor.dashboard.plots import AgentLatency, Partitions, Rates, Routing
+from mas_batch.dask_compat import (
+    Page,
+    add_pages,
+    add_pages_to_new_schedulers,
+    add_url,
+    use_dasks_template,
+    use_dasks_theme,
+)
+from mas_batch.monitor.dashboard.base import RunPlot, add_to, current
+from mas_batch.monitor.dashboard.plots import LatencyPlot, PartitionsPlot, RatesPlot, RoutingPlot
 from mas_batch.monitor.dashboard.tables import AgentsTable, ReplicasTable
 from mas_batch.monitor.overview import RunRow
 
-_EVERY_MS = 500
 _NEWEST = "the newest run"
 
 
@@ -29,17 +33,17 @@ class AgentsPage:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._select = Select(value=_NEWEST, width=320)
-        self._summary = Div(sizing_mode="stretch_width")
+        self._summary = Div(sizing_mode="stretch_width", align="center")
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
         agents, replicas = AgentsTable(scheduler, **wide), ReplicasTable(scheduler, **wide)
         charts = [
-            Partitions(scheduler, height=240, **wide),
-            Rates(scheduler, height=240, **wide),
-            Rates(scheduler, name="tokens_per_s", height=240, **wide),
+            PartitionsPlot(scheduler, height=240, **wide),
+            RatesPlot(scheduler, height=240, **wide),
+            RatesPlot(scheduler, name="tokens_per_s", height=240, **wide),
         ]
         means = [
-            AgentLatency(scheduler, height=240, **wide),
-            Routing(scheduler, height=240, **wide),
+            LatencyPlot(scheduler, height=240, **wide),
+            RoutingPlot(scheduler, height=240, **wide),
         ]
         self._plots = [agents, *charts, *means, replicas]
         self.root = column(
@@ -51,6 +55,7 @@ class AgentsPage:
             **wide,
         )
 
+    @without_property_validation  # type: ignore[untyped-decorator]
     def update(self) -> None:
         """Show the run as it is now."""
         runs = current(self._scheduler).runs
@@ -82,65 +87,55 @@ def _summary(run: RunRow | None) -> str:
     return " · ".join(filter(None, facts))
 
 
-def agents_doc(scheduler: Any, extra: dict[str, Any], doc: Any) -> None:
+def agents_doc(scheduler: Any, extra: Mapping[str, Any], doc: Any) -> None:
     """Fill a Bokeh document with the page, in Dask's template."""
-    page = AgentsPage(scheduler)
-    page.update()
-    add_periodic_callback(doc, page, _EVERY_MS)
     doc.title = "Dask: Agents"
-    doc.add_root(page.root)
-    doc.template = env.get_template("simple.html")
-    doc.template_variables.update(extra)
-    doc.theme = BOKEH_THEME
+    use_dasks_template(doc, extra)
+    use_dasks_theme(doc)
+    add_to(doc, AgentsPage(scheduler))
 
 
-PAGES = {
+def _plot_doc(title: str, plot: Callable[..., RunPlot]) -> Page:
+    """Return what fills a Bokeh document with one plot, as large as the window."""
+
+    def fill(scheduler: Any, extra: Mapping[str, Any], doc: Any) -> None:
+        doc.title = f"Dask: {title}"
+        use_dasks_theme(doc)
+        add_to(doc, plot(scheduler, sizing_mode="stretch_both"))
+
+    return fill
+
+
+PAGES: dict[str, Page] = {
     "/agents": agents_doc,
-    "/individual-agents": individual_doc(AgentsTable, _EVERY_MS),
-    "/individual-agent-replicas": individual_doc(ReplicasTable, _EVERY_MS),
-    "/individual-agent-partitions": individual_doc(Partitions, _EVERY_MS),
-    "/individual-agent-rates": individual_doc(Rates, _EVERY_MS),
-    "/individual-agent-latency": individual_doc(AgentLatency, _EVERY_MS),
-    "/individual-agent-routing": individual_doc(Routing, _EVERY_MS),
+    "/individual-agents": _plot_doc("Agents", AgentsTable),
+    "/individual-agent-replicas": _plot_doc("Agent Replicas", ReplicasTable),
+    "/individual-agent-partitions": _plot_doc("Agent Partitions", PartitionsPlot),
+    "/individual-agent-rates": _plot_doc("Agent Rates", RatesPlot),
+    "/individual-agent-latency": _plot_doc("Agent Latency", LatencyPlot),
+    "/individual-agent-routing": _plot_doc("Agent Routing", RoutingPlot),
 }
 
 
-class AgentsJSON(RequestHandler):  # type: ignore[misc]
+class AgentsJSON(RequestHandler):
     """Serves `overview.Overview`."""
+
+    def initialize(self, scheduler: Any) -> None:
+        """Take the scheduler whose runs are shown."""
+        self._scheduler = scheduler
 
     def get(self) -> None:
         """Answer with the state of all runs."""
         self.set_header("Content-Type", "application/json")
-        self.write(current(self.server).to_json())
+        self.write(current(self._scheduler).to_json())
 
 
 def register() -> None:
     """Have Dask serve the pages on every scheduler that this process starts from now on."""
-    applications.update(PAGES)
+    add_pages_to_new_schedulers(PAGES)
 
 
 def install(scheduler: Any) -> None:
     """Add the pages to a scheduler that runs; one without a dashboard gets the JSON only."""
-    http = scheduler.http_application
-    bokeh = next((app for app in http.applications if isinstance(app, DaskBokehTornado)), None)
-    prefix = bokeh.prefix if bokeh is not None else ""
-    http.add_handlers(r".*$", [(f"{prefix}/agents.json", AgentsJSON, {"dask_server": scheduler})])
-    if bokeh is None:
-        return
-    variables = template_variables(scheduler)
-    if "agents" not in variables["pages"]:
-        variables["pages"].insert(variables["pages"].index("workers") + 1, "agents")
-    if "/agents" in bokeh.app_paths:
-        return  # registered before the dashboard was started
-    listed = {plot["url"] for plot in variables["plots"]}
-    ours = [path.strip("/") for path in PAGES if path.startswith("/individual")]
-    variables["plots"] += [
-        {"url": url, "name": url.removeprefix("individual-").replace("-", " ").title()}
-        for url in ours
-        if url not in listed
-    ]
-    variables["plots"].sort(key=lambda plot: plot["name"])
-    application = BokehApplication(PAGES, scheduler, prefix=prefix, template_variables=variables)
-    http.add_application(application)
-    application.initialize(IOLoop.current())
-    application.start()
+    add_url(scheduler, "/agents.json", AgentsJSON, {"scheduler": scheduler})
+    add_pages(scheduler, PAGES, listed="agents", after="workers")

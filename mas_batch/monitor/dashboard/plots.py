@@ -8,15 +8,14 @@ from bokeh.models import DataRange1d, FactorRange, HoverTool
 from bokeh.plotting import figure
 
 from mas_batch.monitor.dashboard.base import RunPlot
-from mas_batch.monitor.dashboard.metrics import PURPOSES
-from mas_batch.monitor.overview import PARTITION_STATES, RunRow
+from mas_batch.monitor.overview import PARTITION_STATES, PURPOSES, RunRow
 
 _PARTITION_COLOURS = ("#e0e0e0", "#fd8d3c", "#9ecae1", "#2171b5")
 _PARTS = ("compute", "transfer", "processing")
 _PART_COLOURS = ("#2171b5", "#fd8d3c", "#9ecae1")
 
 
-class Partitions(RunPlot):
+class PartitionsPlot(RunPlot):
     """Partitions by state, over the whole run."""
 
     def __init__(self, scheduler: Any, **kwargs: Any) -> None:
@@ -40,7 +39,7 @@ class Partitions(RunPlot):
         return {name: [getattr(p, name) for p in run.history] for name in self.columns}
 
 
-class Rates(RunPlot):
+class RatesPlot(RunPlot):
     """Records merged and tokens generated per second, over the whole run."""
 
     def __init__(self, scheduler: Any, name: str = "records_per_s", **kwargs: Any) -> None:
@@ -62,7 +61,7 @@ class Rates(RunPlot):
         return {name: [getattr(p, name) for p in run.history] for name in self.columns}
 
 
-class AgentLatency(RunPlot):
+class LatencyPlot(RunPlot):
     """Seconds per record and agent, by part."""
 
     def __init__(self, scheduler: Any, **kwargs: Any) -> None:
@@ -92,7 +91,7 @@ class AgentLatency(RunPlot):
         return {"agent": [agent.agent for agent in agents], **means}
 
 
-class Routing(RunPlot):
+class RoutingPlot(RunPlot):
     """How often each agent was asked, and for what."""
 
     def __init__(self, scheduler: Any, **kwargs: Any) -> None:
@@ -138,8 +137,8 @@ def _figure(title: str, x_title: str, **kwargs: Any) -> Any:
     plot = figure(title=title, tools="", toolbar_location=None, **kwargs)
     plot.xaxis.axis_label = x_title or None
     plot.xaxis.minor_tick_line_alpha = plot.yaxis.minor_tick_line_alpha = 0
-    if "y_range" not in kwargs:
-        plot.y_range = DataRange1d(start=0)
+    for axis in {"x_range", "y_range"} - set(kwargs):
+        setattr(plot, axis, DataRange1d(start=0))
     return plot
 
 

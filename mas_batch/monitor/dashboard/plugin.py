@@ -1,40 +1,40 @@
-"""On the scheduler: takes runs' feeds, and adds the agents' page and metrics to its dashboard."""
+"""On the scheduler: takes runs' snapshots, adds the agents' page and metrics to its dashboard."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from distributed import Scheduler, SchedulerPlugin
 
-from mas_batch.monitor.board import Board
+from mas_batch.dask_compat import add_remote_call
+from mas_batch.monitor.dashboard.inboxes import add_inbox, inbox_of, remove_inbox
 
 NAME = "mas-batch-dashboard"
 HANDLER = "mas_batch_feed"
-"""The scheduler's remote call that takes a `messages.Message`."""
+"""The scheduler's remote call that takes a `snapshot.Snapshot`."""
 
 
 class AgentsDashboard(SchedulerPlugin):  # type: ignore[misc]
-    """Keeps a `Board` on the scheduler and shows it; registered as often as you like."""
+    """Keeps an `Inbox` for the scheduler and shows it; registered as often as you like."""
 
     name = NAME
     idempotent = True
 
     async def start(self, scheduler: Scheduler) -> None:
         """Set up whatever of page, JSON and metrics this scheduler can serve."""
-        from mas_batch.monitor.dashboard import metrics, page  # not for the submitting process
+        # Bokeh is large, and the submitting process imports this module too.
+        from mas_batch.monitor.dashboard import metrics, page
 
-        self.board = Board()
-        scheduler.handlers[HANDLER] = self.receive
+        self._scheduler = scheduler
+        add_inbox(scheduler)
+        add_remote_call(scheduler, HANDLER, self.receive)
         page.install(scheduler)
-        metrics.install(scheduler)
+        metrics.install()
 
-    def receive(self, version: int, data: bytes) -> str:
-        """Take a message of a run; see `Board.receive`."""
-        return self.board.receive(version, data, time.time())
+    async def close(self) -> None:
+        """Serve no metrics of a scheduler that is closed."""
+        remove_inbox(self._scheduler)
 
-
-def board_of(scheduler: Any) -> Board | None:
-    """Return the board of a scheduler that has one."""
-    plugin = scheduler.plugins.get(NAME)
-    return plugin.board if isinstance(plugin, AgentsDashboard) else None
+    def receive(self, version: str, data: bytes) -> None:
+        """Take a snapshot of a run; see `Inbox.receive`."""
+        inbox_of(self._scheduler).receive(version, data, time.time())

@@ -72,16 +72,16 @@ _RATE = partial(NumberFormatter, format="0,0.0")
 _AGENT_COLUMNS: _Columns = {
     "agent": ("agent", 90, StringFormatter),
     "capabilities": ("capabilities", 110, StringFormatter),
-    "model": ("model", 200, StringFormatter),
+    "model": ("model", 175, StringFormatter),
     "device": ("device", 60, StringFormatter),
     "replicas": ("replicas", 130, StringFormatter),
     "load": ("load", 60, StringFormatter),
     "records": ("records", 60, _COUNT),
     "records_per_s": ("records/s", 60, _RATE),
     "tokens_per_s": ("tokens/s", 60, _RATE),
-    "failed_answers": ("failed answers", 80, _COUNT),
+    "failed_answers": ("failed answers", 95, _COUNT),
     "failed_tries": ("failed tries", 70, _COUNT),
-    "agreement": ("agreement %", 75, partial(NumberFormatter, format="0.0", nan_format="–")),
+    "agreement": ("agreement %", 85, partial(NumberFormatter, format="0.0", nan_format="–")),
 }
 
 
@@ -126,7 +126,7 @@ _REPLICA_COLUMNS: _Columns = {
     "state": ("state", 100, _STATE),
     "since_s": ("for s", 50, _COUNT),
     "load": ("load", 60, StringFormatter),
-    "asked": ("partitions asked", 90, _COUNT),
+    "asked": ("asked", 60, _COUNT),
     "answered": ("answered", 70, _COUNT),
     "failed": ("failed", 60, _COUNT),
     "message": ("why", 400, StringFormatter),

@@ -12,12 +12,13 @@ import numpy as np
 
 from mas_batch.evaluation.bootstrap import interval, p_value, resampled_sums
 from mas_batch.evaluation.metrics import Metrics, SumMetric
-from mas_batch.evaluation.systems import Evidence, Key, Kind, Matrix, System, Vector
+from mas_batch.evaluation.systems import Evidence, Matrix, System, Vector
+from mas_batch.quality import Difference, MetricScore, Quality
 
 _ROUNDING = 1e-9
 
 
-class Verdict(StrEnum):
+class Worth(StrEnum):
     """How the run's merge compares with the best single agent, by the goal metric."""
 
     BETTER = "better, beyond noise"
@@ -25,55 +26,6 @@ class Verdict(StrEnum):
     EQUAL = "equal"
     PERHAPS_WORSE = "worse, within noise"
     WORSE = "worse, beyond noise"
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A system minus the best single agent, on the records that both were asked about."""
-
-    value: float
-    low: float
-    high: float
-    """95 % interval."""
-    p: float
-    """Two-sided, of no difference."""
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One metric of one system."""
-
-    metric: str
-    value: float | None
-    """None where the metric is not defined, as a correlation with a constant is not."""
-    low: float | None = None
-    high: float | None = None
-    """95 % interval; None for metrics that are not made of sums."""
-    difference: Difference | None = None
-    """None for the best single agent itself, for a system that was never asked about the same
-    record as that, and where there is no interval."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """All scores of one system."""
-
-    kind: Kind
-    name: str
-    num_records: int
-    """Records it was asked about."""
-    num_missing: int
-    """Answers of those that are missing and count as wrong."""
-    scores: tuple[Score, ...]
-
-    @property
-    def key(self) -> Key:
-        """Return what tells it from all others."""
-        return (self.kind, self.name)
-
-    def score(self, metric: str) -> Score:
-        """Return its score by a metric."""
-        return next(score for score in self.scores if score.metric == metric)
 
 
 def best_agent(agents: Sequence[System], goal: SumMetric) -> System:
@@ -111,23 +63,23 @@ def qualities(
             own, *sides = (scored[each, metric.name] for each in (system, left, right))
             alone = system is baseline or not len(left.records)
             difference = None if alone else _difference(*sides)
-            scores.append(Score(metric.name, own.point, *interval(own.resampled), difference))
-        scores += [Score(metric.name, metric.score(system)) for metric in metrics.whole]
+            scores.append(MetricScore(metric.name, own.point, *interval(own.resampled), difference))
+        scores += [MetricScore(metric.name, metric.score(system)) for metric in metrics.whole]
         num_missing = int(missing[system.candidates].sum())
         num_records = int(system.covered.sum())
         result.append(Quality(system.kind, system.name, num_records, num_missing, tuple(scores)))
     return tuple(result)
 
 
-def verdict(merge: Quality, goal: SumMetric) -> Verdict:
+def worth_of(merge: Quality, goal: SumMetric) -> Worth:
     """Say whether the merge was worth it."""
     difference = merge.score(goal.name).difference
     if difference is None or difference.value == 0 or math.isnan(difference.value):
-        return Verdict.EQUAL
+        return Worth.EQUAL
     better = (difference.value > 0) == (goal.perfect > 0)
     if difference.low <= 0 <= difference.high:
-        return Verdict.PERHAPS_BETTER if better else Verdict.PERHAPS_WORSE
-    return Verdict.BETTER if better else Verdict.WORSE
+        return Worth.PERHAPS_BETTER if better else Worth.PERHAPS_WORSE
+    return Worth.BETTER if better else Worth.WORSE
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.report.facts import Activity, Latency, PartitionTimes, Spread
+from mas_batch.report.facts import Activity, PartitionTimes, Spread, TimeFacts
 from mas_batch.run_folder.read import Run
 
 NUM_STRETCHES = 80
@@ -24,14 +24,14 @@ REPLICA_PARTS = ("compute", "transfer", "processing", "load", "failed", "idle")
 _WORK = ("answer", "failed answer")
 
 
-def latency(run: Run) -> Latency | None:
+def time_facts(run: Run) -> TimeFacts | None:
     """Return where the time went; None for a run of a version that kept no ledger."""
     facts = run.manifest.get("latency")
     if not facts:
         return None
     replicas = facts.get("replicas") or {}
     length_s, activity = _activity(run.ledger())
-    return Latency(
+    return TimeFacts(
         wall_s=facts.get("wall_s"),
         phases={name: seconds for name, seconds in facts.get("phases", {}).items() if seconds},
         replicas={part: s for part in REPLICA_PARTS if (s := replicas.get(f"{part}_s"))},

@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-import yaml
-from pydantic import ValidationError
-
 from mas_batch.errors import RunError
-from mas_batch.job import Job
 from mas_batch.monitor.event_log import read_events
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
 
@@ -32,21 +29,6 @@ class Scale:
     """Times as fast as the run with the fewest replicas."""
     efficiency: float = 1.0
     """Speed-up ÷ times as many replicas; 1 is linear."""
-
-
-def read_job(run: Run) -> Job:
-    """Return the job of a run.
-
-    Raises:
-        RunError: job.yaml is not a job of this version of mas_batch.
-    """
-    try:
-        return Job.model_validate(yaml.safe_load(run.store.read_bytes("job.yaml")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        location = run.store.location("job.yaml")
-        raise RunError(f"{location}: {key}: {first['msg']}; another version wrote it") from error
 
 
 def scaling(runs: Sequence[Run]) -> tuple[Scale, ...]:

@@ -9,16 +9,7 @@ from mas_batch.planning.bottleneck import Bottleneck
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
-    """Seconds: where eight of ten simulated runs end, and the middle one."""
-
-    p10_s: float
-    median_s: float
-    p90_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class AgentForecast:
+class AgentPrediction:
     """What one agent is expected to do in a run."""
 
     agent_id: str
@@ -38,15 +29,12 @@ class AgentForecast:
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
-    """A setting and how long a run would take with it."""
+class Allocation:
+    """Numbers of replicas, and how long a run takes with them."""
 
     replicas: Mapping[str, int]
-    max_records: int
-    max_tokens: int
-    num_partitions: int
-    policy: str
-    duration: Range
+    """By agent."""
+    duration_s: float
 
     @property
     def total(self) -> int:
@@ -56,16 +44,16 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """What to set, and why."""
+    """Numbers of replicas for a deadline, and why these."""
 
-    option: Option
-    meets_deadline: bool | None
-    """None: there is no deadline."""
+    allocation: Allocation
+    meets_deadline: bool
+    """Even if the run takes longer by the worst error that was measured."""
     why: str
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class RunPrediction:
     """A job's run as predicted."""
 
     job: str
@@ -75,17 +63,20 @@ class Planned:
     """What measuring took; 0: it was done before."""
     num_records: int
     num_usable: int
-    own: Option
-    """The job as it is."""
+    num_partitions: int
+    policy: str
+    own: Allocation
+    """The job's own numbers of replicas."""
+    median_error: float
+    """Of predictions in the project's benchmark, of the measured time; docs/planner.md."""
+    worst_error: float
     phases: Mapping[str, float]
-    """Phase → seconds; of the middle one of the simulated runs, as all that is not a range."""
-    agents: tuple[AgentForecast, ...]
+    """Phase → seconds."""
+    agents: tuple[AgentPrediction, ...]
     bottleneck: Bottleneck
-    allocations: tuple[Option, ...]
-    """The job with other numbers of replicas, fewest first."""
-    sizes: tuple[Option, ...]
-    """With other sizes of partitions."""
-    policies: tuple[Option, ...]
-    recommendation: Recommendation
+    allocations: tuple[Allocation, ...]
+    """Other numbers of replicas, fewest first."""
+    recommendation: Recommendation | None
+    """None: no deadline was given."""
     notes: tuple[str, ...]
     """What the prediction takes for granted, as far as it matters here."""

@@ -1,8 +1,8 @@
-"""Two runs' results side by side, joined by record id in bounded memory.
+"""Two runs' results side by side, joined by record id.
 
-A hash join that spills (Kitsuregawa et al., "Application of hash to data base machine", 1983):
-both runs' records go to files by a hash of their id, then file by file are joined. So the runs may
-have any order and partitioning, and memory holds some 50,000 records of each.
+The runs may have any order and partitioning. Memory holds the ids, answers, confidences and
+references of some 250,000 records of each: larger runs are read in several passes, each of which
+joins the records whose ids have another hash.
 """
 
 from __future__ import annotations
@@ -11,31 +11,30 @@ import heapq
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.run_folder.read import Run
 
-RECORDS_AT_ONCE = 50_000
-MAX_FILES = 256
-"""Open at once; beyond 12.8 million records a file holds more."""
+RECORDS_PER_PASS = 250_000
+_ROWS_AT_ONCE = 20_000
+"""Joined records that are Python objects at one time."""
 
 _SIDE = pa.schema(
     [
         pa.field("record_id", pa.string()),
         pa.field("answer", pa.string()),  # null: the record failed
         pa.field("confidence", pa.float64()),
-        pa.field("kind", pa.string()),
+        pa.field("confidence_kind", pa.string()),
         pa.field("reference", pa.string()),
+        pa.field("there", pa.bool_()),  # null, after the join: the run has no such record
     ]
 )
 
@@ -147,19 +146,14 @@ def mcnemar(fixed: int, broken: int) -> float:
 
 
 def _joined(a: Run, b: Run) -> Iterator[pa.Table]:
-    """Yield all records of both, some at a time; a record's rows of both runs are in one table."""
+    """Yield all records of both, some at a time; a record's rows of both runs are one row."""
     most = max(_num_records(a), _num_records(b))
-    num_files = min(MAX_FILES, max(1, math.ceil(most / RECORDS_AT_ONCE)))
-    with TemporaryDirectory(prefix="mas-batch-compare-") as folder:
-        sides = [Path(folder, name) for name in "ab"]
-        for run, side in zip((a, b), sides, strict=True):
-            side.mkdir()
-            _spill(_tables(run), side, num_files)
-        for number in range(num_files):
-            left, right = (_read(side / str(number)) for side in sides)
-            yield left.join(
-                right, "record_id", join_type="full outer", left_suffix="_a", right_suffix="_b"
-            )
+    num_passes = max(1, math.ceil(most / RECORDS_PER_PASS))
+    for number in range(num_passes):
+        left, right = (_side(run, number, num_passes) for run in (a, b))
+        joined = left.join(right, "record_id", None, "full outer", "_a", "_b", use_threads=False)
+        for first in range(0, joined.num_rows, _ROWS_AT_ONCE):
+            yield joined.slice(first, _ROWS_AT_ONCE)
 
 
 def _num_records(run: Run) -> int:
@@ -167,48 +161,31 @@ def _num_records(run: Run) -> int:
     return int(counts["results"] + counts["failures"])
 
 
-def _tables(run: Run) -> Iterator[pa.Table]:
-    for name in run.files("results"):
-        table = run.store.read_table(name)
-        names = table.column_names
-        reference = table["reference"].cast(pa.string()) if "reference" in names else None
-        yield _side(
-            table, table["answer"], table["confidence"], table["confidence_kind"], reference
-        )
-    for name in run.files("failures"):
-        yield _side(run.store.read_table(name))
+def _side(run: Run, number: int, num_passes: int) -> pa.Table:
+    """Read the run's records of one pass."""
+    tables = [_SIDE.empty_table()]
+    for folder in ("results", "failures"):
+        for name in run.files(folder):
+            table = run.store.read_table(name, _SIDE.names)
+            if num_passes > 1:
+                mine = _hashes(table["record_id"].to_pylist()) % num_passes == number
+                table = table.filter(pa.array(mine))
+            columns = [_column(table, field) for field in _SIDE]
+            tables.append(pa.table(columns, schema=_SIDE))
+    return pa.concat_tables(tables)
 
 
-def _side(table: pa.Table, *columns: pa.ChunkedArray | None) -> pa.Table:
-    given = [*columns, *[None] * (len(_SIDE) - 1 - len(columns))]
-    arrays = [
-        pa.nulls(table.num_rows, field.type) if column is None else column
-        for field, column in zip(list(_SIDE)[1:], given, strict=True)
-    ]
-    return pa.table([table["record_id"], *arrays], schema=_SIDE)
+def _column(table: pa.Table, field: pa.Field) -> pa.Array:
+    """Return a column of `_SIDE`; failures have none but their ids."""
+    if field.name == "there":
+        return pa.repeat(True, table.num_rows)
+    if field.name not in table.column_names:
+        return pa.nulls(table.num_rows, field.type)
+    return table[field.name].cast(field.type)
 
 
-def _spill(tables: Iterable[pa.Table], folder: Path, num_files: int) -> None:
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(pa.ipc.new_stream(str(folder / str(number)), _SIDE))
-            for number in range(num_files)
-        ]
-        for table in tables:
-            files = _hashes(table["record_id"].to_pylist()) % num_files
-            for number in np.unique(files).tolist():
-                writers[number].write_table(table.filter(pa.array(files == number)))
-
-
-def _hashes(ids: Sequence[str]) -> Any:
-    digests = (zlib.crc32(key.encode(errors="surrogatepass")) for key in ids)
-    return np.fromiter(digests, np.int64, len(ids))
-
-
-def _read(path: Path) -> pa.Table:
-    with pa.ipc.open_stream(str(path)) as reader:
-        table = reader.read_all()
-    return table.append_column("there", pa.array(np.ones(table.num_rows, np.bool_)))
+def _hashes(ids: Sequence[str]) -> npt.NDArray[np.int64]:
+    return np.fromiter((zlib.crc32(key.encode()) for key in ids), np.int64, len(ids))
 
 
 # What is counted
@@ -263,12 +240,11 @@ def _both_answered(joined: pa.Table) -> list[dict[str, Any]]:
 
 def _comparable(row: dict[str, Any]) -> bool:
     known = row["confidence_a"] is not None and row["confidence_b"] is not None
-    return known and row["kind_a"] == row["kind_b"]
+    return known and row["confidence_kind_a"] == row["confidence_kind_b"]
 
 
 def _pair(row: dict[str, Any]) -> RecordPair:
-    fields = ("record_id", "answer_a", "answer_b", "confidence_a", "confidence_b")
-    return RecordPair(*(row[name] for name in (*fields, "kind_a", "kind_b")))
+    return RecordPair(**{field.name: row[field.name] for field in fields(RecordPair)})
 
 
 def _surest_first(pair: RecordPair) -> tuple[float, str]:

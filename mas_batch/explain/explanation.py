@@ -1,7 +1,6 @@
-"""Why a partition was asked of whom, and what came of it: read from the run's files.
+"""Puts together what a run's files tell of one partition.
 
-Pure data out; `show` prints it. A run that is at work or was killed can be explained as well as
-a published one.
+A run that is at work or was killed can be explained as well as a published one.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import pyarrow.parquet as pq
 
 from mas_batch import incremental
 from mas_batch.errors import RunError
+from mas_batch.explain.story import Decision, OutcomeKind, Step, Story
 from mas_batch.monitor.event_log import FOLDER, read_events
-from mas_batch.monitor.story import Decision, OutcomeKind, Step, Story
 from mas_batch.run_folder.names import answers_name, results_name, staged_name
 from mas_batch.run_folder.plan import Plan, read_plan
 from mas_batch.run_folder.storage import Store
@@ -25,7 +24,7 @@ from mas_batch.safe_text import without_credentials
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
+class ExplainedExecution:
     """What one process did about the partition."""
 
     name: str
@@ -33,7 +32,7 @@ class Execution:
     started: datetime
     """Time of its first event, in UTC."""
     steps: tuple[Step, ...]
-    """In order; an outcome stands with its decision."""
+    """In order; how a try ended stands with the decision that began it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +51,12 @@ class Explanation:
     """Agents whose answers are committed."""
     is_merged: bool
     """Its results are committed."""
-    executions: tuple[Execution, ...]
+    executions: tuple[ExplainedExecution, ...]
     """Those that had to do with it."""
     num_executions: int
     """All that left events."""
     problems: tuple[str, ...]
-    """What the events leave untold."""
+    """What is committed though no event tells of it, and event files that are cut short."""
     reused: dict[str, str]
     """Agent → the run that it answered all of the partition in, if it was not asked in this one."""
 
@@ -78,8 +77,10 @@ def explain(store: Store, partition: int) -> Explanation:
     reused = _reused(store, partition, answered_by)
     is_merged = store.exists(results_name(partition))
     asked = [agent_id for agent_id in answered_by if agent_id not in reused]
-    # Where nobody was asked anything, partitions are merged without the router, and untold.
-    problems += _untold(stories, asked, is_merged and (bool(asked) or not reused))
+    # Only the router emits events of a merge, and a partition whose answers all come from
+    # earlier runs is merged without it.
+    merge_has_event = is_merged and (bool(asked) or not reused)
+    problems += _without_event(stories, asked, merge_has_event)
     row = plan.table.slice(partition, 1).to_pylist()[0]
     return Explanation(
         run=without_credentials(store.url),
@@ -91,7 +92,7 @@ def explain(store: Store, partition: int) -> Explanation:
         answered_by=answered_by,
         is_merged=is_merged,
         executions=tuple(
-            Execution(story.execution, story.started, tuple(story.steps))
+            ExplainedExecution(story.execution, story.started, tuple(story.steps))
             for story in stories
             if story.steps
         ),
@@ -140,8 +141,8 @@ def _stories(store: Store, partition: int, report: Callable[[str], None]) -> lis
         stories[-1].take(event)
     if not stories:
         raise RunError(
-            f"{store.path(FOLDER)}: no events are kept; nobody has been asked yet, "
-            "or the run was made with an older version"
+            f"{store.path(FOLDER)}: no events are kept: the run has not asked an agent yet, "
+            "or an older version made it"
         )
     for story in stories:
         story.end()
@@ -166,24 +167,26 @@ def _reused(store: Store, partition: int, agents: Iterable[str]) -> dict[str, st
     return found
 
 
-def _untold(stories: list[Story], answered_by: Collection[str], is_merged: bool) -> list[str]:
-    """Say what is committed though no event tells of it."""
+def _without_event(
+    stories: list[Story], answered_by: Collection[str], is_merged: bool
+) -> list[str]:
+    """Describe what is committed though no event tells of it."""
     told = set(stories[-1].answered)
-    overtaken = {  # such a try may have committed its answers later
+    overtaken = {  # an overtaken try may have committed its answers later
         step.agent_id
         for story in stories
         for step in story.steps
         if isinstance(step, Decision) and step.outcome.kind is OutcomeKind.OVERTAKEN
     }
-    untold = [
+    found = [
         f"answers of {agent_id} are committed, but no event tells of them: they came late, or "
         "the event was lost with a process that was killed"
         for agent_id in answered_by
         if agent_id not in told | overtaken
     ]
     if is_merged and not any(story.is_merged for story in stories):
-        untold.append(
+        found.append(
             "the results are committed, but no event tells of the merge: it was lost with a "
             "process that was killed"
         )
-    return untold
+    return found

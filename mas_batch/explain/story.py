@@ -1,4 +1,4 @@
-"""What happened to one partition, step by step: made from a run's events, and pure."""
+"""What happened to one partition, step by step: a pure function of a run's events."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ class OutcomeKind(StrEnum):
     LOST = "lost"
     """Its worker was lost, left or was restarted first."""
     OVERTAKEN = "overtaken"
-    """Others answered first; nobody waits for it any longer."""
+    """Others answered first; the router no longer waits for it."""
     OPEN = "open"
-    """No event tells: it is at work, or the run's process ended before it."""
+    """No event tells: the worker is at work, or the run's process ended first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of asking."""
+class TryOutcome:
+    """What came of asking a worker."""
 
     kind: OutcomeKind
     after_s: float | None = None
-    """From the decision to the news; None where no news is of this try."""
+    """From the decision to the event that ended the try; None where there is no such event."""
     message: str = ""
     given_up: bool = False
-    """After this failure the agent is not asked about the partition any more."""
+    """After this failure the router does not ask the agent about the partition again."""
     num_answers: int = 0
     num_failed: int = 0
     """Records that the agent was asked about and has no answer to."""
     compute_s: float = 0.0
-    """What the model took."""
+    """Seconds that the model took."""
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A worker that could have been chosen."""
+class CandidateWorker:
+    """A worker that the router could have chosen."""
 
     worker: str
     agent_id: str | None
-    """None where the event that says so is lost."""
+    """None where no event says which agent the worker serves."""
     chosen: bool
     figures: dict[str, float]
-    """What the policy saw; see `monitor.events.PartitionAsked`."""
+    """What the policy saw of the worker; see `monitor.events.PartitionAsked`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ class Decision:
     purpose: str
     policy: str
     why: str
-    """The rule by which it was chosen, in words."""
-    candidates: tuple[Candidate, ...]
+    """The rule by which the policy chose the worker, in words."""
+    candidates: tuple[CandidateWorker, ...]
     num_busy: int
-    """Capable workers that could not be chosen."""
-    outcome: Outcome = field(default_factory=lambda: Outcome(OutcomeKind.OPEN))
+    """Capable workers that the router could not choose: their windows were full."""
+    outcome: TryOutcome = field(default_factory=lambda: TryOutcome(OutcomeKind.OPEN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Story:
             ) from error
 
     def end(self) -> None:
-        """No further event comes: what is open in a merged partition was not waited for."""
+        """Close the tries that are open in a merged partition: no further event comes."""
         if self.is_merged:
             for index in self._open():
                 self._close(index, OutcomeKind.OVERTAKEN, "the answers of others were enough")
@@ -144,7 +144,7 @@ class Story:
             case "AnswerFailed":
                 index = self._tries.get((facts["agent_id"], facts["worker"]))
                 if index is not None:
-                    outcome = Outcome(
+                    outcome = TryOutcome(
                         OutcomeKind.FAILED, message=facts["message"], given_up=facts["given_up"]
                     )
                     self._set_outcome(index, outcome, event.time)
@@ -161,7 +161,7 @@ class Story:
         facts = event.facts
         agent_id, worker = facts["agent_id"], facts["worker"]
         index = self._tries.get((agent_id, worker))
-        if index is None:  # no decision of ours
+        if index is None:  # Dask chose the worker, not the router
             self._add(
                 event,
                 f"{agent_id} on {worker}, where Dask's scheduler sent it (routing.mode: native), "
@@ -170,7 +170,7 @@ class Story:
         else:
             before = self._decision(index).outcome
             late = before.kind is OutcomeKind.LOST
-            outcome = Outcome(
+            outcome = TryOutcome(
                 OutcomeKind.ANSWERED,
                 message=f"after it was taken for lost: {before.message}" if late else "",
                 num_answers=facts["num_answers"],
@@ -192,7 +192,7 @@ class Story:
         at_work = [i for i in self._open() if self._decision(i).worker == worker]
         if event.name == "AgentLost" and at_work:
             for index in at_work:
-                self._set_outcome(index, Outcome(OutcomeKind.LOST, message=message), event.time)
+                self._set_outcome(index, TryOutcome(OutcomeKind.LOST, message=message), event.time)
             return
         match event.name:
             case "AgentDraining":
@@ -216,19 +216,21 @@ class Story:
         assert isinstance(step, Decision)
         return step
 
-    def _set_outcome(self, index: int, outcome: Outcome, time: datetime) -> None:
+    def _set_outcome(self, index: int, outcome: TryOutcome, time: datetime) -> None:
         step = self._decision(index)
         after_s = (time - step.time).total_seconds()
         self.steps[index] = replace(step, outcome=replace(outcome, after_s=after_s))
 
     def _close(self, index: int, kind: OutcomeKind, message: str) -> None:
-        self.steps[index] = replace(self._decision(index), outcome=Outcome(kind, message=message))
+        self.steps[index] = replace(
+            self._decision(index), outcome=TryOutcome(kind, message=message)
+        )
 
 
 def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
     facts = event.facts
     candidates = tuple(
-        Candidate(worker, agents.get(worker), worker == facts["worker"], figures)
+        CandidateWorker(worker, agents.get(worker), worker == facts["worker"], figures)
         for worker, figures in facts["candidates"].items()
     )
     return Decision(
@@ -245,7 +247,7 @@ def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
 
 
 def _why(facts: dict[str, Any]) -> str:
-    if facts["purpose"] == "copy":  # the policy was not asked
+    if facts["purpose"] == "copy":  # speculation chooses, not the policy
         return "it was idle and should finish clearly before the slow one"
     policy = POLICIES.get(facts["policy"])
     return policy.rule if policy else facts["policy"]

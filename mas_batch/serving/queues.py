@@ -24,7 +24,7 @@ from mas_batch.routing.pool import Pool
 from mas_batch.routing.replica import BreakerState, Replica
 from mas_batch.serving.backlog import Backlog
 from mas_batch.serving.measure import AgentMeter, AgentStats
-from mas_batch.serving.parts import Outcome, Part, outcome_of
+from mas_batch.serving.parts import AgentPart, Outcome, outcome_of
 
 if TYPE_CHECKING:
     from mas_batch.agents.texts import Answered
@@ -38,7 +38,7 @@ Call = Callable[[str, str, Sequence[Record]], Awaitable["Answered"]]
 """(replica, agent, records) → their answers. OSError: the replica is dead or out of reach."""
 
 
-class Dispatch:
+class AgentQueues:
     """The agents' replicas and what waits for them.
 
     Args:
@@ -68,7 +68,7 @@ class Dispatch:
         self._backlogs = {name: Backlog(max_batch, max_wait_s) for name in names}
         self._meters = {name: AgentMeter() for name in names}
         self._sends: dict[str, asyncio.Task[None]] = {}  # by replica
-        self._at_work: dict[str, list[Part]] = {}  # by replica
+        self._at_work: dict[str, list[AgentPart]] = {}  # by replica
         self._timers: dict[str, asyncio.TimerHandle] = {}  # by agent
         self._fastest = Throughput()
         self._numbers = count()
@@ -119,12 +119,12 @@ class Dispatch:
 
     # Parts of questions
 
-    def submit(self, part: Part) -> None:
+    def submit(self, part: AgentPart) -> None:
         """Let the part wait for a replica; `on_settled` is called when something has come of it."""
         self._backlogs[part.agent_id].add(part, self._now())
         self._serve(part.agent_id)
 
-    def hedge(self, part: Part) -> bool:
+    def hedge(self, part: AgentPart) -> bool:
         """Ask another replica too, if one that works is there; returns whether it will be."""
         others = self._pool.has_healthy(part.agent_id, besides=part.tried)
         if not (others and part.at and self._backlogs[part.agent_id].add_again(part)):
@@ -132,7 +132,7 @@ class Dispatch:
         self._serve(part.agent_id)
         return True
 
-    def withdraw(self, part: Part) -> None:
+    def withdraw(self, part: AgentPart) -> None:
         """The part is not needed any more; whoever is at it finishes, and nobody hears."""
         self._settle(part, Outcome(), counts=False)
 
@@ -184,7 +184,7 @@ class Dispatch:
             loop = asyncio.get_running_loop()
             self._timers[agent_id] = loop.call_at(due, self._serve, agent_id)
 
-    def _start(self, replica: Replica, parts: list[Part]) -> None:
+    def _start(self, replica: Replica, parts: list[AgentPart]) -> None:
         address = replica.replica_id
         number = next(self._numbers)
         replica.send(number, sum(part.tokens for part in parts), self._now())
@@ -196,7 +196,7 @@ class Dispatch:
             part.at.add(address)
         self._sends[address] = asyncio.create_task(self._send(replica, number, parts))
 
-    async def _send(self, replica: Replica, number: int, parts: Sequence[Part]) -> None:
+    async def _send(self, replica: Replica, number: int, parts: Sequence[AgentPart]) -> None:
         """Ask the replica and settle the parts, or see to it that somebody else does."""
         sent, address = self._now(), replica.replica_id
         # A text that several ask about at the same time is read once.
@@ -233,7 +233,7 @@ class Dispatch:
     # What comes of it
 
     def _answered(
-        self, address: str, parts: Sequence[Part], answered: Answered, sent: float
+        self, address: str, parts: Sequence[AgentPart], answered: Answered, sent: float
     ) -> bool:
         """Settle the parts by their answers; returns whether the engine seems to work."""
         heard, works = self._now(), False
@@ -250,7 +250,9 @@ class Dispatch:
             self._settle(part, outcome)
         return works
 
-    def _failed(self, address: str, parts: Sequence[Part], reason: Reason, message: str) -> None:
+    def _failed(
+        self, address: str, parts: Sequence[AgentPart], reason: Reason, message: str
+    ) -> None:
         """Ask a replica that has not failed at it, if there is one, else settle."""
         for part in parts:
             if not part.leave(address):
@@ -260,7 +262,7 @@ class Dispatch:
             else:
                 self._fail(part, reason, message)
 
-    def _died(self, address: str, parts: Sequence[Part], message: str) -> None:
+    def _died(self, address: str, parts: Sequence[AgentPart], message: str) -> None:
         """Ask again, each part alone: if one of them is to blame, not with its neighbours."""
         for part in parts:
             part.num_deaths += 1
@@ -282,10 +284,10 @@ class Dispatch:
             for part in backlog:
                 self._fail(part, Reason.AGENT_FAILED, "every worker of the agent is failing")
 
-    def _fail(self, part: Part, reason: Reason, message: str) -> None:
+    def _fail(self, part: AgentPart, reason: Reason, message: str) -> None:
         self._settle(part, Outcome(failure=part.failure(reason, message), heard=self._now()))
 
-    def _settle(self, part: Part, outcome: Outcome, *, counts: bool = True) -> None:
+    def _settle(self, part: AgentPart, outcome: Outcome, *, counts: bool = True) -> None:
         if part.outcome is not None:
             return  # its copy was faster, or the question is answered without it
         part.outcome = outcome

@@ -10,39 +10,38 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from dask.system import CPU_COUNT
-from numpy.typing import NDArray
 
 from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.cluster import is_embedded
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.scaling import read_job
 from mas_batch.job import Agent, Job
-from mas_batch.latency.model import Floats, Tasks, waits, work_done
 from mas_batch.latency.phases import ALL, PUBLISHING
+from mas_batch.planning.service_time import Floats, Tasks, waits, work_done
+from mas_batch.planning.survey import evenly_spaced
 from mas_batch.registries import ENGINES
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
 
-PARTS = ("compute", "transfer", "process")
 _MAX_ROWS = 2000
 """Tasks that a fit is made to, evenly spaced over the run; more would not make it better."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AgentEvidence:
-    """What is known of one agent."""
+class AgentMeasurements:
+    """What was measured of one agent."""
 
     tasks: Tasks
-    """Or some of them, where there are very many."""
+    """At most 2,000, evenly spaced over the runs."""
     prompt_tokens: Floats
     """Of each of these tasks."""
     completion_tokens: Floats
     parts_s: Mapping[str, float]
-    """`PARTS` → seconds of all tasks."""
+    """compute, transfer, process → seconds of all tasks."""
     load_s: float
     """Of its model."""
     threads: int
-    """Of a replica, where that was measured."""
+    """Of each measured replica."""
     cores: float
     """Of the machine, that a replica keeps busy; 0: its hardware is its own."""
     peak_memory_bytes: int | None
@@ -50,23 +49,24 @@ class AgentEvidence:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Evidence:
+class Measurements:
     """What was measured, put together from one run or several."""
 
     source: str
-    agents: Mapping[str, AgentEvidence]
+    """Names the runs, for people."""
+    agents: Mapping[str, AgentMeasurements]
     merges: Tasks
     phases: tuple[tuple[int, Mapping[str, float]], ...]
     """Of each whole execution: partitions, and phase → seconds."""
     send_s: float
-    """Until a task that is sent to a free worker begins, and its news are heard."""
+    """From sending a task to a free worker to its begin, and from its end to hearing of it."""
     num_workers: int
     largest_records: int
     """Usable records of the largest partition."""
 
 
-def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Evidence:
-    """Put together what runs tell of a job.
+def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Measurements:
+    """Put together what the ledgers of runs tell of a job.
 
     Args:
         runs: of this job or a similar one; an agent is known by its name and model.
@@ -77,23 +77,23 @@ def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Evi
         JobError: an agent of the job has answered nothing in any of them.
         RunError: a run has no ledger, or no job.yaml of this version.
     """
-    known = [_Measured(run, embedded=embedded) for run in runs]
-    agents = {agent.name: _agent(agent, known, source) for agent in job.agents}
-    merges = _concat([each.tasks_of("merge") for each in known])
-    lags = np.concatenate([each.lags() for each in known])
-    return Evidence(
+    ledgers = [_RunLedger(run, embedded=embedded) for run in runs]
+    agents = {agent.name: _measure_agent(agent, ledgers, source) for agent in job.agents}
+    merges = _concat([ledger.tasks_of("merge") for ledger in ledgers])
+    lags = np.concatenate([ledger.lags() for ledger in ledgers])
+    return Measurements(
         source=source,
         agents=agents,
-        merges=merges.take(_some(len(merges))),
-        phases=tuple(phases for each in known for phases in each.phases()),
+        merges=merges.take(evenly_spaced(len(merges), _MAX_ROWS)),
+        phases=tuple(phases for ledger in ledgers for phases in ledger.phases()),
         send_s=float(np.median(lags)) if len(lags) else 0.0,
-        num_workers=max(sum(agent.most for agent in each.job.agents) for each in known),
-        largest_records=int(max(each.largest for each in known)),
+        num_workers=max(sum(agent.most for agent in ledger.job.agents) for ledger in ledgers),
+        largest_records=int(max(ledger.largest for ledger in ledgers)),
     )
 
 
-class _Measured:
-    """One run's ledger as columns, with what each of its tasks was about."""
+class _RunLedger:
+    """One run's ledger as columns, with the size of each of its tasks."""
 
     def __init__(self, run: Run, *, embedded: bool) -> None:
         ledger = run.ledger()
@@ -213,15 +213,15 @@ class _Measured:
         return records, np.asarray(tokens[partitions] * np.minimum(1.0, share))
 
 
-def _agent(agent: Agent, known: Sequence[_Measured], source: str) -> AgentEvidence:
-    """Put together what the runs know of one agent."""
+def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> AgentMeasurements:
+    """Put together what the runs tell of one agent."""
     useful = [
-        (each, each.rows_of("answer", agent.name))
-        for each in known
-        if each.spec(agent) is not None and each.rows_of("answer", agent.name).any()
+        (ledger, ledger.rows_of("answer", agent.name))
+        for ledger in ledgers
+        if ledger.spec(agent) is not None and ledger.rows_of("answer", agent.name).any()
     ]
     if not useful:
-        there = sorted({f"{a.name} ({_short(a.model)})" for k in known for a in k.job.agents})
+        there = sorted({f"{a.name} ({_short(a.model)})" for k in ledgers for a in k.job.agents})
         raise JobError(
             f"with model {_short(agent.model)!r} it has answered nothing in {source}; "
             f"agents there: {', '.join(there)}",
@@ -234,13 +234,11 @@ def _agent(agent: Agent, known: Sequence[_Measured], source: str) -> AgentEviden
     last = useful[-1][0]
     spec = last.spec(agent)
     assert spec is not None
-    memory, failed = column("peak_memory_bytes").max(initial=0.0), 0.0
     num_asked = (column("num_records") * agent.samples).sum()
-    if num_asked:
-        failed = 1 - float(column("num_answers").sum() / num_asked)
+    failed = 1 - float(column("num_answers").sum() / num_asked) if num_asked else 0.0
     tasks = _concat([each.tasks_of("answer", agent.name) for each, _ in useful])
-    kept = _some(len(tasks))
-    return AgentEvidence(
+    kept = evenly_spaced(len(tasks), _MAX_ROWS)
+    return AgentMeasurements(
         tasks=tasks.take(kept),
         prompt_tokens=column("prompt_tokens")[kept],
         completion_tokens=column("completion_tokens")[kept],
@@ -252,7 +250,7 @@ def _agent(agent: Agent, known: Sequence[_Measured], source: str) -> AgentEviden
         load_s=float(np.mean(np.concatenate([e.loads_s(agent.name) for e, _ in useful]))),
         threads=spec.threads,
         cores=last.cores(agent.name),
-        peak_memory_bytes=int(memory) or None,
+        peak_memory_bytes=int(column("peak_memory_bytes").max()) or None,
         failed_fraction=min(1.0, max(0.0, failed)),
     )
 
@@ -269,13 +267,7 @@ def _column(table: pa.Table, name: str) -> Any:
     return np.array(column.to_pylist(), dtype=object)
 
 
-def _some(count: int) -> NDArray[np.intp]:
-    return np.linspace(0, count - 1, min(count, _MAX_ROWS)).round().astype(np.intp)
-
-
 def _concat(parts: Sequence[Tasks]) -> Tasks:
-    none = np.zeros(0)
-    parts = [*parts, Tasks(none, none, none, np.zeros(0, np.bool_))]
     return Tasks(
         np.concatenate([part.num_records for part in parts]),
         np.concatenate([part.text_tokens for part in parts]),

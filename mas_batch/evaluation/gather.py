@@ -16,7 +16,8 @@ from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.normalise import shown_answer
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.errors import JobError, RunError
-from mas_batch.evaluation.systems import Confidences, Evidence, Key, Kind, Ledger
+from mas_batch.evaluation.systems import Confidences, Evidence, EvidenceBuilder
+from mas_batch.quality import Key, Kind
 from mas_batch.records import join_answers
 from mas_batch.run_folder.commits import read_results
 from mas_batch.run_folder.names import part
@@ -34,7 +35,7 @@ _NOTHING: tuple[None, None, str] = (None, None, "")
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class EvidenceRequest:
     """What to gather."""
 
     reference: str
@@ -51,7 +52,7 @@ class Question:
     """Agents that were asked about every record: an answer of theirs that is not there failed."""
 
 
-def collect(run: Run, question: Question) -> Evidence:
+def gather(run: Run, request: EvidenceRequest) -> Evidence:
     """Gather all answers to the records that have a reference.
 
     Files are read one partition at a time; what is kept is one string per distinct answer to a
@@ -60,15 +61,25 @@ def collect(run: Run, question: Question) -> Evidence:
     Raises:
         RunError: there is no such column, no record has a reference, a file is missing.
     """
-    plan = read_plan(run.store)
-    if plan is None:
-        raise RunError(f"{run.store.location('plan.parquet')} is missing; evaluation needs it")
-    gathering = _Gathering(question)
+    plan = plan_of(run)
+    gathering = _Gathering(request)
     for partition, answers in enumerate(answers_by_partition(run, plan)):
         records = read_records(run.store, partition, plan.passthrough)
         merged = read_results(run.store, partition)
         gathering.add_partition(records, answers, _published(merged.results))
     return gathering.evidence()
+
+
+def plan_of(run: Run) -> Plan:
+    """Return how the run's corpus was cut into partitions.
+
+    Raises:
+        RunError: the run's folder does not say.
+    """
+    plan = read_plan(run.store)
+    if plan is None:
+        raise RunError(f"{run.store.location('plan.parquet')} is missing; evaluation needs it")
+    return plan
 
 
 def answers_by_partition(run: Run, plan: Plan) -> Iterator[pa.Table]:
@@ -88,8 +99,8 @@ def _published(table: pa.Table) -> dict[str, Published]:
 
 @dataclass(slots=True)
 class _Gathering:
-    question: Question
-    ledger: Ledger = field(default_factory=Ledger)
+    request: EvidenceRequest
+    builder: EvidenceBuilder = field(default_factory=EvidenceBuilder)
     merges: dict[str, dict[str, Published]] = field(init=False)
     others: dict[str, MergeSpec] = field(init=False)
     confidences: dict[Key, list[float]] = field(default_factory=dict)
@@ -99,8 +110,8 @@ class _Gathering:
     num_unusable: int = 0
 
     def __post_init__(self) -> None:
-        self.others = dict(self.question.others)
-        self.merges = {name: _published(t) for name, t in self.question.merges.items()}
+        self.others = dict(self.request.others)
+        self.merges = {name: _published(t) for name, t in self.request.merges.items()}
         for name in self.merges:
             self.others.pop(name, None)  # it is there already
 
@@ -108,7 +119,7 @@ class _Gathering:
         self, records: pa.Table, answers: pa.Table, published: Mapping[str, Published]
     ) -> None:
         replies = replies_by_record(records, answers)
-        references = _references(records, self.question.reference)
+        references = _references(records, self.request.reference)
         columns = (records[name].to_pylist() for name in ("record_id", "reason"))
         for record_id, reason, reference in zip(*columns, references, strict=True):
             if reason is not None:
@@ -116,28 +127,28 @@ class _Gathering:
             elif reference is None:
                 self.num_without_reference += 1
             else:
-                self.ledger.start_record(reference)
+                self.builder.start_record(reference)
                 self._add_agents(replies[record_id])
                 self._add_merges(record_id, replies[record_id], published)
 
     def _add_agents(self, rows: Sequence[Reply]) -> None:
-        given: dict[str, list[str | None]] = {agent: [] for agent in self.question.agents}
+        given: dict[str, list[str | None]] = {agent: [] for agent in self.request.agents}
         for row in rows:
             failed = row["reason"] is not None
-            answer = None if failed else shown_answer(row, self.question.own.answer_kind)
+            answer = None if failed else shown_answer(row, self.request.own.answer_kind)
             given[row["agent_id"]].append(answer)
         pool: list[str | None] = []
         for agent, answers in given.items():
-            if not answers and agent in self.question.always_asked:
+            if not answers and agent in self.request.always_asked:
                 answers.append(None)
-            self.ledger.add(Kind.AGENT, agent, answers)
+            self.builder.add(Kind.AGENT, agent, answers)
             pool += answers
-        self.ledger.add(Kind.RANDOM, "random agent", pool or [None])
+        self.builder.add(Kind.RANDOM, "random agent", pool or [None])
 
     def _add_merges(
         self, record_id: str, rows: Sequence[Reply], published: Mapping[str, Published]
     ) -> None:
-        own = self.question.own
+        own = self.request.own
         self._add_merge((Kind.RUN, own.method), published.get(record_id))
         for name, table in self.merges.items():
             self._add_merge((Kind.MERGE, name), table.get(record_id))
@@ -151,7 +162,7 @@ class _Gathering:
 
     def _add_merge(self, key: Key, merged: Published | None) -> None:
         answer, confidence, kind = merged or _NOTHING
-        self.ledger.add(*key, [answer])
+        self.builder.add(*key, [answer])
         self.confidences.setdefault(key, []).append(math.nan if confidence is None else confidence)
         if kind:
             self.confidence_kinds[key] = kind
@@ -159,22 +170,22 @@ class _Gathering:
     def _give_up(self, method: str, why: str) -> None:
         del self.others[method]
         self.skipped[method] = why
-        self.ledger.discard(Kind.MERGE, method)
+        self.builder.discard(Kind.MERGE, method)
         self.confidences.pop((Kind.MERGE, method), None)
 
     def evidence(self) -> Evidence:
-        if not self.ledger.references:
+        if not self.builder.references:
             raise RunError(
-                f"no usable record has a reference in column {self.question.reference!r}: "
+                f"no usable record has a reference in column {self.request.reference!r}: "
                 f"{self.num_without_reference:,} have none"
             )
-        systems = self.ledger.systems()
+        systems = self.builder.systems()
         if not any(system.kind is Kind.AGENT for system in systems):
             raise RunError("no agent was asked about a record that has a reference")
         return Evidence(
-            references=self.ledger.references,
-            answers=self.ledger.answers,
-            record_of=np.array(self.ledger.record_of, np.int64),
+            references=self.builder.references,
+            answers=self.builder.answers,
+            record_of=np.array(self.builder.record_of, np.int64),
             systems=systems,
             confidences={
                 key: Confidences(self.confidence_kinds[key], np.array(values))

@@ -1,0 +1,180 @@
+"""What a task takes, learned from tasks that were measured: small linear models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mas_batch.errors import RunError
+
+try:
+    from scipy.optimize import nnls
+except ImportError as missing:
+    raise RunError(
+        "runs are predicted with scipy, which is not installed: pip install 'mas_batch[evaluate]'"
+    ) from missing
+
+Floats = NDArray[np.float64]
+
+_EXACT = 1e-12
+"""Of the sum of squares: a smaller error is none, and says nothing for a larger model."""
+_TIE = 1e-6
+"""Models that differ by less, in units of information, are equal: the simpler one is taken."""
+_CLEARLY = 6.0
+"""A difference of so much is odds of 20 to 1."""
+_MIN_SETTLED = 4
+"""With fewer later tasks of its workers, a fit uses their first tasks as well."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tasks:
+    """Measured tasks of one kind, a row each."""
+
+    num_records: Floats
+    text_tokens: Floats
+    """Estimated tokens of their texts, without what is to be generated."""
+    seconds: Floats
+    """Of each, on a machine that it has to itself."""
+    is_first: NDArray[np.bool_]
+    """Whether it was its worker's first: that one warms caches and allocators up."""
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Tasks:
+        """Return the tasks of these rows."""
+        return Tasks(
+            self.num_records[rows], self.text_tokens[rows], self.seconds[rows], self.is_first[rows]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTime:
+    """Seconds of a task = per_task_s + per_record_s · records + per_token_s · text tokens."""
+
+    per_task_s: float = 0.0
+    per_record_s: float = 0.0
+    per_token_s: float = 0.0
+    first_s: float = 0.0
+    """A worker's first task takes so much longer."""
+
+    def seconds(self, num_records: float, text_tokens: float) -> float:
+        """Return what a task takes on average, if it is not its worker's first."""
+        return self.per_task_s + self.per_record_s * num_records + self.per_token_s * text_tokens
+
+    def scaled(self, factor: float) -> ServiceTime:
+        """Return the same for a machine on which everything takes `factor` times as long."""
+        return ServiceTime(
+            self.per_task_s * factor,
+            self.per_record_s * factor,
+            self.per_token_s * factor,
+            self.first_s * factor,
+        )
+
+
+def fit(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
+    """Learn what a task takes, by weighted least squares without negative coefficients.
+
+    The variance is taken to grow with the task's size, so that where all tasks are alike the fit is
+    the ratio of the sums. Akaike's criterion for few rows (Hurvich and Tsai, 1989) decides whether
+    a record costs something beside its tokens. It also decides whether a task costs something by
+    itself, but that must be clear: a mistake in it would make tasks of another size wrong several
+    times.
+
+    Args:
+        tasks: at least one.
+        tokens_per_record: what a record counts beside its text where both have one coefficient.
+    """
+    settled, first = tasks.take(~tasks.is_first), tasks.take(tasks.is_first)
+    if len(settled) < _MIN_SETTLED:
+        return _fit_best_model(tasks, tokens_per_record)
+    found = _fit_best_model(settled, tokens_per_record)
+    if not len(first):
+        return found
+    sizes = zip(first.num_records, first.text_tokens, strict=True)
+    longer_s = first.seconds - [found.seconds(*size) for size in sizes]
+    return replace(found, first_s=max(0.0, float(np.mean(longer_s))))
+
+
+def _fit_best_model(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
+    columns = np.stack([np.ones(len(tasks)), tasks.num_records, tasks.text_tokens], axis=1)
+    # What each coefficient of a model stands for: (per task, per record, per token).
+    task, record, token = np.eye(3)
+    size = np.array([0.0, tokens_per_record, 1.0])
+    weights = 1 / np.maximum(1.0, columns @ size)
+    lost, best = _best_of(columns, tasks.seconds, weights, [(size,), (record, token)])
+    models = [(task, size), (task, record, token)]
+    lost_with_task, best_with_task = _best_of(columns, tasks.seconds, weights, models)
+    if lost_with_task < lost - _CLEARLY:
+        best = best_with_task
+    return ServiceTime(*best.tolist())
+
+
+def _best_of(
+    columns: Floats, seconds: Floats, weights: Floats, models: Sequence[Sequence[Floats]]
+) -> tuple[float, Floats]:
+    """Return the information lost and the coefficients of the best model, simpler ones first."""
+    least, best = float("inf"), np.zeros(3)
+    for model in map(np.array, models):
+        own_columns = columns @ model.T
+        found = nonnegative_least_squares(own_columns, seconds, weights)
+        squared_error = float(weights @ (seconds - own_columns @ found) ** 2)
+        error = max(squared_error, _EXACT * float(weights @ seconds**2), 1e-300)
+        lost = _information_lost(error, len(seconds), int((found > 0).sum()))
+        if lost < least - _TIE:
+            least, best = lost, found @ model
+    return least, best
+
+
+def _information_lost(squared_error: float, num_rows: int, num_coefficients: int) -> float:
+    """Return AICc: less is better. The spread is estimated too, so it counts as one more."""
+    used = num_coefficients + 1
+    if num_rows <= used + 1:
+        return 1e9 + used  # too few rows for this: the simplest is taken
+    penalty = 2 * used * num_rows / (num_rows - used - 1)
+    return num_rows * math.log(squared_error / num_rows) + penalty
+
+
+def nonnegative_least_squares(columns: Floats, values: Floats, weights: Floats) -> Floats:
+    """Return x ≥ 0 that minimises Σ w (values - columns · x)²; weights are above 0."""
+    root = np.sqrt(weights)
+    found: Floats = nnls(columns * root[:, None], values * root, maxiter=1000)[0]
+    return found
+
+
+def work_done(starts: Floats, ends: Floats, cores: Floats, num_cores: float) -> Floats:
+    """Return what each task would have taken on a machine that it had to itself.
+
+    While more cores are wanted than there are, all tasks at work get the same share of them.
+    The inverse of what `latency.simulate.Clock` does.
+
+    Args:
+        starts, ends: when each task was at work.
+        cores: how many it keeps busy; 0: none of this machine, so nothing slows it.
+    """
+    if not len(starts):
+        return np.zeros(0)
+    times = np.unique(np.concatenate([starts, ends]))
+    wanted = np.zeros(len(times))
+    np.add.at(wanted, np.searchsorted(times, starts), cores)
+    np.add.at(wanted, np.searchsorted(times, ends), -cores)
+    level = np.cumsum(wanted)[:-1]
+    speed = np.minimum(1.0, num_cores / np.maximum(level, num_cores))
+    progress = np.concatenate([[0.0], np.cumsum(speed * np.diff(times))])
+    shared = np.interp(ends, times, progress) - np.interp(starts, times, progress)
+    return np.where(cores > 0, shared, ends - starts)
+
+
+def waits(sent: Floats, heard: Floats, own: Floats) -> Floats:
+    """Return how long each of one worker's tasks waited without the worker being busy.
+
+    Args:
+        sent, heard: when, in the order in which they were heard of.
+        own: seconds that each took by itself.
+    """
+    before = np.concatenate([[-np.inf], heard[:-1]])
+    return np.asarray(np.maximum(0.0, heard - np.maximum(sent, before) - own))

@@ -1,0 +1,52 @@
+"""The job that a run, or a merge that was made of one afterwards, was made by."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mas_batch.errors import RunError
+from mas_batch.job import Job
+from mas_batch.run_folder.manifest import without_credentials_in
+from mas_batch.run_folder.names import MERGE_SECTION, MERGES
+from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
+
+
+def job_facts(run: Run) -> dict[str, Any]:
+    """Return job.yaml as plain data; a merge's is its run's, with the merge's own section.
+
+    Without credentials: `manifest.write_job` strips them, earlier versions may have left some.
+
+    Raises:
+        RunError: it is not there.
+    """
+    whole, section = run.store, {}
+    if not whole.exists("job.yaml"):
+        folder, is_merge, _ = whole.url.rstrip("/").rpartition(f"/{MERGES}/")
+        whole = Store(folder, whole.options)
+        if not is_merge or not whole.exists("job.yaml"):
+            raise RunError(f"{run.store.location('job.yaml')}: not there; the run is not whole")
+        if run.store.exists(MERGE_SECTION):
+            section = {"merge": json.loads(run.store.read_bytes(MERGE_SECTION))}
+    job = yaml.safe_load(whole.read_bytes("job.yaml"))
+    facts: dict[str, Any] = without_credentials_in({**job, **section})
+    return facts
+
+
+def read_job(run: Run) -> Job:
+    """Return `job_facts` as a checked job.
+
+    Raises:
+        RunError: it is not there, or is not a job of this version of mas_batch.
+    """
+    try:
+        return Job.model_validate(job_facts(run))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        location = run.store.location("job.yaml")
+        raise RunError(f"{location}: {key}: {first['msg']}; another version wrote it") from error
