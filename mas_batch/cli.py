@@ -1,4 +1,7 @@
-"""The command line: `mas-batch …`, `dask mas-batch …` and `python -m mas_batch.submit`."""
+"""The command line: `mas-batch …`, `dask mas-batch …` and `python -m mas_batch.submit`.
+
+Each command imports what it runs, so that a help text does not wait for Dask and pandas.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from distributed import Client
 from rich.console import Console
 
-from mas_batch import __version__, explain, models, pipeline, remerge, show
+from mas_batch import __version__
 from mas_batch.errors import ExitCode, MasBatchError
-from mas_batch.events import Event
-from mas_batch.job import Job
-from mas_batch.job_file import load_job, parse_overrides
-from mas_batch.monitor.progress import Bar, LogLines, Throughput, sentence
 from mas_batch.registries import METHODS
-from mas_batch.run_folder.read import open_run
-from mas_batch.run_folder.storage import Store
 from mas_batch.safe_text import printable, without_credentials
+
+if TYPE_CHECKING:
+    from mas_batch.events import Event
+    from mas_batch.job import Job
+    from mas_batch.monitor.progress import Throughput
+    from mas_batch.pipeline import Summary
 
 EXIT_CODES = """\b
 Exit codes:
@@ -100,6 +102,10 @@ def submit(
     The same job on the same corpus is the same run: a run that was cut short goes on where it
     stopped, a complete one is only shown, and a changed job starts a run of its own.
     """
+    from mas_batch import pipeline, show
+    from mas_batch.job_file import load_job
+    from mas_batch.monitor.progress import Throughput
+
     flags = {"output.path": output}
     if scheduler or scheduler_file:
         flags |= {"cluster.scheduler": scheduler, "cluster.scheduler_file": scheduler_file}
@@ -133,7 +139,10 @@ class _LogLine(logging.Formatter):
         return printable(without_credentials(super().format(record)))
 
 
-def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
+def _run(job: Job, throughput: Throughput) -> Summary:
+    from mas_batch import pipeline
+    from mas_batch.monitor.progress import Bar, LogLines
+
     # Slurm, Kubernetes and systemd end a job with SIGTERM: leave as on Ctrl-C, workers first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
@@ -160,6 +169,9 @@ def _run(job: Job, throughput: Throughput) -> pipeline.Summary:
 @_clear_errors
 def show_run(run: str, num_shown: int) -> None:
     """Show the results of a published run."""
+    from mas_batch import show
+    from mas_batch.run_folder.read import open_run
+
     show.print_run(Console(), open_run(run), num_shown)
 
 
@@ -171,6 +183,7 @@ def show_run(run: str, num_shown: int) -> None:
 def report_run(run: str, output: str | None, whole: bool) -> None:
     """Write report.html into a published run: one page that opens anywhere, without a network."""
     from mas_batch import report
+    from mas_batch.run_folder.read import open_run
 
     opened = open_run(run)
     if output is None:
@@ -193,6 +206,7 @@ def compare_runs(run_a: str, run_b: str, as_json: bool, num_shown: int) -> None:
     Runs on other corpora are compared on the records whose ids both have.
     """
     from mas_batch import compare
+    from mas_batch.run_folder.read import open_run
 
     found = compare.compare(open_run(run_a), open_run(run_b), num_shown=num_shown)
     if as_json:
@@ -216,6 +230,9 @@ def explain_partition(
 
     The figures are those that the routing policy saw. RUN need not be complete.
     """
+    from mas_batch import explain
+    from mas_batch.run_folder.storage import Store
+
     store = Store(run)
     if partition is None and record_id is not None:
         partition = explain.find_record(store, record_id)
@@ -253,6 +270,12 @@ def merge_command(
 
     The run stays as it is; the merge is kept beside it, in merges/.
     """
+    from distributed import Client
+
+    from mas_batch import remerge, show
+    from mas_batch.job_file import parse_overrides
+    from mas_batch.run_folder.read import open_run
+
     changes = parse_overrides(overrides) | ({"method": method} if method else {})
     opened = open_run(run)
     with ExitStack() as stack:
@@ -265,6 +288,8 @@ def merge_command(
 
 
 def _tell(event: Event) -> None:
+    from mas_batch.monitor.progress import sentence
+
     if line := sentence(event):
         Console(stderr=True).print(line)
 
@@ -297,6 +322,7 @@ def evaluate(
 ) -> None:
     """Judge a run's agents and merges by its references: quality, agreement, cost, calibration."""
     from mas_batch import evaluation, report
+    from mas_batch.run_folder.read import open_run
 
     opened = open_run(run)
     found = evaluation.evaluate(
@@ -345,6 +371,7 @@ def plan_job(
     a simulation with the real dispatcher.
     """
     from mas_batch import planning
+    from mas_batch.job_file import load_job
 
     job = load_job(job_file, overrides)
     predicted = planning.plan(
@@ -366,6 +393,9 @@ def plan_job(
 @_clear_errors
 def fetch(job_files: tuple[str, ...]) -> None:
     """Fetch and verify the models of jobs, encoders included, so that a run starts at once."""
+    from mas_batch import models
+    from mas_batch.job_file import load_job
+
     jobs = [load_job(file) for file in job_files]
     wanted = [agent.model for job in jobs for agent in job.agents]
     wanted += [job.merge.encoder for job in jobs if job.merge.encoder]

@@ -22,9 +22,10 @@ from pydantic import (
 )
 
 from mas_batch.cards import card
+from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError
 from mas_batch.models import parse_source
-from mas_batch.registries import METHODS, POLICIES, TASKS
+from mas_batch.registries import ENGINES, METHODS, POLICIES, TASKS
 from mas_batch.registry import Registry
 from mas_batch.safe_text import names_a_secret
 
@@ -52,18 +53,16 @@ def _as_value_error(section: str = "") -> Iterator[None]:
 TaskKind = Annotated[str, _names_of(TASKS)]
 PolicyName = Annotated[str, _names_of(POLICIES)]
 MergeMethod = Annotated[str, _names_of(METHODS)]
-EngineName = Literal[
-    "auto",
-    "echo",
-    "transformers",
-    "marian",
-    "ctranslate2",
-    "openai",
-    "nearest",
-    "bayes",
-    "keywords",
-    "overlap",
-]
+
+
+def _engine_name(name: str) -> str:
+    if name != "auto" and name not in ENGINES:
+        raise ValueError(f"{name!r} is not allowed; allowed: auto, {', '.join(ENGINES)}")
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(_engine_name)]
+"""A name in `registries.ENGINES`, or `auto`: by the model's name, or its files."""
 
 # YAML gives lists; frozen models hold tuples.
 Names = Annotated[tuple[str, ...], Strict(False)]
@@ -232,13 +231,23 @@ class Agent(_Model):
         """Replicas it may have at most."""
         return self.max_count or self.count
 
+    @property
+    def engine_info(self) -> EngineInfo | None:
+        """Its engine, as far as the job tells; None where that takes a look at the model's files.
+
+        Raises:
+            JobError: another package's engine cannot be imported.
+        """
+        source = parse_source(self.model)
+        if self.engine == "auto":
+            return None if source.has_files else ENGINES[source.scheme]
+        return ENGINES[self.engine]
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (
-            self.samples > 1
-            and self.sampling.temperature == 0
-            and not self.model.startswith("echo")
-        ):
+        engine = self.engine_info
+        samples_differ = engine is not None and engine.greedy_samples_differ
+        if self.samples > 1 and self.sampling.temperature == 0 and not samples_differ:
             raise ValueError(
                 f"samples: {self.samples} greedy answers would be the same answer "
                 f"{self.samples} times; set sampling.temperature above 0, or samples: 1"

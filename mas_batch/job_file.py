@@ -244,7 +244,7 @@ def _first_error(error: ValidationError, file: str | None) -> JobError:
     if first["type"] == "value_error":
         # Our own checks of a whole section name the key below it: `labels: at least two`.
         head, colon, rest = message.partition(": ")
-        if colon and " " not in head:
+        if colon and re.fullmatch(r"[\w.-]+", head):
             key, message = ".".join(filter(None, (key, head))), rest
     if len(errors) > 1:
         message += f" (and {len(errors) - 1} more problem{'s' if len(errors) > 2 else ''})"

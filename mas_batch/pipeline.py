@@ -16,7 +16,7 @@ from mas_batch import cluster, report
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader
-from mas_batch.engines import examples
+from mas_batch.engines.classical import examples
 from mas_batch.errors import ExitCode, JobError
 from mas_batch.events import AnswersReused, Emit, RunFinished
 from mas_batch.execution import execute, new_topic

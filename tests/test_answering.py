@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from mas_batch import job
 from mas_batch.agents.answering import AgentProfile, answer_records, prompt_hash
 from mas_batch.engines import load_engine
-from mas_batch.engines.base import Completion, Engine, EngineConfig, Request, Sampling
+from mas_batch.engines.base import (
+    Completion,
+    Engine,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
+)
 from mas_batch.errors import Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
@@ -37,9 +45,13 @@ class Recorder:
     samples: bool = True
     calls: list[list[Request]] = field(default_factory=list)
 
-    def prompt_tokens(self, request: Request) -> int:
+    tokenized: list[str] = field(default_factory=list)
+
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        self.tokenized.append(request.text)
         turns = request.messages if self.takes_messages else ()
-        return sum(len(turn.content.split()) for turn in turns) or len(request.text.split())
+        own = sum(len(turn.content.split()) for turn in turns) or len(request.text.split())
+        return TokenizedPrompt(own)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         self.calls.append(list(requests))
@@ -56,7 +68,7 @@ class Recorder:
         said = words[: sampling.max_new_tokens]
         said += ["!"] * sample
         finish_reason = "length" if len(words) > sampling.max_new_tokens else "stop"
-        prompt_tokens = self.prompt_tokens(request)
+        prompt_tokens = tokenized_prompt(self, request).num_tokens
         return Completion(
             " ".join(said), (), -1.0, len(said), finish_reason, prompt_tokens, compute_s=1.0
         )
@@ -106,6 +118,12 @@ def test_an_answer_holds_all_that_is_known():
         completion_tokens=2,
         t_compute_s=1.0,
     )
+
+
+def test_a_text_that_fits_is_tokenized_once():
+    engine = Recorder()
+    ask(["one two", "three"], engine)
+    assert engine.tokenized == ["one two", "three"]
 
 
 @pytest.mark.parametrize(

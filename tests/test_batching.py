@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_batch.engines.base import Completion, Message, Request, Sampling
+from mas_batch.engines.base import Completion, Message, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import complete, plan_batches
 from mas_batch.errors import EngineError, OutOfMemoryError, Reason
 
@@ -33,8 +33,8 @@ class UpperCase:
     batches: list[list[str]] = field(default_factory=list)
     """The ids of every batch that was asked for, failed ones too."""
 
-    def prompt_tokens(self, request: Request) -> int:
-        return len(request.text)
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        return TokenizedPrompt(len(request.text))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         self.batches.append([request.request_id for request in requests])
@@ -48,7 +48,7 @@ class UpperCase:
         ]
 
     def _answer(self, request: Request, text: str) -> Completion:
-        return Completion(text, (), None, len(text), "stop", self.prompt_tokens(request))
+        return Completion(text, (), None, len(text), "stop", self.tokenize(request).num_tokens)
 
     def describe(self) -> Mapping[str, Any]:
         return {}

@@ -48,6 +48,21 @@ def submit(
     )
 
 
+def test_help_imports_nothing_that_only_a_run_needs() -> None:
+    heavy = ("bokeh", "dask", "distributed", "jinja2", "numpy", "pandas", "pyarrow", "torch")
+    code = f"""
+import sys
+from mas_batch.cli import main
+main(["submit", "--help"], standalone_mode=False)
+print(sorted(set({heavy!r}).intersection(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "Run a job, or what is left of it." in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_job_runs_on_an_embedded_cluster_and_again_does_nothing(job_file: Path) -> None:
     first = submit(job_file, "--json")
     assert first.returncode == 0, first.stderr

@@ -52,7 +52,7 @@ def test_echoes_the_first_words_and_counts_them():
     ((completion,),) = load().generate([request("a b  c d e f")], GREEDY)
     assert (completion.text, completion.finish_reason) == ("a b c d e", "length")
     assert (completion.num_tokens, len(completion.token_ids)) == (5, 5)
-    assert completion.prompt_tokens == load().prompt_tokens(request("a b  c d e f")) == 7
+    assert completion.prompt_tokens == load().tokenize(request("a b  c d e f")).num_tokens == 7
     assert completion.sum_logprob is None
     assert completion.reason is None
 
@@ -238,7 +238,11 @@ def test_fail_to_load():
 @pytest.mark.parametrize(
     ("options", "key", "words"),
     [
-        ({"wrods": 3}, "wrods", "unknown option; echo allows: reply, labels, words, error_rate"),
+        (
+            {"wrods": 3},
+            "wrods",
+            "unknown option; the engine echo allows: reply, labels, words, error_rate",
+        ),
         ({"words": 0}, "words", "0 is not allowed: input should be greater than or equal to 1"),
         ({"error_rate": 2.0}, "error_rate", "2.0 is not allowed"),
         (

@@ -18,8 +18,8 @@ from mas_batch.models import ModelFiles, fetch
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from mas_batch.engines.classical.nearest import Prototypes, centroids  # noqa: E402
 from mas_batch.engines.encoder import Encoder, Layout, read_layout  # noqa: E402 - it needs torch
-from mas_batch.engines.nearest import Prototypes, centroids  # noqa: E402
 
 WORDS = ["red", "green", "blue", "cat", "dog", "bird", "runs", "sleeps", "sings", "far", "away"]
 ANSWER = Sampling(max_new_tokens=8)

@@ -228,11 +228,11 @@ def test_beam_search_is_refused(load):
 
 def test_token_counts_are_estimated_where_the_server_does_not_count(load):
     engine = load()
-    assert engine.prompt_tokens(request("ab")) == 2 + 1 + 2 * 4
-    assert engine.prompt_tokens(request("語" * 8)) == 2 + 6 + 2 * 4
+    assert engine.tokenize(request("ab")).num_tokens == 2 + 1 + 2 * 4
+    assert engine.tokenize(request("語" * 8)).num_tokens == 2 + 6 + 2 * 4
     ((completion,),) = engine.generate([request("uncounted")], GREEDY)
     assert completion.num_tokens == 3
-    assert completion.prompt_tokens == engine.prompt_tokens(request("uncounted"))
+    assert completion.prompt_tokens == engine.tokenize(request("uncounted")).num_tokens
 
 
 def test_time_is_that_which_passed(load):
@@ -357,7 +357,11 @@ def test_a_server_of_ones_own_needs_no_key(monkeypatch, server, load):
 @pytest.mark.parametrize(
     ("options", "key", "words"),
     [
-        ({"api_key": CANARY}, "api_key", "unknown option; openai allows: base_url, api_key_env"),
+        (
+            {"api_key": CANARY},
+            "api_key",
+            "unknown option; the engine openai allows: base_url, api_key_env",
+        ),
         ({"api_key_env": CANARY}, "api_key_env", "is not allowed: string should match"),
         ({"base_url": f"ftp://{CANARY}"}, "base_url", "is not allowed: string should match"),
         ({"base_url": f"http://u:{CANARY}@h/v1"}, "base_url", "is not allowed: string should"),

@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mas_batch import job
+from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
 from mas_batch.models import ModelFiles, fetch
+from mas_batch.records import Record
+from mas_batch.tasks import make_task
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -273,12 +277,12 @@ def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) ->
     ],
 )
 def test_draws_follow_the_distribution(sampling: Sampling, expected: list[float]) -> None:
-    from mas_batch.engines.decoding import Sampler
+    from mas_batch.engines.sampling import Sampler
 
     # Not in order of probability, so that a mix-up of ids and ranks shows.
     order = [2, 0, 3, 1]
     logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()[:, order]
-    sampler = Sampler(sampling, seeds=[11])
+    sampler = Sampler(sampling, [np.random.SeedSequence(11, spawn_key=(0,))])
 
     drawn = [int(sampler(logits, [0], step)) for step in range(2000)]
 
@@ -354,7 +358,7 @@ def test_an_encoder_decoder_reads_the_text_or_the_prompt(
     prompted = _load(tiny("t5"), options={"reads": "messages"})
 
     assert [e.takes_messages for e in (plain, prefixed, prompted)] == [False, False, True]
-    assert [e.prompt_tokens(request) for e in (plain, prefixed, prompted)] == [3, 5, 5]
+    assert [e.tokenize(request).num_tokens for e in (plain, prefixed, prompted)] == [3, 5, 5]
 
 
 def test_the_target_language_comes_first(tiny: Callable[[str], ModelFiles]) -> None:
@@ -410,9 +414,42 @@ def test_decoding_that_means_nothing(sampling: Sampling, tiny: Callable[[str], M
         _load(tiny("llama")).generate(_requests(2), sampling)
 
 
+class CountingTokenizer:
+    """The engine's own tokenizer, and what it was made to do."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.tokenised: list[str] = []
+        self.rendered: list[str] = []
+
+    def __call__(self, text: str, **settings: Any) -> Any:
+        self.tokenised.append(text)
+        return self._tokenizer(text, **settings)
+
+    def apply_chat_template(self, messages: Any, **settings: Any) -> Any:
+        self.rendered.append(messages[-1]["content"])
+        return self._tokenizer.apply_chat_template(messages, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def test_a_prompt_is_rendered_and_tokenised_once(tiny: Callable[[str], ModelFiles]) -> None:
+    engine = _load(tiny("llama"), max_batch_tokens=40)
+    engine._tokenizer = counting = CountingTokenizer(engine._tokenizer)
+    records = [Record(f"r{i}", text) for i, text in enumerate(("w1 w2", "w3", "w4 w5 w6"))]
+    profile = AgentProfile("agent", "family", "{text}", "", Sampling(4))
+
+    answers = answer_records(records, make_task(job.Task(kind="translate")), engine, profile)
+
+    assert [answer.prompt_tokens for answer in answers] == [4, 3, 5]
+    assert sorted(counting.rendered) == ["w1 w2", "w3", "w4 w5 w6"]
+    assert len(counting.tokenised) == 3
+
+
 def test_a_prompt_that_the_template_refuses(tiny: Callable[[str], ModelFiles]) -> None:
     with pytest.raises(JobError, match=r"agents.system: .*tiny/llama refuses the prompt: no tools"):
-        _load(tiny("llama")).prompt_tokens(Request("r", "", (Message("tool", "w1"),)))
+        _load(tiny("llama")).tokenize(Request("r", "", (Message("tool", "w1"),)))
 
 
 def test_pickled_weights_are_refused(tiny: Callable[[str], ModelFiles], tmp_path: Path) -> None:
@@ -435,7 +472,7 @@ def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     files = ModelFiles("tiny.gguf", "path", tmp_path / "tiny.gguf", "tiny", "ab" * 32)
     left_behind = tmp_path / "converted" / f".tmp-{files.sha256}-float32"
     left_behind.mkdir(parents=True)
-    from mas_batch.engines.transformers import checkpoint
+    from mas_batch.engines.transformers.checkpoints import checkpoint
 
     with ThreadPoolExecutor(2) as pool:  # file locks exclude threads as they do processes
         paths = list(pool.map(lambda _: checkpoint(files, "float32"), range(2)))

@@ -133,7 +133,6 @@ def test_labels_are_part_of_the_question_and_of_the_prompt() -> None:
 SAME_AGENT: dict[str, dict[str, Any]] = {
     "replicas": {"agent": {"count": 3, "threads": 2, "batch_tokens": 64}},
     "capabilities": {"agent": {"capabilities": ["classify", "big"], "resources": {"GPU": 1}}},
-    "concurrency": {"agent": {"options": {"concurrency": 4}}},
     "merge": {"merge": {"method": "reliability"}},
     "partitions": {"partition": {"max_records": 3}},
     "corpus": {"corpus": {"path": "other.csv", "text": "body"}},
@@ -144,6 +143,18 @@ SAME_AGENT: dict[str, dict[str, Any]] = {
 def test_an_agent_that_only_works_elsewhere_or_faster_is_the_same(changes: dict[str, Any]) -> None:
     now = job_of(**changes)
     assert difference(now, now.agents[0], published(job_of()), is_embedded=True) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "is_same"), [({"concurrency": 4}, True), ({"logprobs": True}, False)]
+)
+def test_the_engine_says_which_options_change_no_answer(
+    option: dict[str, Any], is_same: bool
+) -> None:
+    then = job_of(agent={"model": "openai:m"})
+    now = job_of(agent={"model": "openai:m", "options": option})
+    why = difference(now, now.agents[0], published(then), is_embedded=True)
+    assert (why is None) == is_same
 
 
 def test_an_agent_that_was_not_there_is_another() -> None:

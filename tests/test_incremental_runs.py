@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mas_batch.events import AgentReady, AnswersReused, PartitionAnswered
 from mas_batch.explain import explain
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
+from mas_batch.registries import ENGINES
 from mas_batch.run_folder.read import Run
 from tests.test_run import Recorder
 
@@ -305,7 +307,8 @@ def test_a_broken_engine_does_not_become_a_result(
     job.run(V1, agents=agents)
     # A key that has run out, say: nothing that makes the agent another one.
     agents[0]["options"]["fail_after"] = agents[1]["options"]["fail_after"] = 0
-    monkeypatch.setattr("mas_batch.incremental.identity._OPERATIONAL", ("fail_after",))
+    echo = replace(ENGINES["echo"], operational=("fail_after",))
+    monkeypatch.setitem(ENGINES._loaded, "echo", echo)
     with pytest.raises(RunError, match="failed on all that it was asked"):
         job.run([*V1, *(row(100 + i) for i in range(9))], agents=agents)
 

@@ -57,6 +57,7 @@ def job_file(tmp_path: Path) -> Path:
         ("agents.0.model=http://x", "agents.0.model", "'http://x' is not a model; allowed: echo"),
         ("agents.0.model=pypi://d/p", "agents.0.model", "the version is required"),
         ("agents.0.engine=tpu", "agents.0.engine", "'tpu' is not allowed; allowed: auto, echo, "),
+        ('agents.0.engine="a: b"', "agents.0.engine", "'a: b' is not allowed; allowed: auto, "),
         ("agents.0.sampling.temperature=9", "agents.0.sampling.temperature", "9 is not allowed"),
         ("agents.0.sampling.top_p=0.5", "agents.0.sampling", "top_p and top_k need a temperature"),
         ("agents.0.parallel.tensor=2", "agents.0.parallel.tensor", "2 is not allowed"),

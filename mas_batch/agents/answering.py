@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, count, islice
 
 from mas_batch.agents.account import add, failed, given_up, said
-from mas_batch.engines.base import Completion, Engine, Message, Request, Sampling
+from mas_batch.engines.base import Completion, Engine, Message, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import complete
 from mas_batch.errors import Reason, RecordError, RunError
 from mas_batch.job import fingerprint
@@ -114,7 +114,7 @@ def _blank(record: Record, profile: AgentProfile, sample: int) -> Answer:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: it keeps the tokens of the template
 class _Asker:
     task: Task
     engine: Engine
@@ -125,16 +125,15 @@ class _Asker:
         sampling = self.profile.sampling
         outcomes: list[Answer | _Draft] = []
         asked: list[tuple[Record, Fitted]] = []
+        requests: list[Request] = []
         for record in records:
             try:
-                asked.append((record, self._fit(_text(record), record.context)))
+                fitted, about = self._fit(record)
             except RecordError as error:
                 outcomes += failed_answers(record, self.profile, error.reason, error.message)
-        requests = [
-            self._request((record.record_id, 0, 0, number), part.text, fitted.context)
-            for record, fitted in asked
-            for number, part in enumerate(fitted.parts)
-        ]
+            else:
+                asked.append((record, fitted))
+                requests += about
         replies = iter(complete(self.engine, requests, sampling))
         for record, fitted in asked:
             outcomes += self._settle(record, fitted, list(islice(replies, len(fitted.parts))))
@@ -163,26 +162,33 @@ class _Asker:
         outcomes += [self._settle_level(draft, groups, replies) for draft, groups in planned]
         return outcomes
 
-    def _fit(self, text: str, context: str | None) -> Fitted:
-        """Return the text whole if the engine's context holds it, else in parts.
+    def _fit(self, record: Record) -> tuple[Fitted, list[Request]]:
+        """Return the text, whole if the context holds it, else in parts, and a request for each.
 
         Raises:
             RecordError: `too_long`.
         """
+        text, context = _text(record), record.context
+        request = self._request((record.record_id, 0, 0, 0), text, context)
+        prompt = self.engine.tokenize(request)
+        if self._has_room(prompt):
+            return Fitted((Part(text),), context, 1), [replace(request, tokenized=prompt)]
 
         def fits(text: str, context: str | None) -> bool:
-            return self._has_room(self._request(("", 0, 0, 0), text, context))
+            return self._has_room(self.engine.tokenize(self._request(("", 0, 0, 0), text, context)))
 
-        if fits(text, context):
-            return Fitted((Part(text),), context, 1)
         try:
-            return self.task.fit(text, context, fits)
+            fitted = self.task.fit(text, context, fits)
         except RecordError as error:
             raise RecordError(error.reason, f"{error.message}; {self._limits()}") from None
+        return fitted, [
+            self._request((record.record_id, 0, 0, number), part.text, fitted.context)
+            for number, part in enumerate(fitted.parts)
+        ]
 
-    def _has_room(self, request: Request) -> bool:
+    def _has_room(self, prompt: TokenizedPrompt) -> bool:
         room = self.engine.max_context_tokens - self.profile.sampling.max_new_tokens
-        return self.engine.prompt_tokens(request) <= room
+        return prompt.num_tokens <= room
 
     def _limits(self) -> str:
         return (
@@ -191,7 +197,7 @@ class _Asker:
         )
 
     def _mergeable(self, draft: _Draft, group: Sequence[Piece]) -> bool:
-        return self._has_room(self._merge_request(draft, group, 0))
+        return self._has_room(self.engine.tokenize(self._merge_request(draft, group, 0)))
 
     def _merge_request(self, draft: _Draft, group: Sequence[Piece], level: int) -> Request:
         place = (draft.answer.record_id, level, draft.answer.sample_id, group[0].first)
@@ -268,10 +274,15 @@ class _Asker:
 
     def _is_short(self, text: str) -> bool:
         """Tell whether a text has no more tokens than an answer may have."""
-        tokens, template = (
-            self.engine.prompt_tokens(Request("", t, (Message("user", t),))) for t in (text, "")
-        )
-        return tokens - template <= self.profile.sampling.max_new_tokens
+        num_tokens = self._num_prompt_tokens(text) - self._num_template_tokens
+        return num_tokens <= self.profile.sampling.max_new_tokens
+
+    @cached_property
+    def _num_template_tokens(self) -> int:
+        return self._num_prompt_tokens("")
+
+    def _num_prompt_tokens(self, text: str) -> int:
+        return self.engine.tokenize(Request("", text, (Message("user", text),))).num_tokens
 
     def _parse_parts(self, completions: Sequence[Completion]) -> list[Parsed]:
         if len(completions) == 1:

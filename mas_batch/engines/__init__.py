@@ -1,4 +1,4 @@
-"""Engines by name, each in one file, imported only when a worker needs it."""
+"""Engines by name, each in one file or folder, imported only when a worker needs it."""
 
 from __future__ import annotations
 
@@ -7,31 +7,16 @@ from importlib import import_module
 from mas_batch.engines.base import Engine, EngineConfig
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles
-
-ENGINES = {
-    # name: (module with `load(model, config) -> Engine`, extra to install)
-    "echo": ("mas_batch.engines.echo", None),
-    "transformers": ("mas_batch.engines.transformers", "cpu"),
-    "marian": ("mas_batch.engines.marian", "cpu"),
-    "ctranslate2": ("mas_batch.engines.ctranslate2", "ctranslate2"),
-    "openai": ("mas_batch.engines.openai", "openai"),
-    "nearest": ("mas_batch.engines.nearest", "cpu"),
-    "bayes": ("mas_batch.engines.bayes", None),
-    "keywords": ("mas_batch.engines.keywords", None),
-    "overlap": ("mas_batch.engines.overlap", None),
-}
+from mas_batch.registries import ENGINES
 
 
 def detect_engine(model: ModelFiles) -> str:
     """Choose the engine for `engine: auto` from what the model's files are."""
     if model.path is None:
         return model.scheme
-    if next(model.path.glob("*.intgemm.alphas.bin"), None):
-        return "marian"
-    if (model.path / "model.bin").exists():
-        return "ctranslate2"
-    if (model.path / "modules.json").exists():  # the sentence-transformers layout
-        return "nearest"
+    for name, engine in ENGINES.items():
+        if any(next(model.path.glob(pattern), None) for pattern in engine.detected_by):
+            return name
     return "transformers"
 
 
@@ -43,15 +28,15 @@ def load_engine(name: str, model: ModelFiles, config: EngineConfig) -> Engine:
         ModelError: the files are not what the engine can hold.
     """
     name = detect_engine(model) if name == "auto" else name
-    module_name, extra = ENGINES[name]
+    info = ENGINES[name]
     try:
-        module = import_module(module_name)
+        module = import_module(info.module)
     except ModuleNotFoundError as error:
-        if extra is None or (error.name or "").startswith("mas_batch"):
+        if info.extra is None or (error.name or "").startswith("mas_batch"):
             raise
         raise JobError(
-            f"engine {name!r} needs the package {error.name!r}: pip install 'mas_batch[{extra}]'",
-            key="agents.engine",
+            f"engine {name!r} needs the package {error.name!r}: pip install '{info.extra}'",
+            key=ENGINES.key,
         ) from error
     try:
         engine: Engine = module.load(model, config)

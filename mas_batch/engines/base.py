@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mas_batch.errors import Reason
+from mas_batch.errors import EngineError, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,28 @@ class Sampling:
     num_samples: int = 1
     """Completions per request; above 1 only with temperature > 0."""
 
+    def check(self) -> None:
+        """Refuse what no way of decoding can do.
+
+        Raises:
+            EngineError: it names the values that do not go together.
+        """
+        if self.temperature > 0 and self.num_beams > 1:
+            raise EngineError(f"num_beams {self.num_beams} needs temperature 0")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise EngineError(f"num_samples {self.num_samples} needs a temperature above 0")
+        if not 0 < self.top_p <= 1:
+            raise EngineError(f"top_p {self.top_p} is not allowed: above 0, at most 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
+    """What an engine reads of a request, rendered and tokenised; see `Engine.tokenize`."""
+
+    num_tokens: int
+    tokens: Any = None
+    """The engine's own; None where it only counts them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -46,6 +68,8 @@ class Request:
     so sample s of a request is the same whatever else is in the batch."""
     context: str | None = None
     """The background that the prompt holds too, for engines that take no prompt but can use it."""
+    tokenized: TokenizedPrompt | None = field(default=None, compare=False, repr=False)
+    """What the engine has made of all that it reads; None: it has not been asked yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +128,13 @@ class Engine(Protocol):
     samples: bool
     """False for engines that have one answer to a text, whatever the sampling."""
 
-    def prompt_tokens(self, request: Request) -> int:
-        """Count the tokens of the request's full prompt, template included."""
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        """Render and tokenise all that is read of a request: the costly part of asking.
+
+        It depends on the request's text, messages and context alone, so it is done once, before
+        batches are made, and passed on as `Request.tokenized`. `num_tokens` is of the full prompt,
+        template included.
+        """
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
@@ -125,3 +154,8 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the model."""
         ...
+
+
+def tokenized_prompt(engine: Engine, request: Request) -> TokenizedPrompt:
+    """Return the request's prompt, prepared now if it has not been before."""
+    return request.tokenized if request.tokenized is not None else engine.tokenize(request)

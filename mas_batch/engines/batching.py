@@ -8,8 +8,9 @@ batches in file order on a 2-core CPU, with the same greedy output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from mas_batch.engines.base import Completion, Engine, Request, Sampling
+from mas_batch.engines.base import Completion, Engine, Request, Sampling, tokenized_prompt
 from mas_batch.errors import EngineRefusedError, OutOfMemoryError, Reason
 
 
@@ -49,7 +50,9 @@ def complete(
     `too_long`. A batch that fails is halved until the culprit stands alone; it becomes a
     completion with a reason, and its batch-mates are answered.
     """
-    lengths = [engine.prompt_tokens(request) for request in requests]
+    prompts = [tokenized_prompt(engine, request) for request in requests]
+    requests = [replace(r, tokenized=p) for r, p in zip(requests, prompts, strict=True)]
+    lengths = [prompt.num_tokens for prompt in prompts]
     done: dict[int, list[Completion]] = {}
     fitting: list[int] = []
     for i, length in enumerate(lengths):

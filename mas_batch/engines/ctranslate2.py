@@ -11,23 +11,40 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ctranslate2
+from pydantic import Field
 
-from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
+)
+from mas_batch.engines.devices import pick_device
+from mas_batch.engines.options import EngineOptions, read_options
+from mas_batch.errors import JobError, ModelError, OutOfMemoryError
 from mas_batch.models import ModelFiles
 
 log = logging.getLogger(__name__)
 
 VOCABULARIES = ("shared_vocabulary.json", "target_vocabulary.json")
-OPTIONS = ("compute_type", "max_context_tokens")
 MAX_CONTEXT_TOKENS = 512
-"""Default of the option `max_context_tokens`, source plus output. The converted files do not
-tell the model's limit; 512 positions is what opus-mt, T5 and most BART-like models have."""
+"""Source plus output. The converted files do not tell the model's limit; 512 positions is what
+opus-mt, T5 and most BART-like models have."""
 INNER_BATCH_TOKENS = 8192
 """Source tokens at once where the job sets no `max_batch_tokens`: CTranslate2 then splits."""
+
+
+class Options(EngineOptions):
+    """What `agents.options` may hold for this engine."""
+
+    compute_type: str | None = None
+    """The arithmetic, such as `int8`; None: by the agent's dtype."""
+    max_context_tokens: Annotated[int, Field(ge=2)] = MAX_CONTEXT_TOKENS
 
 
 def load(model: ModelFiles, config: EngineConfig) -> CTranslate2Engine:
@@ -74,13 +91,15 @@ class CTranslate2Engine:
     samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        self.max_context_tokens = _check_options(config.options)
+        options = read_options(Options, config.options, "ctranslate2")
+        self.max_context_tokens = options.max_context_tokens
         self.max_batch_tokens = config.max_batch_tokens
         self._model = model
         self._threads = config.threads
         self._warned = False
-        device, index = _device(config)
-        compute_type = _compute_type(config, device)
+        here = {"cuda": ctranslate2.get_cuda_device_count(), "cpu": 1}
+        device, index = pick_device(config.device, here)
+        compute_type = _compute_type(options.compute_type, config.dtype, device)
         if model.path is None or not model.path.is_dir():
             raise ModelError(f"{model.source}: a converted model is a directory")
         self._settings = _read_settings(model.path)
@@ -88,14 +107,19 @@ class CTranslate2Engine:
         try:
             parallel = {"inter_threads": 1, "intra_threads": config.threads}
             self._translator = ctranslate2.Translator(
-                str(model.path), device, device_index=index, compute_type=compute_type, **parallel
+                str(model.path),
+                device,
+                device_index=index or 0,
+                compute_type=compute_type,
+                **parallel,
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"{model.path}: CTranslate2 cannot load it: {error}") from error
 
-    def prompt_tokens(self, request: Request) -> int:
-        """Count the source's tokens, its end token included."""
-        return len(self._tokenizer.encode(request.text)) + self._settings.adds_source_eos
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        """Tokenise the source; its end token is counted where CTranslate2 adds it, too."""
+        tokens = self._tokenizer.encode(request.text)
+        return TokenizedPrompt(len(tokens) + self._settings.adds_source_eos, tokens)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Run one batch; see `Engine.generate`. Samples are not reproducible."""
@@ -103,10 +127,10 @@ class CTranslate2Engine:
             return []
         self._check(sampling)
         start = time.perf_counter()
-        sources = [self._tokenizer.encode(request.text) for request in requests]
+        prompts = [tokenized_prompt(self, request) for request in requests]
         try:
             results = self._translator.translate_batch(
-                sources,
+                [prompt.tokens for prompt in prompts],
                 max_batch_size=self.max_batch_tokens or INNER_BATCH_TOKENS,
                 batch_type="tokens",
                 **_search(sampling),
@@ -115,7 +139,7 @@ class CTranslate2Engine:
             if "out of memory" not in str(error).lower():
                 raise
             raise OutOfMemoryError(str(error)) from error
-        lengths = [len(source) + self._settings.adds_source_eos for source in sources]
+        lengths = [prompt.num_tokens for prompt in prompts]
         counts = [n + len(h) for n, r in zip(lengths, results, strict=True) for h in r.hypotheses]
         token_s = (time.perf_counter() - start) / sum(counts)
         return [
@@ -146,10 +170,7 @@ class CTranslate2Engine:
         self._translator.unload_model()
 
     def _check(self, sampling: Sampling) -> None:
-        if sampling.temperature > 0 and sampling.num_beams > 1:
-            raise EngineError(f"num_beams {sampling.num_beams} needs temperature 0")
-        if sampling.temperature == 0 and sampling.num_samples > 1:
-            raise EngineError(f"num_samples {sampling.num_samples} needs a temperature above 0")
+        sampling.check()
         if sampling.temperature > 0 and not self._warned:
             self._warned = True
             log.warning("ctranslate2 ignores seeds: another run will draw other samples")
@@ -195,40 +216,11 @@ def _search(sampling: Sampling) -> dict[str, Any]:
     return search
 
 
-def _check_options(options: Mapping[str, Any]) -> int:
-    """Return the context; raise JobError for an option that is unknown or impossible."""
-    if unknown := sorted(options.keys() - set(OPTIONS)):
-        raise JobError(
-            f"engine ctranslate2 does not know {', '.join(unknown)}; allowed: {', '.join(OPTIONS)}",
-            key="agents.options",
-        )
-    value = options.get("max_context_tokens", MAX_CONTEXT_TOKENS)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-        raise JobError(
-            f"{value!r} is not a number of tokens; allowed: whole numbers from 2",
-            key="agents.options.max_context_tokens",
-        )
-    return value
-
-
-def _device(config: EngineConfig) -> tuple[str, int]:
-    name, _, index = config.device.partition(":")
-    if name == "auto":
-        name = "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
-    if name not in ("cpu", "cuda") or not (index or "0").isdecimal():
-        raise JobError(
-            f"engine ctranslate2 cannot use {config.device!r}; allowed: auto, cpu, cuda, cuda:N",
-            key="agents.device",
-        )
-    return name, int(index or 0)
-
-
-def _compute_type(config: EngineConfig, device: str) -> str:
+def _compute_type(option: str | None, dtype: str, device: str) -> str:
     """Choose the arithmetic: the option first, then the dtype, float32 on a CPU by default."""
     automatic = "float32" if device == "cpu" else "default"
-    key = "options.compute_type" if "compute_type" in config.options else "dtype"
-    by_dtype = automatic if config.dtype == "auto" else config.dtype
-    wanted = config.options.get("compute_type", by_dtype)
+    key = "dtype" if option is None else "options.compute_type"
+    wanted = option or (automatic if dtype == "auto" else dtype)
     allowed = sorted({"default", "auto", *ctranslate2.get_supported_compute_types(device)})
     if wanted not in allowed:
         message = f"{wanted!r} cannot run on {device}; allowed: {', '.join(allowed)}"

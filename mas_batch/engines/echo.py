@@ -14,24 +14,19 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.errors import (
-    EngineError,
-    EngineRefusedError,
-    JobError,
-    ModelError,
-    OutOfMemoryError,
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
 )
+from mas_batch.engines.options import EngineOptions, read_options
+from mas_batch.errors import EngineError, EngineRefusedError, ModelError, OutOfMemoryError
 from mas_batch.models import ModelFiles
 
 Fault = Literal["error", "out_of_memory", "unparsable", "kill", "hang", "allocate"]
@@ -43,10 +38,8 @@ _HOLD_S = 30.0
 """How long `allocate` holds all of it."""
 
 
-class Options(BaseModel):
+class Options(EngineOptions):
     """What `agents.options` may hold for this engine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     reply: Annotated[str, Field(min_length=1)] = "{text}"
     """What it says; `{text}` is the record."""
@@ -98,9 +91,9 @@ class EchoEngine:
         self._broken_since_s: float | None = None
         """When it first refused a batch, by `time.monotonic`."""
 
-    def prompt_tokens(self, request: Request) -> int:
+    def tokenize(self, request: Request) -> TokenizedPrompt:
         """Count the words of all turns."""
-        return sum(len(message.content.split()) for message in request.messages)
+        return TokenizedPrompt(sum(len(message.content.split()) for message in request.messages))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Reply to every request, or fail as `faults` and `fail_after` say.
@@ -201,7 +194,7 @@ class EchoEngine:
             sum_logprob=None,
             num_tokens=len(words),
             finish_reason=finish_reason,
-            prompt_tokens=self.prompt_tokens(request),
+            prompt_tokens=tokenized_prompt(self, request).num_tokens,
             compute_s=per_token_s * len(words),
         )
 
@@ -213,23 +206,10 @@ def load(model: ModelFiles, config: EngineConfig) -> EchoEngine:
         JobError: an option is unknown or has a value that is not allowed.
         ModelError: the option `fail_to_load` is set.
     """
-    options = _options(config.options)
+    options = read_options(Options, config.options, "echo")
     if options.fail_to_load:
         raise ModelError(f"{model.source}: it fails to load because options.fail_to_load is set")
     return EchoEngine(model, config, options)
-
-
-def _options(given: Mapping[str, Any]) -> Options:
-    try:
-        return Options.model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key, value = ".".join(map(str, first["loc"])), first["input"]
-        if first["type"] == "extra_forbidden":
-            problem = f"unknown option; echo allows: {', '.join(Options.model_fields)}"
-        else:
-            problem = f"{value!r} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise JobError(problem, key=f"agents.options.{key}") from None
 
 
 def _error(request: Request, options: Options) -> NoReturn:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.batching import plan_batches
+from mas_batch.engines.torch_device import free_caches, torch_device
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles
 from mas_batch.models.weights import read_json
@@ -100,7 +101,8 @@ class Encoder:
         model = transformers.AutoModel.from_pretrained(
             path, use_safetensors=True, dtype=torch.float32, **settings
         )
-        device = _device(config.device)
+        # An Apple GPU has to be asked for: its vectors may be compared with those of a CPU.
+        device = torch_device(config.device, ("cuda", "cpu", "mps"))
         return cls(model.to(device).eval(), tokenizer, layout, config.max_batch_tokens)
 
     @property
@@ -134,8 +136,7 @@ class Encoder:
     def close(self) -> None:
         """Free the model; the encoder cannot be used afterwards. May be called again."""
         vars(self).pop("_model", None)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_caches()
 
     def _windows(self, texts: Sequence[str]) -> Iterator[_Window]:
         encoded = self._tokenizer(
@@ -200,12 +201,3 @@ def _directory(files: ModelFiles) -> Path:
     if files.path is None or not next(files.path.glob("*.safetensors"), None):
         raise ModelError(f"{files.source}: an encoder is a directory with a .safetensors file")
     return files.path
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise JobError(f"{name!r} is not here: {error}", key="agents.device") from error

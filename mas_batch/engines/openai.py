@@ -19,9 +19,17 @@ from typing import Annotated, Any
 import openai
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
+)
+from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason, RecordError
 from mas_batch.models import ModelFiles, parse_source
 
@@ -37,10 +45,8 @@ MAX_MESSAGE_CHARS = 300
 _TOO_LONG = re.compile(r"context[ _](?:length|size|window)|maximum (?:number of )?tokens", re.I)
 
 
-class Options(BaseModel):
+class Options(EngineOptions):
     """What `agents.options` may hold for this engine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     base_url: Annotated[str, Field(pattern=r"^https?://[^/@?#]+(/[^@?#]*)?$")] = OFFICIAL_URL
     """No user, password or query in it: the HTTP library logs the URLs that it asks."""
@@ -67,7 +73,7 @@ class OpenAIEngine:
     takes_messages = True
     only_translates = False
     samples = True
-    max_batch_tokens = None  # the server makes its own batches: it gets all there is
+    max_batch_tokens: int | None = None  # the server makes its own batches: it gets all there is
 
     def __init__(self, model: str, options: Options, key: str | None) -> None:
         self._model = model
@@ -83,9 +89,10 @@ class OpenAIEngine:
         )
         self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="openai")
 
-    def prompt_tokens(self, request: Request) -> int:
-        """Estimate, from the number of UTF-8 bytes."""
-        return sum(_estimate(m.content) + TOKENS_PER_MESSAGE for m in request.messages)
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        """Estimate the number of tokens from that of UTF-8 bytes."""
+        turns = request.messages
+        return TokenizedPrompt(sum(_estimate(m.content) + TOKENS_PER_MESSAGE for m in turns))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Ask about all requests; one that fails becomes completions with a reason.
@@ -142,7 +149,7 @@ class OpenAIEngine:
                 None,
                 0,
                 "error",
-                self.prompt_tokens(request),
+                tokenized_prompt(self, request).num_tokens,
                 reason=error.reason,
                 message=error.message,
             )
@@ -209,7 +216,8 @@ class OpenAIEngine:
         """
         try:
             usage = response.usage
-            prompt_tokens = usage.prompt_tokens if usage else self.prompt_tokens(request)
+            estimate = tokenized_prompt(self, request).num_tokens
+            prompt_tokens = usage.prompt_tokens if usage else estimate
             counted = zip(response.choices, _num_tokens(response), strict=True)
             done = [_completion(choice, prompt_tokens, n) for choice, n in counted]
         except (AttributeError, TypeError):
@@ -226,7 +234,7 @@ def load(model: ModelFiles, config: EngineConfig) -> OpenAIEngine:
     Raises:
         JobError: an option is unknown or not allowed, or the key's variable is not set.
     """
-    options = _options(config.options)
+    options = read_options(Options, config.options, "openai", show_values=False)
     key = os.environ.get(options.api_key_env)
     wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
     if not key and wanted:
@@ -235,20 +243,6 @@ def load(model: ModelFiles, config: EngineConfig) -> OpenAIEngine:
             key="agents.options.api_key_env",
         )
     return OpenAIEngine(parse_source(model.source).name, options, key or None)
-
-
-def _options(given: Mapping[str, Any]) -> Options:
-    """Check the options. Errors do not quote values: one of them could be a key."""
-    try:
-        return Options.model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        problem = f"unknown option; openai allows: {', '.join(Options.model_fields)}"
-    else:
-        problem = f"is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
-    raise JobError(problem, key=f"agents.options.{key}")
 
 
 def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completion:

@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mas_batch.agents.answering import AgentProfile, prompt_hash
-from mas_batch.engines import examples
 from mas_batch.engines.base import Sampling
+from mas_batch.engines.classical import examples
 from mas_batch.errors import JobError, ModelError
 from mas_batch.job import Agent, Job, fingerprint
 from mas_batch.models import fetch, parse_source
-from mas_batch.models.sources import WITHOUT_MODEL
 from mas_batch.tasks import make_task
 
 VERSION = 1
 """Of how answers are made of completions; raise it where a parser changes, or how long texts are
 split and merged: then answers of before are not those of today."""
-
-_OPERATIONAL = ("concurrency", "timeout_s", "max_retries", "api_key_env")
-"""Options of engines that change no answer."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -39,7 +35,9 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
     """
     task = job.task.model_dump(mode="json", exclude={"prompt", "system"})
     prompts = (job.task.prompt, job.task.system, agent.prompt, agent.system)
-    options = {k: v for k, v in agent.options.items() if k not in ("examples", *_OPERATIONAL)}
+    engine = agent.engine_info
+    left_out = ("examples", *(engine.operational if engine else ()))
+    options = {key: value for key, value in agent.options.items() if key not in left_out}
     parts: dict[str, Any] = {
         "model": [agent.model, agent.engine, agent.dtype, agent.device],
         "prompt": [hash_of_prompt(job, agent), *prompts],
@@ -64,8 +62,9 @@ def draws(agent: Agent) -> bool:
     The lot's seed is made of the record's id, among others, so an answer then belongs to an id,
     not to a content.
     """
-    errs = bool(agent.options.get("error_rate"))  # the echo engine's mistakes
-    return agent.sampling.temperature > 0 or errs
+    engine = agent.engine_info
+    by_option = any(agent.options.get(name) for name in (engine.random_options if engine else ()))
+    return agent.sampling.temperature > 0 or by_option
 
 
 def difference(
@@ -91,7 +90,7 @@ def _files_changed(source: str, engine: Mapping[str, Any], is_embedded: bool) ->
     """Say why the model's files may not be those of then; None: they are."""
     spec = parse_source(source)
     is_local = spec.scheme == "path" or Path(source).exists()
-    if spec.scheme in ("pypi", "openai", *WITHOUT_MODEL):
+    if spec.scheme == "pypi" or not spec.has_files:
         return None  # a version's files are final; an endpoint shows none
     if not is_local and _COMMIT.fullmatch(spec.version):
         return None

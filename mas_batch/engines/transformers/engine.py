@@ -6,31 +6,37 @@ run. Of a checkpoint's `generation_config` only token ids are heeded: how to dec
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
-from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.engines.checkpoints import (
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
+)
+from mas_batch.engines.options import read_options
+from mas_batch.engines.timing import BatchTime, batch_time
+from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
+from mas_batch.engines.transformers.checkpoints import (
     Options,
     checkpoint,
     load_model,
     load_tokenizer,
-    read_options,
 )
-from mas_batch.engines.decoding import Decoded, decode
-from mas_batch.engines.streams import SpecialTokens
-from mas_batch.engines.timing import BatchTime, batch_time
-from mas_batch.errors import EngineError, JobError, OutOfMemoryError
+from mas_batch.engines.transformers.decoding import Decoded, decode
+from mas_batch.engines.transformers.streams import SpecialTokens
+from mas_batch.engines.transformers.transformers_compat import model_length
+from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
-
-T = TypeVar("T")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
@@ -59,26 +65,28 @@ class TransformersEngine:
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
 
-    def prompt_tokens(self, request: Request) -> int:
-        """Count the tokens of the prompt, or of the source for an encoder.
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        """Tokenise the prompt, or the source for an encoder.
 
         Raises:
             JobError: the model's chat template refuses the prompt.
         """
-        return len(self._encode(request))
+        text, special = self._prompt(request)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        return TokenizedPrompt(len(ids), ids)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Run one batch; see `Engine.generate`."""
         if not requests:
             return []
-        _check(sampling)
-        prompts = [self._encode(request) for request in requests]
+        sampling.check()
+        prompts: list[list[int]] = [tokenized_prompt(self, request).tokens for request in requests]
         if empty := [r.request_id for r, p in zip(requests, prompts, strict=True) if not p]:
             raise EngineError(f"request {empty[0]!r} has no tokens")
         seeds = [request.seed for request in requests]
         start = time.perf_counter()
         with torch.inference_mode():
-            found, prefill_s = _run_freeing(
+            found, prefill_s = run_freeing(
                 lambda: decode(self._model, prompts, self._special, sampling, seeds)
             )
         spent = batch_time(
@@ -111,12 +119,7 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
         vars(self).pop("_model", None)
-        _free_caches()
-
-    def _encode(self, request: Request) -> list[int]:
-        text, special = self._prompt(request)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids
+        free_caches()
 
     def _prompt(self, request: Request) -> tuple[str, bool]:
         """Return what the model reads, and whether the tokenizer adds its special tokens."""
@@ -160,8 +163,8 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
         JobError: an option, device or dtype that is unknown or not to be had here.
         ModelError: no safetensors, no tokenizer, or an architecture that cannot be decoded.
     """
-    options = read_options(config.options)
-    device = _device(config.device)
+    options = read_options(Options, config.options, "transformers")
+    device = torch_device(config.device, ("cuda", "mps", "cpu"))
     if config.dtype not in DTYPES:
         raise JobError(f"{config.dtype!r}; allowed: {', '.join(DTYPES)}", key="agents.dtype")
     dtype = config.dtype
@@ -174,27 +177,6 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     tokenizer = load_tokenizer(path, model)
     loaded = load_model(path, model, options, dtype).to(device).eval()
     return TransformersEngine(loaded, tokenizer, model, config, options)
-
-
-def _device(name: str) -> torch.device:
-    """Resolve `auto`; under dask-cuda `cuda` is the one GPU that the worker sees first."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    visible = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if (device.index or 0) >= visible.get(device.type, 0):
-        here = ", ".join(kind for kind, number in visible.items() if number)
-        raise JobError(f"{name!r} is not here; allowed: auto, {here}", key="agents.device")
-    return device
 
 
 # --- Facts about a loaded model
@@ -247,50 +229,11 @@ def _context_limit(config: Any, tokenizer: Any, options: Options, files: ModelFi
     text_config = config.get_text_config()
     found = (getattr(text_config, key, None) for key in CONTEXT_KEYS)
     own = next((n for n in found if isinstance(n, int) and n > 0), None)
-    if own is None and tokenizer.model_max_length < 10**9:  # more means that it doesn't say
-        own = int(tokenizer.model_max_length)
+    if own is None:
+        own = model_length(tokenizer)
     asked, key = options.max_context_tokens, "agents.options.max_context_tokens"
     if own is None and asked is None:
         raise JobError(f"{files.source} does not say its context length: it is required", key=key)
     if own is not None and asked is not None and asked > own:
         raise JobError(f"{asked} is over the {own} tokens of {files.source}", key=key)
     return asked or own or 0
-
-
-def _check(sampling: Sampling) -> None:
-    if sampling.temperature > 0 and sampling.num_beams > 1:
-        raise EngineError(f"num_beams {sampling.num_beams} needs temperature 0")
-    if sampling.temperature == 0 and sampling.num_samples > 1:
-        raise EngineError(f"num_samples {sampling.num_samples} needs a temperature above 0")
-    if not 0 < sampling.top_p <= 1:
-        raise EngineError(f"top_p {sampling.top_p} is not allowed: above 0, at most 1")
-
-
-# --- Memory
-
-
-def _run_freeing(call: Callable[[], T]) -> T:
-    """Turn what the devices raise when memory is out into `OutOfMemoryError`, memory freed."""
-    try:
-        return call()
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        message = f"{type(error).__name__}: {error}"
-    # Only here: as long as the exception lives, its frames hold the batch's tensors.
-    _free_caches()
-    raise OutOfMemoryError(message)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
-
-
-def _free_caches() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()

@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mas_batch import job
 from mas_batch.corpus import CorpusReader
-from mas_batch.engines.predicting import read_options
+from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.errors import JobError
 from mas_batch.records import Record
 
 
-class ExampleOptions(BaseModel):
+class ExampleOptions(EngineOptions):
     """The options of an engine that learns from examples."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     examples: Annotated[str, Field(min_length=1)]
     """File, folder, glob or any fsspec URL, in any format of a corpus; the workers read it."""

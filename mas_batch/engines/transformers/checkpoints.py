@@ -5,7 +5,6 @@ Weights come from safetensors only, and no code of a checkpoint is run; a .gguf 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
 from typing import Annotated, Any, Literal
@@ -13,17 +12,16 @@ from typing import Annotated, Any, Literal
 import torch
 import transformers
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from mas_batch.engines.streams import cache_argument
+from mas_batch.engines.options import EngineOptions
+from mas_batch.engines.transformers.transformers_compat import cache_argument, dequantized
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
 
 
-class Options(BaseModel):
+class Options(EngineOptions):
     """What `agents.options` may hold for this engine; all but the first are encoder-decoder's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     max_context_tokens: Annotated[int, Field(ge=2)] | None = None
     """At most the model's own limit, which is also the default."""
@@ -36,25 +34,6 @@ class Options(BaseModel):
     """Language code for the tokenizer (NLLB, mBART): `eng_Latn`."""
     target_lang: str | None = None
     """Language token that the output has to begin with: `por_Latn`."""
-
-
-def read_options(given: Mapping[str, Any]) -> Options:
-    """Return `agents.options`, checked.
-
-    Raises:
-        JobError: the first unknown key or value that is not allowed.
-    """
-    try:
-        return Options.model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            allowed = ", ".join(Options.model_fields)
-            problem = f"unknown option; the engine transformers allows: {allowed}"
-        else:
-            problem = f"{first['input']!r} is not allowed: {first['msg']}"
-        raise JobError(problem, key=f"agents.options.{key}") from None
 
 
 def checkpoint(model: ModelFiles, dtype: str) -> Path:
@@ -94,11 +73,10 @@ def _converted(model: ModelFiles, gguf: Path, dtype: str) -> Path:
 
 def _convert(gguf: Path, dtype: str, target: Path) -> None:
     folder, name = str(gguf.parent), gguf.name
-    # Without `dequantize` the loaded model refuses to be saved.
     dense = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
+        quantization_config=dequantized(),
         dtype=getattr(torch, dtype),
     )
     dense.save_pretrained(target)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from mas_batch.engines.marian_format import EMBEDDING, MarianFile
+from mas_batch.engines.marian.format import EMBEDDING, MarianFile
 from mas_batch.errors import ModelError
 
 ARCHITECTURE: Mapping[str, Any] = {

@@ -7,26 +7,42 @@ log-probabilities.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import sentencepiece
 import torch
+from pydantic import Field
 
-from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.engines.marian_decoding import Hypothesis, beam_search, decode, greedy, sampler
-from mas_batch.engines.marian_format import read_marian
-from mas_batch.engines.marian_network import Network, State
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
+)
+from mas_batch.engines.marian.decoding import Hypothesis, beam_search, decode, greedy
+from mas_batch.engines.marian.format import read_marian
+from mas_batch.engines.marian.network import Network, State
+from mas_batch.engines.options import EngineOptions, read_options
+from mas_batch.engines.sampling import Sampler
 from mas_batch.engines.timing import BatchTime, batch_time
-from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError
+from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device, wait_for
+from mas_batch.errors import EngineError, JobError, ModelError
 from mas_batch.models import ModelFiles
 
 MAX_CONTEXT_TOKENS = 1024
-"""Default of the option `max_context_tokens`, source plus translation. Sinusoidal positions have
-no end, but these models are trained on sentences: callers split long texts before they ask."""
-OPTIONS = {"max_context_tokens": MAX_CONTEXT_TOKENS}
+"""Source plus translation. Sinusoidal positions have no end, but these models are trained on
+sentences: callers split long texts before they ask."""
+
+
+class Options(EngineOptions):
+    """What `agents.options` may hold for this engine."""
+
+    max_context_tokens: Annotated[int, Field(ge=2)] = MAX_CONTEXT_TOKENS
 
 
 def load(model: ModelFiles, config: EngineConfig) -> MarianEngine:
@@ -47,10 +63,16 @@ class MarianEngine:
     samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        self.max_context_tokens = _context_option(config.options)
+        options = read_options(Options, config.options, "marian")
+        self.max_context_tokens = options.max_context_tokens
         self.max_batch_tokens = config.max_batch_tokens
         self._model = model
-        device = _device(config)
+        if config.dtype not in ("auto", "float32"):
+            raise JobError(
+                f"engine marian computes in float32, not {config.dtype!r}; allowed: auto, float32",
+                key="agents.dtype",
+            )
+        device = torch_device(config.device, ("cuda", "cpu"))
         if config.threads > 0:
             torch.set_num_threads(config.threads)
         vocabulary = _only_file(model, "vocab*.spm")
@@ -61,9 +83,10 @@ class MarianEngine:
         if num_rows != num_pieces:
             raise ModelError(f"{vocabulary}: {num_pieces} pieces, {file.path.name} has {num_rows}")
 
-    def prompt_tokens(self, request: Request) -> int:
-        """Count the source's pieces and its end token."""
-        return len(self._source(request))
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        """Cut the source into pieces, and end it."""
+        source = [*self._pieces.encode(request.text), self._pieces.eos_id()]
+        return TokenizedPrompt(len(source), source)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Translate one batch; see `Engine.generate`. A sample depends on its request's seed and
@@ -71,11 +94,11 @@ class MarianEngine:
         if not requests:
             return []
         start = time.perf_counter()
-        sources = [self._source(request) for request in requests]
+        sources: list[list[int]] = [tokenized_prompt(self, request).tokens for request in requests]
         self._check(max(map(len, sources)), sampling)
-        with torch.inference_mode(), _named_errors():
-            seeds = [request.seed for request in requests]
-            found, prefill_s = self._decode(seeds, sources, sampling)
+        seeds = [request.seed for request in requests]
+        with torch.inference_mode():
+            found, prefill_s = run_freeing(lambda: self._decode(seeds, sources, sampling))
         spent = batch_time(
             time.perf_counter() - start,
             prefill_s,
@@ -104,11 +127,7 @@ class MarianEngine:
     def close(self) -> None:
         """Free the weights; the engine cannot be used afterwards. May be called again."""
         vars(self).pop("_network", None)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _source(self, request: Request) -> list[int]:
-        return [*self._pieces.encode(request.text), self._pieces.eos_id()]
+        free_caches()
 
     def _check(self, longest: int, sampling: Sampling) -> None:
         if longest + sampling.max_new_tokens > self.max_context_tokens:
@@ -116,10 +135,7 @@ class MarianEngine:
                 f"{longest} source tokens + {sampling.max_new_tokens} new are over the context "
                 f"of {self.max_context_tokens}"
             )
-        if sampling.temperature > 0 and sampling.num_beams > 1:
-            raise EngineError(f"num_beams {sampling.num_beams} needs temperature 0")
-        if sampling.temperature == 0 and sampling.num_samples > 1:
-            raise EngineError(f"num_samples {sampling.num_samples} needs a temperature above 0")
+        sampling.check()
 
     def _decode(
         self, seeds: Sequence[int], sources: Sequence[Sequence[int]], sampling: Sampling
@@ -128,8 +144,7 @@ class MarianEngine:
         network = self._network
         start = time.perf_counter()
         state = network.encode(sources, sampling.num_beams)
-        if network.device.type == "cuda":
-            torch.cuda.synchronize(network.device)
+        wait_for(network.device)
         prefill_s = time.perf_counter() - start
         return self._extend(state, seeds, len(sources), sampling), prefill_s
 
@@ -143,7 +158,10 @@ class MarianEngine:
             return [[h] for h in decode(network, state, length, eos_id, greedy)]
         n = sampling.num_samples
         groups = torch.arange(num_sources, device=network.device).repeat_interleave(n)
-        choose = sampler(sampling, [(seed, sample) for seed in seeds for sample in range(n)])
+        streams = [
+            np.random.SeedSequence((seed % 2**64, sample)) for seed in seeds for sample in range(n)
+        ]
+        choose = Sampler(sampling, streams)
         flat = decode(network, state.select(groups), length, eos_id, choose)
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
@@ -161,38 +179,6 @@ class MarianEngine:
         )
 
 
-def _context_option(options: Mapping[str, Any]) -> int:
-    if unknown := sorted(options.keys() - OPTIONS):
-        raise JobError(
-            f"engine marian does not know {', '.join(unknown)}; allowed: {', '.join(OPTIONS)}",
-            key="agents.options",
-        )
-    value = options.get("max_context_tokens", MAX_CONTEXT_TOKENS)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-        raise JobError(
-            f"{value!r} is not a number of tokens; allowed: whole numbers from 2",
-            key="agents.options.max_context_tokens",
-        )
-    return value
-
-
-def _device(config: EngineConfig) -> torch.device:
-    if config.dtype not in ("auto", "float32"):
-        raise JobError(
-            f"engine marian computes in float32, not {config.dtype!r}; allowed: auto, float32",
-            key="agents.dtype",
-        )
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise JobError(
-            f"engine marian cannot use {name!r}; allowed: auto, cpu, cuda, cuda:N",
-            key="agents.device",
-        )
-    return torch.device(name)
-
-
 def _only_file(model: ModelFiles, pattern: str) -> Path:
     found = sorted(model.path.glob(pattern)) if model.path else []
     if len(found) != 1:
@@ -206,16 +192,3 @@ def _read_pieces(path: Path) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{path}: not a SentencePiece model: {error}") from error
-
-
-@contextmanager
-def _named_errors() -> Iterator[None]:
-    """Turn torch's ways to say out of memory into ours; on a CPU it is a RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one too
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise OutOfMemoryError(str(error)) from error

@@ -26,7 +26,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mas_batch.engines.base import Sampling
-from mas_batch.engines.streams import SpecialTokens, Stream, accepted, open_stream, pad_rows
+from mas_batch.engines.sampling import Sampler
+from mas_batch.engines.torch_device import wait_for
+from mas_batch.engines.transformers.streams import SpecialTokens, Stream, open_stream, pad_rows
+from mas_batch.engines.transformers.transformers_compat import accepted
 from mas_batch.errors import EngineError
 
 Choose = Callable[[Tensor, Sequence[int], int], Tensor]
@@ -62,11 +65,11 @@ def decode(
     copies = sampling.num_samples
     if sampling.num_beams > 1:
         return [[best] for best in _beam_search(model, prompts, special, sampling)], None
-    choose = _greedy if sampling.temperature == 0 else Sampler(sampling, seeds)
+    choose = _greedy if sampling.temperature == 0 else Sampler(sampling, _streams(seeds, copies))
     stream = open_stream(model, special, sampling.max_new_tokens)
     start = time.perf_counter()
     logits = stream.start(prompts)
-    _wait_for(logits.device)
+    wait_for(logits.device)
     prefill_s = time.perf_counter() - start
     if copies > 1:  # only now: every prompt has been read once, whatever the number of samples
         rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(copies)
@@ -74,14 +77,6 @@ def decode(
         logits = logits[rows]
     flat = _run(stream, logits, choose, special, sampling.max_new_tokens)
     return [flat[i : i + copies] for i in range(0, len(flat), copies)], prefill_s
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait until an accelerator has done what it was told: a time taken before means nothing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _run(
@@ -138,51 +133,13 @@ def _greedy(logits: Tensor, active: Sequence[int], step: int) -> Tensor:
     return logits.argmax(-1)
 
 
-class Sampler:
-    """Draws by inverse distribution function from a random stream of each row's own.
-
-    One number per row and step, so that a sample depends on its request's seed and its own
-    number alone. Two batches can differ only by rounding in the model's logits, which moves a
-    draw with a probability of about that rounding error.
-    """
-
-    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
-        """Take one seed per request; its samples are the spawned streams 0, 1, …"""
-        self._sampling = sampling
-        streams = [
-            np.random.SeedSequence(seed, spawn_key=(sample,))
-            for seed in seeds
-            for sample in range(sampling.num_samples)
-        ]
-        steps = sampling.max_new_tokens
-        self._uniform = np.stack(
-            [np.random.Generator(np.random.PCG64(s)).random(steps) for s in streams]
-        )
-
-    def __call__(self, logits: Tensor, active: Sequence[int], step: int) -> Tensor:
-        """Return one token per row of `logits`; `active` are the rows' numbers from the start."""
-        device = logits.device
-        if device.type == "mps":  # it has no float64, and float32 sums are off by a draw's grain
-            logits = logits.cpu()
-        probs = (logits.double() / self._sampling.temperature).softmax(-1)
-        # In the order of token ids: a near-tie may swap places in an order by probability.
-        below = _restrict(probs, self._sampling.top_k, self._sampling.top_p).cumsum(-1)
-        # Divided by its last value it ends with exactly 1, above any draw.
-        below /= below[:, -1:].clone()
-        draw = torch.from_numpy(self._uniform[active, step]).to(below.device)
-        return torch.searchsorted(below, draw[:, None], right=True)[:, 0].to(device)
-
-
-def _restrict(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to 0 what is not among the `top_k` likeliest, then what is beyond `top_p` of the rest."""
-    if 0 < top_k < probs.shape[-1]:
-        probs = probs.where(probs >= probs.topk(top_k).values[:, -1:], 0)
-    if top_p < 1:
-        ordered, order = probs.sort(descending=True, stable=True)
-        likelier = ordered.cumsum(-1) - ordered
-        kept = ordered.where(likelier < top_p * ordered.sum(-1, keepdim=True), 0)
-        probs = torch.zeros_like(probs).scatter(1, order, kept)
-    return probs
+def _streams(seeds: Sequence[int], num_samples: int) -> list[np.random.SeedSequence]:
+    """Return a random stream per row; a request's samples are the spawned streams 0, 1, …"""
+    return [
+        np.random.SeedSequence(seed, spawn_key=(sample,))
+        for seed in seeds
+        for sample in range(num_samples)
+    ]
 
 
 # --- Beam search

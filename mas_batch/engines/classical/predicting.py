@@ -10,16 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
 
-from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
-from mas_batch.errors import EngineRefusedError, JobError
-
-OptionsT = TypeVar("OptionsT", bound=BaseModel)
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+    tokenized_prompt,
+)
+from mas_batch.errors import EngineRefusedError
 
 NO_LIMIT = 2**31 - 1
 """Tokens of context, where a text may have any length."""
@@ -73,9 +77,10 @@ class PredictingEngine:
         self._facts = facts
         self.max_batch_tokens = config.max_batch_tokens
 
-    def prompt_tokens(self, request: Request) -> int:
+    def tokenize(self, request: Request) -> TokenizedPrompt:
         """Count the tokens of what is read."""
-        return self._predictor.count_tokens(self._text(request))
+        text = self._text(request)
+        return TokenizedPrompt(self._predictor.count_tokens(text), text)
 
     def _text(self, request: Request) -> str:
         if self._reads_context and request.context:
@@ -94,8 +99,9 @@ class PredictingEngine:
                 "and sampling.num_beams have to keep their defaults"
             )
         start = time.perf_counter()
-        found = self._predictor.predict([self._text(request) for request in requests])
-        lengths = [self.prompt_tokens(request) for request in requests]
+        prompts = [tokenized_prompt(self, request) for request in requests]
+        found = self._predictor.predict([prompt.tokens for prompt in prompts])
+        lengths = [prompt.num_tokens for prompt in prompts]
         token_s = (time.perf_counter() - start) / max(1, sum(lengths))
         return [
             [_completion(prediction, length, token_s * length, sampling.max_new_tokens)]
@@ -141,24 +147,3 @@ def most_likely(
     winner = int(shares.argmax())
     # The sum is at least 1: the best hypothesis is in it.
     return Prediction(answers[winner], float(np.log(shares[winner] / shares.sum())))
-
-
-def read_options(model: type[OptionsT], given: Mapping[str, Any], engine: str) -> OptionsT:
-    """Return `agents.options`, checked.
-
-    Raises:
-        JobError: the first key that is unknown or missing, or value that is not allowed.
-    """
-    try:
-        return model.model_validate(dict(given))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(["agents.options", *map(str, first["loc"])])
-        if first["type"] == "extra_forbidden":
-            allowed = ", ".join(model.model_fields)
-            problem = f"unknown option; the engine {engine} allows: {allowed}"
-        elif first["type"] == "missing":
-            problem = f"the engine {engine} needs it"
-        else:
-            problem = f"{first['input']!r} is not allowed: {first['msg']}"
-        raise JobError(problem, key=key) from None

@@ -6,20 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.bayes import words
-from mas_batch.engines.predicting import PredictingEngine, Prediction, read_options
+from mas_batch.engines.classical.bayes import words
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction
+from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.models import ModelFiles
 
 Label = Annotated[str, Field(min_length=1)]
 
 
-class Options(BaseModel):
+class Options(EngineOptions):
     """What `agents.options` may hold for this engine."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     labels: Annotated[dict[Label, str], Field(min_length=1)]
     """Label → its words, apart by spaces; whole words count, without case."""

@@ -1,16 +1,14 @@
-"""Greedy search, sampling and beam search over a Marian network, with log-probabilities."""
+"""Greedy search, draws and beam search over a Marian network, with log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mas_batch.engines.base import Sampling
-from mas_batch.engines.marian_network import Network, State
+from mas_batch.engines.marian.network import Network, State
 
 
 @dataclass(slots=True)
@@ -58,49 +56,6 @@ def decode(
 def greedy(logprobs: Tensor, rows: list[int], position: int) -> Tensor:
     """Choose the likeliest tokens; a `Choose`."""
     return logprobs.argmax(-1)
-
-
-def sampler(sampling: Sampling, seeds: Sequence[tuple[int, int]]) -> Choose:
-    """Draw by inverse CDF in the order of the vocabulary, one uniform number per row and step.
-
-    A row's numbers come from its own (seed, sample number), so its draws do not depend on its
-    neighbours; vocabulary order, unlike order of probability, cannot flip by rounding.
-    """
-    uniforms = np.stack(
-        [
-            np.random.Generator(np.random.PCG64((seed % 2**64, sample))).random(
-                sampling.max_new_tokens
-            )
-            for seed, sample in seeds
-        ]
-    )
-
-    def choose(logprobs: Tensor, rows: list[int], position: int) -> Tensor:
-        cdf = _filtered(logprobs / sampling.temperature, sampling).cumsum(-1)
-        total = cdf[:, -1:]
-        uniform = torch.tensor(uniforms[rows, position], device=cdf.device)[:, None]
-        # Below the total even after rounding: what is found has a probability above zero.
-        point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cdf, point, right=True).squeeze(1)
-
-    return choose
-
-
-def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return probabilities (float64, not normalised again) with top-k, then top-p applied."""
-    if 0 < sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probs = logits.softmax(-1, dtype=torch.float64)
-    if sampling.top_p < 1:
-        # Sorting the vocabulary is slow and the mass is nearly always in the first few.
-        best = probs.topk(min(1024, probs.shape[1])).values
-        if bool((best.cumsum(-1)[:, -1] < sampling.top_p).any()):
-            best = probs.sort(descending=True).values
-        above = best.cumsum(-1) - best
-        least = best.masked_fill(above >= sampling.top_p, torch.inf).amin(-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0.0)
-    return probs
 
 
 def beam_search(

@@ -14,28 +14,22 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
+from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
+from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, most_likely
 from mas_batch.engines.encoder import Encoder
-from mas_batch.engines.examples import ExampleOptions, Examples, read_examples
-from mas_batch.engines.halves import HalvesOptions, halves, scaled
-from mas_batch.engines.predicting import (
-    PredictingEngine,
-    Prediction,
-    most_likely,
-    read_options,
-)
+from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.errors import JobError
 from mas_batch.models import ModelFiles
 
 Label = Annotated[str, Field(min_length=1)]
 
 
-class Voting(BaseModel):
+class Voting(EngineOptions):
     """Options of every method that chooses among answers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     temperature: Annotated[float, Field(gt=0.0)] = 0.07
     """Of the softmax over cosines: lower makes the nearest count more, and confidences higher."""

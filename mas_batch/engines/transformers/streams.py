@@ -5,7 +5,6 @@ A row is one sequence being decoded; `logits` are float32 [rows, vocabulary] of 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
+
+from mas_batch.engines.transformers.transformers_compat import (
+    accepted,
+    cache_argument,
+    drop_columns,
+    is_joinable,
+    put_rows,
+)
 
 GROUP_PADDING = 0.1
 """Prompts are read together while the shortest lacks at most this part of the longest."""
@@ -65,9 +71,7 @@ class _DecoderOnly:
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         ids, self._mask = pad_rows(prompts, self._special.pad, "left", self._model.device)
         self._lengths = self._mask.sum(-1, keepdim=True)
-        # Layers of another kind (sliding window, linear attention) can't be put together from
-        # groups: their states are not simply one column per token.
-        self._joinable = all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        self._joinable = is_joinable(self._cache)
         if not self._joinable:
             return self._forward(ids, self._mask, self._positions(), self._cache)
         return self._read_groups(ids, _groups([len(prompt) for prompt in prompts]))
@@ -82,8 +86,7 @@ class _DecoderOnly:
         if self._joinable:  # what was padding to a longer row that has ended is not carried on
             lead = int(self._mask.argmax(-1).min())
             self._mask = self._mask[:, lead:]
-            for layer in self._cache.layers:
-                layer.drop_columns(lead)
+            drop_columns(self._cache, lead)
         self._cache.reorder_cache(rows)
 
     def _positions(self) -> Tensor:
@@ -93,18 +96,20 @@ class _DecoderOnly:
         num_rows, width = ids.shape
         positions = self._positions()
         found: list[Tensor] = []
-        layers: list[_Buffer] = []
         for group in groups:
             rows = torch.tensor(group, device=ids.device)
             own = slice(width - int(self._lengths[rows].max()), width)
             cache = DynamicCache(config=self._model.config)
             mask = self._mask[rows, own]
             found.append(self._forward(ids[rows, own], mask, positions[rows, own], cache))
-            capacity = width + self._max_new_tokens
-            layers = layers or [_Buffer(part, num_rows, width, capacity) for part in cache.layers]
-            for layer, part in zip(layers, cache.layers, strict=True):
-                layer.fill(rows, part)
-        self._cache.layers = layers
+            put_rows(
+                self._cache,
+                rows,
+                cache,
+                num_rows=num_rows,
+                width=width,
+                capacity=width + self._max_new_tokens,
+            )
         order = torch.tensor([i for group in groups for i in group], device=ids.device)
         return torch.cat(found)[order.argsort()]
 
@@ -148,48 +153,6 @@ class _EncoderDecoder:
         self._cache.reorder_cache(rows)
 
 
-class _Buffer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values [rows, heads, columns, size], allocated once for all steps."""
-
-    def __init__(self, like: DynamicLayer, num_rows: int, width: int, capacity: int) -> None:
-        super().__init__()
-        self.lazy_initialization(like.keys, like.values)
-        # Zeros, because padding is masked but still multiplied: it has to be finite.
-        self._buffers = [
-            tensor.new_zeros(num_rows, tensor.shape[1], capacity, tensor.shape[3])
-            for tensor in (like.keys, like.values)
-        ]
-        self._show(width)
-
-    def fill(self, rows: Tensor, part: DynamicLayer) -> None:
-        """Put a group's columns at the right end of these rows."""
-        own = slice(self._width - part.keys.shape[2], self._width)
-        for buffer, tensor in zip(self._buffers, (part.keys, part.values), strict=True):
-            buffer[rows, :, own] = tensor
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        new = slice(self._width, self._width + key_states.shape[2])
-        for buffer, tensor in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, new] = tensor
-        self._show(new.stop)
-        return self.keys, self.values
-
-    def drop_columns(self, number: int) -> None:
-        """Forget the leftmost columns."""
-        self._buffers = [buffer[:, :, number:] for buffer in self._buffers]
-        self._show(self._width - number)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._buffers = [buffer.index_select(0, beam_idx) for buffer in self._buffers]
-        self._show(self._width)
-
-    def _show(self, width: int) -> None:
-        self._width = width
-        self.keys, self.values = (buffer[:, :, :width] for buffer in self._buffers)
-
-
 def _groups(lengths: Sequence[int]) -> list[list[int]]:
     """Put positions of like lengths together, longest first."""
     groups: list[list[int]] = []
@@ -199,18 +162,6 @@ def _groups(lengths: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
-
-
-def accepted(model: Any, **optional: Any) -> dict[str, Any]:
-    """Leave out what the model's forward does not take, e.g. positions of an ALiBi model."""
-    known = inspect.signature(model.forward).parameters
-    return {name: value for name, value in optional.items() if name in known}
-
-
-def cache_argument(model: Any) -> str:
-    """Return the name by which the model's forward takes a cache; empty if it takes none."""
-    # Renamed in transformers 5.24.
-    return next(iter(accepted(model, cache=None, past_key_values=None)), "")
 
 
 def pad_rows(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from mas_batch.engines.predicting import Prediction
+from mas_batch.engines.classical.predicting import Prediction
+from mas_batch.engines.options import EngineOptions
 from mas_batch.errors import EngineError
 
 
-class HalvesOptions(BaseModel):
+class HalvesOptions(EngineOptions):
     """Options of whatever compares two halves."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     separator: Annotated[str, Field(min_length=1)] = "\n\n"
     """What stands between the halves; the first one in the text counts."""

@@ -93,11 +93,13 @@ class MarianFile:
         """Raise ModelError if a weight was never asked for: the network would lack a part."""
         unused = sorted(n for n in self.entries.keys() - self._taken if not _is_optional(n))
         if unused:
-            raise ModelError(f"{self.path}: no use is known for {_some(unused)}")
+            raise ModelError(f"{self.path}: no use is known for {_first_names(unused)}")
 
     def _entry(self, name: str) -> Entry:
         if name not in self.entries:
-            raise ModelError(f"{self.path}: no tensor {name!r}; it has {_some(self.entries)}")
+            raise ModelError(
+                f"{self.path}: no tensor {name!r}; it has {_first_names(self.entries)}"
+            )
         self._taken.add(name)
         return self.entries[name]
 
@@ -190,7 +192,7 @@ def _is_optional(name: str) -> bool:
     return name.endswith(ACTIVATION_SCALE) or name.startswith("special:")
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
     return ", ".join(ordered[:5]) + more

@@ -1,0 +1,30 @@
+"""What other modules ask of an engine before, or without, loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """An engine as its registry knows it. What only a loaded model tells is in `engines.base`."""
+
+    module: str
+    """Has `load(model, config) -> Engine`; imported on the worker, when a model is loaded."""
+    extra: str | None = None
+    """What `pip install` needs where the module's libraries are missing: `mas_batch[cpu]`."""
+    holds: Literal["files", "nothing", "endpoint"] = "files"
+    """What `agents.model` names: files, which are verified and handed to `load`; nothing, written
+    `NAME[:LABEL]`, the label telling the families of several agents apart; or a model somewhere
+    else, written `NAME:MODEL`."""
+    detected_by: tuple[str, ...] = ()
+    """Patterns of file names: `engine: auto` takes it for a model whose folder has one of them."""
+    computes_elsewhere: bool = False
+    """It waits for something else than the cores of the worker's machine."""
+    operational: tuple[str, ...] = ()
+    """Options that change no answer, only how fast it comes or who pays for it."""
+    random_options: tuple[str, ...] = ()
+    """Options that make it draw its answers by lot, whatever the temperature."""
+    greedy_samples_differ: bool = False
+    """Several samples at temperature 0 are not the same answer several times."""

@@ -1,0 +1,1 @@
+"""Marian's small translation models, in PyTorch: their file format, network and decoding."""

@@ -1,0 +1,69 @@
+"""What the engines in PyTorch share: the device, its memory and its clock."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from mas_batch.engines.devices import pick_device
+from mas_batch.errors import OutOfMemoryError
+
+T = TypeVar("T")
+
+
+def torch_device(name: str, kinds: Sequence[str]) -> torch.device:
+    """Resolve `agents.device`; under dask-cuda `cuda` is the one GPU that the worker sees first.
+
+    Args:
+        kinds: of `cpu`, `cuda` and `mps` those that the engine can use, the one that `auto`
+            prefers first.
+
+    Raises:
+        JobError: there is no such device here.
+    """
+    numbers = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    kind, number = pick_device(name, {kind: numbers[kind] for kind in kinds})
+    return torch.device(kind) if number is None else torch.device(kind, number)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was told: a time taken before means nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def run_freeing(call: Callable[[], T]) -> T:
+    """Turn what the devices raise when memory is out into `OutOfMemoryError`, memory freed."""
+    try:
+        return call()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = f"{type(error).__name__}: {error}"
+    # Only here: as long as the exception lives, its frames hold the batch's tensors.
+    free_caches()
+    raise OutOfMemoryError(message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+
+
+def free_caches() -> None:
+    """Give memory that nothing uses back to the devices."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -1,0 +1,1 @@
+"""Causal and sequence-to-sequence language models that `transformers` knows, in PyTorch."""
