@@ -273,9 +273,6 @@ class Routing(_Model):
     """Then `answers_per_record` is the most that are asked for."""
     escalate: Escalate | None = None
     """A cascade: which records one more agent is asked about in the end."""
-    mode: Literal["window", "native"] = "window"
-    """`window`: the policy decides as late as possible. `native`: whole groups of partitions go
-    to Dask's own scheduler, for very short partitions under the `capability` policy."""
     speculate: bool = True
     """At the end, ask a free replica too where it should finish earlier; the first commit wins."""
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
@@ -287,17 +284,6 @@ class Routing(_Model):
     where a partition takes a worker less than a second, else 1."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.mode == "native" and self.policy != "capability":
-            raise ValueError(
-                f"mode native leaves the choice to Dask: policy {self.policy!r} is not allowed; "
-                "allowed: capability"
-            )
-        if self.mode == "native" and self.adaptive is not None:
-            raise ValueError("mode native asks all agents at once: adaptive is not allowed")
-        return self
 
 
 class Merge(_Model):

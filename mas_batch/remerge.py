@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import yaml
 from distributed import Client
 
 from mas_batch.agents.work import RunRef
@@ -21,7 +20,7 @@ from mas_batch.learning import Corpus, learned
 from mas_batch.monitor.events import Event
 from mas_batch.pipeline import merge_spec
 from mas_batch.publishing import publish
-from mas_batch.results import MERGES, Run, read_plan, without_credentials_in
+from mas_batch.results import MERGES, Run, read_job_mapping, read_plan, without_credentials_in
 from mas_batch.storage import Store
 from mas_batch.tasks import make_task
 
@@ -87,7 +86,7 @@ def merge_again(
 
 
 def _changed(run: Run, changes: Mapping[str, Any]) -> Job:
-    raw = yaml.safe_load(run.store.read_bytes("job.yaml"))
+    raw = read_job_mapping(run.store)
     raw["output"]["storage_options"] = dict(run.store.options)  # the history may be there too
     try:
         own = check_job(raw, file="job.yaml")

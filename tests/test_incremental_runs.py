@@ -150,7 +150,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "weighted": {"merge": {"method": "weighted", "accuracies": {"strong": 0.8, "weak": 0.6}}},
     "escalation": {"routing": {"escalate": {"agent": "strong", "below": 1.0}}},
     "no text": {"output": {"keep_text": False}},
-    "native": {"routing": {"mode": "native", "policy": "capability"}},
 }
 
 

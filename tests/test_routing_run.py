@@ -1,4 +1,4 @@
-"""Routing on a real cluster in this process: modes, adaptive answers, workers that come and go."""
+"""Routing on a real cluster in this process: adaptive answers, workers that come and go."""
 
 from __future__ import annotations
 
@@ -90,47 +90,6 @@ class Elastic:
             spec.setdefault(f"w-{number}", self.spec)
             number += 1
         self.cluster.scale(len(spec))
-
-
-def test_native_mode_gives_the_same_bytes(cluster_client: Client, make_job: MakeJob) -> None:
-    windowed = mas_batch.open_run(pipeline.run(make_job(), client=cluster_client).run)
-    expected = contents(windowed)
-    windowed.store.remove_folder("")
-    events = Recorder()
-    job = make_job(routing={"mode": "native", "policy": "capability"})
-    summary = pipeline.run(job, client=cluster_client, emit=events)
-    native = mas_batch.open_run(summary.run)
-    assert native.store.url == windowed.store.url, "how it is routed does not change what it is"
-    assert contents(native) == expected
-    assert events.of(PartitionAsked) == []
-    assert len(events.of(PartitionAnswered)) == 14
-    assert len(events.of(PartitionMerged)) == 7
-
-
-def test_native_mode_asks_the_first_agents_that_are_enough(
-    cluster_client: Client, make_job: MakeJob
-) -> None:
-    routing = {"mode": "native", "policy": "capability", "answers_per_record": 1}
-    summary = pipeline.run(make_job(routing=routing), client=cluster_client)
-    assert set(mas_batch.open_run(summary.run).pandas("answers")["agent_id"]) == {"strong"}
-
-
-def test_native_mode_hands_over_to_the_window_at_the_first_trouble(
-    cluster_client: Client, make_job: MakeJob
-) -> None:
-    faults = {f"number {i} ": "error" for i in range(3)}  # all of partition 0
-    agents = [
-        {"name": "strong", "model": "echo:s", "options": {"faults": faults}},
-        {"name": "weak", "model": "echo:w"},
-    ]
-    events = Recorder()
-    job = make_job(agents=agents, routing={"mode": "native", "policy": "capability"})
-    summary = pipeline.run(job, client=cluster_client, emit=events)
-    assert events.of(AnswerFailed)[-1].given_up
-    answered = mas_batch.open_run(summary.run).pandas()
-    assert list(answered["num_answers"]) == [1] * 3 + [2] * 17
-    merged = [event.partition for event in events.of(PartitionMerged)]
-    assert sorted(set(merged)) == list(range(7))
 
 
 def test_adaptive_asks_less_and_the_votes_come_out_the_same(

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-import yaml
 from pydantic import ValidationError
 
 from mas_batch.errors import RunError
 from mas_batch.job import Job
 from mas_batch.monitor.event_log import read_events
-from mas_batch.results import Run
+from mas_batch.results import Run, read_job_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ def read_job(run: Run) -> Job:
         RunError: job.yaml is not a job of this version of mas_batch.
     """
     try:
-        return Job.model_validate(yaml.safe_load(run.store.read_bytes("job.yaml")))
+        return Job.model_validate(read_job_mapping(run.store))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -221,7 +221,6 @@ class LiveRun:
         agent.processing_s += event.processing_s
         agent.recent.add(at, event.num_records, event.completion_tokens)
         replica.num_answered += 1
-        self.open.setdefault(event.partition, [])  # in native mode nobody says who is asked
         # Copies of the task are no longer needed.
         self._end_tries(event.partition, lambda attempt: attempt[0] == event.agent_id)
         return event.completion_tokens
