@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mas_batch.agents import spec
 from mas_batch.agents.spec import (
     WorkerInfo,
     agent_specs,
@@ -61,6 +63,44 @@ def test_no_more_workers_than_the_count() -> None:
         [worker(f"w{i}", translate=1) for i in range(5)], job({"name": "a", "count": 2})
     )
     assert list(matched.values()) == ["a", "a"]
+
+
+def test_matching_a_thousand_workers_compares_kinds_not_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counted(*args: Any) -> bool:
+        calls.append(args)
+        return can_host(*args)
+
+    monkeypatch.setattr(spec, "can_host", counted)
+    the_job = job(
+        {"name": "any", "count": 500},
+        {"name": "gpu", "count": 500, "resources": {"GPU": 1}},
+        {"name": "long", "count": 500, "resources": {"long": 1}},
+    )
+    kinds = [{}, {"GPU": 1.0}, {"long": 1.0}, {"GPU": 1.0, "long": 1.0}]
+    workers = [worker(f"w{i}", translate=1, **kinds[i % 4]) for i in range(1000)]
+    matched = match_workers(workers, the_job)
+    assert Counter(matched.values()) == {"any": 334, "gpu": 333, "long": 333}
+    assert len(calls) == 4 * 3, "kinds × agents"
+
+
+@pytest.mark.parametrize("num_there", [1, 3, 5])
+def test_workers_that_come_and_go_leave_the_others_where_they_are(num_there: int) -> None:
+    the_job = job({"name": "a", "count": 2}, {"name": "b", "count": 2})
+    workers = [worker(f"w{i}", translate=1) for i in range(6)]
+    serving = match_workers(workers[:4], the_job)
+    for gone in list(serving)[:num_there]:
+        del serving[gone]
+    for newcomer in workers[4:]:
+        agent = place_newcomer(newcomer, the_job, serving.values())
+        if agent is not None:
+            serving[newcomer.address] = agent
+    counts = Counter(serving.values())
+    assert sum(counts.values()) == min(4, 4 - min(4, num_there) + 2)
+    assert max(counts.values()) <= 2
 
 
 def test_a_missing_capability_lists_what_is_there() -> None:
