@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from distributed import (
 from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
 
+from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
 from mas_batch.errors import JobError, RunError
@@ -207,7 +209,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             job,
             specs,
             memory_bytes=MEMORY_LIMIT,
-            num_gpus=_num_gpus(),
+            devices=assign_devices(job, _devices()),
             local_directory=scratch,
         )
         address = job.cluster.dashboard_address
@@ -376,8 +378,12 @@ def _free_address(address: str) -> str:
     return address
 
 
-def _num_gpus() -> int:
+def _devices() -> list[str]:
+    """Name the accelerators that this process may use, as `CUDA_VISIBLE_DEVICES` does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip()]
     try:
-        return int(nvml.device_get_count())
+        return [str(number) for number in range(nvml.device_get_count())]
     except Exception:  # no driver, no pynvml: no GPU that we could assign
-        return 0
+        return []

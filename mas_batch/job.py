@@ -47,6 +47,9 @@ EngineName = Literal[
     "overlap",
 ]
 
+GPU = "GPU"
+"""The resource that stands for accelerators: embedded workers get so many each."""
+
 # YAML gives lists; frozen models hold tuples.
 Names = Annotated[tuple[str, ...], Strict(False)]
 
@@ -181,7 +184,7 @@ class Agent(_Model):
     capabilities: Names | None = None
     """Dask resources a worker must declare to host it; None: the task's kind."""
     resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
-    """Further Dask resources, such as `GPU: 1`."""
+    """Further Dask resources. `GPU`: devices per replica, or a fraction below 1 of a shared one."""
     count: Annotated[int, Field(ge=1, le=4096)] = 1
     max_count: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Replicas it may grow to while work waits; None: `count`, no more."""
@@ -218,6 +221,12 @@ class Agent(_Model):
             )
         if self.max_count is not None and self.max_count < self.count:
             raise ValueError(f"max_count {self.max_count} must not be below count {self.count}")
+        num_devices = self.resources.get(GPU, 0.0)
+        if num_devices > 1 and num_devices % 1:
+            raise ValueError(
+                f"resources.{GPU}: {num_devices:g} is not allowed; allowed: whole numbers, or "
+                "fractions below 1, which share a device"
+            )
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
         for name, value in self.options.items():

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.agents import spec
+from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.spec import (
     WorkerInfo,
     agent_specs,
@@ -167,7 +168,8 @@ def test_embedded_workers_declare_what_their_agent_needs_and_share_the_cores() -
     )
     specs = agent_specs(the_job, embedded=True, num_cores=8)
     assert [spec.threads for spec in specs.values()] == [2, 3]
-    options = worker_options(the_job, specs, memory_bytes=9000, num_gpus=2)
+    devices = assign_devices(the_job, ["0", "1"])
+    options = worker_options(the_job, specs, memory_bytes=9000, devices=devices)
     assert list(options) == ["a-0", "a-1", "b-0"]
     assert options["a-1"]["resources"] == {"translate": 1.0, "GPU": 1}
     assert options["a-1"]["env"]["CUDA_VISIBLE_DEVICES"] == "1"
@@ -175,6 +177,50 @@ def test_embedded_workers_declare_what_their_agent_needs_and_share_the_cores() -
     assert {each["memory_limit"] for each in options.values()} == {3000}
     assert options["b-0"]["env"]["MKL_NUM_THREADS"] == "3"
     assert "CUDA_VISIBLE_DEVICES" not in options["b-0"]["env"]
+
+
+def on_devices(*amounts: tuple[float, int], num_devices: int = 4) -> dict[str, str]:
+    """Assign devices to agents a, b, … that ask for (GPU, replicas)."""
+    agents = (
+        {"name": name, "resources": {"GPU": amount} if amount else {}, "max_count": most}
+        for name, (amount, most) in zip("abcd", amounts, strict=False)
+    )
+    return assign_devices(job(*agents), [str(i) for i in range(num_devices)])
+
+
+def test_a_worker_gets_as_many_devices_as_it_asks_for() -> None:
+    assert on_devices((2, 2)) == {"a-0": "0,1", "a-1": "2,3"}
+    assert on_devices((1, 1), (0, 1), (3, 1)) == {"c-0": "0,1,2", "a-0": "3"}
+    assert on_devices((2, 1), num_devices=0) == {}, "they are not known"
+    assert on_devices((0, 9)) == {}
+
+
+def test_fractions_share_a_device_up_to_a_whole() -> None:
+    assert on_devices((0.5, 3)) == {"a-0": "0", "a-1": "0", "a-2": "1"}
+    assert on_devices((1 / 3, 3), num_devices=1) == {"a-0": "0", "a-1": "0", "a-2": "0"}
+    shared = on_devices((0.4, 2), (0.6, 2), (2, 1))
+    assert shared == {"c-0": "0,1", "b-0": "2", "b-1": "3", "a-0": "2", "a-1": "3"}
+
+
+@pytest.mark.parametrize(
+    ("amounts", "key"),
+    [
+        ([(5, 1)], "agents.0.resources.GPU"),
+        ([(1, 5)], "agents.0.resources.GPU"),
+        ([(1, 1), (2, 2)], "agents.0.resources.GPU"),
+        ([(3, 1), (0.6, 2)], "agents.1.resources.GPU"),
+    ],
+)
+def test_more_devices_than_the_machine_has(amounts: list[tuple[float, int]], key: str) -> None:
+    with pytest.raises(JobError, match="is more than this machine has: 4; allowed: ") as caught:
+        on_devices(*amounts)
+    assert caught.value.key == key
+
+
+def test_devices_and_a_half_are_refused() -> None:
+    with pytest.raises(JobError, match=r"1\.5 is not allowed; allowed: whole numbers") as caught:
+        job({"name": "a", "resources": {"GPU": 1.5}})
+    assert caught.value.key == "agents.0.resources.GPU"
 
 
 def test_on_a_users_cluster_threads_are_the_workers_own_choice() -> None:

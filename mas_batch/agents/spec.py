@@ -75,7 +75,7 @@ def worker_options(
     specs: Mapping[str, AgentSpec],
     *,
     memory_bytes: int,
-    num_gpus: int = 0,
+    devices: Mapping[str, str],
     local_directory: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return worker name → options of a Nanny, one worker per replica (`small-0`, `small-1`).
@@ -83,9 +83,11 @@ def worker_options(
     All replicas that the job allows (`max_count`) are there, whether or not they are started.
     A worker has a task slot for each partition of its window and one more, so that a merge
     never waits behind a long generation; the model itself runs in an executor of one thread.
+
+    Args:
+        devices: worker name → value of `CUDA_VISIBLE_DEVICES`; see `devices.assign_devices`.
     """
     options: dict[str, dict[str, Any]] = {}
-    gpu = 0
     # Dask's own `auto` would share the memory by task slots per core, of which we have few.
     memory_limit: str | int = job.cluster.memory_limit
     if memory_limit == "auto":
@@ -101,9 +103,8 @@ def worker_options(
             # Threads that spin while they wait starve the neighbours that share their cores.
             env["OMP_WAIT_POLICY"] = "PASSIVE"
             env["TQDM_DISABLE"] = "1"  # a worker's own bars would garble the terminal
-            if agent.resources.get("GPU") and num_gpus:
-                env["CUDA_VISIBLE_DEVICES"] = str(gpu % num_gpus)
-                gpu += 1
+            if name in devices:
+                env["CUDA_VISIBLE_DEVICES"] = devices[name]
             options[name] = {
                 "name": name,
                 "nthreads": (job.routing.window or 2) + 1,
