@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dask.system import CPU_COUNT
-from distributed import Client, span
+from distributed import Client
 
 from mas_batch import cluster, report, results
 from mas_batch.agents.spec import agent_specs
@@ -37,6 +37,7 @@ from mas_batch.partition import Partition, partition
 from mas_batch.publishing import publish, remove_rest
 from mas_batch.results import Plan, Run
 from mas_batch.routing.scaling import Scaler
+from mas_batch.routing.upkeep import run_span
 from mas_batch.storage import Store
 from mas_batch.tasks import make_task
 
@@ -151,9 +152,7 @@ def run(
             ) as connection,
             Feed(connection.client, introduce(job, name, topic, time.time())) as feed,
             _logged(store, (feed, emit), phases) as log,
-            # One for the run: Dask makes a new default span, for ever, whenever nothing is left
-            # to do of a kind for a moment. Its dashboard can tell runs apart by it.
-            span(name),
+            run_span(name),
         ):
             asking = Asking(connection, job, specs, plan, name, log, lock, memory, phases)
             if since is not None:

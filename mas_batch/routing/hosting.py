@@ -15,6 +15,7 @@ from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import RunRef, load_agent
+from mas_batch.dask_compat import workers_of
 from mas_batch.errors import ModelError, RunError
 from mas_batch.job import Job
 from mas_batch.monitor.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
@@ -346,14 +347,10 @@ def _is_farewell(event: object) -> bool:
 def cluster_workers(client: Client) -> list[WorkerInfo]:
     """List the workers of the cluster with what they declare.
 
-    Not by `Client.scheduler_info`: that returns an attribute which the client's own periodic
-    callback replaces by one without workers, and now and then it does so in between.
-
     Raises:
         OSError: the scheduler did not answer.
     """
-    workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     return [
         WorkerInfo(address, str(info["name"]), info["resources"], info["status"], info["last_seen"])
-        for address, info in workers.items()
+        for address, info in workers_of(client).items()
     ]
