@@ -45,7 +45,8 @@ class Asking:
 
     def corpus(self, ref: RunRef, agents: tuple[str, ...]) -> Corpus:
         """Return all answers of these agents, for what is to be found in them."""
-        return Corpus(self.connection.client, ref, self.plan, agents, self.emit)
+        wait_s = self.job.cluster.wait_s
+        return Corpus(self.connection.client, ref, self.plan, agents, self.emit, wait_s)
 
     def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
         """Ask these agents about every record, as the job's routing says."""

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _TLS_KEYS = ("tls_ca_file", "tls_cert", "tls_key")
 _BROADCAST_S = 60.0
 _PARTITIONS_IN_PROCESS = 64
+_EMBEDDED_START_S = 120.0
 _NANNY_PATIENCE_S = 5.0
 """A nanny starts the next process within milliseconds of the end of the last."""
 
@@ -240,7 +241,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             Client(cluster) as client,
         ):
             try:
-                client.wait_for_workers(len(workers), timeout=120)
+                client.wait_for_workers(len(workers), timeout=_EMBEDDED_START_S)
             except TimeoutError as error:
                 raise RunError(f"the embedded workers did not start: {error}") from error
             yield client, EmbeddedScaler(cluster, possible, job)

@@ -355,8 +355,10 @@ class Cluster(_Model):
     dashboard_address: str | None = "127.0.0.1:8787"
     """Of the embedded cluster; a busy port is replaced by a free one. null: no dashboard."""
     memory_limit: str = "auto"
-    wait_s: Annotated[float, Field(ge=0.0)] = 60.0
-    """How long to wait for capable workers on a user's cluster."""
+    wait_s: Annotated[float, Field(ge=0.0)] = 120.0
+    """How long a run waits while an agent has no worker, or a merge none at all: at the start, on
+    a user's cluster, and whenever the last one has left. A spot instance may take minutes to
+    be replaced, a restarted process takes seconds."""
 
     @model_validator(mode="after")
     def _one_scheduler(self) -> Self:

@@ -79,7 +79,8 @@ def merge_again(
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     connection = nullcontext(client) if client is not None else local_workers(processes=True)
     with connection as connected:
-        corpus = learned(Corpus(connected, ref, plan, agents, emit), "learned.json", prior)
+        corpus = Corpus(connected, ref, plan, agents, emit, job.cluster.wait_s)
+        corpus = learned(corpus, "learned.json", prior)
         statistics = corpus.statistics(merge=True)
     publish(corpus.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
     return run.merge(name)

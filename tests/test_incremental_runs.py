@@ -83,7 +83,7 @@ class Nights:
             "merge": {"method": "vote"},
             "partition": {"max_records": 4},
             "output": {"path": str(self.folder / "runs")},
-            "cluster": {"wait_s": 0.5, "dashboard_address": None},
+            "cluster": {"wait_s": 30, "dashboard_address": None},
             "since": "last",
         }
         return check_job(_merged(_merged(raw, self.sections), changes))

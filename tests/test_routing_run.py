@@ -15,7 +15,7 @@ import mas_batch
 from mas_batch import pipeline
 from mas_batch.agents import work
 from mas_batch.dask_compat import forget_collections
-from mas_batch.errors import JobError, ModelError, OutputError
+from mas_batch.errors import JobError, ModelError, OutputError, RunError
 from mas_batch.job import Job
 from mas_batch.monitor.events import (
     AgentDraining,
@@ -165,6 +165,20 @@ def test_a_worker_that_appears_under_way_is_used_and_an_idle_one_given_back(
     assert {event.worker for event in events.of(AgentReady)} == {"w-0", "w-1", "w-2"}
     assert {event.worker for event in events.of(PartitionAnswered)} == {"w-0", "w-1", "w-2"}
     assert events.of(AgentsScaled)[0].wanted == {"w": 3}
+
+
+def test_an_agent_without_workers_for_as_long_as_the_job_allows_ends_the_run(
+    elastic: SpecCluster, make_job: MakeJob
+) -> None:
+    def lose_the_worker(event: Event) -> None:
+        if isinstance(event, PartitionAnswered):
+            elastic.scale(0)
+
+    agents = [{"name": "w", "model": "echo:w", "options": {"seconds_per_batch": 0.2}}]
+    job = make_job(agents=agents, cluster={"wait_s": 0.5})
+    lost = r"no worker serves agent 'w' for 0\.5 s; what is answered is kept"
+    with Client(elastic) as client, pytest.raises(RunError, match=lost):
+        pipeline.run(job, client=client, emit=lose_the_worker)
 
 
 def test_a_worker_that_is_retired_is_drained_and_nothing_is_blamed(

@@ -25,9 +25,9 @@ def tree_reduce(
     groups: Iterable[tuple[Any, ...]],
     reduction: Reduction,
     *,
+    wait_s: float,
     split_every: int = SPLIT_EVERY,
     max_in_flight: int = 64,
-    wait_s: float = 120.0,
 ) -> Any:
     """Run `leaf(*group)` for every group and combine the partials up a tree.
 

@@ -82,7 +82,6 @@ class DaskRouter:
         emit: called with every event, from the thread that calls `host` and `run`.
         check: called every second from the same thread; an error that it raises ends the run.
         scaler: starts and ends workers within the job's bounds; None: those there are.
-        wait_s: how long an agent may be without any worker before the run fails.
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class DaskRouter:
         *,
         check: Callable[[], None] = lambda: None,
         scaler: Scaler | None = None,
-        wait_s: float = 120.0,
     ) -> None:
         self._client = client
         self._job = job
@@ -105,7 +103,7 @@ class DaskRouter:
         self._check = check
         self._scaler = scaler
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._hosting = Hosting(client, job, run, specs, emit, self._watch, wait_s)
+        self._hosting = Hosting(client, job, run, specs, emit, self._watch)
         self._asked: dict[tuple[int, str, str], _Asked] = {}  # …, worker address
         self._merges: dict[int, _Merging] = {}  # by partition
         self._dispatcher: Dispatcher | None = None

@@ -79,10 +79,10 @@ class Hosting:
 
     Args:
         client: connected; never closed here.
-        job: says which worker may serve which agent.
+        job: says which worker may serve which agent, and how long one may be without any
+            (`cluster.wait_s`).
         emit: called with every event.
         watch: calls back, in the same thread, when a future has ended.
-        wait_s: how long an agent may be without any worker before the run fails.
     """
 
     def __init__(
@@ -93,7 +93,6 @@ class Hosting:
         specs: Mapping[str, AgentSpec],
         emit: Callable[[Event], None],
         watch: Callable[[Future, Callable[[Failure], None]], None],
-        wait_s: float,
     ) -> None:
         self._client = client
         self._job = job
@@ -101,7 +100,7 @@ class Hosting:
         self._specs = specs
         self._emit = emit
         self._watch = watch
-        self._wait_s = wait_s
+        self._wait_s = job.cluster.wait_s
         self._names: dict[str, str] = {}  # worker address → worker name
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
         self._loading: dict[str, Future] = {}
