@@ -208,6 +208,13 @@ class Agent(_Model):
         """Replicas it may have at most."""
         return self.max_count or self.count
 
+    @property
+    def loaded_as(self) -> list[Any]:
+        """All that decides which model is resident, and how it is held, but for the options."""
+        parallel = self.parallel.model_dump(mode="json", exclude_defaults=True)
+        held = [self.model, self.engine, self.dtype, self.device]
+        return [*held, parallel] if parallel else held
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (
@@ -501,9 +508,10 @@ class Job(_Model):
                 "batch_tokens",
                 "resources",
                 "capabilities",
-                "parallel",
             ):
                 agent.pop(key)
+            if agent["parallel"] == Parallel().model_dump(mode="json"):
+                agent.pop("parallel")  # it was not there in the names of earlier runs
             # Nor this path: the run's name has the fingerprint of what it names.
             agent["options"].pop("examples", None)
         return whole

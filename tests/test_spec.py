@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mas_batch.agents import spec
 from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.spec import (
+    AgentSpec,
     WorkerInfo,
     agent_specs,
     can_host,
@@ -20,7 +21,8 @@ from mas_batch.agents.spec import (
     worker_options,
 )
 from mas_batch.errors import JobError
-from mas_batch.job import Job
+from mas_batch.incremental import asked_as
+from mas_batch.job import Job, Parallel, fingerprint
 from mas_batch.job_file import check_job
 
 
@@ -225,6 +227,27 @@ def test_devices_and_a_half_are_refused() -> None:
 
 def test_on_a_users_cluster_threads_are_the_workers_own_choice() -> None:
     assert agent_specs(job({"name": "a"}), embedded=False, num_cores=8)["a"].threads == 0
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # a version that allows 2 is to come
+def test_how_a_model_is_cut_belongs_to_its_key_and_to_the_run() -> None:
+    whole = job({"name": "a"})
+    halves = Parallel.model_construct(tensor=2, pipeline=1)
+    cut = whole.model_copy(
+        update={"agents": (whole.agents[0].model_copy(update={"parallel": halves}),)}
+    )
+    keys = [AgentSpec(each.agents[0], threads=1).engine_key for each in (whole, cut)]
+    assert keys[0] != keys[1]
+    assert whole.identity() != cut.identity()
+    parts = [asked_as(each, each.agents[0]) for each in (whole, cut)]
+    assert [name for name in parts[0] if parts[0][name] != parts[1][name]] == ["model"]
+
+
+def test_fingerprints_of_uncut_models_are_those_of_before() -> None:
+    whole = job({"name": "a"})
+    assert "parallel" not in whole.identity()["agents"][0]
+    expected = fingerprint(["echo", "auto", "auto", "auto"])
+    assert asked_as(whole, whole.agents[0])["model"] == expected
 
 
 def test_agents_that_differ_only_in_prompt_share_a_model() -> None:

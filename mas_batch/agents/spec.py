@@ -40,10 +40,7 @@ class AgentSpec:
     @property
     def engine_key(self) -> str:
         """Changes when the resident model has to be loaded anew."""
-        agent = self.agent
-        return fingerprint(
-            [agent.model, agent.engine, agent.dtype, agent.device, agent.options, self.threads]
-        )
+        return fingerprint([*self.agent.loaded_as, self.agent.options, self.threads])
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
     prompts = (job.task.prompt, job.task.system, agent.prompt, agent.system)
     options = {k: v for k, v in agent.options.items() if k not in ("examples", *_OPERATIONAL)}
     parts: dict[str, Any] = {
-        "model": [agent.model, agent.engine, agent.dtype, agent.device],
+        "model": agent.loaded_as,
         "prompt": [hash_of_prompt(job, agent), *prompts],
         "sampling": [agent.samples, agent.sampling.model_dump(mode="json")],
         "task": [VERSION, task],
