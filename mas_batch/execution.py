@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
-from distributed import span
-
 from mas_batch.cluster import Connection
 from mas_batch.errors import RunError
 from mas_batch.events import Emit, Event
@@ -20,6 +18,7 @@ from mas_batch.latency.phases import Phases
 from mas_batch.monitor.event_log import EventLog
 from mas_batch.monitor.feed import Feed
 from mas_batch.monitor.live import LiveRun
+from mas_batch.routing.upkeep import run_span
 from mas_batch.run_folder.lock import RunLock
 from mas_batch.run_folder.storage import Store
 
@@ -89,9 +88,7 @@ def execute(
         connecting as connection,
         Feed(connection.client, live) as feed,
         _logged(store, (feed, emit), phases) as log,
-        # One for the run: Dask makes a new default span, for ever, whenever nothing is left
-        # to do of a kind for a moment. Its dashboard can tell runs apart by it.
-        span(live.name),
+        run_span(live.name),
     ):
         yield Execution(live.name, store, lock, live.execution, connection, phases, log)
 

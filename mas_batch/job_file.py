@@ -258,6 +258,8 @@ def _is_union_tag(part: str | int) -> bool:
 def _explain(error: Any, location: Sequence[str | int]) -> str:
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
+        if gone := _REMOVED_KEYS.get(".".join(map(str, location))):
+            return gone
         allowed = _keys_at(Job, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -281,6 +283,11 @@ def _quoted(value: Any, location: Sequence[str | int]) -> str:
         return "what is given (not shown: it may be a secret)"
     return repr(value)
 
+
+_REMOVED_KEYS = {
+    "routing.mode": "unknown key: there is one way of routing now, the former `window`; take the "
+    "key out, and for very short partitions raise partition.max_tokens and partition.max_records",
+}
 
 _PLAIN_WORDS = {
     "string_type": "must be text",

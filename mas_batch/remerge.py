@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import yaml
 from distributed import Client
 
 from mas_batch.aggregate.merge_spec import MergeSpec
@@ -17,7 +16,7 @@ from mas_batch.events import Event
 from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
 from mas_batch.merging import merge_spec
-from mas_batch.run_folder.manifest import without_credentials_in
+from mas_batch.run_folder.manifest import read_job_mapping, without_credentials_in
 from mas_batch.run_folder.names import MERGE_SECTION, MERGES
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
@@ -80,14 +79,15 @@ def merge_again(
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     connection = nullcontext(client) if client is not None else local_workers(processes=True)
     with connection as connected:
-        answers = learned(AllAnswers(connected, ref, plan, agents, emit), "learned.json", prior)
+        answers = AllAnswers(connected, ref, plan, agents, emit, job.cluster.wait_s)
+        answers = learned(answers, "learned.json", prior)
         statistics = answers.statistics(merge=True)
     publish(answers.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
     return run.merge(name)
 
 
 def _changed(run: Run, changes: Mapping[str, Any]) -> Job:
-    raw = yaml.safe_load(run.store.read_bytes("job.yaml"))
+    raw = read_job_mapping(run.store)
     raw["output"]["storage_options"] = dict(run.store.options)  # the history may be there too
     try:
         own = check_job(raw, file="job.yaml")

@@ -141,7 +141,7 @@ def make_job(tmp_path: Any) -> Any:
                 "merge": {"method": "vote"},
                 "partition": {"max_records": 3},
                 "output": {"path": str(tmp_path / "runs")},
-                "cluster": {"wait_s": 0.5},
+                "cluster": {"wait_s": 30},
                 **sections,
             }
         )

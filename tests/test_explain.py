@@ -433,18 +433,6 @@ def test_a_real_run_is_explained_by_partition_and_by_record(
     assert "asked strong on strong-0" in output
 
 
-def test_native_mode_has_news_instead_of_decisions(
-    cluster_client: Client, make_job: MakeJob
-) -> None:
-    job = make_job(routing={"mode": "native", "policy": "capability"})
-    summary = pipeline.run(job, client=cluster_client)
-    told = explain(Store(summary.run), 0)
-    (execution,) = told.executions
-    assert decisions(execution.steps) == []
-    assert sum("routing.mode: native" in line for line in news(list(execution.steps))) == 2
-    assert told.problems == ()
-
-
 def test_an_object_store_is_explained_too(s3_options: dict[str, Any], staged: Store) -> None:
     remote = Store("s3://bucket/runs/x", s3_options)
     for name in ("plan.parquet", *(staged_name(i) for i in range(7))):

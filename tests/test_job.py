@@ -44,6 +44,7 @@ def job_file(tmp_path: Path) -> Path:
             "routing.polcy",
             "unknown key; did you mean 'policy'? allowed: policy, ",
         ),
+        ("routing.mode=window", "routing.mode", "unknown key: there is one way of routing now"),
         ("zebra=red", "zebra", "unknown key; allowed: name, corpus, "),
         ("agents.0.sampling.heat=1", "agents.0.sampling.heat", "allowed: temperature, top_p, "),
         ("agents.a.count=0", "agents.0.count", "0 is not allowed"),

@@ -300,7 +300,9 @@ def test_groups_are_read_as_tasks_end(cluster_client: Client) -> None:
             yield (number,)
 
     # The workers are threads of this process and count in the same place.
-    assert tree_reduce(cluster_client, counted_leaf, groups(), SUM, max_in_flight=4) == {"n": 780}
+    assert tree_reduce(cluster_client, counted_leaf, groups(), SUM, max_in_flight=4, wait_s=60) == {
+        "n": 780
+    }
     assert leaves["ended"] == 40
 
 
@@ -327,7 +329,7 @@ def test_partials_that_are_lost_with_their_workers_are_computed_again(own_cluste
         cluster.scale(1)
         yield (30,)
 
-    assert tree_reduce(client, leaf, groups(), SUM, max_in_flight=4) == {"n": 465}
+    assert tree_reduce(client, leaf, groups(), SUM, max_in_flight=4, wait_s=60) == {"n": 465}
 
 
 def test_a_lost_scheduler_ends_the_tree(own_cluster: Any) -> None:
@@ -342,7 +344,7 @@ def test_a_lost_scheduler_ends_the_tree(own_cluster: Any) -> None:
 
     try:
         with pytest.raises(RunError, match="the scheduler was lost"):
-            tree_reduce(client, leaf, groups(), SUM)
+            tree_reduce(client, leaf, groups(), SUM, wait_s=60)
     finally:
         client.close()
 
@@ -351,7 +353,7 @@ def test_a_leaf_that_kills_its_workers_is_given_up(own_cluster: Any) -> None:
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
         _, client = own_cluster(n_workers=1, processes=True)
     with pytest.raises(RunError, match=r"sum: a task killed the workers .* logs"):
-        tree_reduce(client, os._exit, [(1,)], SUM)
+        tree_reduce(client, os._exit, [(1,)], SUM, wait_s=60)
 
 
 def test_a_leafs_error_says_what_it_is(cluster_client: Client) -> None:
@@ -359,6 +361,6 @@ def test_a_leafs_error_says_what_it_is(cluster_client: Client) -> None:
         raise error
 
     with pytest.raises(RunError, match="sum: a task failed: KeyError: 'tie'"):
-        tree_reduce(cluster_client, fail, [(KeyError("tie"),)], SUM)
+        tree_reduce(cluster_client, fail, [(KeyError("tie"),)], SUM, wait_s=60)
     with pytest.raises(OutputError, match="disk full"):
-        tree_reduce(cluster_client, fail, [(OutputError("disk full"),)], SUM)
+        tree_reduce(cluster_client, fail, [(OutputError("disk full"),)], SUM, wait_s=60)

@@ -161,11 +161,11 @@ class Story:
         facts = event.facts
         agent_id, worker = facts["agent_id"], facts["worker"]
         index = self._tries.get((agent_id, worker))
-        if index is None:  # Dask chose the worker, not the router
+        if index is None:  # the log has lost the decision, or an earlier version made none
             self._add(
                 event,
-                f"{agent_id} on {worker}, where Dask's scheduler sent it (routing.mode: native), "
-                f"gave {facts['num_answers']:,} answers, {facts['num_failed']:,} failed",
+                f"{agent_id} on {worker} gave {facts['num_answers']:,} answers, "
+                f"{facts['num_failed']:,} failed; why it was asked is not in the log",
             )
         else:
             before = self._decision(index).outcome

@@ -39,7 +39,7 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
     left_out = ("examples", *(engine.operational if engine else ()))
     options = {key: value for key, value in agent.options.items() if key not in left_out}
     parts: dict[str, Any] = {
-        "model": [agent.model, agent.engine, agent.dtype, agent.device],
+        "model": agent.loaded_as,
         "prompt": [hash_of_prompt(job, agent), *prompts],
         "sampling": [agent.samples, agent.sampling.model_dump(mode="json")],
         "task": [VERSION, task],

@@ -185,7 +185,6 @@ class Fold:
         # A replica that was lost and is forgotten stays so, whatever is heard of it late.
         if (replica := self.run.replicas.get(event.worker)) is not None:
             replica.num_answered += 1
-        self._open.setdefault(event.partition, [])  # in native mode there is no PartitionAsked
         # The agent's copies of the task are no longer needed.
         self._end_tries(event.partition, lambda attempt: attempt[0] == event.agent_id)
         return event.completion_tokens

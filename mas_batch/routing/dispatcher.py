@@ -74,7 +74,7 @@ class Dispatcher:
     # Events
 
     def trust(self, agent_id: str) -> None:
-        """The agent has answered before: natively, or in an earlier execution."""
+        """The agent has answered before, in an earlier execution."""
         self._proven.add(agent_id)
 
     def replica_joined(

@@ -27,6 +27,13 @@ def write_job(run: Store, job: Job) -> None:
     run.replace("job.yaml", content.encode())
 
 
+def read_job_mapping(run: Store) -> dict[str, Any]:
+    """Return job.yaml as plain data, without keys that only earlier versions had."""
+    job: dict[str, Any] = yaml.safe_load(run.read_bytes("job.yaml"))
+    job["routing"].pop("mode", None)  # it never changed a result
+    return job
+
+
 def without_credentials_in(value: Any) -> Any:
     """Take the credentials out of the URLs in plain data.
 

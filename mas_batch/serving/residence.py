@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _REACH_S = 3.0
 """Within so long a worker that can be reached directly answers."""
-_LOST_S = 120.0
 
 
 class ReplicaListener(Protocol):
@@ -169,7 +168,7 @@ class Residence:
         cluster.register(client, TextHost(topic, job.task, specs))
         if not embedded:
             stack.callback(cluster.unregister, client, texts_op(topic))
-        self._hosting = Hosting(client, job, self._run, specs, _log, self._watch, _LOST_S)
+        self._hosting = Hosting(client, job, self._run, specs, _log, self._watch)
         self._hosting.listener = self
         client.subscribe_topic(topic, self._on_report)
         stack.callback(self._if_running, client.unsubscribe_topic, topic)

@@ -43,8 +43,9 @@ class Asking:
 
     def all_answers(self, ref: RunRef, agents: tuple[str, ...]) -> AllAnswers:
         """Return all answers of these agents, for what is to be found in them."""
-        execution = self.execution
-        return AllAnswers(execution.connection.client, ref, self.plan, agents, execution.log)
+        execution, wait_s = self.execution, self.job.cluster.wait_s
+        client = execution.connection.client
+        return AllAnswers(client, ref, self.plan, agents, execution.log, wait_s)
 
     def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
         """Ask these agents about every record, as the job's routing says."""
@@ -65,7 +66,7 @@ class Asking:
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
         done = committed(ref.store, self.plan, [agent_id], ref.merged)
-        plain = {"answers_per_record": None, "adaptive": None, "escalate": None, "mode": "window"}
+        plain = {"answers_per_record": None, "adaptive": None, "escalate": None}
         routing = self.job.routing.model_copy(update=plain)
         job = self._job_of([agent_id]).model_copy(update={"routing": routing})
         self._route(job, ref, done, {})
@@ -93,14 +94,11 @@ class Asking:
             router.host()
             self.execution.phases.begin(ANSWERING)
             self._keep_engines(ref.store, router)
-            work = _work(self.plan, done)
-            if job.routing.mode == "native" and not ref.reuses:  # it would ask all of everything
-                work = router.run_native(work)
             dispatcher = Dispatcher(
                 {agent.name: agent.samples for agent in job.agents},
                 rules_of(job, known),
                 POLICIES[job.routing.policy](),
-                work,
+                _work(self.plan, done),
                 self.plan.num_partitions - done.num_merged,
             )
             for agent_id in done.answered:

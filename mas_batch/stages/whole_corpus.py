@@ -47,6 +47,8 @@ class AllAnswers:
     agents: tuple[str, ...]
     """Whose answers are merged; not all need to have answered everything."""
     emit: Callable[[Event], None]
+    wait_s: float
+    """How long the cluster may be without any worker."""
 
     def reduce(self, leaf: Callable[..., Any], reduction: Reduction) -> Any:
         """Run `leaf(run, partitions, agents)` over the corpus and combine its partials."""
@@ -56,7 +58,7 @@ class AllAnswers:
             (self.run, indices[first : first + per_leaf], self.agents)
             for first in indices[::per_leaf]
         )
-        partial = tree_reduce(self.client, leaf, groups, reduction)
+        partial = tree_reduce(self.client, leaf, groups, reduction, wait_s=self.wait_s)
         return reduction.combine([]) if partial is None else partial
 
     def statistics(self, *, merge: bool) -> Any:
