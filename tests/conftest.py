@@ -98,6 +98,15 @@ def cluster_client() -> Iterator[Any]:
 
 
 @pytest.fixture
+def short_connect() -> Iterator[None]:
+    """Dask tries for 30 s to reach a scheduler; a test that none answers need not."""
+    import dask
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        yield
+
+
+@pytest.fixture
 def browser_page() -> Iterator[Any]:
     """A window of a real headless browser, a `tests.browser.Page`."""
     from tests.browser import browser
