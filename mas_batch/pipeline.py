@@ -136,7 +136,7 @@ def run(
         since = _since(Present(job, _output(job), store, name, plan, is_embedded), lock)
         asked, origin = _asked(job, since), _origin(job, since)
         phases.begin(STARTING)
-        specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT)
+        specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT) if asked else {}
         # Of this execution, not of the run: late news of an earlier one's tasks is not for us.
         topic = f"mas-batch-{name}-{uuid.uuid4().hex[:8]}"
         memory = Memory(job, merge) if job.merge.history else None
@@ -147,7 +147,7 @@ def run(
         with (
             (
                 cluster.connect(asked, specs, topic, client, scaler)
-                if specs
+                if asked is not None
                 else cluster.connect_to_merge(job, plan.num_partitions, client)
             ) as connection,
             Feed(connection.client, introduce(job, name, topic, time.time())) as feed,
@@ -319,10 +319,11 @@ def _since(present: Present, lock: RunLock) -> Since | None:
     return take_over(present, Settling.of(job, *_merging(job)), lock.check)
 
 
-def _asked(job: Job, since: Since | None) -> Job:
-    """Return the job with those agents only that may have to be asked."""
-    to_ask = [agent.name for agent in job.agents] if since is None else since.to_ask
-    return job.model_copy(update={"agents": tuple(a for a in job.agents if a.name in to_ask)})
+def _asked(job: Job, since: Since | None) -> Job | None:
+    """Return the job with those agents only that may have to be asked; None: there are none."""
+    if since is None:
+        return job
+    return job.with_agents(since.to_ask) if since.to_ask else None
 
 
 def _origin(job: Job, since: Since | None) -> dict[str, Any]:
