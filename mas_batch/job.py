@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
@@ -93,6 +93,15 @@ Slug = Annotated[str, AfterValidator(slug)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with other values, checked as those of a job file are.
+
+        Raises:
+            ValidationError: it is wrong; `model_copy` would not say so.
+        """
+        own = {name: getattr(self, name) for name in self.model_fields_set}
+        return self.model_validate({**own, **changes})
 
 
 def _as_list(value: Any) -> Any:
@@ -511,6 +520,33 @@ class Job(_Model):
         """All agents but the one that only escalated records go to."""
         escalate = self.routing.escalate
         return tuple(a for a in self.agents if escalate is None or a.name != escalate.agent)
+
+    def with_agents(self, names: Collection[str]) -> Job:
+        """Return the job with these agents only, and without what it says of others.
+
+        It asks for no more answers than they can give, and escalates nothing if the agent for
+        that, or every other, is not among them.
+
+        Raises:
+            ValidationError: no agent is among them.
+        """
+        agents = tuple(agent for agent in self.agents if agent.name in names)
+        escalate = self.routing.escalate
+        if escalate is not None and (escalate.agent not in names or len(agents) == 1):
+            escalate = None
+        first = (a for a in agents if escalate is None or a.name != escalate.agent)
+        possible = sum(agent.samples for agent in first)
+        most = min(self.routing.answers_per_record or possible, possible)
+        adaptive = self.routing.adaptive
+        routing = self.routing.with_changes(
+            escalate=escalate,
+            answers_per_record=self.routing.answers_per_record and most,
+            adaptive=adaptive and adaptive.with_changes(first=min(adaptive.first, most)),
+            weights={name: w for name, w in self.routing.weights.items() if name in names},
+        )
+        accuracies = {name: a for name, a in self.merge.accuracies.items() if name in names}
+        merge = self.merge.with_changes(accuracies=accuracies)
+        return self.with_changes(agents=agents, routing=routing, merge=merge)
 
     def capabilities(self, agent: Agent) -> dict[str, float]:
         """The Dask resources that a worker must declare to host `agent`."""

@@ -132,7 +132,7 @@ def run(
         since = _since(Present(job, _output(job), store, name, plan, is_embedded), lock)
         asked, origin = _asked(job, since), _origin(job, since)
         phases.begin(STARTING)
-        specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT)
+        specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT) if asked else {}
         topic = new_topic(name)
         live = introduce(job, name, topic, time.time())
         memory = Memory(job, merge) if job.merge.history else None
@@ -142,7 +142,7 @@ def run(
         )  # fmt: skip
         connecting = (
             cluster.connect(asked, specs, topic, client, scaler)
-            if specs
+            if asked is not None
             else cluster.connect_to_merge(job, plan.num_partitions, client)
         )
         with execute(live, store, lock, connecting, phases, emit) as execution:
@@ -238,10 +238,11 @@ def _since(present: Present, lock: RunLock) -> Since | None:
     return take_over(present, Settling.of(job, *check_merging(job)), lock.check)
 
 
-def _asked(job: Job, since: Since | None) -> Job:
-    """Return the job with those agents only that may have to be asked."""
-    to_ask = [agent.name for agent in job.agents] if since is None else since.to_ask
-    return job.model_copy(update={"agents": tuple(a for a in job.agents if a.name in to_ask)})
+def _asked(job: Job, since: Since | None) -> Job | None:
+    """Return the job with those agents only that may have to be asked; None: there are none."""
+    if since is None:
+        return job
+    return job.with_agents(since.to_ask) if since.to_ask else None
 
 
 def _origin(job: Job, since: Since | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from enum import StrEnum
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
@@ -90,17 +91,30 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
             self._engine, self._key = None, ""
 
 
-def report(topic: str, task: str, facts: Mapping[str, Any]) -> None:
+class Report(StrEnum):
+    """What a report of a task is about."""
+
+    LOADED = "load_agent"
+    ANSWERED = "answer_partition"
+    ANSWERING = "answer_progress"
+    MERGED = "merge_partition"
+
+
+def report(topic: str, what: Report, facts: Mapping[str, Any]) -> None:
     """Tell the submitting process what a task has done; call it after the commit.
 
     Facts are JSON: what an engine says of itself need not be plain enough for Dask's comms.
     """
     worker = get_worker()
-    message = {"task": task, "worker": worker.address, "facts": json.dumps(facts, default=str)}
+    message = {
+        "task": what.value,
+        "worker": worker.address,
+        "facts": json.dumps(facts, default=str),
+    }
     worker.log_event(topic, message)
 
 
-def report_timed(topic: str, task: str, facts: Mapping[str, Any], times: TaskTimes) -> None:
+def report_timed(topic: str, what: Report, facts: Mapping[str, Any], times: TaskTimes) -> None:
     """Tell what a task did and what it spent, which Dask's Fine Performance Metrics show too."""
     known = {"prefill": times.prefill_s, "decode": times.decode_s}
     if times.prefill_s is None:
@@ -108,7 +122,7 @@ def report_timed(topic: str, task: str, facts: Mapping[str, Any], times: TaskTim
     for label, seconds in {**known, "read": times.read_s, "write": times.write_s}.items():
         if seconds:
             context_meter.digest_metric(f"mas-batch-{label}", seconds, "seconds")
-    report(topic, task, {**facts, "times": asdict(times)})
+    report(topic, what, {**facts, "times": asdict(times)})
 
 
 def peak_memory_bytes() -> int:

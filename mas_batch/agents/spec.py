@@ -57,13 +57,13 @@ class WorkerInfo:
 
 
 def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentSpec]:
-    """Resolve the job's agents, in the job's order; there may be none to ask.
+    """Resolve the job's agents, in the job's order.
 
     `threads: 0` shares the cores among the embedded replicas; on a user's cluster it leaves
     the choice to the worker's own environment.
     """
     num_replicas = sum(agent.most for agent in job.agents)
-    share = max(1, num_cores // max(1, num_replicas)) if embedded else 0
+    share = max(1, num_cores // num_replicas) if embedded else 0
     return {agent.name: AgentSpec(agent, agent.threads or share) for agent in job.agents}
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from mas_batch.agents.answering import AgentProfile, answer_records, prompt_hash
 from mas_batch.agents.checks import check_engine
 from mas_batch.agents.encoding import encoder_for
-from mas_batch.agents.host import current_host, peak_memory_bytes, report, report_timed
+from mas_batch.agents.host import Report, current_host, peak_memory_bytes, report, report_timed
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.reuse import asked_now, in_order, known_answers
 from mas_batch.agents.spec import AgentSpec
@@ -46,7 +46,7 @@ def load_agent(run: RunRef, spec: AgentSpec) -> None:
     engine, family_id, load_s = current_host(run.topic).engine(spec)
     check_engine(make_task(run.task), engine, spec.agent)
     facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
-    report(run.topic, "load_agent", facts)
+    report(run.topic, Report.LOADED, facts)
 
 
 def answer_partition(
@@ -81,7 +81,7 @@ def answer_partition(
     facts = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
     facts |= _facts(asked_now(table))
     watch.lap("process")
-    report_timed(run.topic, "answer_partition", facts, watch.times(idle_s))
+    report_timed(run.topic, Report.ANSWERED, facts, watch.times(idle_s))
     host.end()
 
 
@@ -109,7 +109,7 @@ def _ask(
         return answer_records(asked, task, engine, profile)
 
     def ask_and_tell(asked: Sequence[Record]) -> list[Answer]:
-        report(run.topic, "answer_progress", {"partition": partition})
+        report(run.topic, Report.ANSWERING, {"partition": partition})
         return ask(asked)
 
     if careful:
@@ -172,7 +172,7 @@ def merge_partition(
         if still_open:
             facts = {"num_undecided": len(still_open), "num_records": records.num_rows}
             watch.lap("process")
-            report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
+            report_timed(run.topic, Report.MERGED, {**identity, **facts}, watch.times())
             return
     merged, failures = merge_answers(records, answers, spec, encode)
     agreement = _agreement(merged, failures, answers, spec.answer_kind)
@@ -185,7 +185,7 @@ def merge_partition(
         "reasons": dict(Counter(failures["reason"].to_pylist())),
         "agreement": agreement,
     }
-    report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
+    report_timed(run.topic, Report.MERGED, {**identity, **facts}, watch.times())
 
 
 def commit_merged(

@@ -19,6 +19,7 @@ from typing import Any
 import dask
 from distributed import Client, Future
 
+from mas_batch.agents.host import Report
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import answer_partition, merge_partition
 from mas_batch.errors import JobError, OutputError, RunError
@@ -237,13 +238,13 @@ class DaskRouter:
         message = event[1]
         address, facts = message["worker"], json.loads(message["facts"])
         match message["task"]:
-            case "load_agent":
+            case Report.LOADED:
                 self._inbox.put(lambda: self._hosting.loaded(address, facts))
-            case "answer_partition":
+            case Report.ANSWERED:
                 self._inbox.put(lambda: self._answered(address, facts))
-            case "answer_progress":
+            case Report.ANSWERING:
                 self._inbox.put(lambda: self._heard(address))
-            case "merge_partition":
+            case Report.MERGED:
                 self._inbox.put(lambda: self._merged(address, facts))
 
     def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:

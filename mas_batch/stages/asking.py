@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distributed import Client
@@ -59,22 +59,16 @@ class Asking:
             self.all_answers(ref, tuple(agents)).reduce(merge_known, MERGED)
             return
         known = self.memory.accuracies() if self.memory else {}
-        self._route(self._job_of(agents), ref, done, known)
+        self._route(self.job.with_agents(agents), ref, done, known)
 
     def escalate(self, ref: RunRef) -> None:
         """Ask the last agent about the records that were chosen for it."""
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
         done = committed(ref.store, self.plan, [agent_id], ref.merged)
-        plain = {"answers_per_record": None, "adaptive": None, "escalate": None}
-        routing = self.job.routing.model_copy(update=plain)
-        job = self._job_of([agent_id]).model_copy(update={"routing": routing})
-        self._route(job, ref, done, {})
-
-    def _job_of(self, agents: Collection[str], job: Job | None = None) -> Job:
-        job = job or self.job
-        chosen = tuple(agent for agent in job.agents if agent.name in agents)
-        return job.model_copy(update={"agents": chosen})
+        job = self.job.with_agents([agent_id])
+        routing = job.routing.with_changes(answers_per_record=None, adaptive=None)
+        self._route(job.with_changes(routing=routing), ref, done, {})
 
     def _route(self, job: Job, ref: RunRef, done: Committed, known: Mapping[str, float]) -> None:
         if done.num_merged == self.plan.num_partitions:
@@ -83,7 +77,7 @@ class Asking:
         specs = {a.name: self.specs[a.name] for a in job.agents if a.name in self.specs}
         with DaskRouter(
             self.execution.connection.client,
-            self._job_of(specs, job),
+            job.with_agents(specs),
             ref,
             specs,
             self.execution.log,
