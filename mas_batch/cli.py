@@ -13,14 +13,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from mas_batch import __version__
 from mas_batch.errors import ExitCode, MasBatchError
-from mas_batch.job import MergeMethod
+from mas_batch.registries import METHODS
 from mas_batch.safe_text import printable, without_credentials
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def explain_partition(
 
 @main.command("merge")
 @click.argument("run")
-@click.option("--method", type=click.Choice(get_args(MergeMethod)), help="How to merge.")
+@click.option("--method", type=click.Choice(tuple(METHODS)), help="How to merge.")
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True,
     help="Override a key of the job's merge section, such as utility=bleu.",
@@ -301,7 +301,7 @@ def _tell(event: Event) -> None:
     help="Column of the corpus that holds the right answers.",
 )  # fmt: skip
 @click.option(
-    "--method", "methods", multiple=True, type=click.Choice(get_args(MergeMethod)),
+    "--method", "methods", multiple=True, type=click.Choice(tuple(METHODS)),
     help="Judge these methods only; may be repeated. Else all that fit the answers.",
 )  # fmt: skip
 @click.option("--resamples", default=1000, show_default=True, help="Of the paired bootstrap.")

@@ -1,7 +1,7 @@
 """Every name of Dask, distributed and Bokeh that we use and that they do not promise to keep.
 
 They may change in any release. Each stands here once, with what breaks without it, and
-`tests/test_dask_compat.py` asks each of them for what we need, so that `make newest` tells us
+`tests/test_dask_compat*.py` ask each of them for what we need, so that `make newest` tells us
 before our users do. Nothing large is imported before a function needs it.
 """
 

@@ -104,7 +104,7 @@ class AgentLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentDraining(Event):
-    """A worker is asked nothing further; what it has in flight it may finish."""
+    """The router asks a worker nothing further; the worker may finish what it has in flight."""
 
     agent_id: str
     worker: str
@@ -113,7 +113,7 @@ class AgentDraining(Event):
 
 @dataclass(frozen=True, slots=True)
 class BreakerChanged(Event):
-    """A worker that only fails is left alone for a while, then asked one partition to probe it."""
+    """The router leaves a worker that only fails alone for a while, then probes it."""
 
     agent_id: str
     worker: str
@@ -133,7 +133,7 @@ class AgentsScaled(Event):
 
 @dataclass(frozen=True, slots=True)
 class PartitionAsked(Event):
-    """The router's decision: who is asked, among whom, by which policy, and why at all."""
+    """The router's decision: which worker it asks, of which, by which policy, and why."""
 
     partition: int
     agent_id: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -13,7 +15,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Strict,
+    model_serializer,
     model_validator,
 )
 
@@ -21,21 +25,29 @@ from mas_batch.cards import card
 from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError
 from mas_batch.models import parse_source
-from mas_batch.registries import ENGINES
+from mas_batch.registries import ENGINES, METHODS, POLICIES, TASKS
+from mas_batch.registry import Registry
 from mas_batch.safe_text import names_a_secret
 
-TaskKind = Literal["summarize", "translate", "classify", "score", "reply"]
-PolicyName = Literal[
-    "capability",
-    "round-robin",
-    "random",
-    "least-loaded",
-    "random-low-load",
-    "weighted-round-robin",
-    "throughput",
-    "reliability",
-]
-MergeMethod = Literal["vote", "mean", "weighted", "reliability", "mbr", "rover", "best"]
+
+def _names_of(registry: Registry[Any]) -> AfterValidator:
+    """Return the check that a name is registered: what it stands for is not imported."""
+
+    def check(name: str) -> str:
+        with _as_value_error():
+            return registry.check(name)
+
+    return AfterValidator(check)
+
+
+@contextmanager
+def _as_value_error(section: str = "") -> Iterator[None]:
+    """Raise a `JobError` as pydantic's validators have to, its key below that section first."""
+    try:
+        yield
+    except JobError as error:
+        key = (error.key or "").removeprefix(f"{section}.") if section else ""
+        raise ValueError(": ".join(filter(None, (key, error.message)))) from error
 
 
 def _engine_name(name: str) -> str:
@@ -44,6 +56,9 @@ def _engine_name(name: str) -> str:
     return name
 
 
+TaskKind = Annotated[str, _names_of(TASKS)]
+PolicyName = Annotated[str, _names_of(POLICIES)]
+MergeMethod = Annotated[str, _names_of(METHODS)]
 EngineName = Annotated[str, AfterValidator(_engine_name)]
 """A name in `registries.ENGINES`, or `auto`: by the model's name, or its files."""
 
@@ -107,6 +122,7 @@ class Task(_Model):
     """What is asked of every record."""
 
     kind: TaskKind
+    """One of `registries.TASKS`; its class checks what the job says of the task."""
     prompt: str | None = None
     """Template of the user turn; `{text}` is the record. None: the task's own."""
     system: str | None = None
@@ -125,18 +141,26 @@ class Task(_Model):
     way; hierarchical for `summarize`."""
     evidence: Annotated[int, Field(ge=0, le=16)] = 2
     """Sentences of the source that are carried along with every part's summary."""
+    options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Settings of one kind; the class of the kind says which there are."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if (self.kind == "classify") != (self.labels is not None):
-            raise ValueError("labels: a list of at least two, for `kind: classify` and no other")
-        if self.labels is not None and len(set(self.labels)) < max(2, len(self.labels)):
-            raise ValueError("labels: at least two, all different")
+        with _as_value_error("task"):
+            TASKS[self.kind].check(self)
         if self.minimum >= self.maximum:
             raise ValueError(f"minimum {self.minimum} must be below maximum {self.maximum}")
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_options(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `options` that are not given: they came later than runs' identities."""
+        fields: dict[str, Any] = dump(self)
+        if not self.options:
+            fields.pop("options", None)
+        return fields
 
 
 class AgentSampling(_Model):
@@ -335,8 +359,11 @@ class Merge(_Model):
     def _consistent(self) -> Self:
         if (self.utility == "embedding") != (self.encoder is not None):
             raise ValueError("encoder: the model of `utility: embedding`, and of no other")
-        if self.history is not None and self.method != "reliability":
-            raise ValueError("history: only `method: reliability` keeps what it has learned")
+        with _as_value_error("merge"):
+            keeps = self.method is not None and METHODS[self.method].keeps_history
+        if self.history is not None and not keeps:
+            names = ", ".join(name for name, each in METHODS.items() if each.keeps_history)
+            raise ValueError(f"history: only `method: {names}` keeps what it has learned")
         return self
 
 
@@ -406,10 +433,10 @@ class Job(_Model):
             raise ValueError(
                 f"merge.accuracies: no agent is called {unknown[0]!r}; allowed: {', '.join(names)}"
             )
-        if self.merge.method == "weighted" and set(self.merge.accuracies) != set(names):
-            missing = sorted(set(names) - set(self.merge.accuracies))
+        method, missing = self.merge.method, sorted(set(names) - set(self.merge.accuracies))
+        if missing and method is not None and METHODS[method].needs_accuracies:
             raise ValueError(
-                "merge.accuracies: `weighted` needs one for every agent; "
+                f"merge.accuracies: `{method}` needs one for every agent; "
                 f"missing: {', '.join(missing)}"
             )
         for agent in self.agents:

@@ -264,7 +264,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     phases, name = asking.execution.phases, asking.execution.name
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
-    if not ref.merge.needs_corpus and escalate is None:
+    if ref.merge.learning is None and escalate is None:
         asking.answer(ref, first)
         phases.begin(COUNTING)
         return ref, asking.all_answers(ref, every).statistics(merge=False)

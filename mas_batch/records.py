@@ -123,6 +123,10 @@ SUPPORT = pa.list_(
 )
 """Every distinct candidate, best first, with its score and `agent` or `agent#sample` backers."""
 
+STANDARD_ERROR = "standard_error"
+"""The one `confidence_kind` that is in the values' unit, and smaller for surer answers; all
+others are in [0, 1], and larger for surer ones."""
+
 RESULT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("answer", pa.string(), nullable=False),
     pa.field("value", pa.float64()),

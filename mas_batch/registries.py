@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mas_batch.engine_info import EngineInfo
 from mas_batch.registry import Registry
 
@@ -42,4 +44,59 @@ ENGINES: Registry[EngineInfo] = Registry(
         "overlap": EngineInfo("mas_batch.engines.classical.overlap", holds="nothing"),
     },
 )
-"""Engine name → `EngineInfo`. Of several that detect a model's files, the first one has it."""
+"""`EngineInfo`. Of several that detect a model's files, the first one has it."""
+
+TASKS: Registry[Any] = Registry(
+    "task.kind",
+    "mas_batch.tasks",
+    {
+        "summarize": "mas_batch.tasks.summarize:Summarize",
+        "translate": "mas_batch.tasks.translate:Translate",
+        "classify": "mas_batch.tasks.classify:Classify",
+        "score": "mas_batch.tasks.score:Score",
+        "reply": "mas_batch.tasks.reply:Reply",
+    },
+)
+"""Classes of `tasks.base.Task`."""
+
+ANSWER_KINDS: Registry[Any] = Registry(
+    "task's answer_kind",
+    "mas_batch.answer_kinds",
+    {
+        "text": "mas_batch.aggregate.answer_kinds:TEXT",
+        "label": "mas_batch.aggregate.answer_kinds:LABEL",
+        "value": "mas_batch.aggregate.answer_kinds:VALUE",
+    },
+)
+"""`aggregate.answer_kinds.AnswerKind`."""
+
+METHODS: Registry[Any] = Registry(
+    "merge.method",
+    "mas_batch.merges",
+    {
+        "vote": "mas_batch.aggregate.vote:VOTE",
+        "mean": "mas_batch.aggregate.vote:MEAN",
+        "weighted": "mas_batch.aggregate.vote:WEIGHTED",
+        "reliability": "mas_batch.aggregate.posterior_vote:RELIABILITY",
+        "mbr": "mas_batch.aggregate.mbr:MBR",
+        "rover": "mas_batch.aggregate.rover:ROVER",
+        "best": "mas_batch.aggregate.best:BEST",
+    },
+)
+"""`aggregate.method.Method`."""
+
+POLICIES: Registry[Any] = Registry(
+    "routing.policy",
+    "mas_batch.policies",
+    {
+        "capability": "mas_batch.routing.policies:Capability",
+        "round-robin": "mas_batch.routing.policies:RoundRobin",
+        "random": "mas_batch.routing.policies:Random",
+        "least-loaded": "mas_batch.routing.policies:LeastLoaded",
+        "random-low-load": "mas_batch.routing.policies:RandomLowLoad",
+        "weighted-round-robin": "mas_batch.routing.policies:WeightedRoundRobin",
+        "throughput": "mas_batch.routing.policies:Throughput",
+        "reliability": "mas_batch.routing.policies:MostReliable",
+    },
+)
+"""Classes of `routing.policies.Policy`."""

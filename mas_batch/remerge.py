@@ -107,7 +107,7 @@ def _changed(run: Run, changes: Mapping[str, Any]) -> Job:
 
 def _section(job: Job, spec: MergeSpec) -> dict[str, Any]:
     """Return the effective merge section as plain data, defaults filled in, without secrets."""
-    utility = spec.utility if spec.method == "mbr" else job.merge.utility
+    utility = spec.utility if spec.rules.uses_utility else job.merge.utility
     filled = {**job.merge.model_dump(mode="json"), "method": spec.method, "utility": utility}
     plain: dict[str, Any] = without_credentials_in(filled)
     return plain

@@ -90,7 +90,7 @@ def made_run(
         for agent in agents:
             own = given.filter(pc.equal(given["agent_id"], agent))
             store.commit_table(answers_name(number, agent), own)
-        counted.append(count_run(done, failed, given))
+        counted.append(count_run(done, failed, given, "label"))
     store.replace("job.yaml", yaml.safe_dump(job or _JOB).encode())
     counts = summarize_run(add_counts(counted))
     by_agent = [{"agent_id": name, **facts} for name, facts in counts.pop("agents").items()]

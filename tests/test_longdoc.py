@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mas_batch import job
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Sampling
-from mas_batch.errors import JobError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.tasks import TASKS, make_task
@@ -186,8 +186,9 @@ def test_only_summaries_are_merged_by_asking_again(kind):
     keys = {"labels": ("A", "B")} if kind == "classify" else {}
     assert make_task(job.Task(kind=kind, **keys)).merging(None) is None
     allowed = "join" if kind == "translate" else "nothing, leave it out"
-    with pytest.raises(JobError, match=f"'extractive' is not allowed.*allowed: {allowed}$"):
-        make_task(job.Task(kind=kind, long_documents="extractive", **keys))
+    refused = f"long_documents: 'extractive' is not allowed.*allowed: {allowed} "
+    with pytest.raises(ValidationError, match=refused):
+        job.Task(kind=kind, long_documents="extractive", **keys)
 
 
 def test_a_prompt_of_ones_own_is_kept_and_told_what_it_is_shown():

@@ -44,7 +44,7 @@ def partial(rows: list[dict[str, Any]], how: MergeSpec = VOTE) -> dict[str, Any]
     staged = [{"record_id": i, "text": i} for i in ids]
     answers = pa.Table.from_pylist(rows, schema=ANSWERS)
     merged = merge_answers(pa.Table.from_pylist(staged, pa.schema(RECORD_FIELDS)), answers, how)
-    return RUN_STATISTICS.chunk(*merged, answers)
+    return RUN_STATISTICS.chunk(*merged, answers, how.answer_kind)
 
 
 FIRST = [
@@ -217,5 +217,5 @@ def test_histogram_bins_are_half_open_but_the_last(confidence: float, place: int
     results, failures = merge_answers(staged, answers, VOTE)
     at = results.column_names.index("confidence")
     results = results.set_column(at, results.schema.field(at), pa.array([confidence]))
-    histogram = RUN_STATISTICS.chunk(results, failures, answers)["confidence_histogram"]
+    histogram = RUN_STATISTICS.chunk(results, failures, answers, "text")["confidence_histogram"]
     assert [i for i, n in enumerate(histogram) if n] == [place]

@@ -18,10 +18,10 @@ def check_engine(task: Task, engine: Engine, agent: Agent) -> None:
             prompt that its engine would not read, or a sampling that it would not follow.
     """
     name = engine.describe().get("engine", type(engine).__name__)
-    if engine.only_translates and task.kind != "translate":
+    if engine.only_translates and not task.is_translation:
         raise JobError(
-            f"{task.kind!r} is not allowed for an agent on the engine {name!r}: its model reads "
-            "no prompt, it only translates; allowed: translate",
+            f"{task.spec.kind!r} is not allowed for an agent on the engine {name!r}: its model "
+            "reads no prompt, it only translates; allowed: translate",
             key="task.kind",
         )
     if not engine.takes_messages:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import Encode
 from mas_batch.aggregate.normalise import nfc
-from mas_batch.aggregate.verdicts import Encode
 from mas_batch.engines.base import EngineConfig
 from mas_batch.models import fetch
 
@@ -26,7 +26,7 @@ def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
     Raises:
         ModelError: the encoder cannot be had or loaded.
     """
-    if spec.method != "mbr" or spec.utility != EMBEDDING or spec.encoder is None:
+    if not spec.needs_encoder or spec.encoder is None:
         return None
     texts = sorted({nfc(text) for text in answers["text"].to_pylist() if text is not None})
     if not texts:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.agents.encoding import encoder_for
@@ -20,42 +19,26 @@ from mas_batch.agents.work import (
     merge_of,
     merge_partition,
 )
-from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES
-from mas_batch.aggregate.partials import pattern_partial, support_partial
-from mas_batch.aggregate.patterns import add_patterns, count_answers
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
+from mas_batch.errors import RunError
 from mas_batch.run_folder.names import results_name, staged_name
 from mas_batch.run_folder.plan import read_records
 from mas_batch.run_folder.ref import RunRef
 
-PATTERNS = Reduction("patterns", count_answers, add_patterns, dict)
-"""Pattern of agreement → records; see `aggregate.patterns`."""
 
-
-def pattern_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Count who agreed with whom, for `reliability`."""
-    return PATTERNS.combine(
-        [
-            pattern_partial(_answers(run, partition, agents), run.merge, agents)
-            for partition in partitions
-        ]
-    )
-
-
-def support_sums(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Add up how well the others' answers support each agent's, for learned weights of `mbr`."""
-    return SUPPORT.combine([_support(run, partition, agents) for partition in partitions])
-
-
-def _answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
-    return committed_answers(run, partition, agents_merged(run, partition, agents))
-
-
-def _support(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    records = run.store.read_table(staged_name(partition))
-    answers = _answers(run, partition, agents)
-    return support_partial(records, answers, run.merge, encoder_for(run.merge, answers))
+def corpus_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Count what the merge learns from (`Method.weights`); it must be one that learns."""
+    learning = run.merge.learning
+    if learning is None:
+        raise RunError(f"merge.method {run.merge.method!r} learns nothing from a corpus")
+    found = []
+    for partition in partitions:
+        answers = committed_answers(run, partition, agents_merged(run, partition, agents))
+        encode = encoder_for(run.merge, answers)
+        found.append(learning.count(answers, run.merge, agents, encode))
+    combined: Partial = learning.reduction.combine(found)
+    return combined
 
 
 def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:

@@ -27,7 +27,9 @@ def _count_committed(run: RunRef, partition: int, agents: Sequence[str]) -> Part
     answers, name = committed_answers(run, partition, voters), merged.failures_name
     reviewed = commit_review(run.merged, partition, merged.results)
     return {
-        "counts": RUN_STATISTICS.chunk(merged.results, merged.failures, answers),
+        "counts": RUN_STATISTICS.chunk(
+            merged.results, merged.failures, answers, run.merge.answer_kind
+        ),
         "answers": {agent: [[partition, partition + 1]] for agent in voters},
         "latency": RECORD_LATENCY.chunk(asked_now(answers)),
         "failures_files": {partition: name} if name else {},

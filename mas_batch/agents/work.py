@@ -175,7 +175,7 @@ def merge_partition(
             report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
             return
     merged, failures = merge_answers(records, answers, spec, encode)
-    agreement = _agreement(merged, failures, answers)
+    agreement = _agreement(merged, failures, answers, spec.answer_kind)
     watch.lap("process")
     num_results, num_failures = commit_merged(run, partition, merged, failures, agents)
     watch.lap("write")
@@ -239,10 +239,10 @@ def agents_there(run: RunRef, partition: int, agents: Sequence[str]) -> list[str
 
 
 def _agreement(
-    merged: pa.Table, failures: pa.Table, answers: pa.Table
+    merged: pa.Table, failures: pa.Table, answers: pa.Table, answer_kind: str
 ) -> dict[str, tuple[int, int]]:
     """Return agent → (answers that say what is published, valid answers)."""
-    counts = RUN_STATISTICS.chunk(merged, failures, answers)["agents"]
+    counts = RUN_STATISTICS.chunk(merged, failures, answers, answer_kind)["agents"]
     return {agent: (each["agreements"], each["answers"]) for agent, each in counts.items()}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from mas_batch.aggregate.mbr import shares_of
+from mas_batch.aggregate.method import EVERY_COLUMN, Method, Shared
 from mas_batch.aggregate.vote import (
     UNITS,
     Ballot,
@@ -14,9 +15,13 @@ from mas_batch.aggregate.vote import (
     Verdict,
     gather,
     rank_candidates,
+    shares_of,
     to_units,
     verdict,
 )
+
+if TYPE_CHECKING:
+    from mas_batch.aggregate.merge_spec import MergeSpec
 
 
 def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
@@ -94,3 +99,18 @@ def _by_highest(ballots: Sequence[Ballot], weights: Sequence[int]) -> list[Candi
         leader = max(candidate.backers, key=lambda ballot: weight_of[ballot.order])
         ranked.append(replace(candidate, answer=leader.shown, score=candidate.max_weight))
     return rank_candidates(ranked)
+
+
+def _most_accurate_first(ballots: Sequence[Ballot], spec: MergeSpec, shared: Shared) -> Verdict:
+    """Prefer the most accurate agent; those of unknown accuracy come last."""
+    return best(ballots, sorted(spec.agents, key=lambda agent: -spec.accuracies.get(agent, 0.0)))
+
+
+BEST = Method(
+    verdict=_most_accurate_first,
+    columns=EVERY_COLUMN,
+    exact=True,
+    confidence_kinds=("sequence_probability", "preference"),
+    stopping="its confidence is of one model's text, and no further answer makes it surer",
+    not_escalated="its confidence compares no answers",
+)

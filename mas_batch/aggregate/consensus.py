@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from mas_batch.aggregate.mbr import Utility, symmetric_units
 from mas_batch.aggregate.reductions import Reduction
+from mas_batch.aggregate.utilities import Utility, symmetric_units
 from mas_batch.aggregate.vote import ACCURACY_RANGE, UNITS, Ballot
 
 MICRO_UNITS = 10**6

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mas_batch.aggregate.method import METHODS, methods_that
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.errors import JobError
 
@@ -74,12 +75,13 @@ def check_method(method: str) -> None:
     """Refuse a merge method whose confidence says nothing of how sure an answer is.
 
     Raises:
-        JobError: `mean`, whose confidence is a standard error, or `best`, which compares nothing.
+        JobError: it is such a method.
     """
-    if method in ("mean", "best"):
+    if (why := METHODS[method].not_escalated) is not None:
+        allowed = methods_that(lambda each: each.not_escalated is None)
         raise JobError(
-            f"merge.method {method!r} does not say how sure an answer is; allowed: "
-            "vote, weighted, reliability, mbr, rover",
+            f"merge.method {method!r} does not say how sure an answer is: {why}; "
+            f"allowed: {allowed}",
             key="routing.escalate",
         )
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from mas_batch.aggregate.coverage import fragment_coverage
 from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import Encode
 from mas_batch.aggregate.normalise import deduplicate
-from mas_batch.aggregate.reliability import Posterior
-from mas_batch.aggregate.verdicts import Encode, ballots_of, verdict_of
+from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.aggregate.vote import Candidate, Verdict
 from mas_batch.errors import Reason, RunError
-from mas_batch.records import FAILURES, RECORD_FIELDS, RESULT_FIELDS
+from mas_batch.records import FAILURES, RECORD_FIELDS, RESULT_FIELDS, STANDARD_ERROR
 
 # Why a record has no answer, most telling first: what the record itself causes, what the
 # agent said, what broke on the way.
@@ -56,7 +56,7 @@ def merge_answers(
         JobError: `weighted` lacks an agent's accuracy.
     """
     replies = replies_by_record(records, answers)
-    known: dict[str, Posterior] = {}
+    known: dict[str, Any] = {}
     positions: list[int] = []
     verdicts: list[Verdict] = []
     failures: list[dict[str, Any]] = []
@@ -141,7 +141,7 @@ def _results(
 
 def result_row(verdict: Verdict, spec: MergeSpec, source: str | None) -> dict[str, Any]:
     """Return the `RESULT_FIELDS` of a verdict; `source` is the record's text, for its coverage."""
-    comparable = verdict.confidence if spec.method != "mean" else None
+    comparable = None if verdict.confidence_kind == STANDARD_ERROR else verdict.confidence
     in_parts = (verdict.chosen.num_parts or 1) > 1
     return {
         "answer": verdict.answer,

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from mas_batch.aggregate.mbr import UTILITIES
+from mas_batch.aggregate.answer_kinds import ANSWER_KINDS, AnswerKind
+from mas_batch.aggregate.method import METHODS, Learning, Method, methods_that
 from mas_batch.aggregate.reliability import Reliability
+from mas_batch.aggregate.utilities import EMBEDDING, UTILITIES
+from mas_batch.aggregate.vote import Ballot
 from mas_batch.errors import JobError
-
-# method: the kinds of answer that it can merge
-_METHODS = {
-    "vote": ("text", "label", "value"),
-    "weighted": ("text", "label", "value"),
-    "reliability": ("text", "label"),
-    "best": ("text", "label", "value"),
-    "mean": ("value",),
-    "mbr": ("text",),
-    "rover": ("text",),
-}
-_WEIGHTS = (None, "log-odds", "linear", "learned")
-
-EMBEDDING = "embedding"
-"""The utility that needs a model: cosines of sentence vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +23,18 @@ class MergeSpec:
     """
 
     method: str
-    """`vote`, `weighted`, `reliability`, `mean`, `mbr`, `rover` or `best`."""
+    """One of `METHODS`: the name travels, and the `Method` is looked up where it is used."""
     utility: str | None
-    """Of `mbr`: one of `UTILITIES` or `embedding`; ignored by the other methods."""
+    """Of `mbr`: one of `UTILITIES` or `EMBEDDING`; ignored by methods that use none."""
     accuracies: Mapping[str, float]
     """Agent → how often it is right. `weighted` needs every agent's; in `mbr`, `rover` and `mean`
     an agent without one weighs 1; `best` prefers the highest."""
     weights: str | None
-    """Of `weighted`: `linear`, else log-odds. Of `mbr`: `learned`, and then `learned_from` puts
-    what the corpus says in the place of the accuracies."""
+    """One of the method's `weights`; what only weighs in other methods counts as None."""
     abstain_below: float
-    """Lower confidences are marked; does not apply to `mean`, whose is a standard error."""
+    """Lower confidences are marked; does not apply to a standard error."""
     answer_kind: str
-    """Which column answers are compared by: `text`, `label` or `value`."""
+    """One of `ANSWER_KINDS`, by name."""
     num_labels: int | None
     """Size of the closed set that the answers come from; None for an open one."""
     labels: tuple[str, ...] | None = None
@@ -63,47 +50,71 @@ class MergeSpec:
     """What `reliability` has learned from the whole corpus; the method cannot do without."""
 
     def __post_init__(self) -> None:
-        _check_word("merge.method", self.method, _METHODS)
-        _check_word("merge.weights", self.weights, _WEIGHTS)
-        _check_word("task's answer_kind", self.answer_kind, _METHODS["vote"])
-        kinds = _METHODS[self.method]
-        if self.answer_kind not in kinds:
+        rules, kind = self.rules, self.kind
+        if kind.column not in rules.columns:
             raise JobError(
-                f"{self.method!r} merges answers of kind {', '.join(kinds)}; "
+                f"{self.method!r} merges answers of kind {', '.join(rules.columns)}; "
                 f"this task's are of kind {self.answer_kind!r}",
                 key="merge.method",
             )
-        if self.method == "mbr":
-            _check_word("merge.utility", self.utility, (*UTILITIES, EMBEDDING))
-        if self.weights == "learned" and self.method != "mbr":
+        if self.weights not in rules.weights:
+            self._check_weights_of_others()
+        if rules.uses_utility and self.utility not in (allowed := (*UTILITIES, EMBEDDING)):
             raise JobError(
-                f"{self.method!r} does not learn weights; allowed: with merge.method mbr. "
-                "Of labels and short answers, merge.method reliability learns",
-                key="merge.weights",
+                f"{self.utility!r} is not allowed; allowed: {', '.join(allowed)}",
+                key="merge.utility",
             )
         if self.num_labels is not None and self.num_labels < 2:
             raise JobError(f"at least two, got {self.num_labels}", key="task.labels")
 
-    @property
-    def default_weight(self) -> float:
-        """Of an agent without an accuracy; where weights are learned, that of an average one."""
-        if self.weights != "learned" or not self.accuracies:
-            return 1.0
-        return math.fsum(self.accuracies.values()) / len(self.accuracies)
+    def _check_weights_of_others(self) -> None:
+        """Pass over what weighs in other methods; but refuse what learns, since that is missed."""
+        learns = {word: each for m in METHODS.values() for word, each in m.weights.items()}
+        if self.weights not in learns:
+            raise JobError(
+                f"{self.weights!r} is not allowed; allowed: {', '.join(map(str, learns))}",
+                key="merge.weights",
+            )
+        if learns[self.weights] is not None:
+            takers = methods_that(lambda method: self.weights in method.weights)
+            raise JobError(
+                f"{self.method!r} does not learn weights; allowed: with merge.method {takers}",
+                key="merge.weights",
+            )
 
     @property
-    def needs_corpus(self) -> bool:
-        """Whether the merge of one record needs statistics of all."""
-        return self.method == "reliability" or self.weights == "learned"
+    def rules(self) -> Method:
+        """What the method needs and can do."""
+        return METHODS[self.method]
+
+    @property
+    def kind(self) -> AnswerKind:
+        """What is known of answers of this kind."""
+        return ANSWER_KINDS[self.answer_kind]
+
+    @property
+    def learning(self) -> Learning | None:
+        """What must be learned from all records before one is merged."""
+        weights = self.rules.weights
+        return weights.get(self.weights, weights[None])
 
     @property
     def first_pass(self) -> MergeSpec:
         """How to merge while the corpus is not complete."""
-        if self.method == "reliability":
-            return replace(self, method="vote")
-        return replace(self, weights=None) if self.weights == "learned" else self
+        return self if self.learning is None else self.learning.first_pass(self)
 
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether texts are compared by their vectors."""
+        return self.rules.uses_utility and self.utility == EMBEDDING
 
-def _check_word(key: str, word: str | None, allowed: Collection[str | None]) -> None:
-    if word not in allowed:
-        raise JobError(f"{word!r} is not allowed; allowed: {', '.join(map(str, allowed))}", key=key)
+    def weights_of(self, ballots: Sequence[Ballot]) -> list[float]:
+        """Return each agent's accuracy, 1 where none is known.
+
+        Where the accuracies are learned weights, an agent without one weighs what an average
+        one does.
+        """
+        default = 1.0
+        if self.learning is not None and self.accuracies:
+            default = math.fsum(self.accuracies.values()) / len(self.accuracies)
+        return [self.accuracies.get(ballot.agent_id, default) for ballot in ballots]

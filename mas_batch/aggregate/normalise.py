@@ -4,15 +4,11 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.errors import RunError
 from mas_batch.records import ANSWERS, join_answers
 
 # Opening quote → the closing ones it may pair with (languages pair them differently).
@@ -73,21 +69,6 @@ def deduplicate(answers: pa.Table) -> pa.Table:
     changes = [pc.not_equal(current[name], previous[name]) for name in voter]
     new = pc.or_(pc.or_(changes[0], changes[1]), changes[2])
     return table.filter(pa.chunked_array([pa.array([True]), *new.chunks]))
-
-
-def shown_answer(row: Mapping[str, Any], answer_kind: str) -> str:
-    """Return the answer of a row of the answers table in the form that is published.
-
-    Raises:
-        RunError: there is none, or it is not a finite number, and no reason why.
-    """
-    answer = row[answer_kind]
-    if answer is None or (answer_kind == "value" and not math.isfinite(answer)):
-        raise RunError(
-            f"answers: record {row['record_id']!r}, agent {row['agent_id']!r}: {answer_kind} is "
-            f"{answer!r} and reason is empty; allowed: a {answer_kind}, or a reason for none"
-        )
-    return str(answer) if answer_kind != "value" else repr(answer + 0.0)  # no negative zero
 
 
 def _without_wrapping(text: str) -> str:

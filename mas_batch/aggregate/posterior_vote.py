@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from mas_batch.aggregate.method import Method, Shared
+from mas_batch.aggregate.partials import RELIABILITY_LEARNING
 from mas_batch.aggregate.patterns import candidates_of, pattern_of
 from mas_batch.aggregate.reliability import Posterior, Reliability, posterior
 from mas_batch.aggregate.vote import (
@@ -18,6 +21,10 @@ from mas_batch.aggregate.vote import (
     to_units,
     verdict,
 )
+from mas_batch.errors import RunError
+
+if TYPE_CHECKING:
+    from mas_batch.aggregate.merge_spec import MergeSpec
 
 
 def by_reliability(
@@ -60,3 +67,20 @@ def _weights(ballots: Sequence[Ballot], reliability: Reliability) -> list[int]:
     num_wrong = reliability.num_wrong or max(1, len(reliability.labels or ()) - 1)
     accuracies: Mapping[str, float] = reliability.accuracies
     return [to_units(log_odds(accuracies.get(b.agent_id, 0.5), num_wrong)) for b in ballots]
+
+
+def _by_what_was_learned(ballots: Sequence[Ballot], spec: MergeSpec, shared: Shared) -> Verdict:
+    if spec.reliability is None:
+        raise RunError("`reliability` merges when all records are answered, not before")
+    return by_reliability(ballots, spec.reliability, shared.known)
+
+
+RELIABILITY = Method(
+    verdict=_by_what_was_learned,
+    columns=("text", "label"),
+    exact=False,
+    confidence_kinds=("posterior", "agreement"),
+    stopping="it learns from all answers to all records",
+    not_escalated=None,
+    weights={None: RELIABILITY_LEARNING},
+)

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.normalise import deduplicate, normalise_text, shown_answer
-from mas_batch.records import ANSWERS, FAILURES, RESULT_FIELDS
+from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
+from mas_batch.aggregate.normalise import deduplicate, normalise_text
+from mas_batch.records import ANSWERS, FAILURES, RESULT_FIELDS, STANDARD_ERROR
 
 Partial = dict[str, Any]
 """Integers by name, nested in dicts and lists; JSON-able."""
@@ -33,13 +34,16 @@ class Reduction:
     """The last partial → figures for people."""
 
 
-def count_run(results: pa.Table, failures: pa.Table, answers: pa.Table) -> Partial:
+def count_run(
+    results: pa.Table, failures: pa.Table, answers: pa.Table, answer_kind: str
+) -> Partial:
     """Count a partition: its outcome, and what each agent contributed and spent.
 
     Args:
         results: record_id and `RESULT_FIELDS`, as `merge_answers` returns them.
         failures: `FAILURES`.
         answers: `ANSWERS`; repeated rows of retries count once.
+        answer_kind: of `ANSWER_KINDS`.
     """
     return {
         "records": results.num_rows + failures.num_rows,
@@ -51,7 +55,7 @@ def count_run(results: pa.Table, failures: pa.Table, answers: pa.Table) -> Parti
         "cut": _num_true(pc.equal(results["finish_reason"], "length")),
         "split": _num_true(pc.greater(results["num_parts"], 1)),
         "confidence_histogram": _histogram(results),
-        "agents": _count_agents(results, answers),
+        "agents": _count_agents(results, answers, answer_kind),
     }
 
 
@@ -80,12 +84,15 @@ def _histogram(results: pa.Table) -> list[int]:
     bins = [0] * CONFIDENCE_BINS
     columns = (results[name].to_pylist() for name in ("confidence", "confidence_kind"))
     for confidence, kind in zip(*columns, strict=True):
-        if confidence is not None and kind != "standard_error":
+        if confidence is not None and kind != STANDARD_ERROR:
             bins[min(int(confidence * CONFIDENCE_BINS), CONFIDENCE_BINS - 1)] += 1
     return bins
 
 
-def _count_agents(results: pa.Table, answers: pa.Table) -> dict[str, dict[str, int]]:
+def _count_agents(
+    results: pa.Table, answers: pa.Table, answer_kind: str
+) -> dict[str, dict[str, int]]:
+    kind = ANSWER_KINDS[answer_kind]
     merged = dict(zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True))
     agents: dict[str, Counter[str]] = {}
     won: set[tuple[str, str]] = set()
@@ -97,7 +104,7 @@ def _count_agents(results: pa.Table, answers: pa.Table) -> dict[str, dict[str, i
             continue
         counts["answers"] += 1
         counts["reused"] += row["reused_from"] is not None
-        shown, published = shown_answer(row, _answer_kind(row)), merged.get(row["record_id"])
+        shown, published = kind.answer_of(row), merged.get(row["record_id"])
         if published is None:
             continue
         counts["agreements"] += normalise_text(shown) == normalise_text(published)
@@ -119,11 +126,6 @@ _AGENT_COUNTS = (
     "transfer_us",
     "processing_us",
 )
-
-
-def _answer_kind(row: Mapping[str, Any]) -> str:
-    """Tell what the task's parser made of the text: a label, a value, or nothing further."""
-    return next((kind for kind in ("label", "value") if row[kind] is not None), "text")
 
 
 def _spent(row: Mapping[str, Any]) -> dict[str, int]:
@@ -174,6 +176,7 @@ _NOTHING = count_run(
     pa.schema([pa.field("record_id", pa.string()), *RESULT_FIELDS]).empty_table(),
     FAILURES.empty_table(),
     ANSWERS.empty_table(),
+    "text",
 )
 
 RUN_STATISTICS = Reduction("run_statistics", count_run, add_counts, summarize_run)

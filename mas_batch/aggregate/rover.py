@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mas_batch.aggregate.mbr import shares_of
+from mas_batch.aggregate.method import Method
 from mas_batch.aggregate.vote import (
     Ballot,
     Candidate,
     Verdict,
     gather,
     rank_candidates,
+    shares_of,
     to_units,
     verdict,
 )
@@ -128,3 +129,13 @@ def _support(
         share = hits / max(1, len(slots))
         agreeing.append(replace(candidate, score=to_units(share), weight=share))
     return rank_candidates(agreeing)
+
+
+ROVER = Method(
+    verdict=lambda ballots, spec, shared: rover(ballots, spec.weights_of(ballots)),
+    columns=("text",),
+    exact=True,
+    confidence_kinds=("word_agreement",),
+    stopping="its text is made of all answers word by word, so each further one may change it",
+    not_escalated=None,
+)

@@ -15,17 +15,10 @@ import pyarrow.compute as pc
 
 from mas_batch.aggregate.merge import replies_by_record
 from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.verdicts import Encode, ballots_of, verdict_of
+from mas_batch.aggregate.method import Encode, Method, Stopping, methods_that
+from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.aggregate.vote import Ballot, Candidate
 from mas_batch.errors import JobError
-
-_METHODS = ("vote", "weighted", "mbr")
-_WHY_NOT = {
-    "mean": "its confidence is a standard error, in the values' unit",
-    "best": "its confidence is of one model's text, and no further answer makes it surer",
-    "reliability": "it learns from all answers to all records",
-    "rover": "its text is made of all answers word by word, so each further one may change it",
-}
 
 # Weights are rounded to 1e-9: one agent of accuracy .9 must count as 90 % sure.
 _ROUNDING = 1e-8
@@ -41,7 +34,7 @@ class StoppingRule:
 
     confidence: float | None
     """A record is decided when its merged answer is so sure, in (0, 1]; None: when no further
-    answer can change it, which `vote` alone can tell."""
+    answer can change it, which only some methods can tell (`Stopping.by_lead`)."""
     max_answers: int
     """Answers per record that may come in the end, counting all samples of an agent."""
 
@@ -58,25 +51,31 @@ class StoppingRule:
             )
 
 
-def check_rule(spec: MergeSpec, rule: StoppingRule) -> None:
-    """Refuse a rule that the merge method cannot follow.
+def check_rule(spec: MergeSpec, rule: StoppingRule) -> Stopping:
+    """Return how the merge method follows the rule.
 
     Raises:
-        JobError: the method is `mean`, `best` or `rover`, or it is not `vote` and the rule has no
-            confidence.
+        JobError: it cannot, or not without a confidence.
     """
-    if spec.method not in _METHODS:
+    stopping = spec.rules.stopping
+    if isinstance(stopping, str):
+        allowed = methods_that(lambda method: isinstance(method.stopping, Stopping))
         raise JobError(
-            f"{spec.method!r} cannot stop early: {_WHY_NOT[spec.method]}; "
-            f"allowed with merge.method: {', '.join(_METHODS)}",
+            f"{spec.method!r} cannot stop early: {stopping}; allowed with merge.method: {allowed}",
             key="routing.adaptive",
         )
-    if rule.confidence is None and spec.method != "vote":
+    if rule.confidence is None and not stopping.by_lead:
+        certain = methods_that(_leads)
         raise JobError(
             f"{spec.method!r} needs one, above 0 and at most 1: which answers could still change "
-            "the winner is known for merge.method 'vote' only",
+            f"the winner is known for merge.method {certain!r} only",
             key="routing.adaptive.confidence",
         )
+    return stopping
+
+
+def _leads(method: Method) -> bool:
+    return isinstance(method.stopping, Stopping) and method.stopping.by_lead
 
 
 def undecided(
@@ -126,7 +125,7 @@ def is_decided(
     if rule.confidence is None:
         # Not ">=": were the runner-up to draw level, the tie rule might prefer it.
         return _lead(verdict_of(ballots, spec).support) > num_open
-    return _is_sure(ballots, spec, rule.confidence, encode)
+    return _is_sure(ballots, spec, check_rule(spec, rule), rule.confidence, encode)
 
 
 def _lead(support: Sequence[Candidate]) -> int:
@@ -136,13 +135,16 @@ def _lead(support: Sequence[Candidate]) -> int:
 
 
 def _is_sure(
-    ballots: Sequence[Ballot], spec: MergeSpec, confidence: float, encode: Encode | None
+    ballots: Sequence[Ballot],
+    spec: MergeSpec,
+    stopping: Stopping,
+    confidence: float,
+    encode: Encode | None,
 ) -> bool:
-    bayesian = spec.method == "weighted" and spec.weights != "linear"
-    if len(ballots) < 2 and not bayesian:
+    if len(ballots) < 2 and not stopping.trusts_one(spec):
         return False
     verdict = verdict_of(ballots, spec, encode)
-    if verdict.tie and spec.method != "mbr":
+    if verdict.tie and not stopping.allows_ties:
         return False
     reached = verdict.confidence
     return reached is not None and reached >= confidence - _ROUNDING

@@ -11,8 +11,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from mas_batch.aggregate.method import EVERY_COLUMN, Method, Shared, Stopping
 from mas_batch.aggregate.normalise import nfc_bytes
+from mas_batch.errors import JobError
+from mas_batch.records import STANDARD_ERROR
+
+if TYPE_CHECKING:
+    from mas_batch.aggregate.merge_spec import MergeSpec
 
 UNITS = 10**9
 """A weight of 1 in the integers that scores are added and compared in."""
@@ -169,7 +176,7 @@ def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
         answer=repr(centre),
         value=centre,
         confidence=_standard_error(values, weights, centre),
-        confidence_kind="standard_error",
+        confidence_kind=STANDARD_ERROR,
         margin=None,
         entropy=_entropy(shares),
         support=tuple(support),
@@ -284,3 +291,55 @@ def _standard_error(
     spread = math.fsum(w * (x - centre) * (x - centre) for w, x in pairs)
     variance = spread / (total - squares / total)
     return math.sqrt(variance * squares) / total
+
+
+def shares_of(weights: Sequence[float]) -> list[float]:
+    """Scale to a sum of 1; of weights that are all 0 everybody has the same share."""
+    total = math.fsum(weights)
+    return [weight / total if total else 1 / len(weights) for weight in weights]
+
+
+def _by_accuracy(ballots: Sequence[Ballot], spec: MergeSpec, shared: Shared) -> Verdict:
+    for ballot in ballots:
+        if ballot.agent_id not in spec.accuracies:
+            known = ", ".join(sorted(spec.accuracies)) or "none"
+            raise JobError(
+                f"`{spec.method}` needs one for every agent; {ballot.agent_id!r} has none; "
+                f"given: {known}",
+                key="merge.accuracies",
+            )
+    if spec.weights == "linear":
+        return weighted_linear(ballots, spec.accuracies)
+    num_wrong = None if spec.num_labels is None else spec.num_labels - 1
+    return weighted_log_odds(ballots, spec.accuracies, num_wrong)
+
+
+VOTE = Method(
+    verdict=lambda ballots, spec, shared: vote(ballots),
+    columns=EVERY_COLUMN,
+    exact=False,
+    confidence_kinds=("agreement",),
+    stopping=Stopping(by_lead=True),
+    not_escalated=None,
+)
+
+WEIGHTED = Method(
+    verdict=_by_accuracy,
+    columns=EVERY_COLUMN,
+    exact=False,
+    confidence_kinds=("posterior", "weight-share"),
+    # A posterior probability says of one answer too how sure it is.
+    stopping=Stopping(trusts_one=lambda spec: spec.weights != "linear"),
+    not_escalated=None,
+    needs_accuracies=True,
+    weights=dict.fromkeys((None, "log-odds", "linear")),
+)
+
+MEAN = Method(
+    verdict=lambda ballots, spec, shared: mean(ballots, spec.weights_of(ballots)),
+    columns=("value",),
+    exact=False,
+    confidence_kinds=(STANDARD_ERROR,),
+    stopping="its confidence is a standard error, in the values' unit",
+    not_escalated="its confidence is a standard error",
+)

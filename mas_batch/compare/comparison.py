@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
 from mas_batch.compare.changes import Change, changes
 from mas_batch.compare.record_pairs import Records, compare_records
 from mas_batch.quality import KeptEvaluation, Kind, MetricScore, Quality, read_evaluation
@@ -15,6 +16,7 @@ from mas_batch.report.facts import AgentFacts
 from mas_batch.report.timing import time_facts
 from mas_batch.run_folder.kept_job import job_facts
 from mas_batch.run_folder.read import Run
+from mas_batch.tasks import TASKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def compare(a: Run, b: Run, *, num_shown: int = 10) -> Comparison:
         RunError: a table of a run cannot be read.
     """
     job_a, job_b = job_facts(a), job_facts(b)
-    judge = all(job["task"]["kind"] == "classify" for job in (job_a, job_b))
+    judge = _judged_by_equality(job_a) and _judged_by_equality(job_b)
     return Comparison(
         run_a=a.manifest["run"],
         run_b=b.manifest["run"],
@@ -95,6 +97,12 @@ def compare(a: Run, b: Run, *, num_shown: int = 10) -> Comparison:
         quality=_quality(read_evaluation(a), read_evaluation(b)),
         records=compare_records(a, b, num_shown, judge=judge),
     )
+
+
+def _judged_by_equality(job: Mapping[str, Any]) -> bool:
+    """Whether answers are right or wrong; False where the task's package is not here."""
+    kind = job["task"]["kind"]
+    return kind in TASKS and ANSWER_KINDS[TASKS[kind].answer_kind].right_or_wrong
 
 
 def _models(run: Run) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.normalise import normalise_text
+from mas_batch.records import STANDARD_ERROR
 from mas_batch.run_folder.read import Run
 
 RECORDS_PER_PASS = 250_000
@@ -257,7 +258,7 @@ def _sureness(confidence: float | None, kind: str | None) -> float:
     """Return what is larger the surer an answer is; a standard error is smaller."""
     if confidence is None:
         return -math.inf
-    return -confidence if kind == "standard_error" else confidence
+    return -confidence if kind == STANDARD_ERROR else confidence
 
 
 def _shift(pair: RecordPair) -> tuple[float, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pkgutil import resolve_name
 
 import numpy as np
 
+from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.evaluation.libraries import library
 from mas_batch.evaluation.systems import Evidence, Indices, Mask, number_texts
@@ -36,11 +38,35 @@ class AgentPair:
     """Numbers: mean absolute difference."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FirstAnswers:
+    """Every agent's first answers, to compare."""
+
+    evidence: Evidence
+    answered: Mapping[str, Indices]
+    """Agent → record → candidate, -1 where there is no answer."""
+    said: Indices
+    """Number of each candidate's answer in normalised form, the same for equal ones."""
+    references: Indices
+    """The same of each record's reference."""
+    seed: int
+    """Of samples."""
+
+    def both(self, a: str, b: str) -> Mask:
+        """Return the records that both have answered."""
+        return (self.answered[a] >= 0) & (self.answered[b] >= 0)
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yield every two agents."""
+        return combinations(self.answered, 2)
+
+
+PairFacts = Callable[[FirstAnswers], Mapping[tuple[str, str], Mapping[str, float | None]]]
+"""Pair → further fields of its `AgentPair`; pairs that nothing is known of may be left out."""
+
+
 def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple[AgentPair, ...]:
     """Compare every two agents; a record that one of them did not answer is left out.
-
-    Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960; it is
-    scikit-learn's.
 
     Raises:
         RunError: answers are labels, and scikit-learn is not installed.
@@ -48,22 +74,48 @@ def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple
     answered = _answered(evidence)
     _, codes = number_texts([*evidence.references, *(answer or "" for answer in evidence.answers)])
     references, said = codes[: evidence.num_records], codes[evidence.num_records :]
-    utilities = _utilities(evidence, answered, seed) if answer_kind == "text" else {}
+    first = FirstAnswers(evidence, answered, said, references, seed)
+    facts: PairFacts = resolve_name(ANSWER_KINDS[answer_kind].agreement)
+    further = facts(first)
     pairs = []
-    for a, b in combinations(answered, 2):
-        both = (answered[a] >= 0) & (answered[b] >= 0)
+    for a, b in first.pairs():
+        both = first.both(a, b)
         left, right = answered[a][both], answered[b][both]
         equal = _mean(said[left] == said[right])
-        pair = AgentPair(a, b, len(left), equal, utility=utilities.get((a, b)))
-        if answer_kind == "label":
-            kappa = _kappa(said[left], said[right])
-            same = _same_error(said[left], said[right], references[both])
-            pair = AgentPair(a, b, len(left), equal, kappa, same)
-        elif answer_kind == "value":
-            difference = _mean_difference(evidence.answers, left, right)
-            pair = AgentPair(a, b, len(left), equal, mean_difference=difference)
-        pairs.append(pair)
+        pairs.append(AgentPair(a, b, len(left), equal, **further.get((a, b), {})))
     return tuple(pairs)
+
+
+def label_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float | None]]:
+    """Return kappa, and how often the same error is made; `PairFacts`.
+
+    Source of kappa: Cohen, "A coefficient of agreement for nominal scales", 1960; it is
+    scikit-learn's.
+    """
+    facts: dict[tuple[str, str], dict[str, float | None]] = {}
+    for a, b in first.pairs():
+        both = first.both(a, b)
+        left, right = (first.said[first.answered[agent][both]] for agent in (a, b))
+        same_error = _same_error(left, right, first.references[both])
+        facts[a, b] = {"kappa": _kappa(left, right), "same_error": same_error}
+    return facts
+
+
+def value_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float | None]]:
+    """Return the mean difference of numbers; `PairFacts`."""
+    facts: dict[tuple[str, str], dict[str, float | None]] = {}
+    for a, b in first.pairs():
+        both = first.both(a, b)
+        left, right = (first.answered[agent][both] for agent in (a, b))
+        difference = _mean_difference(first.evidence.answers, left, right)
+        facts[a, b] = {"mean_difference": difference}
+    return facts
+
+
+def text_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float | None]]:
+    """Return how alike texts are; `PairFacts`."""
+    utilities = _utilities(first.evidence, first.answered, first.seed)
+    return {pair: {"utility": utility} for pair, utility in utilities.items()}
 
 
 def _answered(evidence: Evidence) -> dict[str, Indices]:

@@ -18,9 +18,7 @@ from mas_batch.evaluation.calibration import (
 from mas_batch.evaluation.metrics import SumMetric
 from mas_batch.evaluation.systems import Confidences, System
 from mas_batch.quality import Bin, Kind
-
-STANDARD_ERROR = "standard_error"
-"""The kind of confidence that is in the answers' unit, and smaller for surer ones."""
+from mas_batch.records import STANDARD_ERROR
 
 
 @dataclass(frozen=True, slots=True)

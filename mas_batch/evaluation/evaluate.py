@@ -157,9 +157,9 @@ def _confidences(evidence: Evidence, metrics: Metrics, seed: int) -> tuple[Confi
 
 def _notes(own: MergeSpec, metrics: Metrics, judged: Sequence[Quality]) -> list[str]:
     notes = []
-    if own.method == "mbr" and (own.utility or "").casefold() == metrics.goal.name.casefold():
+    if own.rules.uses_utility and (own.utility or "").casefold() == metrics.goal.name.casefold():
         notes.append(
-            f"mbr chooses by {metrics.goal.name}, so {metrics.goal.name} flatters it: "
+            f"{own.method} chooses by {metrics.goal.name}, so {metrics.goal.name} flatters it: "
             "look at the other metrics too"
         )
     partly = [q.name for q in judged if q.kind is Kind.AGENT and q.num_records < _most(judged)]

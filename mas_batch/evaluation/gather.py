@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from mas_batch.aggregate.merge import replies_by_record
 from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.normalise import shown_answer
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.systems import Confidences, Evidence, EvidenceBuilder
@@ -135,7 +134,7 @@ class _Gathering:
         given: dict[str, list[str | None]] = {agent: [] for agent in self.request.agents}
         for row in rows:
             failed = row["reason"] is not None
-            answer = None if failed else shown_answer(row, self.request.own.answer_kind)
+            answer = None if failed else self.request.own.kind.answer_of(row)
             given[row["agent_id"]].append(answer)
         pool: list[str | None] = []
         for agent, answers in given.items():

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 
 import numpy as np
 
+from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
 from mas_batch.aggregate.normalise import normalise_text
 from mas_batch.errors import RunError
 from mas_batch.evaluation.libraries import library
@@ -24,6 +26,7 @@ from mas_batch.evaluation.systems import (
 )
 from mas_batch.evaluation.text_metrics import bleu, chrf, rouge
 from mas_batch.job import Task
+from mas_batch.tasks import TASKS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +77,10 @@ class Metrics:
         return self.sums[0]
 
 
+Judge = Callable[[Evidence, Task], Metrics]
+"""The statistics of every candidate, by the metrics of one kind of answer."""
+
+
 def metrics_for(task: Task, answer_kind: str, evidence: Evidence) -> Metrics:
     """Compute the statistics of every candidate.
 
@@ -81,11 +88,8 @@ def metrics_for(task: Task, answer_kind: str, evidence: Evidence) -> Metrics:
         RunError: a reference of a `score` task is not a finite number.
         RunError: a package of the extra `evaluate` is not installed.
     """
-    if answer_kind == "label":
-        return _label_metrics(evidence, task.labels or ())
-    if answer_kind == "value":
-        return _value_metrics(evidence, task.minimum, task.maximum)
-    return _text_metrics(evidence, task)
+    judge: Judge = resolve_name(ANSWER_KINDS[answer_kind].metrics)
+    return judge(evidence, task)
 
 
 def mean_of(sums: Matrix) -> Vector:
@@ -100,7 +104,9 @@ def _counted(values: Vector) -> Matrix:
     return np.column_stack([values, np.ones(len(values))])
 
 
-def _label_metrics(evidence: Evidence, labels: Sequence[str]) -> Metrics:
+def label_metrics(evidence: Evidence, task: Task) -> Metrics:
+    """Count right labels; a `Judge`."""
+    labels = task.labels or ()
     names, codes = number_texts([*evidence.references, *(a or "" for a in evidence.answers)])
     references, answers = codes[: evidence.num_records], codes[evidence.num_records :]
     missing = np.array([answer is None for answer in evidence.answers], np.bool_)
@@ -129,7 +135,9 @@ def _macro_f1(system: System, references: Indices, answers: Indices, missing: in
     return float(f1(true, said, labels=classes, average="macro", sample_weight=system.weights))
 
 
-def _value_metrics(evidence: Evidence, minimum: float, maximum: float) -> Metrics:
+def value_metrics(evidence: Evidence, task: Task) -> Metrics:
+    """Measure errors of numbers; a `Judge`."""
+    minimum, maximum = task.minimum, task.maximum
     references = np.array([_number(text) for text in evidence.references])
     true = references[evidence.record_of]
     # A missing number is as wrong as a number can be: the end of the scale that is further away.
@@ -172,7 +180,8 @@ def _correlation(x: Vector, y: Vector, weights: Vector) -> float | None:
     return float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1]))
 
 
-def _text_metrics(evidence: Evidence, task: Task) -> Metrics:
+def text_metrics(evidence: Evidence, task: Task) -> Metrics:
+    """Compare texts; a `Judge`."""
     hypotheses = [answer or "" for answer in evidence.answers]
     references = [evidence.references[record] for record in evidence.record_of]
     corpus = (chrf(), bleu(task.language))
@@ -182,8 +191,7 @@ def _text_metrics(evidence: Evidence, task: Task) -> Metrics:
     ]
     f1, num_blind = rouge(hypotheses, references)
     sums += [SumMetric(name, 1.0, _counted(column), mean_of) for name, column in f1.items()]
-    if task.kind != "translate":
-        sums.sort(key=lambda metric: metric.name != "ROUGE-L")
+    sums.sort(key=lambda metric: metric.name != TASKS[task.kind].goal)
     notes = [
         f"{num_blind:,} of {len(references):,} comparisons are with a reference without a letter "
         "a–z or a digit: ROUGE is 0 there; read chrF"

@@ -249,5 +249,5 @@ def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
 def _why(facts: dict[str, Any]) -> str:
     if facts["purpose"] == "copy":  # speculation chooses, not the policy
         return "it was idle and should finish clearly before the slow one"
-    policy = POLICIES.get(facts["policy"])
-    return policy.rule if policy else facts["policy"]
+    name: str = facts["policy"]
+    return POLICIES[name].rule if name in POLICIES else name

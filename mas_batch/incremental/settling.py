@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
+from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.job import Job
 from mas_batch.records import ANSWERS
@@ -75,7 +75,7 @@ class Settling:
             return Choice(chosen, is_settled=False)
         if self.rule is None:
             return Choice(chosen, is_settled=True)
-        if done or self._needs_encoder:
+        if done or self.merge.needs_encoder:
             return Choice(chosen, is_settled=False)  # the workers have what it takes to look
         return self._look(records, known, chosen, self.rule)
 
@@ -100,10 +100,6 @@ class Settling:
             asked = pc.is_in(rows["record_id"], pa.array(still_open, pa.string()))
             chosen[further] = rows.filter(asked)
         return Choice(chosen, is_settled=True)
-
-    @property
-    def _needs_encoder(self) -> bool:
-        return self.merge.method == "mbr" and self.merge.utility == EMBEDDING
 
     def _count(self, agents: Iterable[str]) -> int:
         return sum(self.samples[agent_id] for agent_id in agents)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.latency.sketch import RECORD_LATENCY
+from mas_batch.records import STANDARD_ERROR
 from mas_batch.report.agreeing_pairs import PAIRS
 from mas_batch.report.record_facts import (
     CandidateFacts,
@@ -30,7 +31,7 @@ from mas_batch.report.walk import (
     MESSAGE_CHARS,
     TEXT_CHARS,
     clip_optional,
-    shown_answer,
+    published_answer,
     tables,
 )
 from mas_batch.run_folder.read import Run
@@ -131,7 +132,7 @@ def _most_doubtful(results: pa.Table) -> list[dict[str, Any]]:
     Doubt is 1 - confidence, or its standard error; where confidence is not known there is none.
     """
     confidence = pc.cast(results["confidence"], pa.float64())
-    is_error = pc.equal(results["confidence_kind"], "standard_error")
+    is_error = pc.equal(results["confidence_kind"], STANDARD_ERROR)
     doubt = pc.if_else(is_error, confidence, pc.subtract(1.0, confidence))
     entropy = pc.fill_null(results["entropy"], 0.0)
     keys = pa.table({"doubt": doubt, "entropy": entropy, "record_id": results["record_id"]})
@@ -151,7 +152,7 @@ def _record(row: Mapping[str, Any], keep_text: bool) -> RecordFacts:
         record_id=clip(row["record_id"], ID_CHARS),
         text=clip_optional(row.get("text"), TEXT_CHARS),
         reference=clip_optional(row.get("reference"), ANSWER_CHARS) if keep_text else None,
-        answer=shown_answer(row),
+        answer=published_answer(row),
         confidence=row["confidence"],
         confidence_kind=row["confidence_kind"],
         tie=row["tie"],

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.report.record_facts import SlowRecord
-from mas_batch.report.walk import ID_CHARS, TEXT_CHARS, clip_optional, rows_of, shown_answer
+from mas_batch.report.walk import ID_CHARS, TEXT_CHARS, clip_optional, published_answer, rows_of
 from mas_batch.run_folder.read import Run
 from mas_batch.safe_text import clip
 
@@ -63,5 +63,5 @@ def with_texts(run: Run, slowest: Sequence[Found]) -> Iterator[SlowRecord]:
         yield SlowRecord(
             **{**facts, "record_id": clip(record_id, ID_CHARS)},
             text=clip_optional(row.get("text"), TEXT_CHARS),
-            answer=shown_answer(row) if row else None,
+            answer=published_answer(row) if row else None,
         )

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mas_batch.records import STANDARD_ERROR
 from mas_batch.run_folder.read import Run
 from mas_batch.safe_text import clip
 
@@ -49,9 +50,10 @@ def _number_of(name: str) -> int:
     return int(found[1])
 
 
-def shown_answer(row: Mapping[str, Any]) -> str:
+def published_answer(row: Mapping[str, Any]) -> str:
     """Return the answer; of a mean, which is published to its last bit, four digits."""
-    return f"{row['value']:.4g}" if row["method"] == "mean" else clip(row["answer"], ANSWER_CHARS)
+    is_mean = row["confidence_kind"] == STANDARD_ERROR
+    return f"{row['value']:.4g}" if is_mean else clip(row["answer"], ANSWER_CHARS)
 
 
 def clip_optional(value: Any, length: int) -> str | None:

@@ -3,7 +3,7 @@
 A policy is asked only about candidates that may take the partition: capable, not asked
 before, with room in their window, not paused and not failing. It sees facts and returns one
 of them: no clock, no network, no chance that a second run would not repeat. Adding one is a
-class and a line in `POLICIES`.
+class and a line in `registries.POLICIES`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from mas_batch import registries
+from mas_batch.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,7 @@ class Throughput:
         return min(candidates, key=lambda r: (finish_s(r), r.turn))
 
 
-class ReliabilityPolicy:
+class MostReliable:
     """The agent whose answers most often are the merged ones, even if it has to be waited for.
 
     An agent that is clearly worse than a busy one is not asked: that costs time, and pays where
@@ -238,15 +241,5 @@ def _weights(candidates: Sequence[ReplicaView]) -> dict[str, float]:
     return {replica_id: (weight or mean) / mean for replica_id, weight in given.items()}
 
 
-_ALL: tuple[type[Policy], ...] = (
-    Capability,
-    RoundRobin,
-    Random,
-    LeastLoaded,
-    RandomLowLoad,
-    WeightedRoundRobin,
-    Throughput,
-    ReliabilityPolicy,
-)
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _ALL}
+POLICIES: Registry[type[Policy]] = registries.POLICIES
 """The words that a job's `routing.policy` may be."""

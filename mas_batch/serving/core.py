@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
@@ -17,7 +16,6 @@ from distributed import Client
 
 from mas_batch import cluster
 from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.reliability import Reliability
 from mas_batch.errors import JobError, MasBatchError, PoolClosedError
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec, stopping_rule
@@ -245,11 +243,12 @@ def pool_spec(job: Job, learned_from: str | None) -> MergeSpec:
         RunError: there is no complete run there.
     """
     spec = merge_spec(job)
-    if not spec.needs_corpus:
+    learning = spec.learning
+    if learning is None:
         return spec
     if learned_from is None:
         first = spec.first_pass
-        needs = "merge.weights learned" if spec.weights == "learned" else spec.method
+        needs = f"merge.weights {spec.weights}" if spec.weights else spec.method
         logger.warning(
             "%s needs a corpus: merging by plain %s, for want of learned_from", needs, first.method
         )
@@ -257,19 +256,16 @@ def pool_spec(job: Job, learned_from: str | None) -> MergeSpec:
     store = open_run(learned_from, job.output.storage_options).store
     try:
         text = store.read_bytes("learned.json").decode()
-        if spec.method == "reliability":
-            spec = replace(spec, reliability=Reliability.from_json(text))
-            known = set(spec.reliability.agents) if spec.reliability else set()
-        else:
-            spec = replace(spec, accuracies=json.loads(text))
-            known = set(spec.accuracies)
+        lesson = learning.read(spec, text)
     except (FileNotFoundError, ValueError) as error:
         message = f"{learned_from!r} has nothing for merge.method {spec.method}: {error}"
         raise JobError(message, key="learned_from") from error
-    if missing := [agent for agent in spec.agents if agent not in known]:
+    if missing := [agent for agent in spec.agents if agent not in lesson.agents]:
         message = f"{learned_from!r} knows nothing of agent {missing[0]!r}"
-        raise JobError(f"{message}; it knows: {', '.join(sorted(known))}", key="learned_from")
-    return spec
+        raise JobError(
+            f"{message}; it knows: {', '.join(sorted(lesson.agents))}", key="learned_from"
+        )
+    return lesson.spec
 
 
 def _servable(job: Job) -> Job:

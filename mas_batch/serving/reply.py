@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.aggregate.merge import result_row
-from mas_batch.aggregate.merge_spec import EMBEDDING, MergeSpec
-from mas_batch.aggregate.verdicts import Encode, ballots_of, verdict_of
+from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import Encode
+from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.corpus import problem_of
 from mas_batch.errors import RecordError
 from mas_batch.records import ANSWERS, Answer, Record
@@ -127,6 +128,6 @@ def merged(
 
 def encoder_of(spec: MergeSpec, answers: Sequence[Answer]) -> Encode | None:
     """Return the vectors that the merge needs, if it needs any: the model is held here."""
-    if spec.utility != EMBEDDING:
+    if not spec.needs_encoder:
         return None
     return encoder_for(spec, pa.Table.from_pylist(rows_of(answers), schema=ANSWERS))

@@ -108,7 +108,7 @@ def remove_rest(store: Store) -> None:
 def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
     """Say how answers were merged, for a manifest."""
     facts: dict[str, Any] = {"method": spec.method, "accuracies": dict(spec.accuracies)}
-    if spec.method == "mbr":
+    if spec.rules.uses_utility:
         facts |= {"utility": spec.utility, "weights": spec.weights}
     if spec.reliability is not None:
         facts["reliability"] = json.loads(spec.reliability.to_json())

@@ -14,18 +14,14 @@ from typing import Any
 from distributed import Client
 
 from mas_batch.agents.second_pass import (
-    PATTERNS,
     confidence_counts,
+    corpus_counts,
     merge_and_count,
-    pattern_counts,
-    support_sums,
 )
 from mas_batch.agents.statistics import COMMITTED, partition_statistics
-from mas_batch.aggregate.consensus import SUPPORT
 from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
-from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.reductions import Reduction
-from mas_batch.aggregate.reliability import History, Reliability
+from mas_batch.aggregate.reliability import History
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Escalate
@@ -74,22 +70,21 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
     A method that learns nothing is returned as it is.
 
     Args:
-        prior: of `reliability`: what earlier runs have learned.
+        prior: for methods that keep a history: what earlier runs have learned.
     """
-    spec, run = answers.run.merge, answers.run
-    if not spec.needs_corpus:
+    run, spec = answers.run, answers.run.merge
+    learning = spec.learning
+    if learning is None:
         return answers
-    if spec.method == "reliability":
-        found = _read_or_commit(run.merged, name, lambda: _reliability(answers, prior).to_json())
-        reliability = Reliability.from_json(found)
-        merge = replace(spec, reliability=reliability)
-        answers.emit(Learned(spec.method, dict(reliability.accuracies), reliability.why))
-    else:
-        found = _read_or_commit(run.merged, name, lambda: json.dumps(_weights(answers), indent=1))
-        merge = replace(spec, accuracies=json.loads(found))
-        why = f"weights by how well the others' answers support an agent's ({spec.utility})"
-        answers.emit(Learned(spec.method, dict(merge.accuracies), why))
-    return replace(answers, run=replace(run, merge=merge))
+
+    def find() -> str:
+        partial = answers.reduce(corpus_counts, learning.reduction)
+        families = dict(_families(run.store, answers.agents))
+        return learning.find(partial, spec, answers.agents, families, prior)
+
+    lesson = learning.read(spec, _read_or_commit(run.merged, name, find))
+    answers.emit(Learned(spec.method, dict(lesson.accuracies), lesson.why))
+    return replace(answers, run=replace(run, merge=lesson.spec))
 
 
 def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
@@ -108,16 +103,6 @@ def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
     picked, of = facts.pop("picked"), facts.pop("of")
     answers.emit(Escalated(escalate.agent, picked, of))
     return Escalation(**facts)
-
-
-def _reliability(answers: AllAnswers, prior: History | None) -> Reliability:
-    patterns = answers.reduce(pattern_counts, PATTERNS)
-    families = dict(_families(answers.run.store, answers.agents))
-    return learn(patterns, answers.agents, families, answers.run.merge.labels, prior)
-
-
-def _weights(answers: AllAnswers) -> dict[str, float]:
-    return SUPPORT.finalize(answers.reduce(support_sums, SUPPORT))
 
 
 def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -5,19 +5,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar
 
-from mas_batch import job
+from mas_batch import job, registries
 from mas_batch.engines.base import Message
-from mas_batch.errors import Reason, RecordError
+from mas_batch.errors import JobError, Reason, RecordError
 from mas_batch.records import Parsed
 from mas_batch.tasks.longdoc import Extractive, Hierarchical
 from mas_batch.tasks.splitting import Part, split
 
-# Nothing else in braces is ours: prompts hold JSON.
-_FIELD = re.compile(r"\{(text|context|language|source_language|labels|minimum|maximum)\}")
 _THINKING = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 _QUOTES = ('""', "''", "“”", "„“", "„”", "‘’", "«»", "»«", "「」", "『』")
 _EXCERPT_CHARS = 80
@@ -35,33 +35,75 @@ class Fitted:
     """How many parts the text, or its context, was cut into."""
 
 
-class Task(Protocol):
+@dataclass(frozen=True, slots=True)
+class Task(ABC):
     """One kind of question. Stateless: safe to share and to make again on every worker."""
 
-    @property
-    def kind(self) -> str:
-        """Its name in job files."""
-        ...
+    spec: job.Task
+    """The task as the job states it."""
 
-    @property
-    def answer_kind(self) -> str:
-        """Which column of the answers is merged: `text`, `label` or `value`."""
-        ...
+    answer_kind: ClassVar[str]
+    """What its answers are: a name of `ANSWER_KINDS`."""
+    default_merge: ClassVar[str]
+    """The merge method of jobs that name none."""
+    default_utility: ClassVar[str] = "chrf"
+    """What `mbr` compares texts with where the job does not say."""
+    goal: ClassVar[str] = "ROUGE-L"
+    """The metric of texts that decides which agent is best."""
+    is_translation: ClassVar[bool] = False
+    """Whether a model that can do nothing but translate can do it."""
+    covers_text: ClassVar[bool] = False
+    """Whether an answer says what the text says, in the text's words as far as it can."""
+    takes_labels: ClassVar[bool] = False
+    """Whether the answer is one of `task.labels`, which then are required."""
+    system_template: ClassVar[str]
+    user_template: ClassVar[str]
+    long_documents: ClassVar[tuple[str, ...]] = ()
+    """What `task.long_documents` may be; empty: there is no choice."""
+    options: ClassVar[Mapping[str, bool | int | float | str]] = MappingProxyType({})
+    """What `task.options` may hold, with the defaults; a value is of its default's type."""
 
-    @property
-    def covers_text(self) -> bool:
-        """Whether an answer says what the text says, in the text's words as far as it can."""
-        ...
+    @classmethod
+    def check(cls, spec: job.Task) -> None:
+        """Refuse what the job says of the task and this kind cannot follow.
 
-    @property
-    def default_merge(self) -> str:
-        """The merge method of jobs that name none."""
-        ...
+        Raises:
+            JobError: naming the key.
+        """
+        if cls.takes_labels != (spec.labels is not None):
+            takers = (name for name, kind in registries.TASKS.items() if kind.takes_labels)
+            raise JobError(
+                f"a list of at least two, for `kind: {', '.join(takers)}` and no other",
+                key="task.labels",
+            )
+        if spec.labels is not None and len(set(spec.labels)) < max(2, len(spec.labels)):
+            raise JobError("at least two, all different", key="task.labels")
+        if spec.long_documents is not None and spec.long_documents not in cls.long_documents:
+            allowed = ", ".join(cls.long_documents) or "nothing, leave it out"
+            raise JobError(
+                f"{spec.long_documents!r} is not allowed for `kind: {spec.kind}`; "
+                f"allowed: {allowed}",
+                key="task.long_documents",
+            )
+        for name, value in spec.options.items():
+            cls._check_option(name, value)
+        cls.check_own(spec)
 
-    @property
-    def default_utility(self) -> str:
-        """What `mbr` compares texts with where the job does not say."""
-        ...
+    @classmethod  # noqa: B027 - most kinds have nothing of their own to refuse
+    def check_own(cls, spec: job.Task) -> None:
+        """Refuse what only this kind can tell; by default nothing. Raises as `check` does."""
+
+    @abstractmethod
+    def parse(self, reply: str) -> Parsed:
+        """Read one reply.
+
+        Raises:
+            RecordError: `empty_answer` or `unparsable_answer`, saying what was expected.
+        """
+
+    @abstractmethod
+    def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
+        """Make one answer of the answers to the parts, in the parts' order."""
 
     def messages(
         self, text: str, context: str | None, *, prompt: str | None, system: str | None
@@ -72,56 +114,6 @@ class Task(Protocol):
         and so does everything in braces that is not a field. An empty system prompt means no
         system turn, which some models' templates demand.
         """
-        ...
-
-    def parse(self, reply: str) -> Parsed:
-        """Read one reply.
-
-        Raises:
-            RecordError: `empty_answer` or `unparsable_answer`, saying what was expected.
-        """
-        ...
-
-    def fit(
-        self, text: str, context: str | None, fits: Callable[[str, str | None], bool]
-    ) -> Fitted:
-        """Make a record fit of which `fits(text, context)` is false.
-
-        Raises:
-            RecordError: `too_long`, when it cannot be.
-        """
-        ...
-
-    def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
-        """Say how the answers to the parts of a text become one; None: `join` does it.
-
-        Args:
-            prompt: the agent's own template of the user turn, if it has one.
-        """
-        ...
-
-    def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Make one answer of the answers to the parts, in the parts' order."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PromptedTask:
-    """What the kinds share: filling prompts and cutting texts."""
-
-    spec: job.Task
-    """The task as the job states it."""
-
-    covers_text: ClassVar[bool] = False
-    system_template: ClassVar[str]
-    user_template: ClassVar[str]
-    long_documents: ClassVar[tuple[str, ...]] = ()
-    """What `task.long_documents` may be; empty: there is no choice."""
-
-    def messages(
-        self, text: str, context: str | None, *, prompt: str | None, system: str | None
-    ) -> tuple[Message, ...]:
-        """Fill the agent's prompt, else the job's, else the kind's own (see `Task`)."""
         fields = self._fields(text, context)
         system = _first(system, self.spec.system, self.system_template)
         user = _first(prompt, self.spec.prompt, self._default_prompt(context))
@@ -131,20 +123,46 @@ class PromptedTask:
     def fit(
         self, text: str, context: str | None, fits: Callable[[str, str | None], bool]
     ) -> Fitted:
-        """Cut the text; the context, if any, is shown with every part (see `Task`)."""
+        """Make a record fit of which `fits(text, context)` is false.
+
+        Here the text is cut; the context, if any, is shown with every part.
+
+        Raises:
+            RecordError: `too_long`, when it cannot be.
+        """
         # Whitespace around a text means nothing to any task, but could be a part of its own.
         parts = split(text.strip(), lambda part: fits(part, context))
         return Fitted(tuple(parts), context, len(parts))
 
     def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
-        """Leave it to `join` (see `Task`)."""
+        """Say how the answers to the parts of a text become one; None: `join` does it.
+
+        Args:
+            prompt: the agent's own template of the user turn, if it has one.
+        """
         return None
+
+    def option(self, name: str) -> Any:
+        """Return the job's value of one of the kind's `options`, else the default."""
+        return self.spec.options.get(name, self.options[name])
+
+    @classmethod
+    def _check_option(cls, name: str, value: object) -> None:
+        if name not in cls.options:
+            allowed = ", ".join(cls.options) or "none"
+            raise JobError(f"unknown key; allowed: {allowed}", key=f"task.options.{name}")
+        wanted = type(cls.options[name])
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise JobError(
+                f"{value!r} is not allowed: must be of type {wanted.__name__}",
+                key=f"task.options.{name}",
+            )
 
     def _default_prompt(self, context: str | None) -> str:
         return self.user_template
 
     def _fields(self, text: str, context: str | None) -> dict[str, str]:
-        fields = {
+        fields = {name: str(self.option(name)) for name in self.options} | {
             "text": text,
             "context": context or "",
             "language": self.spec.language,
@@ -218,4 +236,6 @@ def _first(*templates: str | None) -> str:
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:
-    return _FIELD.sub(lambda match: fields.get(match[1], match[0]), template)
+    # Nothing else in braces is ours: prompts hold JSON.
+    ours = re.compile(rf"\{{({'|'.join(fields)})\}}")
+    return ours.sub(lambda match: fields[match[1]], template)

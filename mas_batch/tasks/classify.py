@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mas_batch import job
 from mas_batch.errors import JobError
 from mas_batch.records import Parsed
-from mas_batch.tasks.base import PromptedTask, content, unparsable
+from mas_batch.tasks.base import Task, content, unparsable
 from mas_batch.tasks.splitting import Part
 
 # What models put around a label. No hyphen and no plus sign: they make labels differ (-1, C++).
@@ -21,24 +22,25 @@ _AROUND = " \t\r\n.,;:!?()[]*`\"'“”‘’„«»"
 
 
 @dataclass(frozen=True, slots=True)
-class Classify(PromptedTask):
+class Classify(Task):
     """One of `labels`."""
 
-    kind: ClassVar[str] = "classify"
     answer_kind: ClassVar[str] = "label"
     default_merge: ClassVar[str] = "vote"
-    default_utility: ClassVar[str] = "chrf"
+    takes_labels: ClassVar[bool] = True
     system_template: ClassVar[str] = "You classify texts. You answer with one label only."
     user_template: ClassVar[str] = (
         "{text}\n\nWhich label fits the text above? Answer with exactly one of: {labels}."
     )
 
-    def __post_init__(self) -> None:
-        labels = self.spec.labels or ()
-        if len({_normal(label) for label in labels}) < max(2, len(labels)):
+    @classmethod
+    def check_own(cls, spec: job.Task) -> None:
+        """Refuse labels that replies cannot tell apart (see `Task`)."""
+        labels = spec.labels or ()
+        if len({_normal(label) for label in labels}) < len(labels):
             raise JobError(
-                f"{', '.join(labels) or 'none'}: at least two are needed, different in more "
-                "than case, width and punctuation around them",
+                f"{', '.join(labels)}: at least two are needed, different in more than case, "
+                "width and punctuation around them",
                 key="task.labels",
             )
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from mas_batch.errors import Reason, RecordError
 from mas_batch.records import Parsed
-from mas_batch.tasks.base import Fitted, PromptedTask, plain_answer
+from mas_batch.tasks.base import Fitted, Task, plain_answer
 from mas_batch.tasks.splitting import Part, largest, split
 
 PASSAGE_CHARS = 400
@@ -19,13 +19,11 @@ PASSAGE_CHARS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Reply(PromptedTask):
+class Reply(Task):
     """An answer to the record, in the job's language."""
 
-    kind: ClassVar[str] = "reply"
     answer_kind: ClassVar[str] = "text"
     default_merge: ClassVar[str] = "mbr"
-    default_utility: ClassVar[str] = "chrf"
     system_template: ClassVar[str] = "You answer briefly and to the point, in {language}."
     user_template: ClassVar[str] = "{text}"
     context_template: ClassVar[str] = "{context}\n\nUse the information above to answer:\n{text}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mas_batch.records import Parsed
-from mas_batch.tasks.base import PromptedTask, content, number, unparsable
+from mas_batch.tasks.base import Task, content, number, unparsable
 from mas_batch.tasks.splitting import Part
 
 # 1,000 is a thousand; 7,5 is seven and a half. The hyphen in `rating-7` is no minus.
@@ -20,13 +20,11 @@ _SCORE = re.compile(rf"(?<![\w.,])({_NUMBER})(?:\s*(?:/|out of)\s*({_NUMBER}))?"
 
 
 @dataclass(frozen=True, slots=True)
-class Score(PromptedTask):
+class Score(Task):
     """A number from `minimum` to `maximum`."""
 
-    kind: ClassVar[str] = "score"
     answer_kind: ClassVar[str] = "value"
     default_merge: ClassVar[str] = "mean"
-    default_utility: ClassVar[str] = "chrf"
     system_template: ClassVar[str] = "You rate texts. You answer with one number only."
     user_template: ClassVar[str] = (
         "{text}\n\nHow good is the text above, from {minimum} (worst) to {maximum} (best)? "

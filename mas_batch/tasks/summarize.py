@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mas_batch.records import Parsed
-from mas_batch.tasks.base import PromptedTask, plain_answer
+from mas_batch.tasks.base import Task, plain_answer
 from mas_batch.tasks.longdoc import Extractive, Hierarchical, describe
 from mas_batch.tasks.splitting import Part
 
 
 @dataclass(frozen=True, slots=True)
-class Summarize(PromptedTask):
+class Summarize(Task):
     """A short text in the job's language that says what the record says."""
 
-    kind: ClassVar[str] = "summarize"
     answer_kind: ClassVar[str] = "text"
     covers_text: ClassVar[bool] = True
     default_merge: ClassVar[str] = "mbr"

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mas_batch.records import Parsed
-from mas_batch.tasks.base import PromptedTask, plain_answer
+from mas_batch.tasks.base import Task, plain_answer
 from mas_batch.tasks.splitting import Part
 
 
 @dataclass(frozen=True, slots=True)
-class Translate(PromptedTask):
+class Translate(Task):
     """The record in another language."""
 
-    kind: ClassVar[str] = "translate"
     answer_kind: ClassVar[str] = "text"
     default_merge: ClassVar[str] = "mbr"
-    default_utility: ClassVar[str] = "chrf"
+    is_translation: ClassVar[bool] = True
+    goal: ClassVar[str] = "chrF"
     system_template: ClassVar[str] = "You translate from {source_language} to {language}."
     long_documents: ClassVar[tuple[str, ...]] = ("join",)
     user_template: ClassVar[str] = (
