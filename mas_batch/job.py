@@ -50,15 +50,17 @@ def _as_value_error(section: str = "") -> Iterator[None]:
         raise ValueError(": ".join(filter(None, (key, error.message)))) from error
 
 
+TaskKind = Annotated[str, _names_of(TASKS)]
+PolicyName = Annotated[str, _names_of(POLICIES)]
+MergeMethod = Annotated[str, _names_of(METHODS)]
+
+
 def _engine_name(name: str) -> str:
     if name != "auto" and name not in ENGINES:
         raise ValueError(f"{name!r} is not allowed; allowed: auto, {', '.join(ENGINES)}")
     return name
 
 
-TaskKind = Annotated[str, _names_of(TASKS)]
-PolicyName = Annotated[str, _names_of(POLICIES)]
-MergeMethod = Annotated[str, _names_of(METHODS)]
 EngineName = Annotated[str, AfterValidator(_engine_name)]
 """A name in `registries.ENGINES`, or `auto`: by the model's name, or its files."""
 

@@ -44,7 +44,7 @@ ENGINES: Registry[EngineInfo] = Registry(
         "overlap": EngineInfo("mas_batch.engines.classical.overlap", holds="nothing"),
     },
 )
-"""`EngineInfo`. Of several that detect a model's files, the first one has it."""
+"""Engine name → `EngineInfo`. Of several that detect a model's files, the first one has it."""
 
 TASKS: Registry[Any] = Registry(
     "task.kind",

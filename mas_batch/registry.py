@@ -18,6 +18,12 @@ from mas_batch.errors import JobError
 Value = TypeVar("Value")
 
 
+class UnknownNameError(JobError, KeyError):
+    """A registry has no such name; a `KeyError` too, as of any mapping."""
+
+    __str__ = Exception.__str__  # a KeyError would quote the message
+
+
 class Registry(Mapping[str, Value], Generic[Value]):
     """Names → values; a value is imported when it is first asked for.
 
@@ -37,8 +43,8 @@ class Registry(Mapping[str, Value], Generic[Value]):
         """Return the value of that name.
 
         Raises:
-            JobError: there is none, or another package's cannot be imported; the message names
-                what is allowed.
+            UnknownNameError: there is none; the message names what is allowed.
+            JobError: another package's cannot be imported.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(self.check(name))
@@ -58,10 +64,11 @@ class Registry(Mapping[str, Value], Generic[Value]):
         """Return the name if it is registered.
 
         Raises:
-            JobError: it is not; the message names what is allowed.
+            UnknownNameError: it is not; the message names what is allowed.
         """
         if name not in self:
-            raise JobError(f"{name!r} is not allowed; allowed: {', '.join(self)}", key=self.key)
+            allowed = ", ".join(self)
+            raise UnknownNameError(f"{name!r} is not allowed; allowed: {allowed}", key=self.key)
         return name
 
     def _load(self, name: str) -> Value:
