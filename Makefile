@@ -8,7 +8,7 @@ TOGETHER := --numprocesses 2 --dist worksteal
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check format bench lock clean
+.PHONY: help demo test newest chaos check format bench lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ chaos: $(VENV)/dev.done  ## the chaos suite in its long form (SEED=0 ROUNDS=5): 
 	$(BIN)/python -m pytest tests/test_chaos.py --chaos-seed $(SEED) --chaos-rounds $(ROUNDS) $(TOGETHER)
 SEED   ?= 0
 ROUNDS ?= 5
+
+newest:  ## run the suite on the newest versions that the ranges allow, in an environment of its own
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
+		-c requirements/constraints.txt -e '.[cpu,dev,s3,openai,ctranslate2,zstd,evaluate]'
+	.venv-newest/bin/python -m pytest $(TOGETHER)
 
 check: $(VENV)/dev.done  ## lint, types, layers, spelling
 	$(BIN)/ruff check .
@@ -46,8 +52,8 @@ lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements/*.lock  # a build tag is not on every index
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
-clean:  ## remove the environment and the runs (models stay in the cache)
-	rm -rf $(VENV) runs
+clean:  ## remove the environments and the runs (models stay in the cache)
+	rm -rf $(VENV) .venv-newest runs
 
 # The stamps make a second `make demo` do only what is missing.
 $(VENV)/run.done: requirements/run.lock pyproject.toml
