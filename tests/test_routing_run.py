@@ -210,15 +210,26 @@ def test_a_worker_that_is_retired_is_drained_and_nothing_is_blamed(
 
 
 def test_an_agent_that_cannot_load_is_done_without_where_others_are_enough(
-    cluster_client: Client, make_job: MakeJob
+    cluster_client: Client, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agents = [
         {"name": "strong", "model": "echo:s"},
         {"name": "weak", "model": "echo:w", "options": {"fail_to_load": True}},
     ]
-    events = Recorder()
+    events, lost, answer = Recorder(), threading.Event(), work.answer_records
+
+    def emit(event: Event) -> None:
+        events(event)
+        if isinstance(event, AgentLost):
+            lost.set()
+
+    def answer_when_lost(*args: Any) -> Any:
+        assert lost.wait(60), "workers are in this process"
+        return answer(*args)
+
+    monkeypatch.setattr(work, "answer_records", answer_when_lost)
     job = make_job(agents=agents, routing={"answers_per_record": 1})
-    pipeline.run(job, client=cluster_client, emit=events)
+    pipeline.run(job, client=cluster_client, emit=emit)
     assert {event.agent_id for event in events.of(PartitionAnswered)} == {"strong"}
     assert [event.agent_id for event in events.of(AgentLost)] == ["weak"]
     with pytest.raises(ModelError, match=r"agents\.weak: no worker could load echo:w"):
