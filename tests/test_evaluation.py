@@ -37,6 +37,11 @@ from mas_batch.run_folder.storage import Store
 Replies = Mapping[str, Sequence[str | None]]
 MakeRun = Callable[..., Run]
 LABELS = ["x", "y", "z"]
+COUNTED = {
+    **{"answers": 7, "failed_answers": 1, "wins": 3, "agreement": 0.5},
+    **{"prompt_tokens": 80, "completion_tokens": 32, "compute_s": 4.0},
+}
+"""What a manifest says of an agent."""
 
 
 @pytest.fixture
@@ -80,6 +85,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             "format": FORMAT,
             "run": "judged-1",
             "counts": {"results": len(rows), "failures": 0},
+            "agents": [{"agent_id": name, **COUNTED} for name in replies],
             "merge": facts,
             "files": {"results": ranges, "failures": [], "answers": dict.fromkeys(replies, ranges)},
         }
@@ -381,13 +387,9 @@ def test_the_files_hold_what_was_found(make_run: MakeRun) -> None:
     assert good["low"] <= good["value"] <= good["high"]
     assert good["difference"] is None
     assert quality[2]["difference"] == pytest.approx(-0.5)
-    agents = run.store.read_table("evaluation/agents.parquet").to_pylist()
-    assert agents[1] == {
-        **{"agent_id": "bad", "answers": 56, "failed_answers": 8, "prompt_tokens": 640},
-        **{"completion_tokens": 256, "tokens_per_s": 8.0, "records_per_s": pytest.approx(1.0)},
-        **{f"compute_{p}_s": 0.5 for p in ("p50", "p95", "p99")},
-        **{f"total_{p}_s": pytest.approx(1.0) for p in ("p50", "p95", "p99")},
-    }
+    assert [(cost.agent_id, cost.answers, cost.tokens_per_s) for cost in found.costs] == [
+        ("bad", 7, 8.0), ("good", 7, 8.0), ("worse", 7, 8.0),
+    ]  # fmt: skip
     assert run.store.read_table("evaluation/agreement.parquet").num_rows == 3
     kept = json.loads(run.store.read_bytes("evaluation/calibration.json"))
     own = next(each for each in kept if each["kind"] == "run")
@@ -400,7 +402,7 @@ def test_the_files_hold_what_was_found(make_run: MakeRun) -> None:
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_page_fits_a_terminal(make_run: MakeRun, width: int) -> None:
     page = printed(evaluate(make_run(REFERENCES, REPLIES), "gold", num_resamples=30), width)
-    titles = ["Quality", "Other metrics", "Agreement", "Confidence", "Cost", "Latency"]
+    titles = ["Quality", "Other metrics", "Agreement", "Confidence", "Cost"]
     lines = page.splitlines()
     starts = [next(i for i, line in enumerate(lines) if line.startswith(t)) for t in titles]
     assert starts == sorted(starts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pkgutil import resolve_name
@@ -12,7 +12,7 @@ import numpy as np
 from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.evaluation.libraries import library
-from mas_batch.evaluation.systems import Evidence, Indices, Mask, number_texts
+from mas_batch.evaluation.systems import Evidence, Indices, Mask, Vector, number_texts
 from mas_batch.quality import Kind
 
 MAX_TEXTS = 1000
@@ -52,13 +52,11 @@ class FirstAnswers:
     seed: int
     """Of samples."""
 
-    def both(self, a: str, b: str) -> Mask:
-        """Return the records that both have answered."""
-        return (self.answered[a] >= 0) & (self.answered[b] >= 0)
-
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield every two agents."""
-        return combinations(self.answered, 2)
+    def pairs(self) -> Iterator[tuple[tuple[str, str], Indices, Indices]]:
+        """Yield every two agents, and the candidates of each for the records that both answered."""
+        for a, b in combinations(self.answered, 2):
+            both = (self.answered[a] >= 0) & (self.answered[b] >= 0)
+            yield (a, b), self.answered[a][both], self.answered[b][both]
 
 
 PairFacts = Callable[[FirstAnswers], Mapping[tuple[str, str], Mapping[str, float | None]]]
@@ -77,13 +75,10 @@ def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple
     first = FirstAnswers(evidence, answered, said, references, seed)
     facts: PairFacts = resolve_name(ANSWER_KINDS[answer_kind].agreement)
     further = facts(first)
-    pairs = []
-    for a, b in first.pairs():
-        both = first.both(a, b)
-        left, right = answered[a][both], answered[b][both]
-        equal = _mean(said[left] == said[right])
-        pairs.append(AgentPair(a, b, len(left), equal, **further.get((a, b), {})))
-    return tuple(pairs)
+    return tuple(
+        AgentPair(*pair, len(left), _mean(said[left] == said[right]), **further.get(pair, {}))
+        for pair, left, right in first.pairs()
+    )
 
 
 def label_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float | None]]:
@@ -93,29 +88,34 @@ def label_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, floa
     scikit-learn's.
     """
     facts: dict[tuple[str, str], dict[str, float | None]] = {}
-    for a, b in first.pairs():
-        both = first.both(a, b)
-        left, right = (first.said[first.answered[agent][both]] for agent in (a, b))
-        same_error = _same_error(left, right, first.references[both])
-        facts[a, b] = {"kappa": _kappa(left, right), "same_error": same_error}
+    for pair, left, right in first.pairs():
+        right_label = first.references[first.evidence.record_of[left]]
+        a, b = first.said[left], first.said[right]
+        wrong = (a != right_label) & (b != right_label)
+        facts[pair] = {"kappa": _kappa(a, b), "same_error": _mean(a[wrong] == b[wrong])}
     return facts
 
 
 def value_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float | None]]:
     """Return the mean difference of numbers; `PairFacts`."""
-    facts: dict[tuple[str, str], dict[str, float | None]] = {}
-    for a, b in first.pairs():
-        both = first.both(a, b)
-        left, right = (first.answered[agent][both] for agent in (a, b))
-        difference = _mean_difference(first.evidence.answers, left, right)
-        facts[a, b] = {"mean_difference": difference}
-    return facts
+    values = np.array([float(answer or "nan") for answer in first.evidence.answers])
+    return {
+        pair: {"mean_difference": _mean(np.abs(values[left] - values[right]))}
+        for pair, left, right in first.pairs()
+    }
 
 
-def text_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float | None]]:
-    """Return how alike texts are; `PairFacts`."""
-    utilities = _utilities(first.evidence, first.answered, first.seed)
-    return {pair: {"utility": utility} for pair, utility in utilities.items()}
+def text_agreement(first: FirstAnswers) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the mean symmetrised chrF; `PairFacts`. All pairs of a record are compared at once."""
+    evidence = first.evidence
+    sample = np.random.default_rng(first.seed).permutation(evidence.num_records)[:MAX_TEXTS]
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in np.sort(sample).tolist():
+        there = {agent: own[record] for agent, own in first.answered.items() if own[record] >= 0}
+        matrix = chrf_matrix([evidence.answers[i] or "" for i in there.values()])
+        for (i, a), (j, b) in combinations(enumerate(there), 2):
+            found.setdefault((a, b), []).append((matrix[i, j] + matrix[j, i]) / 2)
+    return {pair: {"utility": float(np.mean(utilities))} for pair, utilities in found.items()}
 
 
 def _answered(evidence: Evidence) -> dict[str, Indices]:
@@ -126,7 +126,7 @@ def _answered(evidence: Evidence) -> dict[str, Indices]:
     return {name: np.where(missing[first], -1, first) for name, first in agents.items()}
 
 
-def _mean(values: Mask) -> float | None:
+def _mean(values: Mask | Vector) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
@@ -134,30 +134,3 @@ def _kappa(left: Indices, right: Indices) -> float | None:
     if len(np.union1d(left, right)) < 2:
         return None
     return float(library("sklearn.metrics").cohen_kappa_score(left, right))
-
-
-def _same_error(left: Indices, right: Indices, references: Indices) -> float | None:
-    wrong = (left != references) & (right != references)
-    return _mean(left[wrong] == right[wrong])
-
-
-def _mean_difference(answers: Sequence[str | None], left: Indices, right: Indices) -> float | None:
-    def numbers(side: Indices) -> list[float]:
-        return [float(answers[i] or "nan") for i in side]
-
-    return float(np.mean(np.abs(np.subtract(numbers(left), numbers(right))))) if len(left) else None
-
-
-def _utilities(
-    evidence: Evidence, answered: Mapping[str, Indices], seed: int
-) -> dict[tuple[str, str], float]:
-    """Return pair → mean symmetrised chrF; all pairs of a record are compared at once."""
-    num_records = evidence.num_records
-    sample = np.random.default_rng(seed).permutation(num_records)[:MAX_TEXTS]
-    sums: dict[tuple[str, str], list[float]] = {}
-    for record in np.sort(sample).tolist():
-        there = {agent: first[record] for agent, first in answered.items() if first[record] >= 0}
-        matrix = chrf_matrix([evidence.answers[i] or "" for i in there.values()])
-        for (i, a), (j, b) in combinations(enumerate(there), 2):
-            sums.setdefault((a, b), []).append((matrix[i, j] + matrix[j, i]) / 2)
-    return {pair: float(np.mean(values)) for pair, values in sums.items()}

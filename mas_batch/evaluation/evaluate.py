@@ -13,7 +13,6 @@ from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import RunError
 from mas_batch.evaluation.agreement import AgentPair, pairwise_agreement
 from mas_batch.evaluation.confidence import ConfidenceQuality, judge_confidence
-from mas_batch.evaluation.cost import AgentCost, agent_costs
 from mas_batch.evaluation.gather import EvidenceRequest, gather
 from mas_batch.evaluation.metrics import Metrics, metrics_for
 from mas_batch.evaluation.scoring import Worth, best_agent, qualities, worth_of
@@ -22,6 +21,8 @@ from mas_batch.evaluation.speedup import Scale, scaling
 from mas_batch.evaluation.systems import Evidence, oracle
 from mas_batch.job import Job
 from mas_batch.quality import Kind, Quality
+from mas_batch.report.collect import agents_of
+from mas_batch.report.facts import AgentFacts
 from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
@@ -57,7 +58,8 @@ class Evaluation:
     notes: tuple[str, ...]
     agreement: tuple[AgentPair, ...]
     confidences: tuple[ConfidenceQuality, ...]
-    costs: tuple[AgentCost, ...]
+    costs: tuple[AgentFacts, ...]
+    """What the run's manifest says of each agent's answers, tokens and seconds."""
     scaling: tuple[Scale, ...]
     """Empty: there was no other run to compare with."""
 
@@ -132,7 +134,7 @@ def evaluate(
         notes=(*metrics.notes, *_notes(own, metrics, judged)),
         agreement=pairwise_agreement(evidence, own.answer_kind, seed),
         confidences=_confidences(evidence, metrics, seed),
-        costs=agent_costs(run),
+        costs=agents_of(run, {}),
         scaling=scaling([run, *compare]) if compare else (),
     )
 

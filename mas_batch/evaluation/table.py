@@ -10,11 +10,11 @@ from rich.text import Text
 
 from mas_batch.evaluation.agreement import AgentPair
 from mas_batch.evaluation.confidence import ConfidenceQuality
-from mas_batch.evaluation.cost import AgentCost, Percentiles
 from mas_batch.evaluation.evaluate import Evaluation
 from mas_batch.evaluation.scoring import Worth
 from mas_batch.evaluation.speedup import Scale
 from mas_batch.quality import Difference, Kind, MetricScore, Quality
+from mas_batch.report.facts import AgentFacts
 from mas_batch.terminal import plain_table, print_section
 
 _KINDS = {
@@ -216,23 +216,20 @@ def _diagram(judged: ConfidenceQuality) -> Table:
     return table
 
 
-def _print_cost(console: Console, costs: Sequence[AgentCost]) -> None:
-    header = ("", "answers", "failed", "prompt tokens", "new tokens", "tokens/s", "records/s")
+def _print_cost(console: Console, agents: Sequence[AgentFacts]) -> None:
+    header = ("", "answers", "failed", "prompt tokens", "new tokens", "tokens/s", "T p50", "p95")
     table = plain_table(header)
-    for cost in costs:
-        counts = (cost.answers, cost.failed_answers, cost.prompt_tokens, cost.completion_tokens)
+    for agent in agents:
+        counts = (agent.answers, agent.failed_answers, agent.prompt_tokens, agent.completion_tokens)
+        quantiles = (agent.latency.p50_s, agent.latency.p95_s) if agent.latency else (None, None)
         table.add_row(
-            Text(cost.agent_id),
+            Text(agent.agent_id),
             *(f"{count:,}" for count in counts),
-            _format(cost.tokens_per_s, "{:,.1f}"),
-            _format(cost.records_per_s, "{:,.2f}"),
+            _format(agent.tokens_per_s, "{:,.1f}"),
+            *(_format(seconds, "{:,.3f}") for seconds in quantiles),
         )
-    print_section(console, "Cost", "rates are those of one busy replica", table)
-    table = plain_table(["", "compute p50", "p95", "p99", "T p50", "p95", "p99"])
-    for cost in costs:
-        table.add_row(Text(cost.agent_id), *_percentiles(cost.compute), *_percentiles(cost.total))
-    about = "seconds per answer; T = compute + transfer + processing"
-    print_section(console, "Latency", about, table)
+    about = "tokens/s of model time; T in seconds per answer: compute + transfer + processing"
+    print_section(console, "Cost", about, table)
 
 
 def _print_scaling(console: Console, scales: Sequence[Scale]) -> None:
@@ -267,7 +264,3 @@ def _range(low: float | None, high: float | None, show: Callable[[float], str]) 
 
 def _format(value: float | None, pattern: str) -> str:
     return "–" if value is None else pattern.format(value)
-
-
-def _percentiles(seconds: Percentiles) -> list[str]:
-    return [f"{value:,.3f}" for value in (seconds.p50_s, seconds.p95_s, seconds.p99_s)]

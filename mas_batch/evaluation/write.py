@@ -42,31 +42,12 @@ AGREEMENT = pa.schema(
     ]
 )
 
-_LATENCIES = [
-    pa.field(f"{part}_{percentile}_s", pa.float64(), nullable=False)
-    for part in ("compute", "total")
-    for percentile in ("p50", "p95", "p99")
-]
-
-AGENTS = pa.schema(
-    [
-        pa.field("agent_id", pa.string(), nullable=False),
-        pa.field("answers", pa.int64(), nullable=False),
-        pa.field("failed_answers", pa.int64(), nullable=False),
-        pa.field("prompt_tokens", pa.int64(), nullable=False),
-        pa.field("completion_tokens", pa.int64(), nullable=False),
-        pa.field("tokens_per_s", pa.float64()),
-        pa.field("records_per_s", pa.float64()),
-        *_LATENCIES,
-    ]
-)
-
 
 def write(evaluation: Evaluation, store: Store) -> None:
     """Keep the figures in the run's folder `evaluation/`, in the place of earlier ones.
 
-    `quality.parquet` (a row per system and metric), `agreement.parquet` (per pair of agents),
-    `agents.parquet` (per agent) and `calibration.json` (per merge).
+    `quality.parquet` (a row per system and metric), `agreement.parquet` (per pair of agents) and
+    `calibration.json` (per merge).
 
     Args:
         store: the run's folder.
@@ -76,10 +57,8 @@ def write(evaluation: Evaluation, store: Store) -> None:
     """
     facts = evaluation.to_json()
     quality = [_quality_row(each, score) for each in facts["qualities"] for score in each["scores"]]
-    costs = [_cost_row(cost) for cost in facts["costs"]]
     _write_table(store, "quality", quality, QUALITY)
     _write_table(store, "agreement", facts["agreement"], AGREEMENT)
-    _write_table(store, "agents", costs, AGENTS)
     content = json.dumps(facts["confidences"], indent=1, ensure_ascii=False)
     store.replace(f"{EVALUATION}/calibration.json", content.encode())
 
@@ -91,22 +70,11 @@ def _write_table(store: Store, name: str, rows: list[dict[str, Any]], schema: pa
 
 def _quality_row(quality: Mapping[str, Any], score: Mapping[str, Any]) -> dict[str, Any]:
     difference = score["difference"] or {}
-    system = {name: quality[name] for name in ("kind", "name", "num_records", "num_missing")}
-    own = {name: score[name] for name in ("metric", "value", "low", "high")}
     return {
-        **system,
-        **own,
+        **quality,
+        **score,
         "difference": difference.get("value"),
         "difference_low": difference.get("low"),
         "difference_high": difference.get("high"),
         "p": difference.get("p"),
     }
-
-
-def _cost_row(cost: Mapping[str, Any]) -> dict[str, Any]:
-    latencies = {
-        f"{part}_{percentile}": seconds
-        for part in ("compute", "total")
-        for percentile, seconds in cost[part].items()
-    }
-    return {**cost, **latencies}

@@ -16,13 +16,13 @@ from mas_batch.events import (
     PartitionMerged,
     PartitionUndecided,
     PhaseEnded,
-    TaskEnded,
 )
 from mas_batch.records import LEDGER
 from mas_batch.run_folder.names import LEDGER_FOLDER
 from mas_batch.run_folder.storage import Store
 
-_TIMES = tuple(field.name for field in fields(TaskEnded) if field.name in LEDGER.names)
+_FLUSH_EVERY, _FLUSH_S = 5000, 60.0
+"""Rows of a file at most, and how long rows are kept at most until the next event."""
 
 
 class Ledger:
@@ -35,20 +35,10 @@ class Ledger:
         start: of the execution, by `time.perf_counter`.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        execution: str,
-        start: float,
-        *,
-        flush_every: int = 5000,
-        flush_s: float = 60.0,
-    ) -> None:
+    def __init__(self, store: Store, execution: str, start: float) -> None:
         self._store = store
         self._execution = execution
         self._start = start
-        self._flush_every = flush_every
-        self._flush_s = flush_s
         self._last_flush = time.perf_counter()
         self._rows: list[dict[str, Any]] = []
         self._num_files = 0
@@ -59,8 +49,7 @@ class Ledger:
         row = _row(event, now - self._start)
         if row is not None:
             self._rows.append({"execution": self._execution, **row})
-        is_late = now - self._last_flush >= self._flush_s
-        if len(self._rows) >= self._flush_every or is_late:
+        if len(self._rows) >= _FLUSH_EVERY or now - self._last_flush >= _FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
@@ -77,45 +66,19 @@ class Ledger:
 def _row(event: Event, now_s: float) -> dict[str, Any] | None:
     match event:
         case PartitionAnswered():
-            identity = {
-                "agent_id": event.agent_id,
-                "attempt": event.attempt,
-                "num_answers": event.num_answers,
-                "prompt_tokens": event.prompt_tokens,
-                "completion_tokens": event.completion_tokens,
-                "peak_memory_bytes": event.peak_memory_bytes,
-            }
-            return {**_task("answer", event, now_s), **identity, "num_records": event.num_records}
+            own: dict[str, Any] = {"stage": "answer"}
         case PartitionMerged():
-            num_records = event.num_results + event.num_failures
-            return {**_task("merge", event, now_s), "num_records": num_records}
+            own = {"stage": "merge", "num_records": event.num_results + event.num_failures}
         case PartitionUndecided():
-            return {**_task("merge", event, now_s), "num_records": event.num_records}
+            own = {"stage": "merge"}
         case AnswerFailed():
-            spent = {"at_s": now_s - event.wall_s, "wall_s": event.wall_s, "queue_s": event.wall_s}
-            return {
-                "stage": "failed answer",
-                "partition": event.partition,
-                "agent_id": event.agent_id,
-                "worker": event.worker,
-                "attempt": event.attempt,
-                **spent,
-            }
-        case AgentReady(agent_id, worker, load_s):
-            times = {"at_s": now_s - load_s, "wall_s": load_s, "process_s": load_s}
-            return {"stage": "load", "agent_id": agent_id, "worker": worker, **times}
-        case PhaseEnded(phase, at_s, wall_s):
-            return {"stage": phase, "at_s": at_s, "wall_s": wall_s}
-    return None
-
-
-def _task(
-    stage: str, event: PartitionAnswered | PartitionMerged | PartitionUndecided, now_s: float
-) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "partition": event.partition,
-        "worker": event.worker,
-        "at_s": now_s - event.wall_s,
-        **{name: getattr(event, name) for name in _TIMES},
-    }
+            own = {"stage": "failed answer", "queue_s": event.wall_s}
+        case AgentReady():
+            own = {"stage": "load", "wall_s": event.load_s, "process_s": event.load_s}
+        case PhaseEnded():
+            own = {"stage": event.phase}
+        case _:
+            return None
+    columns = (each.name for each in fields(event) if each.name in LEDGER.names)
+    row = {**{name: getattr(event, name) for name in columns}, **own}
+    return {"at_s": now_s - row["wall_s"], **row}  # a phase knows itself when it began

@@ -44,14 +44,11 @@ class Phases:
     def begin(self, name: str) -> None:
         """End the present phase and begin another; the name of the present one changes nothing."""
         if name != self._name:
-            self._end()
+            self.end()
             self._name = name
 
     def end(self) -> None:
-        """End the last phase."""
-        self._end()
-
-    def _end(self) -> None:
+        """End the present phase; after the last one there is none to begin."""
         now = time.perf_counter()
         event = PhaseEnded(self._name, self._began - self.start, now - self._began)
         self._began = now

@@ -123,9 +123,6 @@ class SimulationResult:
     """Worker → when it ended its last task."""
     handling_s: float = 0.0
     """The submitting process was busy for so long."""
-    num_asks: int = 0
-    num_copies: int = 0
-    """Of these, second tries of slow tasks."""
 
     @property
     def asking_s(self) -> float:
@@ -143,8 +140,6 @@ class SimulationResult:
             busy_s=defaultdict(float, self.busy_s | later.busy_s),
             ended_s=ended_s | {name: end + shift_s for name, end in later.ended_s.items()},
             handling_s=self.handling_s + later.handling_s,
-            num_asks=self.num_asks + later.num_asks,
-            num_copies=self.num_copies + later.num_copies,
         )
 
 
@@ -210,8 +205,6 @@ class Simulation:
                 raise RuntimeError("partitions are left for an agent without workers")
         return self.result
 
-    # Workers
-
     def _load(self, worker: Worker) -> None:
         self._clock.work(worker.load_s, worker.cores, partial(self._loaded, worker))
 
@@ -234,7 +227,6 @@ class Simulation:
     def _begin(self, ask: Ask) -> None:
         worker = self._workers[ask.replica_id]
         share = self._open.get(ask.partition, 1.0) if ask.earlier else 1.0
-        self.result.num_asks += 1
         work_s = self._costs.answer_s(worker, ask, share)
         began = self._clock.now
         self._clock.work(work_s, worker.cores, partial(self._end, ask, began))
@@ -249,8 +241,6 @@ class Simulation:
         if queue:
             self._begin(queue[0])
         self._hear(partial(self._answered, ask))
-
-    # The submitting process
 
     def _hear(self, handle: Callable[[], list[Instruction]]) -> None:
         """Handle news when what was heard before is handled."""
@@ -293,7 +283,6 @@ class Simulation:
         for instruction in instructions:
             match instruction:
                 case Ask():
-                    self.result.num_copies += instruction.purpose == "copy"
                     self._clock.at(sent_s, partial(self._arrive, instruction))
                 case Merge():
                     self._clock.at(sent_s, partial(self._merge, instruction))

@@ -47,12 +47,9 @@ def quantile(partial: Partial, q: float) -> float:
         q: in [0, 1].
     """
     rank = max(1, math.ceil(q * partial["count"]))
-    below = 0
-    for index in sorted(map(int, partial["bins"])):
-        below += partial["bins"][str(index)]
-        if below >= rank:
-            return _middle(index)
-    raise ValueError("a sketch of nothing has no quantiles")
+    bins = sorted(map(int, partial["bins"]))
+    up_to = np.cumsum([partial["bins"][str(index)] for index in bins])
+    return _middle(bins[np.searchsorted(up_to, rank)])
 
 
 def summary(partial: Partial) -> dict[str, float]:

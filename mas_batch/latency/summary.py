@@ -24,7 +24,7 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
         the seconds of the agents' workers, added up; `per_partition`: quantiles by stage and
         agent; `per_record`: quantiles of an answer's seconds by agent and part.
     """
-    phases = {name: _sum(_stage(ledger, name), "wall_s") for name in ALL}
+    phases = {name: _total_s(_rows_of(ledger, name), "wall_s") for name in ALL}
     rows = [
         {"agent_id": agent_id, "part": part, **figures}
         for agent_id, parts in per_record.items()
@@ -41,16 +41,16 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
 
 def _replicas(ledger: pa.Table) -> dict[str, Any]:
     """Add up what the agents' workers did; together it is the time that they were there."""
-    answers, loads = _stage(ledger, "answer"), _stage(ledger, "load")
+    answers, loads = _rows_of(ledger, "answer"), _rows_of(ledger, "load")
     return {
         "num": pc.count_distinct(loads["worker"]).as_py(),
-        "compute_s": _sum(answers, "compute_s"),
-        "transfer_s": _sum(answers, "read_s") + _sum(answers, "write_s"),
-        "processing_s": _sum(answers, "process_s"),
-        "failed_s": _sum(_stage(ledger, "failed answer"), "wall_s"),
-        "idle_s": _sum(answers, "idle_s"),
-        "load_s": _sum(loads, "wall_s"),
-        "queue_s": _sum(answers, "queue_s"),
+        "compute_s": _total_s(answers, "compute_s"),
+        "transfer_s": _total_s(answers, "read_s") + _total_s(answers, "write_s"),
+        "processing_s": _total_s(answers, "process_s"),
+        "failed_s": _total_s(_rows_of(ledger, "failed answer"), "wall_s"),
+        "idle_s": _total_s(answers, "idle_s"),
+        "load_s": _total_s(loads, "wall_s"),
+        "queue_s": _total_s(answers, "queue_s"),
     }
 
 
@@ -64,7 +64,7 @@ def _per_partition(ledger: pa.Table) -> list[dict[str, Any]]:
     )
     found = []
     for key in keys.to_pylist():
-        own = _stage(tasks, key["stage"])
+        own = _rows_of(tasks, key["stage"])
         if key["agent_id"] is not None:
             own = own.filter(pc.equal(own["agent_id"], key["agent_id"]))
         times = {name: _quantiles(own, f"{name}_s") for name in ("wall", "queue")}
@@ -78,9 +78,9 @@ def _quantiles(table: pa.Table, column: str) -> dict[str, float]:
     return {"p50_s": float(p50), "p95_s": float(p95), "p99_s": float(p99)}
 
 
-def _stage(ledger: pa.Table, stage: str) -> pa.Table:
+def _rows_of(ledger: pa.Table, stage: str) -> pa.Table:
     return ledger.filter(pc.equal(ledger["stage"], stage))
 
 
-def _sum(table: pa.Table, column: str) -> float:
+def _total_s(table: pa.Table, column: str) -> float:
     return float(pc.sum(table[column]).as_py() or 0.0)
