@@ -85,7 +85,7 @@ class Connection:
 
     client: Client
     scaler: Scaler | None
-    """Starts and ends workers; None: the number is somebody else's business."""
+    """Starts and ends workers; None: their number is not ours to change."""
 
 
 class EmbeddedScaler:

@@ -313,7 +313,7 @@ class Escalate(_Model):
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """The share of all records that it is asked about at most."""
     below: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Or: every record whose confidence is lower. Records that nobody answered always count."""
+    """Or: every record whose confidence is lower. Records that no agent answered always count."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -341,7 +341,7 @@ class Routing(_Model):
     what its measured rate leads to expect, at least ten minutes."""
     window: Annotated[int, Field(ge=1, le=64)] | None = None
     """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
-    hides the latency of asking, but what waits cannot go to whoever is free first. None: 2
+    hides the latency of asking, but what waits cannot go to the replica that is free first. None: 2
     where a partition takes a worker less than a second, else 1."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""

@@ -2,12 +2,12 @@
 
 A process that dies (a native crash, a memory limit, a hang that ends in a restart) cannot say
 what it died of. So records are asked one at a time: before one is asked a mark is committed,
-afterwards its answers are, and whoever is given the partition next knows which record a death
-fell on. Knows no Dask.
+afterwards its answers are, and the worker that is given the partition next knows which record a
+death fell on. Knows no Dask.
 
     journal/agent=<name>/part-000007/<hash of the record's id>/
         begun-1          try 1; its content is the record's id, for people
-        ended-1          try 1 raised an exception: nobody died of it
+        ended-1          try 1 raised an exception: no worker died of it
         answers.parquet  the record's answers; final
 
 Files are created if absent and never changed, so copies of a task can share a journal: the

@@ -108,7 +108,7 @@ def worker_options(
                 "resources": job.capabilities(agent),
                 "memory_limit": memory_limit,
                 "local_directory": local_directory,
-                # Dask's defaults are every interface: whoever reaches a worker runs code on it.
+                # Dask's default is every interface: who reaches a worker can run code on it.
                 "host": "127.0.0.1",
                 "dashboard_address": "127.0.0.1:0",
                 "env": env,

@@ -108,7 +108,7 @@ class _Tree:
         return self._result(rest[0])
 
     def release(self) -> None:
-        """Let go of everything; the scheduler cancels what nobody waits for."""
+        """Let go of everything; the scheduler cancels tasks that no client waits for."""
         for future in (*self._running, *(f for level in self._levels for f in level)):
             future.release()
 

@@ -33,7 +33,7 @@ Fault = Literal["error", "out_of_memory", "unparsable", "kill", "hang", "allocat
 
 _STEP_BYTES = 64 * 2**20
 _PAUSE_S = 0.05
-"""Between two steps of `allocate`, so that whoever watches the memory sees it grow."""
+"""Between two steps of `allocate`, so that a memory limit sees it grow."""
 _HOLD_S = 30.0
 """How long `allocate` holds all of it."""
 

@@ -369,7 +369,7 @@ class DaskRouter:
             return  # it has reported, or it was abandoned
         self._forget(key)
         if isinstance(failure, OutputError):
-            raise failure  # nobody else could write it either
+            raise failure  # no other worker could write it either
         failure = failure or RunError("the task ended without a report")
         self._last_failure[ask.agent_id] = f"{type(failure).__name__}: {failure}"
         instructions = self._dispatcher.failed(

@@ -42,7 +42,7 @@ class Listener(Protocol):
         ...
 
     def left(self, address: str, *, blamed: bool) -> None:
-        """The worker is gone; not blamed: somebody took it away on purpose."""
+        """The worker is gone; not blamed: it was taken away on purpose."""
         ...
 
 
@@ -143,7 +143,7 @@ class Hosting:
         return self._specs.keys() - set(self.ready.values())
 
     def check_loaded(self, unserved: set[str]) -> None:
-        """Give up on agents whose model nobody can load; wait for those whose worker left.
+        """Give up on agents whose model no worker can load; wait for those whose worker left.
 
         Raises:
             ModelError: no worker of such an agent could load its model.
@@ -157,10 +157,10 @@ class Hosting:
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
-        """Note who is missing now; whose model is being loaded is not.
+        """Note which agents have no worker now; one whose model is being loaded has.
 
         Raises:
-            RunError: somebody has been for too long.
+            RunError: an agent has had none for too long.
         """
         missing = unserved - {self._hosts[address] for address in self._loading}
         now = time.monotonic()
@@ -259,7 +259,7 @@ class Hosting:
             logger.warning("worker %s could not be restarted: %s", address, error)
 
     def retire(self, addresses: Iterable[str]) -> list[str]:
-        """Ask these idle workers nothing further; returns their names, for whoever ends them."""
+        """Ask these idle workers nothing further; returns their names, for the scaler that ends them."""
         names = []
         for address in addresses:
             self._retiring.add(address)
