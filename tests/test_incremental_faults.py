@@ -156,5 +156,6 @@ def test_nothing_new_is_said_and_quick(site: Site) -> None:
     }
     command = [sys.executable, "-m", "mas_batch.submit", "job.yaml"]
     done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True, check=True)
-    words = f"Nothing new since {first.manifest['run']}: 30 records, no agent was asked; exit code 0"
+    run = first.manifest["run"]
+    words = f"Nothing new since {run}: 30 records, no agent was asked; exit code 0"
     assert words in " ".join(done.stdout.split())

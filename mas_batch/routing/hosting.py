@@ -259,7 +259,7 @@ class Hosting:
             logger.warning("worker %s could not be restarted: %s", address, error)
 
     def retire(self, addresses: Iterable[str]) -> list[str]:
-        """Ask these idle workers nothing further; returns their names, for the scaler that ends them."""
+        """Ask these idle workers nothing further; returns their names, for the scaler."""
         names = []
         for address in addresses:
             self._retiring.add(address)
