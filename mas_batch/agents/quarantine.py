@@ -28,7 +28,7 @@ from mas_batch.agents.answering import AgentProfile, failed_answers
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import fingerprint
 from mas_batch.records import ANSWERS, Answer, Record
-from mas_batch.run_folder.names import JOURNAL, part
+from mas_batch.run_folder.names import JOURNAL, partition_stem
 from mas_batch.run_folder.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Journal:
 
     @property
     def _folder(self) -> str:
-        return f"{JOURNAL}/agent={self.agent_id}/{part(self.partition)}"
+        return f"{JOURNAL}/agent={self.agent_id}/{partition_stem(self.partition)}"
 
     def _name(self, record_id: str, file: str = "") -> str:
         # Not the position: an adaptive agent's next try may be asked about fewer records.

@@ -44,7 +44,7 @@ class Since:
     to_ask: tuple[str, ...]
     """Agents that may have to be asked; no other agent's model need be loaded."""
     records: Mapping[str, int] = field(default_factory=dict)
-    """How many records are `unchanged`, `changed` and `new` in this run, and how many are `gone`."""
+    """Numbers of `unchanged`, `changed`, `new` and `gone` records."""
     answers: Mapping[str, int] = field(default_factory=dict)
     """Agent → number of its earlier answers that can be reused."""
     refused: Mapping[str, str] = field(default_factory=dict)
