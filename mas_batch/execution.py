@@ -99,7 +99,7 @@ def execute(
 @contextmanager
 def _logged(store: Store, readers: Sequence[Emit], phases: Phases) -> Iterator[ExecutionLog]:
     log = ExecutionLog(store, readers, phases.start)
-    phases.tell(log)
+    phases.emit_to(log)
     try:
         yield log
     except BaseException:

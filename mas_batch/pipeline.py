@@ -36,7 +36,7 @@ from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store
 from mas_batch.stages.asking import Asking
 from mas_batch.stages.memory import Memory
-from mas_batch.stages.publishing import publish, remove_rest
+from mas_batch.stages.publishing import publish, remove_leftovers
 from mas_batch.stages.whole_corpus import escalation, learned
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def run(
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
     if (summary := _published(job, store, start)) is not None:
-        remove_rest(store)
+        remove_leftovers(store)
         return summary
     one_at_a_time = job_lock(_output(job), job.name) if job.since else nullcontext()
     with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:

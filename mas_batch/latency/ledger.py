@@ -1,4 +1,4 @@
-"""The ledger of a run: what took time, row by row, as the submitting process hears of it."""
+"""The ledger of a run: a row for everything that took time, made from the run's events."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Ledger:
     A killed process loses the rows since the last file, and never an answer.
 
     Args:
-        execution: names the process; no two of a run have the same.
-        start: of the execution, by `time.perf_counter`.
+        execution: name of this execution, unique in the run.
+        start: when the execution started, by `time.perf_counter`.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Ledger:
         self._num_files = 0
 
     def __call__(self, event: Event) -> None:
-        """Keep what an event says of time."""
+        """Keep a row if the event took time."""
         now = time.perf_counter()
-        row = _row(event, now - self._start)
+        row = _row_of(event, now - self._start)
         if row is not None:
             self._rows.append({"execution": self._execution, **row})
         is_late = now - self._last_flush >= self._flush_s
@@ -64,7 +64,7 @@ class Ledger:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept so far."""
+        """Write the rows kept so far to a file."""
         self._last_flush = time.perf_counter()
         if self._rows:
             table = pa.Table.from_pylist(self._rows, schema=LEDGER)
@@ -74,7 +74,7 @@ class Ledger:
             self._rows.clear()
 
 
-def _row(event: Event, now_s: float) -> dict[str, Any] | None:
+def _row_of(event: Event, now_s: float) -> dict[str, Any] | None:
     match event:
         case PartitionAnswered():
             identity = {
@@ -85,12 +85,16 @@ def _row(event: Event, now_s: float) -> dict[str, Any] | None:
                 "completion_tokens": event.completion_tokens,
                 "peak_memory_bytes": event.peak_memory_bytes,
             }
-            return {**_task("answer", event, now_s), **identity, "num_records": event.num_records}
+            return {
+                **_task_columns("answer", event, now_s),
+                **identity,
+                "num_records": event.num_records,
+            }
         case PartitionMerged():
             num_records = event.num_results + event.num_failures
-            return {**_task("merge", event, now_s), "num_records": num_records}
+            return {**_task_columns("merge", event, now_s), "num_records": num_records}
         case PartitionUndecided():
-            return {**_task("merge", event, now_s), "num_records": event.num_records}
+            return {**_task_columns("merge", event, now_s), "num_records": event.num_records}
         case AnswerFailed():
             spent = {"at_s": now_s - event.wall_s, "wall_s": event.wall_s, "queue_s": event.wall_s}
             return {
@@ -109,7 +113,7 @@ def _row(event: Event, now_s: float) -> dict[str, Any] | None:
     return None
 
 
-def _task(
+def _task_columns(
     stage: str, event: PartitionAnswered | PartitionMerged | PartitionUndecided, now_s: float
 ) -> dict[str, Any]:
     return {

@@ -9,38 +9,38 @@ from mas_batch.events import Event, PhaseEnded
 
 READING = "reading corpus"
 STARTING = "starting"
-LOADING = "first model"
+FIRST_MODEL = "first model"
 ANSWERING = "answering"
 LEARNING = "learning"
 COUNTING = "counting"
 PUBLISHING = "publishing"
-ALL = (READING, STARTING, LOADING, ANSWERING, LEARNING, COUNTING, PUBLISHING)
+ALL = (READING, STARTING, FIRST_MODEL, ANSWERING, LEARNING, COUNTING, PUBLISHING)
 
 
 class Phases:
-    """Times phases by one clock; each is told as an event when the next begins."""
+    """Times phases by one clock; each is emitted as an event when the next begins."""
 
     def __init__(self, name: str, start: float) -> None:
         """Begin the first phase.
 
         Args:
-            start: when, by `time.perf_counter`.
+            start: when the phase began, by `time.perf_counter`.
         """
         self.start = start
         self._name = name
         self._began = start
         self._emit: Callable[[Event], None] | None = None
-        self._untold: list[PhaseEnded] = []
+        self._held: list[PhaseEnded] = []  # until there is an `emit`
 
-    def tell(self, emit: Callable[[Event], None]) -> None:
-        """Emit what has ended so far, and from now on each phase as it ends."""
+    def emit_to(self, emit: Callable[[Event], None]) -> None:
+        """Emit the phases that have ended so far, and from now on each phase as it ends."""
         self._emit = emit
-        for event in self._untold:
+        for event in self._held:
             emit(event)
-        self._untold.clear()
+        self._held.clear()
 
     def begin(self, name: str) -> None:
-        """End the present phase and begin another; one that goes on goes on."""
+        """End the present phase and begin the one of that name, unless it is the present one."""
         if name != self._name:
             self._end()
             self._name = name
@@ -54,6 +54,6 @@ class Phases:
         event = PhaseEnded(self._name, self._began - self.start, now - self._began)
         self._began = now
         if self._emit is None:
-            self._untold.append(event)
+            self._held.append(event)
         else:
             self._emit(event)

@@ -1,4 +1,4 @@
-"""Where a run's time went, out of its ledger and the sketches of its answers."""
+"""Where a run's time went, by its ledger and the sketches of its answers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
     """Return the figures that a manifest keeps of a run's latency.
 
     Args:
-        ledger: `LEDGER` of all executions.
-        per_record: of `RECORD_LATENCY`: agent → part → figures.
+        ledger: rows of `LEDGER` of all executions.
+        per_record: result of `RECORD_LATENCY`: agent → part of the latency → figures.
 
     Returns:
         `wall_s` and `phases` of the submitting process, all executions together; `replicas`:
         the seconds of the agents' workers, added up; `per_partition`: quantiles by stage and
-        agent; `per_record`: quantiles of an answer's seconds by agent and part.
+        agent; `per_record`: quantiles of an answer's seconds by agent and part of the latency.
     """
-    phases = {name: _sum(_stage(ledger, name), "wall_s") for name in ALL}
+    phases = {name: _sum_column(_rows_of_stage(ledger, name), "wall_s") for name in ALL}
     rows = [
         {"agent_id": agent_id, "part": part, **figures}
         for agent_id, parts in per_record.items()
@@ -40,17 +40,17 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _replicas(ledger: pa.Table) -> dict[str, Any]:
-    """Add up what the agents' workers did; together it is the time that they were there."""
-    answers, loads = _stage(ledger, "answer"), _stage(ledger, "load")
+    """Add up the seconds of the agents' workers; together they are the time of their presence."""
+    answers, loads = _rows_of_stage(ledger, "answer"), _rows_of_stage(ledger, "load")
     return {
         "num": pc.count_distinct(loads["worker"]).as_py(),
-        "compute_s": _sum(answers, "compute_s"),
-        "transfer_s": _sum(answers, "read_s") + _sum(answers, "write_s"),
-        "processing_s": _sum(answers, "process_s"),
-        "failed_s": _sum(_stage(ledger, "failed answer"), "wall_s"),
-        "idle_s": _sum(answers, "idle_s"),
-        "load_s": _sum(loads, "wall_s"),
-        "queue_s": _sum(answers, "queue_s"),
+        "compute_s": _sum_column(answers, "compute_s"),
+        "transfer_s": _sum_column(answers, "read_s") + _sum_column(answers, "write_s"),
+        "processing_s": _sum_column(answers, "process_s"),
+        "failed_s": _sum_column(_rows_of_stage(ledger, "failed answer"), "wall_s"),
+        "idle_s": _sum_column(answers, "idle_s"),
+        "load_s": _sum_column(loads, "wall_s"),
+        "queue_s": _sum_column(answers, "queue_s"),
     }
 
 
@@ -64,7 +64,7 @@ def _per_partition(ledger: pa.Table) -> list[dict[str, Any]]:
     )
     found = []
     for key in keys.to_pylist():
-        own = _stage(tasks, key["stage"])
+        own = _rows_of_stage(tasks, key["stage"])
         if key["agent_id"] is not None:
             own = own.filter(pc.equal(own["agent_id"], key["agent_id"]))
         times = {name: _quantiles(own, f"{name}_s") for name in ("wall", "queue")}
@@ -78,9 +78,9 @@ def _quantiles(table: pa.Table, column: str) -> dict[str, float]:
     return {"p50_s": float(p50), "p95_s": float(p95), "p99_s": float(p99)}
 
 
-def _stage(ledger: pa.Table, stage: str) -> pa.Table:
+def _rows_of_stage(ledger: pa.Table, stage: str) -> pa.Table:
     return ledger.filter(pc.equal(ledger["stage"], stage))
 
 
-def _sum(table: pa.Table, column: str) -> float:
+def _sum_column(table: pa.Table, column: str) -> float:
     return float(pc.sum(table[column]).as_py() or 0.0)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mas_batch.job import Agent, Job
 from mas_batch.latency.model import Floats
-from mas_batch.latency.phases import ANSWERING, LOADING
+from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.latency.simulate import Costs, History, Simulation, Worker
 from mas_batch.planning.evidence import PARTS, Evidence
 from mas_batch.planning.rates import HANDLE_S, Rates, other_phases, rates, tokens_asked
@@ -116,7 +116,7 @@ class Forecaster:
             later, more_s = second.run(setting, self.escalated)
             history, answering_s = history.followed_by(later), answering_s + more_s
             shares, core_s = shares | second.shares, core_s + second.core_s
-        phases |= {LOADING: history.loaded_s, ANSWERING: answering_s}
+        phases |= {FIRST_MODEL: history.loaded_s, ANSWERING: answering_s}
         cores_s = known.num_cores * max(1e-9, history.asking_s)
         return Outcome(phases, history, shares, core_s / cores_s)
 

@@ -1,7 +1,7 @@
 """What a merge needs to know of the whole corpus, found when all records are answered.
 
-Every step commits what it found to the run and takes what is there already, so an execution
-that was killed in between goes on with the same figures.
+Every step commits its finding to the run, or takes the one that is committed already, so that an
+execution which follows a killed one goes on with the same figures.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ PARTITIONS_PER_LEAF = 16
 """Partitions that one leaf of a tree reads, at least."""
 
 MAX_LEAVES = 1024
-"""Of a tree: the scheduler keeps some kB of each until it is done."""
+"""Leaves of a tree, at most: the scheduler keeps some kB of each until it is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllAnswers:
-    """All answers of a run, as trees of tasks on workers read them."""
+    """All answers of a run, which trees of tasks on the workers read."""
 
     client: Client
     run: RunRef
     plan: Plan
     agents: tuple[str, ...]
-    """Whose answers are merged; not all need to have answered everything."""
+    """Agents whose answers are merged; not every agent need have answered every partition."""
     emit: Callable[[Event], None]
 
     def reduce(self, leaf: Callable[..., Any], reduction: Reduction) -> Any:
@@ -64,28 +64,33 @@ class AllAnswers:
         return reduction.combine([]) if partial is None else partial
 
     def statistics(self, *, merge: bool) -> Any:
-        """Count what is committed; with `merge`, merge first what is not merged yet."""
+        """Count what is committed; with `merge`, first merge the partitions that are not merged."""
         return self.reduce(merge_and_count if merge else partition_statistics, COMMITTED)
 
 
 def learned(answers: AllAnswers, name: str, prior: History | None = None) -> AllAnswers:
-    """Return the answers with what their merge learns of them all; kept in the run as `name`.
+    """Learn what the merge needs from all answers; return them with the merge so completed.
 
-    A method that learns nothing is returned as it is.
+    What is learned is committed to the run as `name`. Where the merge needs nothing of the corpus,
+    the answers are returned as they are.
 
     Args:
-        prior: of `reliability`: what earlier runs have learned.
+        prior: for `reliability`: what earlier runs have learned.
     """
     spec, run = answers.run.merge, answers.run
     if not spec.needs_corpus:
         return answers
     if spec.method == "reliability":
-        found = _read_or_commit(run.merged, name, lambda: _reliability(answers, prior).to_json())
+        found = _read_or_commit(
+            run.merged, name, lambda: _learn_reliability(answers, prior).to_json()
+        )
         reliability = Reliability.from_json(found)
         merge = replace(spec, reliability=reliability)
         answers.emit(Learned(spec.method, dict(reliability.accuracies), reliability.why))
     else:
-        found = _read_or_commit(run.merged, name, lambda: json.dumps(_weights(answers), indent=1))
+        found = _read_or_commit(
+            run.merged, name, lambda: json.dumps(_learn_weights(answers), indent=1)
+        )
         merge = replace(spec, accuracies=json.loads(found))
         why = f"weights by how well the others' answers support an agent's ({spec.utility})"
         answers.emit(Learned(spec.method, dict(merge.accuracies), why))
@@ -93,7 +98,7 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
 
 
 def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
-    """Decide which records one more agent is asked about; kept in the run as escalation.json."""
+    """Decide which records are escalated; the decision is committed as escalation.json."""
 
     def find() -> str:
         counts = answers.reduce(confidence_counts, CONFIDENCES)
@@ -110,25 +115,25 @@ def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
     return Escalation(**facts)
 
 
-def _reliability(answers: AllAnswers, prior: History | None) -> Reliability:
+def _learn_reliability(answers: AllAnswers, prior: History | None) -> Reliability:
     patterns = answers.reduce(pattern_counts, PATTERNS)
-    families = dict(_families(answers.run.store, answers.agents))
+    families = dict(_families_of(answers.run.store, answers.agents))
     return learn(patterns, answers.agents, families, answers.run.merge.labels, prior)
 
 
-def _weights(answers: AllAnswers) -> dict[str, float]:
+def _learn_weights(answers: AllAnswers) -> dict[str, float]:
     return SUPPORT.finalize(answers.reduce(support_sums, SUPPORT))
 
 
-def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each agent's model family; an agent that was never loaded is its own."""
+def _families_of(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (agent, its model's family); an agent that was never loaded is a family of its own."""
     engines = read_engines(store)
     for agent in agents:
         yield agent, engines.get(agent, {}).get("family_id", agent)
 
 
 def _read_or_commit(store: Store, name: str, find: Callable[[], str]) -> str:
-    """Return what is committed under the name, else find it and commit it; the first wins."""
+    """Return what is committed under the name; if nothing is, call `find` and commit its result."""
     if not store.exists(name):
         store.commit(name, find().encode())
     return store.read_bytes(name).decode()
