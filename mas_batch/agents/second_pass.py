@@ -1,6 +1,6 @@
 """Worker side of merges that need the whole corpus: leaves of trees over its partitions.
 
-Only counts travel up a tree. A text is merged where its partition is read.
+Only counts travel up a tree. The worker that reads a partition merges its texts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from mas_batch.agents.encoding import encoder_for
 from mas_batch.agents.statistics import COMMITTED
 from mas_batch.agents.work import (
     agents_merged,
-    agents_there,
+    agents_with_answers,
     commit_merged,
     committed_answers,
-    merge_of,
+    merge_committed,
     merge_partition,
 )
 from mas_batch.aggregate.consensus import SUPPORT
@@ -34,10 +34,10 @@ PATTERNS = Reduction("patterns", count_answers, add_patterns, dict)
 
 
 def pattern_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Count who agreed with whom, for `reliability`."""
+    """Count which agents agreed with which, for `reliability`."""
     return PATTERNS.combine(
         [
-            pattern_partial(_answers(run, partition, agents), run.merge, agents)
+            pattern_partial(_merged_answers(run, partition, agents), run.merge, agents)
             for partition in partitions
         ]
     )
@@ -45,54 +45,56 @@ def pattern_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]
 
 def support_sums(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Add up how well the others' answers support each agent's, for learned weights of `mbr`."""
-    return SUPPORT.combine([_support(run, partition, agents) for partition in partitions])
+    return SUPPORT.combine([_support_sums_of(run, partition, agents) for partition in partitions])
 
 
-def _answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
+def _merged_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.Table:
     return committed_answers(run, partition, agents_merged(run, partition, agents))
 
 
-def _support(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+def _support_sums_of(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     records = run.store.read_table(staged_name(partition))
-    answers = _answers(run, partition, agents)
+    answers = _merged_answers(run, partition, agents)
     return support_partial(records, answers, run.merge, encoder_for(run.merge, answers))
 
 
 def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Count records by the confidence of their merge, to find the least confident ones."""
-    return CONFIDENCES.combine([_confidences(run, partition, agents) for partition in partitions])
+    return CONFIDENCES.combine(
+        [_confidence_counts_of(run, partition, agents) for partition in partitions]
+    )
 
 
 def merge_known(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Merge partitions of which all answers are there, as `merge_partition` does; count them."""
+    """Merge partitions that have all their answers, as `merge_partition` does; count them."""
     for partition in partitions:
         if not run.merged.exists(results_name(partition)):
-            merge_partition(run, partition, agents_there(run, partition, agents))
+            merge_partition(run, partition, agents_with_answers(run, partition, agents))
     return {"partitions": len(partitions)}
 
 
 MERGED = Reduction("merged", merge_known, add_up, dict)
-"""Partitions that are merged without asking anybody."""
+"""Number of partitions that are merged without asking an agent."""
 
 
 def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Merge the partitions' answers; commit and count them as the statistics tree does."""
-    return COMMITTED.combine([_merged_and_counted(run, p, agents) for p in partitions])
+    """Merge the partitions' answers and commit them; count them as the statistics tree does."""
+    return COMMITTED.combine([_merge_and_count_one(run, p, agents) for p in partitions])
 
 
-def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+def _confidence_counts_of(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     records = run.store.read_table(staged_name(partition))
     voters = agents_merged(run, partition, agents)
-    merged, failures = merge_of(run, partition, voters, records)
+    merged, failures = merge_committed(run, partition, voters, records)
     askable = records.filter(pc.is_null(records["reason"]))["record_id"]
     asked = failures.filter(pc.is_in(failures["record_id"], askable))
     return CONFIDENCES.chunk(merged, asked)
 
 
-def _merged_and_counted(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+def _merge_and_count_one(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     if not run.merged.exists(results_name(partition)):
         records = read_records(run.store, partition, run.passthrough)
         voters = agents_merged(run, partition, agents)
-        merged, failures = merge_of(run, partition, voters, records)
+        merged, failures = merge_committed(run, partition, voters, records)
         commit_merged(run, partition, merged, failures, voters)
     return COMMITTED.chunk(run, partition, agents)
