@@ -16,7 +16,7 @@ ALLOWED_SOURCES = (
     "a local path that starts with / ./ ../ or ~, or a hub id ORG/NAME[@REVISION]"
 )
 WITHOUT_MODEL = ("echo", "bayes", "keywords", "overlap")
-"""Engines that have no model's files; a label tells the families of several agents apart."""
+"""Engines without model files; agents with different labels are of different families."""
 _PYPI = re.compile(
     r"pypi://(?P<name>[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?)==(?P<version>[^/#]+)/(?P<member>[^#]+)"
     r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?",
@@ -27,7 +27,7 @@ _HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<version>\w[\w./-]*))?",
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's name taken apart; whether it exists is not known yet."""
+    """A model's name, parsed; whether the model exists is not known yet."""
 
     source: str
     """As written in the job."""
@@ -39,16 +39,16 @@ class ModelSource:
     version: str = ""
     """The distribution's version or the hub's revision; empty where there is none."""
     member: str = ""
-    """Path inside the wheel of a file or a folder, no slash at the end."""
+    """Path of a file or a folder inside the wheel, without a slash at the end."""
     sha256: str = ""
     """The hash that the job pins, lower case; empty when it pins none."""
 
 
 def parse_source(source: str) -> ModelSource:
-    """Take a model's name apart by its syntax alone.
+    """Parse a model's name by its syntax alone.
 
     Raises:
-        JobError: it is none of `ALLOWED_SOURCES`.
+        JobError: the name is none of `ALLOWED_SOURCES`.
     """
     kind, _, rest = source.partition(":")
     if kind in WITHOUT_MODEL and (rest or source == kind):

@@ -28,8 +28,8 @@ def make_task(spec: job.Task) -> Task:
     """Make the task that the job describes.
 
     Raises:
-        JobError: its labels cannot be told apart in a reply, or its kind has no such way with
-            long documents.
+        JobError: the task's labels cannot be told apart in a reply, or its kind does not allow
+            such `long_documents`.
     """
     kind = TASKS[spec.kind]
     if spec.long_documents is not None and spec.long_documents not in kind.long_documents:

@@ -16,7 +16,7 @@ from mas_batch.records import Parsed
 from mas_batch.tasks.longdoc import Extractive, Hierarchical
 from mas_batch.tasks.splitting import Part, split
 
-# Nothing else in braces is ours: prompts hold JSON.
+# Anything else in braces stays as it is: prompts may hold JSON.
 _FIELD = re.compile(r"\{(text|context|language|source_language|labels|minimum|maximum)\}")
 _THINKING = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
 _QUOTES = ('""', "''", "“”", "„“", "„”", "‘’", "«»", "»«", "「」", "『』")
@@ -28,11 +28,11 @@ class Fitted:
     """A record that was over the model's context, made to fit."""
 
     parts: tuple[Part, ...]
-    """The text, one request each."""
+    """The parts of the text, one request each."""
     context: str | None
-    """The background shown with every part."""
+    """The background that is shown with every part."""
     num_parts: int
-    """How many parts the text, or its context, was cut into."""
+    """Number of parts into which the text, or its context, was cut."""
 
 
 class Task(Protocol):
@@ -45,7 +45,7 @@ class Task(Protocol):
 
     @property
     def answer_kind(self) -> str:
-        """Which column of the answers is merged: `text`, `label` or `value`."""
+        """The column of the answers that is merged: `text`, `label` or `value`."""
         ...
 
     @property
@@ -60,7 +60,7 @@ class Task(Protocol):
 
     @property
     def default_utility(self) -> str:
-        """What `mbr` compares texts with where the job does not say."""
+        """The utility with which `mbr` compares texts if the job does not say."""
         ...
 
     def messages(
@@ -85,15 +85,15 @@ class Task(Protocol):
     def fit(
         self, text: str, context: str | None, fits: Callable[[str, str | None], bool]
     ) -> Fitted:
-        """Make a record fit of which `fits(text, context)` is false.
+        """Make a record fit for which `fits(text, context)` is false.
 
         Raises:
-            RecordError: `too_long`, when it cannot be.
+            RecordError: `too_long`, if the record cannot be made to fit.
         """
         ...
 
     def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
-        """Say how the answers to the parts of a text become one; None: `join` does it.
+        """Say how the answers to the parts of a text become one; None: by `join`.
 
         Args:
             prompt: the agent's own template of the user turn, if it has one.
@@ -101,13 +101,13 @@ class Task(Protocol):
         ...
 
     def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Make one answer of the answers to the parts, in the parts' order."""
+        """Join the answers to the parts, which are in the parts' order, to one answer."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PromptedTask:
-    """What the kinds share: filling prompts and cutting texts."""
+    """What all kinds of task share: filling prompts and cutting texts."""
 
     spec: job.Task
     """The task as the job states it."""
@@ -116,7 +116,7 @@ class PromptedTask:
     system_template: ClassVar[str]
     user_template: ClassVar[str]
     long_documents: ClassVar[tuple[str, ...]] = ()
-    """What `task.long_documents` may be; empty: there is no choice."""
+    """Allowed values of `task.long_documents`; empty: the key is not allowed."""
 
     def messages(
         self, text: str, context: str | None, *, prompt: str | None, system: str | None
@@ -132,7 +132,7 @@ class PromptedTask:
         self, text: str, context: str | None, fits: Callable[[str, str | None], bool]
     ) -> Fitted:
         """Cut the text; the context, if any, is shown with every part (see `Task`)."""
-        # Whitespace around a text means nothing to any task, but could be a part of its own.
+        # Whitespace around a text matters to no task, but could become a part of its own.
         parts = split(text.strip(), lambda part: fits(part, context))
         return Fitted(tuple(parts), context, len(parts))
 
@@ -163,10 +163,10 @@ def number(value: float) -> str:
 
 
 def content(reply: str, expected: str) -> str:
-    """Return what a reply says, without the thinking aloud that some models put before it.
+    """Return a reply without the `<think>` block that some models put before their answer.
 
     Raises:
-        RecordError: `empty_answer`, when nothing is left.
+        RecordError: `empty_answer`, if nothing is left.
     """
     text = _THINKING.sub("", reply, count=1).strip()
     if not text:
@@ -175,13 +175,13 @@ def content(reply: str, expected: str) -> str:
 
 
 def plain_answer(reply: str, noun: str, expected: str) -> Parsed:
-    """Parse free text: drop a lead-in that names itself a `noun`, and quotes around the whole.
+    """Parse free text: drop a lead-in that announces a `noun`, and quotes around the whole text.
 
     `Summary: …` and `Here is a short summary of the text: …` are lead-ins; a sentence that
     only mentions a summary is not.
 
     Raises:
-        RecordError: `empty_answer`, when nothing is left.
+        RecordError: `empty_answer`, if nothing is left.
     """
     lead_in = (
         rf"[*#_\s]*(?:here(?:'s|’s|\s+is)\s+(?:the|an?|my|your)\s+(?:[\w-]+\s+){{0,3}}?"
@@ -205,7 +205,7 @@ def excerpt(reply: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Drop quotes around the whole; quotes that also occur inside may belong to two quotations."""
+    """Drop quotes around the whole text; with more of them inside it may be two quotations."""
     text = text.strip()
     inner = text[1:-1]
     if len(text) < 2 or text[0] + text[-1] not in _QUOTES:
