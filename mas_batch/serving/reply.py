@@ -42,8 +42,8 @@ class Failure:
 class ReplyTimes:
     """Where the seconds of a reply went, along the answer that came last.
 
-    T = T_compute + T_transfer + T_processing, of which `queue_s` is a part: `total_s` is the sum
-    of all four.
+    T = T_compute + T_transfer + T_processing. `queue_s`, which a run's ledger counts as a part of
+    T_processing, is on its own here; `total_s` is the sum of all four.
     """
 
     queue_s: float
