@@ -1,4 +1,4 @@
-"""What a notebook shows of an object, as Dask's own objects do: a small table, all text escaped."""
+"""Cards: what a notebook shows of an object: a small HTML table, in which all text is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from mas_batch.safe_text import printable, without_credentials
 
 MAX_CHARS = 300
-"""Of one value."""
+"""The most characters of one value."""
 
 _NAME = "text-align:left;font-weight:normal;opacity:.65;vertical-align:top;padding:.1em 1em .1em 0"
 _VALUE = "text-align:left;padding:.1em 0"

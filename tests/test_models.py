@@ -519,7 +519,7 @@ def test_a_hub_model_that_is_cached_is_found_offline(tmp_path: Path) -> None:
     done = run_offline(tmp_path, code.format("org/name"))
     assert done.stdout.strip() == f"org/name {tree_of(FOLDER)}", done.stderr
     done = run_offline(tmp_path, code.format("org/name@v2"))
-    assert "ModelError: org/name@v2: the hub has not given it: " in done.stderr
+    assert "ModelError: org/name@v2: it cannot be downloaded from the hub: " in done.stderr
 
 
 def test_a_missing_hub_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

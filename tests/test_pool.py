@@ -244,7 +244,7 @@ def test_an_exception_ends_what_is_pending(cluster_client: Client, make_job: Mak
 def test_workers_that_only_the_scheduler_reaches(
     cluster_client: Client, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Residence, "_is_near", lambda self, address: False)
+    monkeypatch.setattr(Residence, "_is_directly_reachable", lambda self, address: False)
     job = make_job(agents=agents({"faults": {"BAD": "error"}})[:1])
     with AgentPool(job, client=cluster_client).sync() as pool:
         assert pool.ask("text").answer == "text"

@@ -27,7 +27,13 @@ from mas_batch.errors import OutputError, RunError
 from mas_batch.records import FAILURES, PLAN
 from mas_batch.run_folder.commits import commit_results, committed, merged_agents, read_results
 from mas_batch.run_folder.manifest import manifest_files, write_manifest
-from mas_batch.run_folder.names import FORMAT, answers_name, part, results_name, review_name
+from mas_batch.run_folder.names import (
+    FORMAT,
+    answers_name,
+    partition_stem,
+    results_name,
+    review_name,
+)
 from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ranges import from_ranges, join_ranges, to_ranges
 from mas_batch.run_folder.read import Run, open_run
@@ -89,7 +95,7 @@ def test_what_is_committed_is_what_the_folders_hold(
     run = Store(str(folder) if local else f"memory://{folder.name}")
     for name, numbers in zip(NAMES, parts, strict=True):
         theirs = FOREIGN if numbers else ()
-        for file in (*(f"{part(n)}.parquet" for n in numbers), *theirs):
+        for file in (*(f"{partition_stem(n)}.parquet" for n in numbers), *theirs):
             run.replace(f"{name}/{file}", b"")
     merged, answered = parts[0], {"b": parts[1], "a": parts[2]}
 

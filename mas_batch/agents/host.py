@@ -24,18 +24,18 @@ from mas_batch.models import fetch
 
 
 class AgentHost(WorkerPlugin):  # type: ignore[misc]
-    """Holds at most one engine. Set up again by Dask when the nanny restarts the worker.
+    """Holds at most one engine. Dask sets it up again when the nanny restarts the worker.
 
-    Not an Actor: an actor's state is lost for ever with its worker. `name` is the run's topic,
-    so that two runs on one cluster do not take each other's plugin away; it also names the
-    one-thread executor in which the model runs, off the event loop and off the task threads.
+    It is not an Actor, because an actor's state is lost for ever with its worker. `name` is the
+    run's topic, so that two runs on one cluster do not remove each other's plugin; it also names
+    the one-thread executor in which the model runs, off the event loop and off the task threads.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def setup(self, worker: Worker) -> None:
-        """Give the worker the one-thread executor that the model runs in."""
+        """Add the one-thread executor in which the model runs to the worker."""
         self._engine: Engine | None = None
         self._key = ""
         self._family_id = ""
@@ -53,7 +53,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         self._executor.shutdown(wait=False)
 
     def check_open(self) -> None:
-        """Call it before a commit: answers of an engine that is being closed are not answers.
+        """Call it before a commit: answers of an engine that is being closed must not be committed.
 
         Raises:
             RunError: the host is being torn down.
@@ -78,7 +78,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         return self._engine, self._family_id, self._idle_since - start
 
     def begin(self) -> float:
-        """Begin a task; returns for how many seconds there was nothing to do before it."""
+        """Begin a task; returns how many seconds the host had nothing to do before it."""
         return time.perf_counter() - self._idle_since
 
     def end(self) -> None:
@@ -103,7 +103,7 @@ class Report(StrEnum):
 def report(topic: str, what: Report, facts: Mapping[str, Any]) -> None:
     """Tell the submitting process what a task has done; call it after the commit.
 
-    Facts are JSON: what an engine says of itself need not be plain enough for Dask's comms.
+    Facts are sent as JSON, because Dask's comms cannot carry everything an engine says of itself.
     """
     worker = get_worker()
     message = {
@@ -126,7 +126,7 @@ def report_timed(topic: str, what: Report, facts: Mapping[str, Any], times: Task
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that this process has had so far."""
+    """Return the most memory that this process has used so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return getrusage(RUSAGE_SELF).ru_maxrss * unit
 
