@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from mas_batch.cli import main
 from tests.test_models import safetensors
+from tests.waiting import PATIENCE_S
 
 JOB = {
     "name": "cli",
@@ -43,7 +44,7 @@ def submit(
         [*command, str(job_file), *options],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -57,7 +58,7 @@ main(["submit", "--help"], standalone_mode=False)
 print(sorted(set({heavy!r}).intersection(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert "Run a job, or what is left of it." in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

@@ -307,7 +307,7 @@ def test_at_the_deadline_what_is_there_is_merged() -> None:
         replicas = Replicas()
         replicas.behaviours["b1"] = never
         setup = Setup(replicas, "a1", "b1")
-        reply = await setup.ask(wanted=2, timeout_s=0.2)
+        reply = await setup.ask(wanted=2, timeout_s=2.0)
         assert reply.agents == ("a",)
         assert [(f.agent_id, f.message) for f in reply.failures] == [("b", "no answer in time")]
         replicas.behaviours["a1"] = never

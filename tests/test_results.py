@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.reductions import Reduction
@@ -38,6 +38,7 @@ from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ranges import from_ranges, join_ranges, to_ranges
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
+from tests.waiting import wait_until
 
 NAMES = ("results", "answers/agent=b", "answers/agent=a")
 FOREIGN = (
@@ -86,7 +87,6 @@ def test_ranges_are_the_members_and_as_few_as_can_be(members: list[bool]) -> Non
     assert json.loads(json.dumps(ranges)) == ranges
 
 
-@settings(max_examples=25)
 @given(st.lists(st.sets(st.integers(0, 19)), min_size=3, max_size=3), st.booleans())
 def test_what_is_committed_is_what_the_folders_hold(
     tmp_path_factory: pytest.TempPathFactory, parts: list[set[int]], local: bool
@@ -280,13 +280,6 @@ def own_cluster() -> Iterator[Callable[..., tuple[LocalCluster, Client]]]:
         each.close()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 leaves: Counter[str] = Counter()
 
 
@@ -318,7 +311,7 @@ def test_workers_that_are_all_gone_and_stay_away_end_the_tree(own_cluster: Any) 
     def groups() -> Iterator[tuple[int]]:
         yield from ((number,) for number in range(20))
         cluster.scale(0)
-        until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
+        wait_until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
         yield (20,)
 
     with pytest.raises(RunError, match=r"no worker for 0\.5 s to count sum; .* start a worker"):
@@ -331,7 +324,7 @@ def test_partials_that_are_lost_with_their_workers_are_computed_again(own_cluste
     def groups() -> Iterator[tuple[int]]:
         yield from ((number,) for number in range(30))
         cluster.scale(0)
-        until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
+        wait_until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
         cluster.scale(1)
         yield (30,)
 
@@ -345,7 +338,7 @@ def test_a_lost_scheduler_ends_the_tree(own_cluster: Any) -> None:
     def groups() -> Iterator[tuple[int]]:
         yield (1,)
         cluster.close()
-        until(lambda: client.status != "running")
+        wait_until(lambda: client.status != "running")
         yield (2,)
 
     try:
