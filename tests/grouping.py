@@ -42,6 +42,7 @@ FIXTURES = {
     "cluster_client": "cluster",
     "s3_options": "cluster",  # a server, with a thread per request
     "nannies": "processes",
+    "own_cluster": "cluster",
     "browser_page": "nightly",
 }
 

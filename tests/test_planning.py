@@ -547,6 +547,7 @@ def test_times_and_numbers_are_read() -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.processes
 def test_a_sample_on_the_embedded_cluster(make_job: MakeJob, tmp_path: Path) -> None:
     rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(64)]
     job = make_job(

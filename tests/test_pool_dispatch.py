@@ -409,6 +409,7 @@ def test_the_latency_of_a_reply_adds_up() -> None:
 
 
 # Here because no other cluster runs in this module: an active client would be used.
+@pytest.mark.processes
 def test_a_pool_without_a_cluster_starts_its_own(make_job: Callable[..., Job]) -> None:
     agent = {"name": "a", "model": "echo:a"}
     job = make_job(agents=[agent], cluster={"dashboard_address": None})
