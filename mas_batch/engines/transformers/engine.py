@@ -23,8 +23,8 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
+from mas_batch.engines.decoding import Decoded, completions
 from mas_batch.engines.options import read_options
-from mas_batch.engines.timing import BatchTime, batch_time
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
 from mas_batch.engines.transformers.checkpoints import (
     Options,
@@ -32,7 +32,7 @@ from mas_batch.engines.transformers.checkpoints import (
     load_model,
     load_tokenizer,
 )
-from mas_batch.engines.transformers.decoding import Decoded, decode
+from mas_batch.engines.transformers.decoding import decode
 from mas_batch.engines.transformers.streams import SpecialTokens
 from mas_batch.engines.transformers.transformers_compat import model_length
 from mas_batch.errors import EngineError, JobError
@@ -89,16 +89,8 @@ class TransformersEngine:
             found, prefill_s = run_freeing(
                 lambda: decode(self._model, prompts, self._special, sampling, seeds)
             )
-        spent = batch_time(
-            time.perf_counter() - start,
-            prefill_s,
-            [len(prompt) for prompt in prompts],
-            [[len(decoded.tokens) for decoded in row] for row in found],
-        )
-        return [
-            [self._completion(len(prompt), decoded, spent) for decoded in row]
-            for prompt, row in zip(prompts, found, strict=True)
-        ]
+        total_s = time.perf_counter() - start
+        return completions(prompts, found, self._read, total_s=total_s, prefill_s=prefill_s)
 
     def describe(self) -> Mapping[str, Any]:
         """Facts for the manifest."""
@@ -141,19 +133,9 @@ class TransformersEngine:
             ) from error
         return text, False  # the template has written them
 
-    def _completion(self, prompt_tokens: int, decoded: Decoded, spent: BatchTime) -> Completion:
-        compute_s, prefill_s = spent.share(prompt_tokens, len(decoded.tokens))
+    def _read(self, decoded: Decoded) -> tuple[str, list[int]]:
         kept = decoded.tokens[:-1] if decoded.ended else decoded.tokens
-        return Completion(
-            text=self._tokenizer.decode(kept, skip_special_tokens=True).strip(),
-            token_ids=tuple(kept),
-            sum_logprob=decoded.sum_logprob,
-            num_tokens=len(decoded.tokens),
-            finish_reason="stop" if decoded.ended else "length",
-            prompt_tokens=prompt_tokens,
-            compute_s=compute_s,
-            prefill_s=prefill_s,
-        )
+        return self._tokenizer.decode(kept, skip_special_tokens=True).strip(), kept
 
 
 def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
@@ -164,22 +146,17 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
         ModelError: no safetensors, no tokenizer, or an architecture that cannot be decoded.
     """
     options = read_options(Options, config.options, "transformers")
-    device = torch_device(config.device, ("cuda", "mps", "cpu"))
+    device = torch_device(config, ("cuda", "mps", "cpu"))
     if config.dtype not in DTYPES:
         raise JobError(f"{config.dtype!r}; allowed: {', '.join(DTYPES)}", key="agents.dtype")
     dtype = config.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # greedy answers then don't depend on the batch; bfloat16 is slow
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
     transformers_logging.disable_progress_bar()
     path = checkpoint(model, dtype)
     tokenizer = load_tokenizer(path, model)
     loaded = load_model(path, model, options, dtype).to(device).eval()
     return TransformersEngine(loaded, tokenizer, model, config, options)
-
-
-# --- Facts about a loaded model
 
 
 def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialTokens:
