@@ -143,16 +143,8 @@ class OpenAIEngine:
                 done += self._read(self._post(body), request)[:missing]
                 missing = sampling.num_samples - len(done)
         except RecordError as error:
-            failure = Completion(
-                "",
-                (),
-                None,
-                0,
-                "error",
-                tokenized_prompt(self, request).num_tokens,
-                reason=error.reason,
-                message=error.message,
-            )
+            estimate = tokenized_prompt(self, request).num_tokens
+            failure = _failure(error.reason, error.message, estimate, num_tokens=0)
             done += [failure] * missing
         share_s = (time.perf_counter() - start) / len(done)
         return [dataclasses.replace(completion, compute_s=share_s) for completion in done]
@@ -249,11 +241,7 @@ def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completi
     refusal = choice.message.refusal
     if refusal or choice.finish_reason == "content_filter":
         message = f"the model refused: {refusal}" if refusal else "held back by a content filter"
-        return Completion(
-            *("", (), None, num_tokens, "error", prompt_tokens),
-            reason=Reason.ENGINE_ERROR,
-            message=message[:MAX_MESSAGE_CHARS],
-        )
+        return _failure(Reason.ENGINE_ERROR, message[:MAX_MESSAGE_CHARS], prompt_tokens, num_tokens)
     logprobs = choice.logprobs.content if choice.logprobs else None
     return Completion(
         text=(choice.message.content or "").strip(),
@@ -263,6 +251,11 @@ def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completi
         finish_reason="length" if choice.finish_reason == "length" else "stop",
         prompt_tokens=prompt_tokens,
     )
+
+
+def _failure(reason: Reason, message: str, prompt_tokens: int, num_tokens: int) -> Completion:
+    facts = ("", (), None, num_tokens, "error", prompt_tokens)
+    return Completion(*facts, reason=reason, message=message)
 
 
 def _num_tokens(response: ChatCompletion) -> list[int]:

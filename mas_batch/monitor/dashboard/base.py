@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from bokeh.core.properties import without_property_validation
 from bokeh.models import ColumnDataSource
@@ -29,10 +28,11 @@ class RunPlot:
     """Shows one run; by itself, the newest one."""
 
     root: Any
+    columns: ClassVar[tuple[str, ...]]
+    """Of `source`."""
 
-    def __init__(self, scheduler: Any, columns: Iterable[str], **kwargs: Any) -> None:
+    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
         self.scheduler = scheduler
-        self.columns = tuple(columns)
         self.source = ColumnDataSource({name: [] for name in self.columns})
         self.root = self.build(**kwargs)
 
