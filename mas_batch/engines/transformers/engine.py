@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -170,32 +171,29 @@ def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialToke
     # What is left here would be filled into every later call of `generate`: a checkpoint's
     # repetition penalty, minimum length, forced end…
     model.generation_config = transformers.GenerationConfig()
+    special = SpecialTokens(frozenset(ends), pad, banned=tuple(sorted(banned)))
     if not model.config.is_encoder_decoder:
-        return SpecialTokens(frozenset(ends), pad, banned=tuple(sorted(banned)))
+        return special
     start = given.decoder_start_token_id
-    return SpecialTokens(
-        frozenset(ends),
-        pad,
+    return replace(
+        special,
         decoder_start=given.bos_token_id if start is None else start,
         forced_first=_language(tokenizer, options) or given.forced_bos_token_id,
-        banned=tuple(sorted(banned)),
     )
 
 
 def _language(tokenizer: Any, options: Options) -> int | None:
     """Set the source's language in the tokenizer; return the target's token."""
+    ids: dict[str, int] = {}
     for key in ("source_lang", "target_lang"):
-        code = getattr(options, key)
-        if code is not None and tokenizer.convert_tokens_to_ids(code) in (
-            None,
-            tokenizer.unk_token_id,
-        ):
+        if (code := getattr(options, key)) is None:
+            continue
+        ids[key] = tokenizer.convert_tokens_to_ids(code)
+        if ids[key] in (None, tokenizer.unk_token_id):
             raise JobError(f"{code!r} is no token of this model", key=f"agents.options.{key}")
     if options.source_lang is not None:
         tokenizer.src_lang = options.source_lang
-    if options.target_lang is None:
-        return None
-    return int(tokenizer.convert_tokens_to_ids(options.target_lang))
+    return ids.get("target_lang")
 
 
 def _context_limit(config: Any, tokenizer: Any, options: Options, files: ModelFiles) -> int:

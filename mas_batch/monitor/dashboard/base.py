@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Protocol
 from bokeh.core.properties import without_property_validation
 from bokeh.models import ColumnDataSource
 
-from mas_batch.monitor.dashboard.inboxes import inbox_of
+from mas_batch.monitor.dashboard.inboxes import INBOXES
+from mas_batch.monitor.inbox import Inbox
 from mas_batch.monitor.overview import Overview, RunRow, overview
 
 _EVERY_MS = 500
@@ -66,4 +67,4 @@ def add_to(doc: Any, component: Component) -> None:
 
 def current(scheduler: Any) -> Overview:
     """Return how the scheduler's runs are now."""
-    return overview(inbox_of(scheduler), time.time())
+    return overview(INBOXES.get(scheduler, Inbox()), time.time())

@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mas_batch.errors import Reason
-from mas_batch.monitor.dashboard.inboxes import all_inboxes
+from mas_batch.monitor.dashboard.inboxes import INBOXES
 from mas_batch.monitor.fleet import LiveAgent, ReplicaState
 from mas_batch.monitor.inbox import HeardRun, Inbox
 from mas_batch.monitor.live import LiveRun
@@ -43,7 +43,7 @@ class AgentsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics; none in a process without an inbox."""
-        if inboxes := all_inboxes():
+        if inboxes := list(INBOXES.values()):
             yield from families(inboxes, time.time())
 
 
@@ -61,7 +61,7 @@ def families(inboxes: Sequence[Inbox], now: float) -> Iterator[Metric]:
     """
     heard_runs = {name: heard for inbox in inboxes for name, heard in inbox.runs.items()}
     for kind, name, text, labels, read in _OF_RUNS:
-        samples = {
+        samples: Samples = {
             (run, *values): value
             for run, heard in heard_runs.items()
             for values, value in read(heard, now).items()
@@ -75,14 +75,9 @@ def families(inboxes: Sequence[Inbox], now: float) -> Iterator[Metric]:
             for values, value in read_agent(agent, heard.run).items()
         }
         yield _family(kind, name, text, ["run", "agent", *labels], samples)
-    last_success = {(job,): at for inbox in inboxes for job, at in inbox.last_success.items()}
-    yield _family(
-        GaugeMetricFamily,
-        "last_success_timestamp_seconds",
-        "When a run of the job was last finished, as Unix time",
-        ["job_name"],
-        last_success,
-    )
+    samples = {(job,): at for inbox in inboxes for job, at in inbox.last_success.items()}
+    text = "When a run of the job was last finished, as Unix time"
+    yield _family(GaugeMetricFamily, "last_success_timestamp_seconds", text, ["job_name"], samples)
 
 
 Samples = dict[tuple[str, ...], float]
@@ -90,10 +85,11 @@ Samples = dict[tuple[str, ...], float]
 
 
 def _family(kind: Any, name: str, text: str, labels: list[str], samples: Samples) -> Metric:
-    family: Metric = kind(f"mas_batch_{name}", text, labels=labels)
+    family = kind(f"mas_batch_{name}", text, labels=labels)
     for values, value in samples.items():
         family.add_metric(values, value)
-    return family
+    metric: Metric = family
+    return metric
 
 
 def _by(words: Iterable[str], counts: Iterable[float]) -> Samples:
