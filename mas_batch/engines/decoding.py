@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mas_batch.engines.base import Completion
-from mas_batch.engines.timing import batch_time
+from mas_batch.engines.timing import share_time
 from mas_batch.errors import EngineError
 
 Choose = Callable[[Tensor, Sequence[int], int], Tensor]
@@ -96,11 +96,12 @@ def completions(
         read: returns the text and the `Completion.token_ids` of a result.
     """
     new_tokens = [[len(decoded.tokens) for decoded in row] for row in found]
-    spent = batch_time(total_s, prefill_s, [len(prompt) for prompt in prompts], new_tokens)
+    shares = share_time(total_s, prefill_s, [len(prompt) for prompt in prompts], new_tokens)
 
-    def completion(prompt: Sequence[int], decoded: Decoded) -> Completion:
+    def completion(
+        prompt: Sequence[int], decoded: Decoded, share: tuple[float, float | None]
+    ) -> Completion:
         text, token_ids = read(decoded)
-        compute_s, share_s = spent.share(len(prompt), len(decoded.tokens))
         return Completion(
             text=text,
             token_ids=tuple(token_ids),
@@ -108,9 +109,11 @@ def completions(
             num_tokens=len(decoded.tokens),
             finish_reason="stop" if decoded.ended else "length",
             prompt_tokens=len(prompt),
-            compute_s=compute_s,
-            prefill_s=share_s,
+            compute_s=share[0],
+            prefill_s=share[1],
         )
 
-    pairs = zip(prompts, found, strict=True)
-    return [[completion(prompt, decoded) for decoded in row] for prompt, row in pairs]
+    return [
+        [completion(prompt, decoded, share) for decoded, share in zip(row, own, strict=True)]
+        for prompt, row, own in zip(prompts, found, shares, strict=True)
+    ]

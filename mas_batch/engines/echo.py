@@ -75,13 +75,23 @@ class Options(EngineOptions):
 
 
 class EchoEngine:
-    """Says what it was asked, or what its options say."""
+    """Says what it was asked, or what its options say.
+
+    Raises:
+        JobError: an option is unknown or has a value that is not allowed.
+        ModelError: the option `fail_to_load` is set.
+    """
 
     takes_messages = True
     only_translates = False
     samples = True
 
-    def __init__(self, model: ModelFiles, config: EngineConfig, options: Options) -> None:
+    def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
+        options = read_options(Options, config.options, "echo")
+        if options.fail_to_load:
+            raise ModelError(
+                f"{model.source}: it fails to load because options.fail_to_load is set"
+            )
         self._source = model.source
         self._options = options
         self.max_context_tokens = options.max_context_tokens
@@ -217,17 +227,7 @@ class EchoEngine:
         )
 
 
-def load(model: ModelFiles, config: EngineConfig) -> EchoEngine:
-    """Make the engine.
-
-    Raises:
-        JobError: an option is unknown or has a value that is not allowed.
-        ModelError: the option `fail_to_load` is set.
-    """
-    options = read_options(Options, config.options, "echo")
-    if options.fail_to_load:
-        raise ModelError(f"{model.source}: it fails to load because options.fail_to_load is set")
-    return EchoEngine(model, config, options)
+load = EchoEngine
 
 
 def _hold_memory(num_bytes: int) -> None:

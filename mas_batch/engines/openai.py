@@ -68,17 +68,29 @@ class Options(EngineOptions):
 
 
 class OpenAIEngine:
-    """One model behind an endpoint, asked by several threads."""
+    """One model behind an endpoint, asked by several threads.
+
+    Raises:
+        JobError: an option is unknown or not allowed, or the key's variable is not set.
+    """
 
     takes_messages = True
     only_translates = False
     samples = True
     max_batch_tokens: int | None = None  # the server makes its own batches: it gets all there is
 
-    def __init__(self, model: str, options: Options, key: str | None) -> None:
-        self._model = model
+    def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
+        options = read_options(Options, config.options, "openai", show_values=False)
+        key = os.environ.get(options.api_key_env)
+        wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
+        if not key and wanted:
+            raise JobError(
+                f"the environment variable {options.api_key_env} is not set where the agent runs",
+                key="agents.options.api_key_env",
+            )
+        self._model = parse_source(model.source).name
         self._options = options
-        self._has_key = key is not None
+        self._has_key = bool(key)
         self._refusal: str | None = None
         self.max_context_tokens = options.max_context_tokens
         self._client = openai.OpenAI(
@@ -220,21 +232,7 @@ class OpenAIEngine:
         return done
 
 
-def load(model: ModelFiles, config: EngineConfig) -> OpenAIEngine:
-    """Make the engine; the endpoint is not asked anything yet.
-
-    Raises:
-        JobError: an option is unknown or not allowed, or the key's variable is not set.
-    """
-    options = read_options(Options, config.options, "openai", show_values=False)
-    key = os.environ.get(options.api_key_env)
-    wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
-    if not key and wanted:
-        raise JobError(
-            f"the environment variable {options.api_key_env} is not set where the agent runs",
-            key="agents.options.api_key_env",
-        )
-    return OpenAIEngine(parse_source(model.source).name, options, key or None)
+load = OpenAIEngine
 
 
 def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completion:

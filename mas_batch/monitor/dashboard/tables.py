@@ -54,8 +54,7 @@ _AGENT_COLUMNS: _Columns = {
 
 
 _STATE = partial(
-    HTMLTemplateFormatter,
-    template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>',
+    HTMLTemplateFormatter, template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>'
 )
 _REPLICA_COLUMNS: _Columns = {
     "worker": ("worker", 150, StringFormatter),
