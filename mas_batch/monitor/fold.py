@@ -43,10 +43,8 @@ def public_text(text: str) -> str:
 
 
 def _with_public_texts(event: Event) -> Event:
-    values = ((f.name, getattr(event, f.name)) for f in fields(event))
-    texts: dict[str, Any] = {
-        name: public_text(value) for name, value in values if isinstance(value, str)
-    }
+    values = {each.name: getattr(event, each.name) for each in fields(event)}
+    texts: Any = {name: public_text(v) for name, v in values.items() if isinstance(v, str)}
     return replace(event, **texts)
 
 
