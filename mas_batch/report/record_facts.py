@@ -11,7 +11,6 @@ class CandidateFacts:
     """A distinct answer to one record, and who backs it."""
 
     answer: str
-    weight: float | None
     backers: tuple[str, ...]
     num_more_backers: int
 
@@ -51,7 +50,6 @@ class FailureExample:
     """One record without an answer."""
 
     record_id: str
-    stage: str
     agent_id: str | None
     message: str
 

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.latency.sketch import RECORD_LATENCY
 from mas_batch.records import STANDARD_ERROR
 from mas_batch.report.agreeing_pairs import PAIRS
@@ -55,7 +54,7 @@ class ResultsScan:
     doubtful: tuple[RecordFacts, ...]
     """Least certain first; records of which the merge is certain are left out."""
     pairs: Mapping[str, Mapping[str, float]]
-    """See `agreement.PAIRS`."""
+    """See `agreeing_pairs.PAIRS`."""
     confidence_kind: str | None
 
 
@@ -92,7 +91,7 @@ def scan_answers(run: Run, every: int) -> AnswersScan:
     failed: Counter[tuple[str, str]] = Counter()
     latency = RECORD_LATENCY.combine([])
     for number, table in tables(run, "answers", every):
-        latency = _added(RECORD_LATENCY, latency, table)
+        latency = RECORD_LATENCY.combine([latency, RECORD_LATENCY.chunk(table)])
         failed.update(_failed(table))
         found = [(row["total_s"], row["record_id"], number, row) for row in slowest_of(table)]
         slowest = heapq.nlargest(NUM_SLOWEST, [*slowest, *found], key=lambda each: each[:2])
@@ -117,13 +116,6 @@ def scan_failures(run: Run) -> tuple[FailureGroup, ...]:
             break
     most = sorted(counts, key=lambda reason: (-counts[reason], reason))
     return tuple(FailureGroup(r, counts[r], tuple(examples[r])) for r in most)
-
-
-def _added(reduction: Reduction, partial: Partial, table: pa.Table) -> Partial:
-    return reduction.combine([partial, reduction.chunk(table)])
-
-
-# Least certain
 
 
 def _most_doubtful(results: pa.Table) -> list[dict[str, Any]]:
@@ -165,13 +157,9 @@ def _candidate(candidate: Mapping[str, Any]) -> CandidateFacts:
     agents = candidate["agents"] or []
     return CandidateFacts(
         clip(candidate["answer"], ANSWER_CHARS),
-        candidate["weight"],
         tuple(agents[:MAX_BACKERS]),
         max(0, len(agents) - MAX_BACKERS),
     )
-
-
-# Failures
 
 
 def _failed(answers: pa.Table) -> Counter[tuple[str, str]]:
@@ -183,7 +171,6 @@ def _failed(answers: pa.Table) -> Counter[tuple[str, str]]:
 def _failure(row: Mapping[str, Any]) -> FailureExample:
     return FailureExample(
         clip(row["record_id"], ID_CHARS),
-        row["stage"],
         row["agent_id"],
         clip(row["message"] or "", MESSAGE_CHARS),
     )
