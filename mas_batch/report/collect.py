@@ -68,7 +68,6 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         confidence=tuple(histogram) if any(histogram) else (),
         confidence_kind=results.confidence_kind,
         doubtful=results.doubtful,
-        slowest=answers.slowest,
         failures=scan_failures(run),
         failed_answers=answers.failed,
         scope=results.scope,

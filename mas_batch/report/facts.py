@@ -13,7 +13,6 @@ from mas_batch.report.record_facts import (
     FailureGroup,
     RecordFacts,
     Scope,
-    SlowRecord,
 )
 
 
@@ -150,7 +149,6 @@ class Facts:
     """Results by confidence, in equal bins over [0, 1]; empty: not on that scale."""
     confidence_kind: str | None
     doubtful: tuple[RecordFacts, ...]
-    slowest: tuple[SlowRecord, ...]
     failures: tuple[FailureGroup, ...]
     failed_answers: tuple[FailedAnswers, ...]
     scope: Scope

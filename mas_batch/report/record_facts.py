@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -29,20 +28,6 @@ class RecordFacts:
     tie: bool
     candidates: tuple[CandidateFacts, ...]
     num_more_candidates: int
-
-
-@dataclass(frozen=True, slots=True)
-class SlowRecord:
-    """A record that took its agents long."""
-
-    record_id: str
-    total_s: float
-    """T of all its answers."""
-    by_agent: Mapping[str, float]
-    prompt_tokens: int
-    completion_tokens: int
-    text: str | None
-    answer: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,7 @@ from mas_batch.report.record_facts import (
     FailureGroup,
     RecordFacts,
     Scope,
-    SlowRecord,
 )
-from mas_batch.report.slowest import NUM_SLOWEST, Found, slowest_of, with_texts
 from mas_batch.report.walk import (
     ANSWER_CHARS,
     ID_CHARS,
@@ -62,7 +60,6 @@ class ResultsScan:
 class AnswersScan:
     """What one pass over the answers finds."""
 
-    slowest: tuple[SlowRecord, ...]
     latency: Mapping[str, Any]
     """See `RECORD_LATENCY`."""
     failed: tuple[FailedAnswers, ...]
@@ -76,7 +73,7 @@ def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
     """
     doubtful: list[dict[str, Any]] = []
     pairs, num_records, kind = PAIRS.combine([]), 0, None
-    for _, table in tables(run, "results", every):
+    for table in tables(run, "results", every):
         num_records += table.num_rows
         pairs = PAIRS.combine([pairs, PAIRS.chunk(table)])
         kind = kind or next(iter(table["confidence_kind"].to_pylist()), None)
@@ -87,16 +84,12 @@ def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
 
 def scan_answers(run: Run, every: int) -> AnswersScan:
     """Read every so many partitions of the answers; one is in memory at a time."""
-    slowest: list[Found] = []
     failed: Counter[tuple[str, str]] = Counter()
     latency = RECORD_LATENCY.combine([])
-    for number, table in tables(run, "answers", every):
+    for table in tables(run, "answers", every):
         latency = RECORD_LATENCY.combine([latency, RECORD_LATENCY.chunk(table)])
         failed.update(_failed(table))
-        found = [(row["total_s"], row["record_id"], number, row) for row in slowest_of(table)]
-        slowest = heapq.nlargest(NUM_SLOWEST, [*slowest, *found], key=lambda each: each[:2])
     return AnswersScan(
-        tuple(with_texts(run, slowest)),
         RECORD_LATENCY.finalize(latency),
         tuple(FailedAnswers(*key, n) for key, n in failed.most_common(MAX_FAILED_ANSWERS)),
     )
