@@ -106,12 +106,11 @@ def _judged_by_equality(job: Mapping[str, Any]) -> bool:
 
 
 def _models(run: Run) -> dict[str, Any]:
-    agents = sorted(agent["agent_id"] for agent in run.manifest["agents"])
-    return {agent: _known(asdict(model(agent, run.manifest))) for agent in agents}
-
-
-def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if value and name != "agent_id"}
+    found = {}
+    for agent_id in sorted(agent["agent_id"] for agent in run.manifest["agents"]):
+        facts = model(agent_id, run.manifest)
+        found[agent_id] = {k: value for k, value in facts.items() if value and k != "agent_id"}
+    return found
 
 
 def _figures(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[Figure, ...]:

@@ -143,9 +143,6 @@ def mcnemar(fixed: int, broken: int) -> float:
     )
 
 
-# The join
-
-
 def _joined(a: Run, b: Run) -> Iterator[pa.Table]:
     """Yield all records of both, some at a time; a record's rows of both runs are one row."""
     most = max(_num_records(a), _num_records(b))
@@ -187,9 +184,6 @@ def _column(table: pa.Table, field: pa.Field) -> pa.Array:
 
 def _hashes(ids: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.fromiter((zlib.crc32(key.encode()) for key in ids), np.int64, len(ids))
-
-
-# What is counted
 
 
 def _count(joined: pa.Table) -> Counter[str]:

@@ -1,7 +1,7 @@
 """What came of a run, as one page that opens anywhere: `report.html`.
 
 collect.py   pure facts (facts.py, record_facts.py) out of a run's folder, from scan.py (walk.py,
-             slowest.py, agreeing_pairs.py) and timing.py
+             agreeing_pairs.py) and timing.py
 charts.py    small inline SVG
 page.html    what the page says; style.css how it looks
 page.py      facts → page → file

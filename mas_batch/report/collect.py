@@ -17,7 +17,6 @@ from mas_batch.report.facts import (
     Agreement,
     ExitFacts,
     Facts,
-    ModelFacts,
     Spread,
     Totals,
 )
@@ -69,7 +68,6 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         confidence=tuple(histogram) if any(histogram) else (),
         confidence_kind=results.confidence_kind,
         doubtful=results.doubtful,
-        slowest=answers.slowest,
         failures=scan_failures(run),
         failed_answers=answers.failed,
         scope=results.scope,
@@ -138,7 +136,6 @@ def _agent(
     compute_s = counts.get("compute_s") or 0.0
     return AgentFacts(
         agent_id=counts["agent_id"],
-        engine=engine.get("engine", ""),
         family=clip(engine.get("family_id", ""), MODEL_CHARS),
         answers=counts["answers"],
         failed_answers=counts["failed_answers"],
@@ -156,19 +153,20 @@ def _engine(agent_id: str, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def model(agent_id: str, manifest: Mapping[str, Any]) -> ModelFacts:
-    """Name what answered. Of an engine's facts only these: its options may hold anything."""
+def model(agent_id: str, manifest: Mapping[str, Any]) -> dict[str, str | None]:
+    """Name what answered, so that it can be had again; `source` is a hub id, a path or a wheel.
+
+    Of an engine's facts only these are named: its options may hold anything.
+    """
     engine = _engine(agent_id, manifest)
     source = engine.get("model")
-    return ModelFacts(
-        agent_id=agent_id,
-        engine=engine.get("engine", ""),
-        family=clip(engine.get("family_id", ""), MODEL_CHARS),
-        source=None if source is None else clip(without_credentials(source), MODEL_CHARS),
-        sha256=engine.get("sha256"),
-        device=engine.get("device"),
-        examples_sha256=engine.get("examples_sha256"),
-    )
+    return {
+        "agent_id": agent_id,
+        "engine": engine.get("engine", ""),
+        "family": clip(engine.get("family_id", ""), MODEL_CHARS),
+        "source": None if source is None else clip(without_credentials(source), MODEL_CHARS),
+        **{name: engine.get(name) for name in ("sha256", "device", "examples_sha256")},
+    }
 
 
 def _agreement(agents: Sequence[str], pairs: Mapping[str, Mapping[str, float]]) -> Agreement | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mas_batch.aggregate.reliability import Reliability
 from mas_batch.quality import KeptEvaluation
@@ -12,7 +13,6 @@ from mas_batch.report.record_facts import (
     FailureGroup,
     RecordFacts,
     Scope,
-    SlowRecord,
 )
 
 
@@ -74,7 +74,6 @@ class AgentFacts:
     """One agent of the run."""
 
     agent_id: str
-    engine: str
     family: str
     """Its model, or what stands for one."""
     answers: int
@@ -101,20 +100,6 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
-class PartitionTimes:
-    """Seconds from sending a task to hearing of it, and how many of them it waited."""
-
-    stage: str
-    """`answer` or `merge`."""
-    agent_id: str | None
-    count: int
-    wall_p50_s: float
-    wall_p95_s: float
-    queue_p50_s: float
-    queue_p95_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class TimeFacts:
     """Where the time went: phases of the submitting process, and the replicas' sum."""
 
@@ -124,7 +109,8 @@ class TimeFacts:
     replicas: Mapping[str, float]
     """Seconds summed over replicas: compute, transfer, processing, load, failed, idle."""
     num_replicas: int | None
-    partitions: tuple[PartitionTimes, ...]
+    partitions: tuple[Mapping[str, Any], ...]
+    """Rows of `latency.summary`'s `per_partition`: quantiles of `wall` and of waiting, `queue`."""
     activity_s: float
     """From the first task begun to the last ended, of the execution that `activity` shows."""
     activity: tuple[Activity, ...]
@@ -139,20 +125,6 @@ class Agreement:
     """By ordered pair; an agent with itself: among its samples. None: never asked together."""
     num_left_out: int
     """Agents beyond those of the matrix."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What answered, so that it can be had again."""
-
-    agent_id: str
-    engine: str
-    family: str
-    source: str | None
-    """Hub id, path or wheel."""
-    sha256: str | None
-    device: str | None
-    examples_sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +149,11 @@ class Facts:
     """Results by confidence, in equal bins over [0, 1]; empty: not on that scale."""
     confidence_kind: str | None
     doubtful: tuple[RecordFacts, ...]
-    slowest: tuple[SlowRecord, ...]
     failures: tuple[FailureGroup, ...]
     failed_answers: tuple[FailedAnswers, ...]
     scope: Scope
     job: str
     """job.yaml as the run keeps it."""
-    models: tuple[ModelFacts, ...]
+    models: tuple[Mapping[str, str | None], ...]
+    """See `collect.model`."""
     versions: Mapping[str, str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -11,7 +10,6 @@ class CandidateFacts:
     """A distinct answer to one record, and who backs it."""
 
     answer: str
-    weight: float | None
     backers: tuple[str, ...]
     num_more_backers: int
 
@@ -33,25 +31,10 @@ class RecordFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class SlowRecord:
-    """A record that took its agents long."""
-
-    record_id: str
-    total_s: float
-    """T of all its answers."""
-    by_agent: Mapping[str, float]
-    prompt_tokens: int
-    completion_tokens: int
-    text: str | None
-    answer: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class FailureExample:
     """One record without an answer."""
 
     record_id: str
-    stage: str
     agent_id: str | None
     message: str
 

@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.latency.sketch import RECORD_LATENCY
 from mas_batch.records import STANDARD_ERROR
 from mas_batch.report.agreeing_pairs import PAIRS
@@ -22,9 +21,7 @@ from mas_batch.report.record_facts import (
     FailureGroup,
     RecordFacts,
     Scope,
-    SlowRecord,
 )
-from mas_batch.report.slowest import NUM_SLOWEST, Found, slowest_of, with_texts
 from mas_batch.report.walk import (
     ANSWER_CHARS,
     ID_CHARS,
@@ -55,7 +52,7 @@ class ResultsScan:
     doubtful: tuple[RecordFacts, ...]
     """Least certain first; records of which the merge is certain are left out."""
     pairs: Mapping[str, Mapping[str, float]]
-    """See `agreement.PAIRS`."""
+    """See `agreeing_pairs.PAIRS`."""
     confidence_kind: str | None
 
 
@@ -63,7 +60,6 @@ class ResultsScan:
 class AnswersScan:
     """What one pass over the answers finds."""
 
-    slowest: tuple[SlowRecord, ...]
     latency: Mapping[str, Any]
     """See `RECORD_LATENCY`."""
     failed: tuple[FailedAnswers, ...]
@@ -77,7 +73,7 @@ def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
     """
     doubtful: list[dict[str, Any]] = []
     pairs, num_records, kind = PAIRS.combine([]), 0, None
-    for _, table in tables(run, "results", every):
+    for table in tables(run, "results", every):
         num_records += table.num_rows
         pairs = PAIRS.combine([pairs, PAIRS.chunk(table)])
         kind = kind or next(iter(table["confidence_kind"].to_pylist()), None)
@@ -88,16 +84,12 @@ def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
 
 def scan_answers(run: Run, every: int) -> AnswersScan:
     """Read every so many partitions of the answers; one is in memory at a time."""
-    slowest: list[Found] = []
     failed: Counter[tuple[str, str]] = Counter()
     latency = RECORD_LATENCY.combine([])
-    for number, table in tables(run, "answers", every):
-        latency = _added(RECORD_LATENCY, latency, table)
+    for table in tables(run, "answers", every):
+        latency = RECORD_LATENCY.combine([latency, RECORD_LATENCY.chunk(table)])
         failed.update(_failed(table))
-        found = [(row["total_s"], row["record_id"], number, row) for row in slowest_of(table)]
-        slowest = heapq.nlargest(NUM_SLOWEST, [*slowest, *found], key=lambda each: each[:2])
     return AnswersScan(
-        tuple(with_texts(run, slowest)),
         RECORD_LATENCY.finalize(latency),
         tuple(FailedAnswers(*key, n) for key, n in failed.most_common(MAX_FAILED_ANSWERS)),
     )
@@ -117,13 +109,6 @@ def scan_failures(run: Run) -> tuple[FailureGroup, ...]:
             break
     most = sorted(counts, key=lambda reason: (-counts[reason], reason))
     return tuple(FailureGroup(r, counts[r], tuple(examples[r])) for r in most)
-
-
-def _added(reduction: Reduction, partial: Partial, table: pa.Table) -> Partial:
-    return reduction.combine([partial, reduction.chunk(table)])
-
-
-# Least certain
 
 
 def _most_doubtful(results: pa.Table) -> list[dict[str, Any]]:
@@ -165,13 +150,9 @@ def _candidate(candidate: Mapping[str, Any]) -> CandidateFacts:
     agents = candidate["agents"] or []
     return CandidateFacts(
         clip(candidate["answer"], ANSWER_CHARS),
-        candidate["weight"],
         tuple(agents[:MAX_BACKERS]),
         max(0, len(agents) - MAX_BACKERS),
     )
-
-
-# Failures
 
 
 def _failed(answers: pa.Table) -> Counter[tuple[str, str]]:
@@ -183,7 +164,6 @@ def _failed(answers: pa.Table) -> Counter[tuple[str, str]]:
 def _failure(row: Mapping[str, Any]) -> FailureExample:
     return FailureExample(
         clip(row["record_id"], ID_CHARS),
-        row["stage"],
         row["agent_id"],
         clip(row["message"] or "", MESSAGE_CHARS),
     )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.report.facts import Activity, PartitionTimes, Spread, TimeFacts
+from mas_batch.report.facts import Activity, Spread, TimeFacts
 from mas_batch.run_folder.read import Run
 
 NUM_STRETCHES = 80
@@ -36,20 +36,10 @@ def time_facts(run: Run) -> TimeFacts | None:
         phases={name: seconds for name, seconds in facts.get("phases", {}).items() if seconds},
         replicas={part: s for part in REPLICA_PARTS if (s := replicas.get(f"{part}_s"))},
         num_replicas=replicas.get("num"),
-        partitions=tuple(
-            map(_partition_times, (facts.get("per_partition") or [])[:MAX_PARTITION_ROWS])
-        ),
+        partitions=tuple((facts.get("per_partition") or [])[:MAX_PARTITION_ROWS]),
         activity_s=length_s,
         activity=activity,
     )
-
-
-def _partition_times(row: Mapping[str, Any]) -> PartitionTimes:
-    wall, queue = row["wall"], row["queue"]
-    return PartitionTimes(
-        row["stage"], row["agent_id"], row["count"],
-        wall["p50_s"], wall["p95_s"], queue["p50_s"], queue["p95_s"],
-    )  # fmt: skip
 
 
 def spreads(run: Run, measured: Mapping[str, Any]) -> dict[str, Spread]:
@@ -77,8 +67,8 @@ def _activity(ledger: pa.Table) -> tuple[float, tuple[Activity, ...]]:
         return 0.0, ()
     starts = pc.add(work["at_s"], pc.fill_null(work["queue_s"], 0.0)).to_numpy()
     stops = pc.add(work["at_s"], work["wall_s"]).to_numpy()
-    columns = (work[name].to_numpy() for name in ("execution", "agent_id", "worker"))
-    execution, agent, worker = columns
+    names = ("execution", "agent_id", "worker")
+    execution, agent, worker = (work[name].to_numpy() for name in names)
     within = execution == execution[np.argmax(stops)]
     first, last = starts[within].min(), stops[within].max()
     found = []
@@ -103,7 +93,6 @@ def mean_overlap(
         length: above 0.
     """
     edges = np.linspace(0.0, length, num + 1)
-
     area = _passed(starts, edges) - _passed(stops, edges)
     return np.maximum(np.diff(area) / (length / num), 0.0).astype(np.float64)
 
