@@ -76,8 +76,8 @@ def pairwise_agreement(evidence: Evidence, answer_kind: str, seed: int) -> tuple
     facts: PairFacts = resolve_name(ANSWER_KINDS[answer_kind].agreement)
     further = facts(first)
     return tuple(
-        AgentPair(*pair, len(left), _mean(said[left] == said[right]), **further.get(pair, {}))
-        for pair, left, right in first.pairs()
+        AgentPair(a, b, len(left), _mean(said[left] == said[right]), **further.get((a, b), {}))
+        for (a, b), left, right in first.pairs()
     )
 
 
