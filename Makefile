@@ -4,26 +4,44 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # Two at a time: half of what the tests do is wait for processes. The models are small.
-TOGETHER := --numprocesses 2 --dist worksteal
+TOGETHER := --numprocesses 2 --dist loadgroup
+TESTS  := $(TOGETHER) -m "not nightly"
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check format bench lock clean
+.PHONY: help demo test test-fast test-under-load newest nightly chaos check format bench lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/run.done  ## answer the bundled data with real models on an embedded Dask cluster
 	@$(BIN)/mas-batch fetch $(JOBS)
 	@for job in $(JOBS); do $(BIN)/mas-batch submit $$job || exit $$?; done
 
-test: $(VENV)/dev.done  ## run all tests
-	$(BIN)/python -m pytest $(TOGETHER)
+test: $(VENV)/dev.done  ## run the tests of every commit
+	$(BIN)/python -m pytest $(TESTS)
+
+test-fast: $(VENV)/dev.done  ## run the tests without processes, clusters and models
+	$(BIN)/python -m pytest $(TOGETHER) -m "not (processes or cluster or torch or nightly)"
+
+test-under-load: $(VENV)/dev.done  ## run the tests three times beside two busy processes per core
+	$(BIN)/python tests/under_load.py $(BIN)/python -m pytest $(TESTS)
+
+nightly: export DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD = spawn
+nightly: export HYPOTHESIS_PROFILE = nightly
+nightly: $(VENV)/dev.done  ## run everything: notebooks, pages, long chaos, ten times the examples
+	$(BIN)/python -m pytest $(TOGETHER) --chaos-seed $(SEED) --chaos-rounds $(ROUNDS)
 
 chaos: $(VENV)/dev.done  ## the chaos suite in its long form (SEED=0 ROUNDS=5): kill, stop, starve, compare
 	$(BIN)/python -m pytest tests/test_chaos.py --chaos-seed $(SEED) --chaos-rounds $(ROUNDS) $(TOGETHER)
 SEED   ?= 0
 ROUNDS ?= 5
+
+newest:  ## run the suite on the newest versions that the ranges allow, in an environment of its own
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
+		-c requirements/constraints.txt -e '.[cpu,dev,s3,openai,ctranslate2,zstd,evaluate]'
+	.venv-newest/bin/python -m pytest $(TESTS)
 
 check: $(VENV)/dev.done  ## lint, types, layers, spelling
 	$(BIN)/ruff check .
@@ -46,8 +64,8 @@ lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements/*.lock  # a build tag is not on every index
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
-clean:  ## remove the environment and the runs (models stay in the cache)
-	rm -rf $(VENV) runs
+clean:  ## remove the environments and the runs (models stay in the cache)
+	rm -rf $(VENV) .venv-newest runs
 
 # The stamps make a second `make demo` do only what is missing.
 $(VENV)/run.done: requirements/run.lock pyproject.toml

@@ -46,7 +46,7 @@ from mas_batch.partition import partition
 from mas_batch.records import ANSWERS, FAILURES
 from mas_batch.run_folder.commits import Committed, commit_results, committed
 from mas_batch.run_folder.manifest import manifest_files, write_manifest
-from mas_batch.run_folder.names import FORMAT, answers_name, part
+from mas_batch.run_folder.names import FORMAT, answers_name, partition_stem
 from mas_batch.run_folder.plan import read_plan, read_records, stage
 from mas_batch.run_folder.read import open_run
 from mas_batch.run_folder.ref import RunRef
@@ -181,7 +181,7 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
 
     def publish() -> None:
         failures = {
-            index: f"failures/{part(index)}-0123456789ab.parquet"
+            index: f"failures/{partition_stem(index)}-0123456789ab.parquet"
             for index in range(0, num_partitions, FAILED_EVERY)
         }
         answers = {agent: [[0, num_partitions]] for agent in AGENTS}

@@ -1,6 +1,7 @@
 """`python -m mas_batch`: the whole command group."""
 
-from mas_batch.cli import main
-
 if __name__ == "__main__":
+    # Here, not above: the embedded workers import this module again, and need no command line.
+    from mas_batch.cli import main
+
     main(prog_name="python -m mas_batch")

@@ -1,4 +1,4 @@
-"""What a notebook shows of an object, as Dask's own objects do: a small table, all text escaped."""
+"""Cards: what a notebook shows of an object: a small HTML table, in which all text is escaped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 from mas_batch.safe_text import printable, without_credentials
 
 MAX_CHARS = 300
-"""Of one value."""
+"""The most characters of one value."""
 
 _NAME = "text-align:left;font-weight:normal;opacity:.65;vertical-align:top;padding:.1em 1em .1em 0"
 _VALUE = "text-align:left;padding:.1em 0"
@@ -21,17 +21,17 @@ def card(kind: str, name: str, facts: Mapping[str, object]) -> str:
     """
     rows = "".join(
         f'<tr><th scope="row" style="{_NAME}">{escape(label)}</th>'
-        f'<td style="{_VALUE}">{_shown(value)}</td></tr>'
+        f'<td style="{_VALUE}">{_as_html(value)}</td></tr>'
         for label, value in facts.items()
         if value is not None
     )
     return (
         '<div style="border-left:3px solid #1f6f8b;padding:.2em 0 .2em .9em">'
-        f'<div><b>{_shown(name)}</b> <span style="opacity:.65">{escape(kind)}</span></div>'
+        f'<div><b>{_as_html(name)}</b> <span style="opacity:.65">{escape(kind)}</span></div>'
         f'<table style="border-collapse:collapse">{rows}</table></div>'
     )
 
 
-def _shown(value: object) -> str:
+def _as_html(value: object) -> str:
     text = f"{value:,}" if isinstance(value, int) else printable(without_credentials(str(value)))
     return escape(text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…")

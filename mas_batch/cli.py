@@ -50,18 +50,18 @@ def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        code = ExitCode.RUN_FAILED
         try:
             command(*args, **kwargs)
+            return
         except MasBatchError as error:
-            click.echo(printable(f"mas-batch: {error}"), err=True)
-            sys.exit(error.exit_code)
+            words, code = str(error), error.exit_code
         except OSError as error:  # a disk or a network, whose words are clear enough
-            words = without_credentials(f"mas-batch: {type(error).__name__}: {error}")
-            click.echo(printable(words), err=True)
-            sys.exit(ExitCode.RUN_FAILED)
+            words = without_credentials(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:
-            click.echo("mas-batch: interrupted; the same command resumes", err=True)
-            sys.exit(ExitCode.RUN_FAILED)
+            words = "interrupted; the same command resumes"
+        click.echo(printable(f"mas-batch: {words}"), err=True)
+        sys.exit(code)
 
     return wrapper
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import tempfile
 import threading
@@ -29,6 +30,7 @@ from distributed import (
 from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
 
+from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
 from mas_batch.errors import JobError, RunError
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 _TLS_KEYS = ("tls_ca_file", "tls_cert", "tls_key")
 _BROADCAST_S = 60.0
 _PARTITIONS_IN_PROCESS = 64
+_EMBEDDED_START_S = 120.0
 _NANNY_PATIENCE_S = 5.0
 """A nanny starts the next process within milliseconds of the end of the last."""
 
@@ -82,7 +85,7 @@ class Connection:
 
     client: Client
     scaler: Scaler | None
-    """Starts and ends workers; None: the number is somebody else's business."""
+    """Starts and ends workers; None: their number is not ours to change."""
 
 
 class EmbeddedScaler:
@@ -207,7 +210,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             job,
             specs,
             memory_bytes=MEMORY_LIMIT,
-            num_gpus=_num_gpus(),
+            devices=assign_devices(job, _devices()),
             local_directory=scratch,
         )
         address = job.cluster.dashboard_address
@@ -238,7 +241,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             Client(cluster) as client,
         ):
             try:
-                client.wait_for_workers(len(workers), timeout=120)
+                client.wait_for_workers(len(workers), timeout=_EMBEDDED_START_S)
             except TimeoutError as error:
                 raise RunError(f"the embedded workers did not start: {error}") from error
             yield client, EmbeddedScaler(cluster, possible, job)
@@ -376,8 +379,12 @@ def _free_address(address: str) -> str:
     return address
 
 
-def _num_gpus() -> int:
+def _devices() -> list[str]:
+    """Name the accelerators that this process may use, as `CUDA_VISIBLE_DEVICES` does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip()]
     try:
-        return int(nvml.device_get_count())
+        return [str(number) for number in range(nvml.device_get_count())]
     except Exception:  # no driver, no pynvml: no GPU that we could assign
-        return 0
+        return []

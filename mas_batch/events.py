@@ -1,4 +1,4 @@
-"""What happens in a run, as facts. Progress, log and event file are readers of these."""
+"""Events: the facts of a run, which the progress, the event log and the dashboards read."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ Emit: TypeAlias = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskEnded(Event):
-    """A task on a worker is done; its seconds, as `latency.times.TaskTimes.heard_after` has them.
+    """A task on a worker has ended; its seconds are those of `TaskTimes.heard_after`.
 
     compute + transfer + processing = wall, and transfer = read + write, processing = queue +
     process, compute = prefill + decode.
     """
 
     wall_s: float = 0.0
-    """From sending the task to hearing of it."""
+    """From sending the task to hearing of its end."""
     compute_s: float = 0.0
     transfer_s: float = 0.0
     processing_s: float = 0.0
     queue_s: float = 0.0
-    """Not the task's own: waiting at scheduler and worker, and the news on its way."""
+    """Waiting at the scheduler and the worker, and the time that the report travels."""
     read_s: float = 0.0
     write_s: float = 0.0
     process_s: float = 0.0
     prefill_s: float | None = None
     decode_s: float | None = None
     idle_s: float = 0.0
-    """Before it, the replica had nothing to do for so long."""
+    """How long the replica had nothing to do before the task."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The plan is made; work begins (or goes on, when partitions are already done)."""
+    """The plan is made; work begins, or goes on where an earlier execution has stopped."""
 
     run: str
     num_partitions: int
@@ -54,10 +54,10 @@ class RunStarted(Event):
     partitions_done: int
     records_done: int
     answers_done: int
-    """Partition answers that an earlier execution committed and that are not asked again."""
+    """Pairs of agent and partition that an earlier execution has answered but not merged."""
     answers_per_record: int
     earlier_runs: tuple[str, ...]
-    """Runs of a job of this name whose job or corpus was another; empty with `since`."""
+    """Other runs of a job of this name: another job file or corpus; empty with `since`."""
     dashboard_link: str | None
 
 
@@ -71,16 +71,16 @@ class AgentLoading(Event):
 
 @dataclass(frozen=True, slots=True)
 class AnswersReused(Event):
-    """`since: last`: what the last published run has answered is not asked again."""
+    """`since: last`: agents are not asked again what the last published run has answered."""
 
     run: str | None
-    """Its name; None: there is no earlier run."""
+    """Name of that run; None: there is no earlier run."""
     records: Mapping[str, int]
-    """How many are `unchanged`, `changed`, `new` and `gone` since."""
+    """Numbers of records that are `unchanged`, `changed`, `new` and `gone` since that run."""
     answers: Mapping[str, int]
-    """Agent → answers that it need not give again."""
+    """Agent → number of its answers that are reused."""
     refused: Mapping[str, str]
-    """Agent → why it is asked about every record."""
+    """Agent → why none of its answers is reused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class AgentReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentLost(Event):
-    """A worker that held an agent is gone or could not load it."""
+    """A worker that held an agent's model is gone, or could not load the model."""
 
     agent_id: str
     worker: str
@@ -124,11 +124,11 @@ class BreakerChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class AgentsScaled(Event):
-    """The number of replicas that the agents' backlog asks for has changed."""
+    """The numbers of replicas that the agents' backlogs call for have changed."""
 
     wanted: dict[str, int]
     backlog: dict[str, int]
-    """Agent → partitions that wait for it or are at one of its workers."""
+    """Agent → partitions that wait for it or are in flight at one of its workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +144,15 @@ class PartitionAsked(Event):
     task near the end) or `probe` (of a worker that kept failing)."""
     policy: str
     candidates: dict[str, dict[str, float]]
-    """What the policy saw of the workers that could have been chosen (the chosen one and up to 15
-    others): `in_flight` partitions, `in_flight_tokens`, `tokens_per_s`, `agreement`, and so on."""
+    """Worker → what the policy saw of it: `in_flight` partitions, `in_flight_tokens`,
+    `tokens_per_s`, `agreement`, and so on; the chosen worker and up to 15 others."""
     num_busy: int
     """Capable workers that could not be chosen because their windows were full."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartitionUndecided(TaskEnded):
-    """The first answers to some records differ too much: one more agent is asked about these."""
+    """The first answers to some records differ too much: one more agent is asked about them."""
 
     partition: int
     num_undecided: int
@@ -174,12 +174,12 @@ class PartitionAnswered(TaskEnded):
     prompt_tokens: int
     completion_tokens: int
     peak_memory_bytes: int | None = None
-    """Of the worker's process, so far."""
+    """Most memory of the worker's process so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerFailed(Event):
-    """One try of one agent on one partition came to nothing."""
+    """An attempt of one agent on one partition has failed."""
 
     partition: int
     agent_id: str
@@ -188,7 +188,7 @@ class AnswerFailed(Event):
     message: str
     given_up: bool
     wall_s: float = 0.0
-    """From asking to hearing of it."""
+    """From asking to hearing of the failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ class PartitionMerged(TaskEnded):
     reasons: dict[str, int] = field(default_factory=dict)
     """Reason (see `errors.Reason`) → records that failed for it."""
     agreement: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Agent → (its answers that say what was merged, its valid answers)."""
+    """Agent → (number of its answers that equal the merged one, number of its valid answers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,14 +211,14 @@ class Learned(Event):
 
     method: str
     weights: dict[str, float]
-    """Agent → estimated accuracy, or weight, as the method has it."""
+    """Agent → estimated accuracy, or weight, depending on the method."""
     why: str
-    """In words, for people."""
+    """Explanation for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class Escalated(Event):
-    """All others have answered: the least confident records go to one more agent."""
+    """All other agents have answered: the least confident records go to one more agent."""
 
     agent_id: str
     num_records: int
@@ -231,7 +231,7 @@ class PhaseEnded(Event):
 
     phase: str
     at_s: float
-    """When it began, in seconds after the execution's start."""
+    """When the phase began, in seconds after the execution's start."""
     wall_s: float
 
 

@@ -1,7 +1,4 @@
-"""One process at work on a run: what every kind of job needs while it works.
-
-Answering a corpus is the first kind. Nothing here knows what the work is.
-"""
+"""One process that works on a run: its lock, cluster, phases and log, whatever the work is."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-
-from distributed import span
 
 from mas_batch.cluster import Connection
 from mas_batch.errors import RunError
@@ -20,15 +15,17 @@ from mas_batch.latency.phases import Phases
 from mas_batch.monitor.event_log import EventLog
 from mas_batch.monitor.feed import Feed
 from mas_batch.monitor.live import LiveRun
+from mas_batch.routing.upkeep import run_span
 from mas_batch.run_folder.lock import RunLock
 from mas_batch.run_folder.storage import Store
 
 
 class ExecutionLog:
-    """Every event goes to the run's event log, its ledger, and whoever else reads them.
+    """Passes every event to the run's event log, to its ledger and to all further readers.
 
     Args:
-        start: of the execution, by `time.perf_counter`.
+        readers: called with every event.
+        start: when the execution started, by `time.perf_counter`.
     """
 
     def __init__(self, store: Store, readers: Sequence[Emit], start: float) -> None:
@@ -37,14 +34,14 @@ class ExecutionLog:
         self.ledger = Ledger(store, self._events.execution, start)
 
     def __call__(self, event: Event) -> None:
-        """Tell every reader of the event."""
+        """Pass the event on."""
         self._events(event)
         self.ledger(event)
         for read in self._readers:
             read(event)
 
     def flush(self) -> None:
-        """Write to the run what is kept so far."""
+        """Write the events and rows kept so far to the run."""
         self._events.flush()
         self.ledger.flush()
 
@@ -54,10 +51,11 @@ class Execution:
     """One process that works on one run, connected to a cluster."""
 
     name: str
-    """Of the run."""
+    """Name of the run."""
     store: Store
-    """The run's folder, of which this process holds `lock`."""
+    """The run's folder."""
     lock: RunLock
+    """The run's lock, which this process holds."""
     topic: str
     """Names this execution's Dask events, plugin and executor."""
     connection: Connection
@@ -66,7 +64,7 @@ class Execution:
 
 
 def new_topic(run: str) -> str:
-    """Name an execution of the run: a later one is not told what an earlier one's tasks report."""
+    """Name an execution of the run, so that it does not hear reports of an earlier one's tasks."""
     return f"mas-batch-{run}-{uuid.uuid4().hex[:8]}"
 
 
@@ -79,7 +77,7 @@ def execute(
     phases: Phases,
     emit: Emit,
 ) -> Iterator[Execution]:
-    """Connect, and keep every event in the run while the `with` block lasts, also if it fails.
+    """Connect, and write every event to the run while the `with` block lasts, also if it fails.
 
     Args:
         live: the run as the dashboard introduces it; it names the run and the execution's topic.
@@ -89,9 +87,7 @@ def execute(
         connecting as connection,
         Feed(connection.client, live) as feed,
         _logged(store, (feed, emit), phases) as log,
-        # One for the run: Dask makes a new default span, for ever, whenever nothing is left
-        # to do of a kind for a moment. Its dashboard can tell runs apart by it.
-        span(live.name),
+        run_span(live.name),
     ):
         yield Execution(live.name, store, lock, live.execution, connection, phases, log)
 
@@ -99,11 +95,11 @@ def execute(
 @contextmanager
 def _logged(store: Store, readers: Sequence[Emit], phases: Phases) -> Iterator[ExecutionLog]:
     log = ExecutionLog(store, readers, phases.start)
-    phases.tell(log)
+    phases.emit_to(log)
     try:
         yield log
     except BaseException:
-        with suppress(RunError):  # a full disk, say: what failed first is what people must read
+        with suppress(RunError):  # a full disk, say: the first error is the one to raise
             phases.end()
             log.flush()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
@@ -64,6 +64,9 @@ def _engine_name(name: str) -> str:
 EngineName = Annotated[str, AfterValidator(_engine_name)]
 """A name in `registries.ENGINES`, or `auto`: by the model's name, or its files."""
 
+GPU = "GPU"
+"""The resource that stands for accelerators: embedded workers get so many each."""
+
 # YAML gives lists; frozen models hold tuples.
 Names = Annotated[tuple[str, ...], Strict(False)]
 
@@ -90,6 +93,15 @@ Slug = Annotated[str, AfterValidator(slug)]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def with_changes(self, **changes: Any) -> Self:
+        """Return a copy with other values, checked as those of a job file are.
+
+        Raises:
+            ValidationError: it is wrong; `model_copy` would not say so.
+        """
+        own = {name: getattr(self, name) for name in self.model_fields_set}
+        return self.model_validate({**own, **changes})
 
 
 def _as_list(value: Any) -> Any:
@@ -207,7 +219,7 @@ class Agent(_Model):
     capabilities: Names | None = None
     """Dask resources a worker must declare to host it; None: the task's kind."""
     resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
-    """Further Dask resources, such as `GPU: 1`."""
+    """Further Dask resources. `GPU`: devices per replica, or a fraction below 1 of a shared one."""
     count: Annotated[int, Field(ge=1, le=4096)] = 1
     max_count: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Replicas it may grow to while work waits; None: `count`, no more."""
@@ -243,6 +255,13 @@ class Agent(_Model):
             return None if source.has_files else ENGINES[source.scheme]
         return ENGINES[self.engine]
 
+    @property
+    def loaded_as(self) -> list[Any]:
+        """All that decides which model is resident, and how it is held, but for the options."""
+        parallel = self.parallel.model_dump(mode="json", exclude_defaults=True)
+        held = [self.model, self.engine, self.dtype, self.device]
+        return [*held, parallel] if parallel else held
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         engine = self.engine_info
@@ -254,6 +273,12 @@ class Agent(_Model):
             )
         if self.max_count is not None and self.max_count < self.count:
             raise ValueError(f"max_count {self.max_count} must not be below count {self.count}")
+        num_devices = self.resources.get(GPU, 0.0)
+        if num_devices > 1 and num_devices % 1:
+            raise ValueError(
+                f"resources.{GPU}: {num_devices:g} is not allowed; allowed: whole numbers, or "
+                "fractions below 1, which share a device"
+            )
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
         for name, value in self.options.items():
@@ -288,7 +313,7 @@ class Escalate(_Model):
     fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """The share of all records that it is asked about at most."""
     below: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    """Or: every record whose confidence is lower. Records that nobody answered always count."""
+    """Or: every record whose confidence is lower. Records that no agent answered always count."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -309,9 +334,6 @@ class Routing(_Model):
     """Then `answers_per_record` is the most that are asked for."""
     escalate: Escalate | None = None
     """A cascade: which records one more agent is asked about in the end."""
-    mode: Literal["window", "native"] = "window"
-    """`window`: the policy decides as late as possible. `native`: whole groups of partitions go
-    to Dask's own scheduler, for very short partitions under the `capability` policy."""
     speculate: bool = True
     """At the end, ask a free replica too where it should finish earlier; the first commit wins."""
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
@@ -319,21 +341,10 @@ class Routing(_Model):
     what its measured rate leads to expect, at least ten minutes."""
     window: Annotated[int, Field(ge=1, le=64)] | None = None
     """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
-    hides the latency of asking, but what waits cannot go to whoever is free first. None: 2
+    hides the latency of asking, but what waits cannot go to the replica that is free first. None: 2
     where a partition takes a worker less than a second, else 1."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.mode == "native" and self.policy != "capability":
-            raise ValueError(
-                f"mode native leaves the choice to Dask: policy {self.policy!r} is not allowed; "
-                "allowed: capability"
-            )
-        if self.mode == "native" and self.adaptive is not None:
-            raise ValueError("mode native asks all agents at once: adaptive is not allowed")
-        return self
 
 
 class Merge(_Model):
@@ -399,8 +410,10 @@ class Cluster(_Model):
     dashboard_address: str | None = "127.0.0.1:8787"
     """Of the embedded cluster; a busy port is replaced by a free one. null: no dashboard."""
     memory_limit: str = "auto"
-    wait_s: Annotated[float, Field(ge=0.0)] = 60.0
-    """How long to wait for capable workers on a user's cluster."""
+    wait_s: Annotated[float, Field(ge=0.0)] = 120.0
+    """How long a run waits while an agent has no worker, or a merge none at all: at the start, on
+    a user's cluster, and whenever the last one has left. A spot instance may take minutes to
+    be replaced, a restarted process takes seconds."""
 
     @model_validator(mode="after")
     def _one_scheduler(self) -> Self:
@@ -508,6 +521,33 @@ class Job(_Model):
         escalate = self.routing.escalate
         return tuple(a for a in self.agents if escalate is None or a.name != escalate.agent)
 
+    def with_agents(self, names: Collection[str]) -> Job:
+        """Return the job with these agents only, and without what it says of others.
+
+        It asks for no more answers than they can give, and escalates nothing if the agent for
+        that, or every other, is not among them.
+
+        Raises:
+            ValidationError: no agent is among them.
+        """
+        agents = tuple(agent for agent in self.agents if agent.name in names)
+        escalate = self.routing.escalate
+        if escalate is not None and (escalate.agent not in names or len(agents) == 1):
+            escalate = None
+        first = (a for a in agents if escalate is None or a.name != escalate.agent)
+        possible = sum(agent.samples for agent in first)
+        most = min(self.routing.answers_per_record or possible, possible)
+        adaptive = self.routing.adaptive
+        routing = self.routing.with_changes(
+            escalate=escalate,
+            answers_per_record=self.routing.answers_per_record and most,
+            adaptive=adaptive and adaptive.with_changes(first=min(adaptive.first, most)),
+            weights={name: w for name, w in self.routing.weights.items() if name in names},
+        )
+        accuracies = {name: a for name, a in self.merge.accuracies.items() if name in names}
+        merge = self.merge.with_changes(accuracies=accuracies)
+        return self.with_changes(agents=agents, routing=routing, merge=merge)
+
     def capabilities(self, agent: Agent) -> dict[str, float]:
         """The Dask resources that a worker must declare to host `agent`."""
         names = agent.capabilities if agent.capabilities is not None else (self.task.kind,)
@@ -543,9 +583,10 @@ class Job(_Model):
                 "batch_tokens",
                 "resources",
                 "capabilities",
-                "parallel",
             ):
                 agent.pop(key)
+            if agent["parallel"] == Parallel().model_dump(mode="json"):
+                agent.pop("parallel")  # it was not there in the names of earlier runs
             # Nor this path: the run's name has the fingerprint of what it names.
             agent["options"].pop("examples", None)
         return whole

@@ -29,13 +29,13 @@ from mas_batch.job import Job
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """Read a job file, apply site defaults and ``key.path=value`` overrides, and check it.
 
-    Relative paths in the file are relative to the file, so that a job means the same from
-    any working directory; relative paths in overrides and site defaults are relative to the
+    Relative paths in the file are relative to the file's folder, so that a job means the same
+    from any working directory; relative paths in overrides and site defaults are relative to the
     working directory.
     Site defaults come from Dask's configuration under `mas-batch`, below the file's values.
 
     Raises:
-        JobError: anything wrong, named by file and key path.
+        JobError: the job is wrong; the message names file and key path.
     """
     file = Path(path)
     raw = _read_yaml(file)
@@ -43,7 +43,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     raw = dask.config.merge(_site_defaults(), raw)
     for override in overrides:
         _apply_override(raw, override)
-    _anchor_paths(raw, Path.cwd())  # the file's own are absolute by now
+    _anchor_paths(raw, Path.cwd())  # the file's own paths are absolute by now
     return check_job(raw, file=str(path))
 
 
@@ -51,7 +51,7 @@ def check_job(raw: Mapping[str, Any], *, file: str | None = None) -> Job:
     """Build a `Job` from plain data (a notebook's dict, say).
 
     Raises:
-        JobError: naming the first wrong key; how many more there are is said too.
+        JobError: the job is wrong; the message names the first wrong key and the number of others.
     """
     try:
         return Job.model_validate(raw)
@@ -81,7 +81,7 @@ _QUOTED = re.compile(r"'[^']*'")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that refuses what PyYAML takes silently: of a key given twice it keeps the last."""
+    """Refuses what PyYAML accepts silently: a key that is given twice, or is not text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -102,7 +102,7 @@ def _parse_yaml(text: str) -> Any:
     """Read YAML.
 
     Raises:
-        ValueError: it is not valid; the message is one line, with the place where that is known.
+        ValueError: the text is not valid; the message is one line, with the place if it is known.
     """
     try:
         return yaml.load(text, _Loader)
@@ -137,10 +137,10 @@ def _with_underscores(value: Any) -> Any:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read `key.path=value` words into the mapping that they describe.
+    """Read `key.path=value` overrides into the mapping that they describe.
 
     Raises:
-        JobError: one is not of that form.
+        JobError: an override is not of that form.
     """
     raw: dict[str, Any] = {}
     for override in overrides:
@@ -155,7 +155,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = _parse_yaml(text) if text else None
     except ValueError as error:
-        # Without the value: it may be a secret.
+        # The message leaves the value out: it may be a secret.
         raise JobError(f"value of {key!r} is not valid YAML: {error}", key="--set") from error
     *parents, last = key.split(".")
     node: Any = raw
@@ -180,7 +180,7 @@ def _child(node: Any, name: str, key: str) -> Any:
 
 
 def _index(node: list[Any], name: str, key: str) -> int:
-    """Find an item of a list by number or, for agents, by name."""
+    """Return the index of an item of a list, given by number or, for agents, by name."""
     if name.isdecimal() and int(name) < len(node):
         return int(name)
     for i, item in enumerate(node):
@@ -200,7 +200,7 @@ _PATH_KEYS = (
 
 
 def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
-    """Make the job's relative local paths absolute; URLs and models by id stay."""
+    """Make the job's relative local paths absolute; URLs and hub ids stay as they are."""
     for key in _PATH_KEYS:
         section, name = key.split(".")
         holder = raw.get(section)
@@ -225,7 +225,7 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
 def _anchor(value: Any, base: Path, key: str) -> Any:
     if not isinstance(value, str) or "://" in value or "::" in value:
         return value
-    if not value.strip():  # it would become the whole folder
+    if not value.strip():  # an empty path would mean the whole folder
         raise JobError("is empty; '.' is the folder itself", key=key)
     try:
         return os.path.normpath(base / Path(value).expanduser())
@@ -258,6 +258,8 @@ def _is_union_tag(part: str | int) -> bool:
 def _explain(error: Any, location: Sequence[str | int]) -> str:
     kind, value = error["type"], error.get("input")
     if kind == "extra_forbidden":
+        if gone := _REMOVED_KEYS.get(".".join(map(str, location))):
+            return gone
         allowed = _keys_at(Job, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -281,6 +283,11 @@ def _quoted(value: Any, location: Sequence[str | int]) -> str:
         return "what is given (not shown: it may be a secret)"
     return repr(value)
 
+
+_REMOVED_KEYS = {
+    "routing.mode": "unknown key: there is one way of routing now, the former `window`; take the "
+    "key out, and for very short partitions raise partition.max_tokens and partition.max_records",
+}
 
 _PLAIN_WORDS = {
     "string_type": "must be text",

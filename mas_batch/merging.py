@@ -1,4 +1,4 @@
-"""How a job says that its answers are merged: its sections become the values that merges take."""
+"""Builds a merge's `MergeSpec` and `StoppingRule` from the sections of a job."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def merge_spec(job: Job) -> MergeSpec:
 
 
 def stopping_rule(job: Job) -> StoppingRule | None:
-    """Return when a record needs no further answer; None: all that are asked for come.
+    """Return when a record needs no further answer; None: asking does not stop early.
 
     Raises:
         JobError: the job's merge method cannot be stopped early that way.
     """
     if job.routing.adaptive is None:
         return None
-    # The last agent that is asked may give more than are wanted.
+    # The samples of the last agent may make more answers than are wanted.
     most = job.answers_per_record + max(agent.samples for agent in job.first_agents) - 1
     rule = StoppingRule(job.routing.adaptive.confidence, most)
     check_rule(merge_spec(job).first_pass, rule)

@@ -1,7 +1,7 @@
 """Records to partitions under a token budget: the unit of routing, retry and resume.
 
-Pure and lazy: one partition is held at a time, and where a cut falls depends only on the
-records before it, so a corpus that grows at its end keeps its earlier partitions.
+Pure and lazy: one partition is held at a time. Where a partition ends depends only on the records
+before its end, so a corpus that grows at its end keeps its earlier partitions.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def estimate_tokens(text: str) -> int:
 
     Bytes, not characters, because a tokenizer with byte fallback spends more tokens on a
     character of a script it hardly knows, up to one per byte. Such a tokenizer never needs
-    more than one token per byte, so the truth is at most 4 times the estimate (random
+    more than one token per byte, so the true number is at most 4 times the estimate (random
     bytes, long numbers, rare scripts); it is below the estimate where a token spans more
-    than 4 bytes (most English prose, long runs of one character). Budgets may rest on it,
-    context limits may not.
+    than 4 bytes (most English prose, long runs of one character). Good enough for budgets, not
+    for context limits.
     """
     return -(-_num_bytes(text) // _BYTES_PER_TOKEN)
 
@@ -46,8 +46,8 @@ def partition(
 
     Args:
         records: read lazily, one record ahead of the partition being yielded.
-        max_tokens: the most estimated tokens of a partition; a record that is over it by
-            itself gets a partition of its own.
+        max_tokens: the most estimated tokens of a partition; a record that has more by itself
+            gets a partition of its own.
         max_records: the most records of a partition. Unusable records count here, though
             they cost no tokens.
         tokens_per_record: prompt overhead plus new tokens, added to every usable record.
@@ -88,5 +88,5 @@ def _cost(record: Record, tokens_per_record: int) -> int:
 
 
 def _num_bytes(text: str) -> int:
-    # ASCII, the common case, needs no copy. Lone surrogates, unusable as text, must not raise.
+    # ASCII, the common case, needs no copy. Lone surrogates (unusable texts) must not raise.
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

@@ -36,7 +36,7 @@ from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store
 from mas_batch.stages.asking import Asking
 from mas_batch.stages.memory import Memory
-from mas_batch.stages.publishing import publish, remove_rest
+from mas_batch.stages.publishing import publish, remove_leftovers
 from mas_batch.stages.whole_corpus import escalation, learned
 
 logger = logging.getLogger(__name__)
@@ -44,19 +44,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What came of a run."""
+    """The outcome of a run."""
 
     run: str
     """The run folder, as given to `open_run`."""
     manifest: dict[str, Any]
     wall_s: float
-    """Of this execution; a resumed run's earlier executions are not in it."""
+    """Time of this execution; earlier executions of a resumed run are not in it."""
     already_complete: bool
+    """Whether the run was complete before; no agent was asked."""
     exit_code: int
 
     def _repr_html_(self) -> str:
         counts = self.manifest["counts"]
-        done = "answered already, nothing was asked" if self.already_complete else None
+        done = "complete already, no agent was asked" if self.already_complete else None
         facts = {
             "results": counts["results"],
             "failures": counts["failures"],
@@ -96,13 +97,13 @@ def run(
     scaler: Scaler | None = None,
     emit: Emit = lambda event: None,
 ) -> Summary:
-    """Execute the job, or what is left of it, and publish the result.
+    """Execute the job, or what is left of it, and publish the run.
 
     Args:
         client: the user's own. None uses the job's `cluster` section, and if that names no
             scheduler, the client that is active in this process (a notebook's), if any.
-        scaler: starts and ends workers of that cluster, between `count` and `max_count` of each
-            agent; the embedded cluster has its own.
+        scaler: starts and ends workers of the client's cluster, between `count` and `max_count`
+            of each agent; the embedded cluster has a scaler of its own.
         emit: called with every event, from the calling thread and in order.
 
     Raises:
@@ -119,20 +120,23 @@ def run(
         client = cluster.current_client()
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
-    if (summary := _published(job, store, start)) is not None:
-        remove_rest(store)
+    if (summary := _published_summary(job, store, start)) is not None:
+        remove_leftovers(store)
         return summary
-    one_at_a_time = job_lock(_output(job), job.name) if job.since else nullcontext()
+    one_at_a_time = job_lock(_output_store(job), job.name) if job.since else nullcontext()
     with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:
-        # Whoever held the lock before may have completed the run.
-        if (summary := _published(job, store, start)) is not None:
+        # The process that held the lock before may have completed the run.
+        if (summary := _published_summary(job, store, start)) is not None:
             return summary
-        plan = read_plan(store) or _stage(job, store, corpus, lock)
+        plan = read_plan(store) or _stage_corpus(job, store, corpus, lock)
         is_embedded = cluster.is_embedded(job.cluster, client)
-        since = _since(Present(job, _output(job), store, name, plan, is_embedded), lock)
-        asked, origin = _asked(job, since), _origin(job, since)
+        present = Present(job, _output_store(job), store, name, plan, is_embedded)
+        since = _take_over_if_wanted(present, lock)
+        job_to_ask, facts = _job_of_agents_to_ask(job, since), _manifest_facts(job, since)
         phases.begin(STARTING)
-        specs = agent_specs(asked, embedded=is_embedded, num_cores=CPU_COUNT)
+        specs = (
+            agent_specs(job_to_ask, embedded=is_embedded, num_cores=CPU_COUNT) if job_to_ask else {}
+        )
         topic = new_topic(name)
         live = introduce(job, name, topic, time.time())
         memory = Memory(job, merge) if job.merge.history else None
@@ -141,8 +145,8 @@ def run(
             reuses=since is not None and since.run is not None,
         )  # fmt: skip
         connecting = (
-            cluster.connect(asked, specs, topic, client, scaler)
-            if specs
+            cluster.connect(job_to_ask, specs, topic, client, scaler)
+            if job_to_ask is not None
             else cluster.connect_to_merge(job, plan.num_partitions, client)
         )
         with execute(live, store, lock, connecting, phases, emit) as execution:
@@ -155,7 +159,7 @@ def run(
             phases.begin(PUBLISHING)
             execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
-            manifest = publish(ref, name, plan, agents, statistics, origin)
+            manifest = publish(ref, name, plan, agents, statistics, facts)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
@@ -165,7 +169,7 @@ def run(
 
 
 def _write_report(store: Store, manifest: dict[str, Any]) -> None:
-    """Write the report of a published run; the run is complete with it or without."""
+    """Write the report of a published run; a run is complete even if that fails."""
     try:
         report.write(Run(store, manifest))
     except Exception as error:
@@ -191,7 +195,7 @@ def preview(job: Job) -> Preview:
     return Preview(
         run=store.url,
         exists=store.exists("job.yaml"),
-        earlier_runs=tuple(earlier_runs(_output(job), job.name, name)),
+        earlier_runs=tuple(earlier_runs(_output_store(job), job.name, name)),
         num_files=len(corpus.files),
         num_records=num_records,
         num_unusable=num_unusable,
@@ -202,13 +206,13 @@ def preview(job: Job) -> Preview:
 
 
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
-    """Return the store and the name of the run that this job on this corpus means."""
+    """Return the store and the name of this job's run on this corpus."""
     taught = [examples.fingerprint(agent.options) for agent in job.agents]
     name = run_name(job, corpus.fingerprint, taught)
-    return _output(job).child(name), name
+    return _output_store(job).child(name), name
 
 
-def _output(job: Job) -> Store:
+def _output_store(job: Job) -> Store:
     return Store(job.output.path, job.output.storage_options)
 
 
@@ -221,7 +225,7 @@ def _partitions(job: Job, corpus: CorpusReader) -> Iterator[Partition]:
     )
 
 
-def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
+def _stage_corpus(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
     write_job(store, job)
     try:
         return stage(store, corpus, _partitions(job, corpus))
@@ -230,22 +234,23 @@ def _stage(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:
         raise
 
 
-def _since(present: Present, lock: RunLock) -> Since | None:
-    """Take over what an earlier run has answered, if the job says so; None: it does not."""
+def _take_over_if_wanted(present: Present, lock: RunLock) -> Since | None:
+    """Take over what an earlier run has answered, if the job says so; None: nothing to reuse."""
     job = present.job
     if job.since is None:
-        return read_since(present.store)  # an execution that was cut short may have
+        return read_since(present.store)  # an earlier execution, with `since`, may have done so
     return take_over(present, Settling.of(job, *check_merging(job)), lock.check)
 
 
-def _asked(job: Job, since: Since | None) -> Job:
-    """Return the job with those agents only that may have to be asked."""
-    to_ask = [agent.name for agent in job.agents] if since is None else since.to_ask
-    return job.model_copy(update={"agents": tuple(a for a in job.agents if a.name in to_ask)})
+def _job_of_agents_to_ask(job: Job, since: Since | None) -> Job | None:
+    """Return the job with those agents only that may have to be asked; None: there are none."""
+    if since is None:
+        return job
+    return job.with_agents(since.to_ask) if since.to_ask else None
 
 
-def _origin(job: Job, since: Since | None) -> dict[str, Any]:
-    """Say in the manifest how the agents were asked, and what they were not asked."""
+def _manifest_facts(job: Job, since: Since | None) -> dict[str, Any]:
+    """Return the manifest's facts about how agents are asked and what was reused."""
     facts: dict[str, Any] = {"asked_as": {a.name: asked_as(job, a) for a in job.agents}}
     if since is not None:
         facts["since"] = {"run": since.run, "records": since.records, "refused": since.refused}
@@ -253,11 +258,11 @@ def _origin(job: Job, since: Since | None) -> dict[str, Any]:
 
 
 def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
-    """Answer the corpus and merge it; returns how it was merged, and the statistics.
+    """Answer the corpus and merge the answers; returns how they were merged, and the statistics.
 
-    Most merges are made as the answers come. One that needs the whole corpus, or whose least
-    confident records are escalated, is made in two passes: a provisional merge, which tells
-    which partitions are done, and the final one.
+    Most partitions are merged as their answers come. A merge that needs the whole corpus, or an
+    escalation of the least confident records, takes two passes: a provisional merge, which marks
+    the partitions that are done, and the final one.
     """
     job, memory = asking.job, asking.memory
     escalate = job.routing.escalate
@@ -287,8 +292,8 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     return answers.run, answers.statistics(merge=True)
 
 
-def _published(job: Job, store: Store, start: float) -> Summary | None:
-    """Return what came of the run if it is complete."""
+def _published_summary(job: Job, store: Store, start: float) -> Summary | None:
+    """Return the summary of the run if it is complete, else None."""
     manifest = read_manifest(store)
     if manifest is None:
         return None

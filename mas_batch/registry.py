@@ -1,8 +1,8 @@
-"""What can be added by name: one value each, here or from another package.
+"""Registries: values by name, built in or from another package.
 
-A registry knows names without importing what they stand for, so a job file is checked, and a
-command line helped, before torch is. Another package adds its own under the registry's entry
-point group; see `docs/extending.md`.
+A registry knows names without importing their values, so that a job file is checked and the command
+line's help is shown without importing torch. Another package adds values of its own under the
+registry's entry point group; see `docs/extending.md`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class UnknownNameError(JobError, KeyError):
 
 
 class Registry(Mapping[str, Value], Generic[Value]):
-    """Names → values; a value is imported when it is first asked for.
+    """Name → value; a value is imported when it is first used.
 
     Args:
         key: the key of the job file that holds such a name, for error messages.
-        group: the entry point group under which other packages add theirs.
-        built_in: name → the value, or `module:attribute` where importing it can wait.
+        group: the entry point group under which other packages add values.
+        built_in: name → the value, or `module:attribute` for a value to import later.
     """
 
     def __init__(self, key: str, group: str, built_in: Mapping[str, Value | str]) -> None:
@@ -90,6 +90,6 @@ class Registry(Mapping[str, Value], Generic[Value]):
 
     @cached_property
     def _added(self) -> Mapping[str, EntryPoint]:
-        """Other packages' entries; a name of ours cannot be taken."""
+        """Other packages' entries; they cannot replace a built-in value."""
         found = entry_points(group=self.group)
         return {point.name: point for point in found if point.name not in self._built_in}

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import yaml
 from distributed import Client
 
 from mas_batch.aggregate.merge_spec import MergeSpec
@@ -17,7 +16,7 @@ from mas_batch.events import Event
 from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
 from mas_batch.merging import merge_spec
-from mas_batch.run_folder.manifest import without_credentials_in
+from mas_batch.run_folder.manifest import read_job_mapping, without_credentials_in
 from mas_batch.run_folder.names import MERGE_SECTION, MERGES
 from mas_batch.run_folder.plan import read_plan
 from mas_batch.run_folder.read import Run
@@ -29,7 +28,7 @@ from mas_batch.stages.whole_corpus import AllAnswers, learned
 from mas_batch.tasks import make_task
 
 THE_RUN = ""
-"""The run's own merge, among the folders of its merges."""
+"""Folder of the run's own merge, relative to the run's folder."""
 
 
 def merge_again(
@@ -42,25 +41,25 @@ def merge_again(
 ) -> Run:
     """Merge all answers of a published run as the changed `merge` section says.
 
-    The merge is a folder of its own in the run, with a manifest: the run stays as it is. What
-    an execution that was cut short has committed is kept, and a merge that is complete is
-    returned as it is: `merge.json`, which comes first, says what the folder is for. Only the
-    answers that the run itself merged are merged.
+    The merge has a folder of its own in the run, with a manifest: the run stays as it is. Its
+    first file, `merge.json`, says how it is made. What a killed process has committed of the same
+    merge is kept, and a merge that is complete is returned as it is. Only the answers that the
+    run itself merged are merged.
 
     Args:
-        changes: keys of the job's `merge` section, None for their defaults; those not given keep
-            the job's values if the method stays the same, else their defaults. `accuracies` of
-            agents that are not given are kept in any case.
-        name: of the merge; None: the method and a hash of the whole section.
-        client: the user's own; never closed. None: a cluster on this machine, for the time.
+        changes: keys of the job's `merge` section, None for their defaults. Keys that are not
+            given keep the job's values if the method stays the same, else their defaults;
+            `accuracies` of agents that are not given are kept in any case.
+        name: the merge's name; None: the method and a hash of the whole section.
+        client: the user's own; never closed. None: a cluster on this machine, for this call.
 
     Raises:
         JobError: the section is wrong, or the method cannot merge this task's answers.
-        RunError: the run is not whole, the name is that of another merge, or the cluster was lost.
+        RunError: the run has no plan, another merge has this name, or the cluster was lost.
     """
-    job = _changed(run, changes)
+    job = _changed_job(run, changes)
     spec = merge_spec(job)
-    section = _section(job, spec)
+    section = _effective_section(job, spec)
     name = name or f"{spec.method}-{fingerprint(section)}"
     try:
         slug(name)
@@ -69,7 +68,7 @@ def merge_again(
     plan = read_plan(run.store)
     if plan is None:
         raise RunError(f"{run.store.location('plan.parquet')}: not there; the run is not whole")
-    _claim(run.store.child(f"{MERGES}/{name}"), name, section)
+    _claim_folder(run.store.child(f"{MERGES}/{name}"), name, section)
     if name in run.merges():
         return run.merge(name)
     agents = tuple(agent.name for agent in job.agents)
@@ -80,21 +79,22 @@ def merge_again(
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     connection = nullcontext(client) if client is not None else local_workers(processes=True)
     with connection as connected:
-        answers = learned(AllAnswers(connected, ref, plan, agents, emit), "learned.json", prior)
+        answers = AllAnswers(connected, ref, plan, agents, emit, job.cluster.wait_s)
+        answers = learned(answers, "learned.json", prior)
         statistics = answers.statistics(merge=True)
     publish(answers.run, f"{run.manifest['run']}/{name}", plan, (), statistics)
     return run.merge(name)
 
 
-def _changed(run: Run, changes: Mapping[str, Any]) -> Job:
-    raw = yaml.safe_load(run.store.read_bytes("job.yaml"))
+def _changed_job(run: Run, changes: Mapping[str, Any]) -> Job:
+    raw = read_job_mapping(run.store)
     raw["output"]["storage_options"] = dict(run.store.options)  # the history may be there too
     try:
         own = check_job(raw, file="job.yaml")
         default = make_task(own.task).default_merge
         kept = raw["merge"]
         if "method" in changes and (changes["method"] or default) != (own.merge.method or default):
-            # Accuracies are facts about agents, the rest belongs to a method.
+            # Accuracies are facts about agents; the other keys belong to a method.
             kept = {key: kept[key] for key in ("accuracies", "abstain_below")}
         section = {**kept, **changes}
         if isinstance(changes.get("accuracies"), Mapping):
@@ -105,7 +105,7 @@ def _changed(run: Run, changes: Mapping[str, Any]) -> Job:
         raise JobError(f"this run's job with {dict(changes)}: {error}") from error
 
 
-def _section(job: Job, spec: MergeSpec) -> dict[str, Any]:
+def _effective_section(job: Job, spec: MergeSpec) -> dict[str, Any]:
     """Return the effective merge section as plain data, defaults filled in, without secrets."""
     utility = spec.utility if spec.rules.uses_utility else job.merge.utility
     filled = {**job.merge.model_dump(mode="json"), "method": spec.method, "utility": utility}
@@ -113,11 +113,11 @@ def _section(job: Job, spec: MergeSpec) -> dict[str, Any]:
     return plain
 
 
-def _claim(merge: Store, name: str, section: Mapping[str, Any]) -> None:
-    """Say what a merge's folder is for before anything else is in it; the first to say it wins.
+def _claim_folder(merge: Store, name: str, section: Mapping[str, Any]) -> None:
+    """Commit `merge.json` to a merge's folder before any other file; the first writer wins.
 
     Raises:
-        RunError: it is there for another merge.
+        RunError: the folder belongs to another merge.
     """
     strangers = merge.list("") - {MERGE_SECTION}
     if strangers and not merge.exists(MERGE_SECTION):

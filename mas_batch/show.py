@@ -101,7 +101,7 @@ def print_summary(
         counts = summary.manifest["counts"]
         out.print(
             f"Nothing new since {summary.manifest['run']}: {counts['records']:,} records, "
-            f"nobody was asked; exit code {summary.exit_code}.",
+            f"no agent was asked; exit code {summary.exit_code}.",
             style="green",
         )
     elif summary.already_complete:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -34,7 +36,7 @@ class Page:
         """Return what a JavaScript expression is worth; `arguments[0]` is the first argument."""
         return self.driver.execute_script(f"return ({expression})", *arguments)
 
-    def wait_for(self, expression: str, *arguments: Any, timeout_s: float = 60.0) -> Any:
+    def wait_for(self, expression: str, *arguments: Any, timeout_s: float = PATIENCE_S) -> Any:
         """Return the first value of a JavaScript expression that is true; see `evaluate`.
 
         Raises:

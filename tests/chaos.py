@@ -8,11 +8,11 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import yaml
 import mas_batch
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
+from tests.waiting import PATIENCE_S, wait_until
 
 NUM_RECORDS = 60
 PRELOAD = Path(__file__).with_name("chaos_preload.py")
@@ -107,7 +108,7 @@ class Arena:
     def submit(self, *options: str, plan: Mapping[str, Any] | None = None) -> Run:
         """Submit the job and wait for its end; it must succeed."""
         with self.submitted(*options, plan=plan) as child:
-            assert child.wait(120) == 0, self.log.read_text()
+            assert child.wait(PATIENCE_S) == 0, self.log.read_text()
         return self.opened()
 
     def opened(self) -> Run:
@@ -121,13 +122,8 @@ class Arena:
 
     def wait_until(self, condition: Callable[[], object], child: subprocess.Popen[bytes]) -> bool:
         """Wait for the condition; False if the process ended before."""
-        deadline = time.monotonic() + 60
-        while not condition():
-            if child.poll() is not None:
-                return False
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-        return True
+        wait_until(lambda: child.poll() is not None or condition(), self.log.read_text)
+        return bool(condition())
 
     def wait_for_merges(self, count: int, child: subprocess.Popen[bytes]) -> None:
         """Wait until so many partitions are merged; the run must still be going on."""
@@ -164,15 +160,17 @@ def started(command: list[str], log: Path, **options: Any) -> Iterator[subproces
         if child.poll() is None:
             child.terminate()
             try:
-                child.wait(20)
+                child.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
 
 
 def workers_of(parent: int) -> list[int]:
-    """List the worker processes below an embedded cluster's process."""
-    return children_named(parent, "spawn_main")
+    """List the worker processes below an embedded cluster's process, spawned or forked."""
+    servers = children_named(parent, "multiprocessing.forkserver")
+    forked = (children_named(server, "multiprocessing.forkserver") for server in servers)
+    return [*children_named(parent, "spawn_main"), *chain.from_iterable(forked)]
 
 
 def children_named(parent: int, words: str) -> list[int]:

@@ -84,13 +84,15 @@ def eat_memory() -> None:
 
 
 def failing_worker(worker: Worker) -> None:
-    """One replica fails fast on everything, for a while or for good."""
+    """One replica fails fast on everything, the first few times or for good."""
     if worker.name != PLAN["worker"]:
         return
-    ask, began = work.answer_records, time.monotonic()
+    ask, num_failed = work.answer_records, 0
 
     def answer_records(*args: Any) -> Any:
-        if time.monotonic() - began < PLAN["for_s"]:
+        nonlocal num_failed
+        if num_failed < PLAN["times"]:
+            num_failed += 1
             once("fired")
             raise EngineError("this worker's engine is broken")
         return ask(*args)

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import budget, grouping
+from tests.grouping import pytest_collection_modifyitems  # noqa: F401
+
+# Before Dask and torch are imported, and inherited by the processes that tests start.
+# Workers are forked from a process that has imported Dask, which takes a third of the time of a
+# run of some records; `make nightly` starts them as users do, each a new interpreter.
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD", "forkserver")
+# OpenMP's threads spin while they wait for each other: beside another busy process a small model
+# takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # A machine that is busy is slow at drawing data too; that is not a test's failure.
-settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow], deadline=None)
-settings.load_profile("busy")
+_CALM = {"suppress_health_check": [HealthCheck.too_slow], "deadline": None}
+settings.register_profile("ci", max_examples=30, **_CALM)
+settings.register_profile("nightly", max_examples=300, **_CALM)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    budget.add_option(parser)
     group = parser.getgroup("chaos", "tests that kill processes")
     group.addoption("--chaos-rounds", type=int, default=1, help="times that each fault happens")
     group.addoption("--chaos-seed", type=int, default=0, help="of the moments and the victims")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    budget.start(config)
+    grouping.add_markers(config)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    budget.check(session)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,6 +63,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if outcomes:
         terminalreporter.section("chaos")
         terminalreporter.write_line(as_table(outcomes))
+    budget.report(terminalreporter)
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +123,15 @@ def cluster_client() -> Iterator[Any]:
 
 
 @pytest.fixture
+def short_connect() -> Iterator[None]:
+    """Dask tries for 30 s to reach a scheduler; a test that none answers need not."""
+    import dask
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        yield
+
+
+@pytest.fixture
 def browser_page() -> Iterator[Any]:
     """A window of a real headless browser, a `tests.browser.Page`."""
     from tests.browser import browser
@@ -141,7 +175,7 @@ def make_job(tmp_path: Any) -> Any:
                 "merge": {"method": "vote"},
                 "partition": {"max_records": 3},
                 "output": {"path": str(tmp_path / "runs")},
-                "cluster": {"wait_s": 0.5},
+                "cluster": {"wait_s": 30},
                 **sections,
             }
         )

@@ -13,7 +13,7 @@ import yaml
 from mas_batch.aggregate.reductions import add_counts, count_run, summarize_run
 from mas_batch.records import ANSWERS, FAILURES, RESULT_FIELDS
 from mas_batch.run_folder.manifest import write_manifest
-from mas_batch.run_folder.names import FORMAT, answers_name, part, results_name
+from mas_batch.run_folder.names import FORMAT, answers_name, partition_stem, results_name
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
 
@@ -85,7 +85,7 @@ def made_run(
         given = pa.Table.from_pylist(list(answers[number]) if answers else [], ANSWERS)
         store.commit_table(results_name(number), done)
         if failed.num_rows:
-            failures_files.append(f"failures/{part(number)}-0.parquet")
+            failures_files.append(f"failures/{partition_stem(number)}-0.parquet")
             store.commit_table(failures_files[-1], failed)
         for agent in agents:
             own = given.filter(pc.equal(given["agent_id"], agent))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch import job
@@ -401,7 +401,6 @@ def test_summaries_of_which_no_two_fit_a_prompt_are_given_up():
     assert answer.text == "W0 W1 W2 W3"
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(min_value=1, max_value=60), min_size=1, max_size=4),
     st.integers(min_value=1, max_value=9),

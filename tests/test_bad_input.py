@@ -177,6 +177,7 @@ def test_settings_that_cannot_work(job_file: Path, case: tuple[str, str]) -> Non
     assert case[1] in message
 
 
+@pytest.mark.usefixtures("short_connect")
 @kind("exit 1", "scheduler that cannot be reached")
 def test_a_scheduler_that_does_not_answer(job_file: Path) -> None:
     exit_code, message = submit(job_file, "cluster.scheduler=tcp://127.0.0.1:1")

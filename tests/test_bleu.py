@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sacrebleu import sentence_bleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
@@ -28,7 +28,6 @@ ANY = st.text(alphabet=st.characters(codec="utf-8"), max_size=20)
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "a.", "1,5"]), max_size=12).map(" ".join)
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.one_of(RULES, ANY))
 @example("&amp;lt;b&amp;gt;")  # entities are decoded one kind after the other
 @example("a..b 1.,2 ,.")  # a mark takes the character beside it
@@ -42,7 +41,6 @@ def sacrebleu_matrix(texts: list[str]) -> np.ndarray:
     return np.array([[sentence_bleu(h, [r]).score / 100 for r in texts] for h in texts])
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(WORDS, RULES), min_size=1, max_size=5))
 @example(["", " ", "a", "a b", "a b c d", "d c b a"])
 @example(["a a a a a", "a a", "a b a b a b a b"])

@@ -31,7 +31,7 @@ def test_a_run_and_its_summary(tmp_path: Path) -> None:
     summary = Summary(run.store.url, run.manifest, 1.25, already_complete=True, exit_code=3)
     shown = summary._repr_html_()
     assert "3: more records failed" in shown
-    assert "nothing was asked" in shown
+    assert "no agent was asked" in shown
 
 
 def test_a_job_shows_no_storage_options(make_job: Any) -> None:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from mas_batch.cli import main
 from tests.test_models import safetensors
+from tests.waiting import PATIENCE_S
 
 JOB = {
     "name": "cli",
@@ -43,7 +44,7 @@ def submit(
         [*command, str(job_file), *options],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
 
@@ -57,7 +58,7 @@ main(["submit", "--help"], standalone_mode=False)
 print(sorted(set({heavy!r}).intersection(sys.modules)))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert "Run a job, or what is left of it." in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
@@ -109,6 +110,7 @@ def test_a_wrong_job_is_exit_code_2_and_one_line(
     assert not list(job_file.parent.glob("runs/*"))
 
 
+@pytest.mark.usefixtures("short_connect")
 def test_an_unreachable_scheduler_is_exit_code_1(job_file: Path) -> None:
     result = CliRunner().invoke(main, ["submit", str(job_file), "--scheduler", "tcp://127.0.0.1:1"])
     assert result.exit_code == 1
@@ -163,6 +165,6 @@ def test_fetch_fetches_the_encoder_of_the_merge_too(tmp_path: Path, job_file: Pa
 def test_the_command_line_imports_no_model_library() -> None:
     """A submitting machine and a scheduler need none, and torch alone takes seconds to import."""
     heavy = ["torch", "transformers", "ctranslate2", "openai", "sacrebleu", "rouge_score"]
-    code = f"import sys, mas_batch.submit; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, mas_batch.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from distributed import Client
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -132,7 +132,6 @@ FATES = st.lists(st.tuples(STATES, STATES), min_size=4, max_size=14)
 
 
 @given(FATES, st.integers(1, 4), st.randoms(use_true_random=False))
-@settings(max_examples=40)
 def test_the_join_counts_each_record_once(fates: list[Any], at_once: int, random: Any) -> None:
     a, b = (
         {f"id {i}": both[side] for i, both in enumerate(fates) if both[side] != ABSENT}

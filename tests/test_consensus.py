@@ -6,7 +6,7 @@ from fractions import Fraction
 from statistics import mean
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.chrf import chrf_matrix
@@ -50,7 +50,6 @@ def test_a_record_of_a_single_agent_says_nothing(answers: list[tuple[str, str]])
     assert loo_partial(ballots(*answers), chrf_matrix) == {}
 
 
-@settings(deadline=None)
 @given(RECORDS, st.randoms(use_true_random=False))
 def test_order_and_grouping_change_nothing(
     records: list[list[tuple[str, str]]], shuffle: random.Random

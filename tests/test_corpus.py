@@ -365,8 +365,8 @@ def test_a_doubled_id_names_both_places(tmp_path: Path) -> None:
 
 
 def test_equal_hashes_are_not_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = corpus_module._digest
-    monkeypatch.setattr(corpus_module, "_digest", lambda identity: whole(identity)[:1] + bytes(7))
+    whole = corpus_module._id_hash
+    monkeypatch.setattr(corpus_module, "_id_hash", lambda identity: whole(identity)[:1] + bytes(7))
     monkeypatch.setattr(corpus_module, "_MAX_SUSPECTS", 50)
     rows = [{"text": "x", "key": i} for i in range(1000)]
     file = write(tmp_path, "a.jsonl", jsonl(*rows))

@@ -25,6 +25,7 @@ from mas_batch.events import Event, PartitionAnswered
 from mas_batch.job import Job
 from mas_batch.monitor.dashboard.plugin import AgentsDashboard
 from tests.clusters import cluster_of
+from tests.waiting import PATIENCE_S
 
 MakeJob = Callable[..., Job]
 
@@ -56,7 +57,7 @@ def slow_agents(seconds: float) -> list[dict[str, Any]]:
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
         return str(reply.read().decode())
 
 
@@ -65,8 +66,8 @@ def newest(base: str) -> dict[str, Any]:
     return dict(runs[0]) if runs else {}
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
-    deadline = time.monotonic() + timeout_s
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         assert time.monotonic() < deadline, "it never came true"
         time.sleep(0.05)
@@ -268,7 +269,7 @@ def test_a_scheduler_with_an_older_package_is_fed_nothing_and_the_run_goes_on(
 
     with (
         scheduler_process(tmp_path, str(older)) as file,
-        Client(scheduler_file=file, timeout=60) as client,
+        Client(scheduler_file=file, timeout=PATIENCE_S) as client,
         caplog.at_level(logging.DEBUG, logger="mas_batch.monitor.feed"),
     ):
         workers = client.sync(start, client.scheduler.address)
@@ -313,7 +314,7 @@ def test_a_scheduler_that_does_not_answer_for_a_while_is_told_later(
 def test_a_scheduler_of_its_own_process_with_the_preload(tmp_path: Path) -> None:
     with (
         scheduler_process(tmp_path, "mas_batch.monitor.preload") as file,
-        Client(scheduler_file=file, timeout=60) as client,
+        Client(scheduler_file=file, timeout=PATIENCE_S) as client,
     ):
         base = f"http://127.0.0.1:{client.scheduler_info()['services']['dashboard']}"
         assert json.loads(fetch(f"{base}/agents.json"))["runs"] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +15,10 @@ from mas_batch.dask_compat import (
     left_on_purpose,
     remove_handler,
     restart_process,
+    workers_of,
 )
 from tests.clusters import cluster_of
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_worker_without_a_nanny_is_cut_off_when_it_is_restarted(
 ) -> None:
     address = cluster.workers["a"].address
     restart_process(client, address, timeout_s=30)
-    wait_until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    wait_until(lambda: address not in workers_of(client))
 
 
 def test_a_worker_that_is_retired_says_goodbye(cluster: SpecCluster, client: Client) -> None:
@@ -91,19 +92,13 @@ def test_a_worker_is_called_by_name_directly_and_through_the_scheduler(
     assert client.sync(call, client, address, "upper", text="hello") is None, "not an error"
 
 
+@pytest.mark.usefixtures("short_connect")
 @pytest.mark.parametrize("call", [call_worker, call_worker_by_scheduler])
 def test_a_worker_that_is_gone_is_an_oserror(
     cluster: SpecCluster, client: Client, call: Callable[..., Any]
 ) -> None:
     address = cluster.workers["a"].address
     cluster.sync(cluster.workers["a"].close)
-    wait_until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+    wait_until(lambda: address not in workers_of(client))
     with pytest.raises(OSError):
         client.sync(call, client, address, "upper", text="hello")
-
-
-def wait_until(is_so: Callable[[], bool], limit_s: float = 60.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)

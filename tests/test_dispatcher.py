@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.routing.dispatcher import Dispatcher
@@ -12,7 +12,6 @@ from mas_batch.routing.policies import POLICIES
 from tests.routing_simulation import Simulation, plan_of
 
 
-@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_every_partition_ends_merged_whatever_happens(data: st.DataObject) -> None:
     sim = drawn_simulation(data)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
-from mas_batch.engines.classical.bayes import NaiveBayes, Options, words
+from mas_batch.engines.classical.bayes import NaiveBayes, Options
 from mas_batch.engines.classical.examples import (
     ExampleOptions,
     Examples,
     fingerprint,
     read_examples,
 )
-from mas_batch.engines.classical.predicting import most_likely
+from mas_batch.engines.classical.predicting import most_likely, words
 from mas_batch.errors import EngineError, EngineRefusedError, JobError
 from mas_batch.models import fetch
 

@@ -218,6 +218,14 @@ def test_weights_are_learned_only_where_mbr_is_asked_for(
     assert ("mbr, learned" in specs) is learns
 
 
+def test_the_job_of_a_run_that_still_has_a_routing_mode_is_read(make_run: MakeRun) -> None:
+    run = texts_run(make_run)
+    expected = read_job(run)
+    kept = run.store.read_bytes("job.yaml").decode()
+    run.store.replace("job.yaml", kept.replace("routing:\n", "routing:\n  mode: native\n").encode())
+    assert read_job(run) == expected
+
+
 def test_a_merge_that_is_worse_is_said_loudly(make_run: MakeRun) -> None:
     references = ["x", "y", "z"] * 30
     liars = ["y", "z", "x"] * 30

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.evaluation.agreement import pairwise_agreement
@@ -36,7 +36,6 @@ def columns(pairs: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
 # Isotonic calibration
 
 
-@settings(max_examples=40)
 @given(judged)
 def test_the_map_is_scikit_learns(pairs: list[tuple[float, float]]) -> None:
     isotonic = pytest.importorskip("sklearn.isotonic")
@@ -47,7 +46,6 @@ def test_the_map_is_scikit_learns(pairs: list[tuple[float, float]]) -> None:
     assert ours == pytest.approx(model.predict(asked), abs=1e-12)
 
 
-@settings(max_examples=40)
 @given(judged)
 def test_the_map_never_falls_and_keeps_the_mean(pairs: list[tuple[float, float]]) -> None:
     confidences, correct = columns(pairs)
@@ -99,7 +97,6 @@ def test_the_calibration_error_by_hand() -> None:
     assert calibration_error(confidences, correct) == pytest.approx(0.475)
 
 
-@settings(max_examples=40)
 @given(judged, st.integers(0, 99))
 def test_no_figure_depends_on_the_order(pairs: list[tuple[float, float]], seed: int) -> None:
     shuffled = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))]
@@ -108,7 +105,6 @@ def test_no_figure_depends_on_the_order(pairs: list[tuple[float, float]], seed: 
     assert asdict(risk_coverage(*one)) == pytest.approx(asdict(risk_coverage(*other)))
 
 
-@settings(max_examples=40)
 @given(judged)
 def test_risk_is_between_best_and_worst(pairs: list[tuple[float, float]]) -> None:
     trust, losses = columns(pairs)
@@ -168,7 +164,6 @@ def test_agreement_by_hand() -> None:
     assert pair.same_error == 0.5  # both wrong twice, once alike
 
 
-@settings(max_examples=40)
 @given(st.lists(st.tuples(*[st.sampled_from("xyz")] * 2), min_size=1, max_size=30))
 def test_kappa_is_scikit_learns(pairs: list[tuple[str, str]]) -> None:
     sklearn = pytest.importorskip("sklearn.metrics")

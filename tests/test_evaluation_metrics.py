@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 import sacrebleu
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
@@ -101,7 +101,6 @@ def test_text_scores_are_the_libraries_to_the_last_bit() -> None:
     assert judged["good"].num_records == 4
 
 
-@settings(max_examples=40)
 @given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20)), min_size=1, max_size=8))
 def test_summed_sentence_statistics_are_the_corpus(pairs: list[tuple[str, str]]) -> None:
     hypotheses, references = ([*side] for side in zip(*pairs, strict=True))
@@ -163,7 +162,6 @@ def test_references_outside_the_labels_are_counted() -> None:
 classes = st.sampled_from("xyz")
 
 
-@settings(max_examples=40)
 @given(st.lists(st.tuples(classes, classes), min_size=1, max_size=30))
 def test_macro_f1_is_scikit_learns(pairs: list[tuple[str, str]]) -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
@@ -190,7 +188,6 @@ def test_numbers_by_hand() -> None:
 numbers = st.integers(0, 10).map(float)
 
 
-@settings(max_examples=40)
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=20))
 def test_correlations_are_scipys(pairs: list[tuple[float, float]]) -> None:
     stats = pytest.importorskip("scipy.stats")
@@ -211,7 +208,6 @@ def test_a_reference_that_is_no_number_is_named() -> None:
 # Bootstrap
 
 
-@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 5))
 def test_all_tables_see_the_same_draws(num_records: int, num_resamples: int, seed: int) -> None:
     table = np.arange(num_records * 2, dtype=np.float64).reshape(num_records, 2)

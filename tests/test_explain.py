@@ -33,6 +33,7 @@ from mas_batch.events import (
 from mas_batch.explain import Explanation, explain, find_record, print_explanation, to_json
 from mas_batch.explain.story import Decision, News, OutcomeKind, Step, Story
 from mas_batch.job import Job
+from mas_batch.monitor import event_log
 from mas_batch.monitor.event_log import EventLog, LoggedEvent, read_events
 from mas_batch.partition import partition
 from mas_batch.run_folder.manifest import write_job
@@ -109,10 +110,12 @@ def staged(make_job: MakeJob) -> Store:
 
 def log(store: Store, *events: Event) -> None:
     """Keep events as one execution does."""
-    keep = EventLog(store, flush_every=2)
-    for event in events:
-        keep(event)
-    keep.flush()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_log, "FLUSH_EVENTS", 2)
+        keep = EventLog(store)
+        for event in events:
+            keep(event)
+        keep.flush()
 
 
 def screen(told: Explanation, width: int) -> str:
@@ -170,9 +173,10 @@ def test_a_file_is_written_after_a_while_and_not_only_when_it_is_full(tmp_path: 
     assert [len(file.read_bytes().splitlines()) for file in files] == [2, 3]
 
 
-def test_a_file_is_bounded_in_size_too(tmp_path: Path) -> None:
+def test_a_file_is_bounded_in_size_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "FLUSH_CHARS", 1000)
     store = Store(str(tmp_path))
-    keep = EventLog(store, flush_chars=1000)
+    keep = EventLog(store)
     for _ in range(4):
         keep(AgentLost("a", "a-0", "x" * 500))
     files = list(tmp_path.glob("events/*.jsonl"))
@@ -431,18 +435,6 @@ def test_a_real_run_is_explained_by_partition_and_by_record(
     exit_code, output = call(summary.run, "1")
     assert exit_code == 0
     assert "asked strong on strong-0" in output
-
-
-def test_native_mode_has_news_instead_of_decisions(
-    cluster_client: Client, make_job: MakeJob
-) -> None:
-    job = make_job(routing={"mode": "native", "policy": "capability"})
-    summary = pipeline.run(job, client=cluster_client)
-    told = explain(Store(summary.run), 0)
-    (execution,) = told.executions
-    assert decisions(execution.steps) == []
-    assert sum("routing.mode: native" in line for line in news(list(execution.steps))) == 2
-    assert told.problems == ()
 
 
 def test_an_object_store_is_explained_too(s3_options: dict[str, Any], staged: Store) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,56 +13,24 @@ import yaml
 from distributed import Client, Worker
 
 import mas_batch
-from mas_batch import merging, pipeline, registries
+from mas_batch import merging, pipeline
 from mas_batch.aggregate.method import METHODS, Method
 from mas_batch.errors import JobError
 from mas_batch.evaluation.specs import other_specs, run_spec
-from mas_batch.registry import Registry
 from tests.clusters import cluster_of
+from tests.extending import blocks, installed
 
-PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
 ROWS = [
     {"id": f"r{i}", "text": f"text number {i} of the corpus", "reference": f"text number {i}"}
     for i in range(4)
 ]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The page's package, installed for the time: its modules and its entry points."""
-    site = tmp_path / "site"
-    info = site / "titles-1.0.dist-info"
-    info.mkdir(parents=True)
-    modules = {block.split()[1]: block for block in blocks("python")}
-    for name, block in modules.items():
-        (site / name).write_text(block)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: titles\nVersion: 1.0\n")
-    (section,) = blocks("toml")
-    groups = tomllib.loads(section)["project"]["entry-points"]
-    lines = (
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
-        for group, points in groups.items()
-    )
-    (info / "entry_points.txt").write_text("\n".join(lines))
-    monkeypatch.syspath_prepend(str(site))
-    _forget()
-    yield yaml.safe_load(blocks("yaml")[0])
-    _forget()
-    for name in modules:
-        sys.modules.pop(name.removesuffix(".py"), None)
-
-
-def _forget() -> None:
-    """Let the registries look for packages again, which they do once in a process."""
-    for registry in vars(registries).values():
-        if isinstance(registry, Registry):
-            vars(registry).pop("_added", None)
-            for name in set(registry._loaded) - set(registry._built_in):
-                del registry._loaded[name]
+    """The page's package, installed for the time, and its part of a job."""
+    with installed(tmp_path / "site", monkeypatch):
+        yield yaml.safe_load(blocks("yaml")[0])
 
 
 def test_a_task_and_a_merge_of_another_package_run(outside: dict[str, Any], make_job: Any) -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 import mas_batch
 from tests.chaos import started, workers_of
+from tests.waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -52,11 +52,8 @@ def process(*command: str, log: Path) -> AbstractContextManager[subprocess.Popen
 
 
 def wait_for(condition: Callable[[], object], child: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert child.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
+    wait_until(lambda: child.poll() is not None or condition(), log.read_text)
+    assert condition(), log.read_text()
 
 
 def num_committed(folder: Path, pattern: str = "runs/*/results/part-*.parquet") -> int:
@@ -83,7 +80,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing(job_file: Path, tmp_path: P
         workers = workers_of(child.pid)
         assert len(workers) == 3
         os.kill(workers[0], signal.SIGKILL)
-        assert child.wait(90) == 0, log.read_text()
+        assert child.wait(PATIENCE_S) == 0, log.read_text()
     text = log.read_text()
     assert "event=agent_lost" in text
     run = re.search(r"run=(\S+)", text)
@@ -104,7 +101,7 @@ def test_the_submitting_process_killed_and_run_again(job_file: Path, tmp_path: P
         [sys.executable, "-m", "mas_batch.submit", str(job_file), "--json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert again.returncode == 0, again.stderr
@@ -122,7 +119,7 @@ def test_a_terminated_run_ends_its_workers_and_says_how_to_go_on(
         workers = workers_of(child.pid)
         assert workers
         child.terminate()
-        assert child.wait(60) == 1, log.read_text()
+        assert child.wait(PATIENCE_S) == 1, log.read_text()
     assert "the same command resumes" in log.read_text()
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
@@ -137,7 +134,7 @@ def test_a_record_that_kills_its_worker_every_time_is_given_up(
         "--json",
     ]  # fmt: skip
     with process("mas_batch.submit", str(job_file), *options, log=log) as child:
-        assert child.wait(120) == 0, log.read_text()
+        assert child.wait(PATIENCE_S) == 0, log.read_text()
     facts = json.loads(log.read_text().splitlines()[-1])
     opened = mas_batch.open_run(facts["run"])
     failures = opened.arrow("failures").to_pylist()
@@ -160,7 +157,7 @@ def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_p
         wants_big = ["--set", "agents.0.capabilities=[summarize, big]"]
         done = subprocess.run(
             [*command, "--scheduler-file", str(file), *wants_big],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert_complete(json.loads(done.stdout)["run"], REFERENCE)
@@ -172,7 +169,7 @@ def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_p
         refused = subprocess.run(
             [*command, "--scheduler-file", str(file), "--set", "agents.0.resources={GPU: 1}",
              "--set", "cluster.wait_s=1", "--output", str(tmp_path / "other")],
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         assert refused.returncode == 2
         assert "one (tcp://" in refused.stderr

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule
 from mas_batch.incremental import Settling, asked_as
-from mas_batch.incremental.identity import difference, draws
+from mas_batch.incremental.identity import is_random, why_not_reusable
 from mas_batch.incremental.index import COLUMNS, RecordIndex, record_keys
 from mas_batch.incremental.taking import Tally
 from mas_batch.job import Job
@@ -118,7 +118,7 @@ ANOTHER_AGENT: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "part"), ANOTHER_AGENT.values(), ids=ANOTHER_AGENT)
 def test_an_agent_that_is_asked_otherwise_is_another(changes: dict[str, Any], part: str) -> None:
     now = job_of(**changes)
-    why = difference(now, now.agents[0], published(job_of()), is_embedded=True)
+    why = why_not_reusable(now, now.agents[0], published(job_of()), is_embedded=True)
     assert why is not None
     assert why.startswith("changed since: ")
     assert part in why
@@ -126,7 +126,7 @@ def test_an_agent_that_is_asked_otherwise_is_another(changes: dict[str, Any], pa
 
 def test_labels_are_part_of_the_question_and_of_the_prompt() -> None:
     now = job_of(task={"labels": ["x", "y", "z"]})
-    why = difference(now, now.agents[0], published(job_of()), is_embedded=True)
+    why = why_not_reusable(now, now.agents[0], published(job_of()), is_embedded=True)
     assert why == "changed since: prompt, task"
 
 
@@ -142,7 +142,7 @@ SAME_AGENT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("changes", SAME_AGENT.values(), ids=SAME_AGENT)
 def test_an_agent_that_only_works_elsewhere_or_faster_is_the_same(changes: dict[str, Any]) -> None:
     now = job_of(**changes)
-    assert difference(now, now.agents[0], published(job_of()), is_embedded=True) is None
+    assert why_not_reusable(now, now.agents[0], published(job_of()), is_embedded=True) is None
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_the_engine_says_which_options_change_no_answer(
 ) -> None:
     then = job_of(agent={"model": "openai:m"})
     now = job_of(agent={"model": "openai:m", "options": option})
-    why = difference(now, now.agents[0], published(then), is_embedded=True)
+    why = why_not_reusable(now, now.agents[0], published(then), is_embedded=True)
     assert (why is None) == is_same
 
 
 def test_an_agent_that_was_not_there_is_another() -> None:
     now = job_of(agent={"name": "b"})
-    why = difference(now, now.agents[0], published(job_of()), is_embedded=True)
+    why = why_not_reusable(now, now.agents[0], published(job_of()), is_embedded=True)
     assert why == "that run did not ask it, or does not say how"
 
 
@@ -172,16 +172,16 @@ def test_a_model_whose_files_were_replaced_is_another(
     weights.write_bytes(len(b"{}").to_bytes(8, "little") + b"{}")
     now = job_of(agent={"model": str(weights.parent)})
     then = published(now, sha256=fetch(str(weights.parent)).sha256)
-    assert difference(now, now.agents[0], then, is_embedded=False) is None
+    assert why_not_reusable(now, now.agents[0], then, is_embedded=False) is None
     weights.write_bytes(len(b"{  }").to_bytes(8, "little") + b"{  }")
-    why = difference(now, now.agents[0], then, is_embedded=False)
+    why = why_not_reusable(now, now.agents[0], then, is_embedded=False)
     assert why == "changed since: the model's files"
-    assert difference(now, now.agents[0], published(now), is_embedded=False) == (
+    assert why_not_reusable(now, now.agents[0], published(now), is_embedded=False) == (
         "that run does not say which files its model had"
     )
     weights.unlink()
     weights.parent.rmdir()
-    why = difference(now, now.agents[0], then, is_embedded=False)
+    why = why_not_reusable(now, now.agents[0], then, is_embedded=False)
     assert why is not None
     assert "cannot be compared from here" in why
 
@@ -192,16 +192,16 @@ def test_a_model_whose_files_were_replaced_is_another(
 )
 def test_a_model_on_a_hub_is_the_same_if_a_commit_names_it(model: str, is_pinned: bool) -> None:
     now = job_of(agent={"model": model})
-    why = difference(now, now.agents[0], published(now, sha256="abc"), is_embedded=False)
+    why = why_not_reusable(now, now.agents[0], published(now, sha256="abc"), is_embedded=False)
     assert why == (
         None if is_pinned else "its model may have changed: name a commit, org/name@<40 hex digits>"
     )
 
 
 def test_an_answer_by_lot_belongs_to_the_record() -> None:
-    assert not draws(job_of().agents[0])
-    assert draws(job_of(agent={"sampling": {"temperature": 0.1}}).agents[0])
-    assert draws(job_of(agent={"options": {"error_rate": 0.1}}).agents[0])
+    assert not is_random(job_of().agents[0])
+    assert is_random(job_of(agent={"sampling": {"temperature": 0.1}}).agents[0])
+    assert is_random(job_of(agent={"options": {"error_rate": 0.1}}).agents[0])
 
 
 # What is enough

@@ -21,6 +21,7 @@ from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
 from tests.chaos import started
 from tests.test_faults import wait_for
+from tests.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.faults
 
@@ -68,7 +69,7 @@ class Site:
     def submit(self, *options: str) -> Run:
         """Run it to the end; the facts are the log's last line."""
         with self.submitted(*options) as child:
-            assert child.wait(120) == 0, self.log.read_text()
+            assert child.wait(PATIENCE_S) == 0, self.log.read_text()
         return mas_batch.open_run(self.facts()["run"])
 
     def facts(self) -> dict[str, Any]:
@@ -115,12 +116,12 @@ def test_of_two_starts_of_a_job_the_second_does_nothing(site: Site, tmp_path: Pa
         wait_for(site.answers, child, site.log)
         site.corpus(V2)
         with site.submitted(log=other) as second:
-            assert second.wait(60) == 4, other.read_text()
+            assert second.wait(PATIENCE_S) == 4, other.read_text()
         words = other.read_text()
         assert f".locks/nightly: process {child.pid} of" in words
         assert "works on this job; wait until it is done, or end it" in words
         assert "Traceback" not in words
-        assert child.wait(60) == 0, site.log.read_text()
+        assert child.wait(PATIENCE_S) == 0, site.log.read_text()
     assert len(list(site.folder.glob("runs/nightly-*/manifest.json"))) == 1
 
 
@@ -156,5 +157,6 @@ def test_nothing_new_is_said_and_quick(site: Site) -> None:
     }
     command = [sys.executable, "-m", "mas_batch.submit", "job.yaml"]
     done = subprocess.run(command, cwd=site.folder, capture_output=True, text=True, check=True)
-    words = f"Nothing new since {first.manifest['run']}: 30 records, nobody was asked; exit code 0"
+    run = first.manifest["run"]
+    words = f"Nothing new since {run}: 30 records, no agent was asked; exit code 0"
     assert words in " ".join(done.stdout.split())

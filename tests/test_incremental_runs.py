@@ -85,7 +85,7 @@ class Nights:
             "merge": {"method": "vote"},
             "partition": {"max_records": 4},
             "output": {"path": str(self.folder / "runs")},
-            "cluster": {"wait_s": 0.5, "dashboard_address": None},
+            "cluster": {"wait_s": 30, "dashboard_address": None},
             "since": "last",
         }
         return check_job(_merged(_merged(raw, self.sections), changes))
@@ -152,7 +152,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "weighted": {"merge": {"method": "weighted", "accuracies": {"strong": 0.8, "weak": 0.6}}},
     "escalation": {"routing": {"escalate": {"agent": "strong", "below": 1.0}}},
     "no text": {"output": {"keep_text": False}},
-    "native": {"routing": {"mode": "native", "policy": "capability"}},
 }
 
 

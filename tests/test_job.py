@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dask.config
 import pytest
+from pydantic import ValidationError
 
 from mas_batch.errors import ExitCode, JobError
 from mas_batch.job import fingerprint
@@ -44,6 +45,7 @@ def job_file(tmp_path: Path) -> Path:
             "routing.polcy",
             "unknown key; did you mean 'policy'? allowed: policy, ",
         ),
+        ("routing.mode=window", "routing.mode", "unknown key: there is one way of routing now"),
         ("zebra=red", "zebra", "unknown key; allowed: name, corpus, "),
         ("agents.0.sampling.heat=1", "agents.0.sampling.heat", "allowed: temperature, top_p, "),
         ("agents.a.count=0", "agents.0.count", "0 is not allowed"),
@@ -180,6 +182,47 @@ def test_the_policy_belongs_to_the_identity_where_it_decides_who_is_asked(job_fi
         for policy in ("capability", "least-loaded")
     ]
     assert fingerprint(jobs[0].identity()) != fingerprint(jobs[1].identity())
+
+
+def test_a_changed_job_is_checked_again(job_file: Path) -> None:
+    job = load_job(job_file)
+    changed = job.with_changes(agents=job.agents[:1])
+    assert [agent.name for agent in changed.agents] == ["a"]
+    assert changed.with_changes(agents=job.agents) == job
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        job.with_changes(agents=())
+    with pytest.raises(ValidationError, match="more than the 3"):
+        job.with_changes(routing=job.routing.with_changes(answers_per_record=4))
+    with pytest.raises(ValidationError, match="must not be below count"):
+        job.agents[0].with_changes(count=3, max_count=2)
+    with pytest.raises(ValidationError, match="not permitted"):
+        job.with_changes(agnets=())
+
+
+@pytest.mark.parametrize("names", [["a"], ["b"], ["c"], ["a", "b"], ["b", "c"], ["a", "b", "c"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["routing.answers_per_record=3"],
+        ["routing.adaptive.first=3"],
+        ["merge={method: weighted, accuracies: {a: 0.6, b: 0.7, c: 0.8}}"],
+        ["routing={policy: weighted-round-robin, weights: {a: 1, c: 2}}"],
+        ["routing.escalate={agent: c, below: 0.9}", "routing.answers_per_record=2"],
+    ],
+)
+def test_a_job_with_some_of_its_agents_says_nothing_of_the_others(
+    job_file: Path, more: list[str], names: list[str]
+) -> None:
+    agents = "[{name: a, model: echo}, {name: b, model: echo, samples: 2}, {name: c, model: echo}]"
+    job = load_job(job_file, [f"agents={agents}", *more])
+    some = job.with_agents(names)
+    assert [agent.name for agent in some.agents] == names
+    assert {*some.merge.accuracies, *some.routing.weights} <= set(names)
+    assert some.answers_per_record == min(
+        job.answers_per_record, sum(agent.samples for agent in some.first_agents)
+    )
+    if len(names) == 3:
+        assert some == job
 
 
 def test_a_dict_makes_a_job() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -15,46 +16,40 @@ import mas_batch
 from mas_batch import pipeline
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import RunError
-from mas_batch.events import AgentReady, Event, PartitionAnswered
+from mas_batch.events import Event, PhaseEnded
 from mas_batch.job import Job
 from mas_batch.latency import phases
 from mas_batch.records import LEDGER
 from mas_batch.run_folder.read import Run, read_ledger
+from tests.waiting import PATIENCE_S
 
 MakeJob = Callable[..., Job]
 
 # --- On a run
 
+NUM_BATCHES = 10
+REST_S = {"strong": 0.2, "weak": 0.15}
+"""Agent to the seconds that its engine rests in every batch, at least."""
 PARTS_OF_TASKS = ("read_s", "write_s", "compute_s", "process_s")
 
 
-class Heard:
-    """When this process heard of what."""
+def run_slowly(
+    client: Client, make_job: MakeJob, **changes: Any
+) -> tuple[float, list[PhaseEnded], Run]:
+    """Run a job whose agents rest in every batch; return its wall time, phases and folder."""
+    ended: list[PhaseEnded] = []
 
-    def __init__(self) -> None:
-        self.ready: dict[str, float] = {}
-        self.last: dict[str, float] = {}
-        self.seconds: dict[str, float] = {}
+    def emit(event: Event) -> None:
+        if isinstance(event, PhaseEnded):
+            ended.append(event)
 
-    def __call__(self, event: Event) -> None:
-        now = time.perf_counter()
-        match event:
-            case AgentReady():
-                self.ready[event.worker] = now
-            case PartitionAnswered():
-                self.last[event.worker] = now
-
-
-def run_slowly(client: Client, make_job: MakeJob, **changes: Any) -> tuple[Heard, Run]:
-    heard = Heard()
     agents = [
-        {"name": "strong", "model": "echo:s", "options": {"seconds_per_batch": 0.2}},
-        {"name": "weak", "model": "echo:w", "options": {"seconds_per_batch": 0.15}},
+        {"name": name, "model": f"echo:{name}", "options": {"seconds_per_batch": rest_s}}
+        for name, rest_s in REST_S.items()
     ]
     job = make_job(agents=agents, partition={"max_records": 2}, **changes)
-    summary = pipeline.run(job, client=client, emit=heard)
-    heard.seconds["wall"] = summary.wall_s
-    return heard, mas_batch.open_run(summary.run)
+    summary = pipeline.run(job, client=client, emit=emit)
+    return summary.wall_s, ended, mas_batch.open_run(summary.run)
 
 
 def total(table: pa.Table, *columns: str) -> float:
@@ -62,34 +57,40 @@ def total(table: pa.Table, *columns: str) -> float:
 
 
 def test_the_parts_add_up_to_the_wall_time(cluster_client: Client, make_job: MakeJob) -> None:
-    heard, run = run_slowly(cluster_client, make_job)
+    start = time.perf_counter()
+    wall_s, ended, run = run_slowly(cluster_client, make_job)
+    whole_s = time.perf_counter() - start
     ledger = run.ledger()
     assert ledger.schema == LEDGER
-    # The submitting process: its phases, against a clock of its own.
+    # The submitting process: each of its phases begins where the one before it ends.
+    assert {event.phase for event in ended} == set(phases.ALL) - {phases.LEARNING}
+    ends = accumulate(event.wall_s for event in ended)
+    assert [event.at_s for event in ended] == pytest.approx([0.0, *ends][:-1])
     in_phases = ledger.filter(pc.is_in(ledger["stage"], pa.array(phases.ALL)))
-    assert total(in_phases, "wall_s") == pytest.approx(heard.seconds["wall"], rel=0.02)
-    assert set(in_phases["stage"].to_pylist()) == set(phases.ALL) - {phases.LEARNING}
-    # A replica: all that it did and the pauses between, against when we heard of it.
+    assert set(in_phases["stage"].to_pylist()) == {event.phase for event in ended}
+    assert total(in_phases, "wall_s") == pytest.approx(sum(event.wall_s for event in ended))
+    assert total(in_phases, "wall_s") <= wall_s <= whole_s
+    # A replica: what it did and the pauses between follow one another.
     answers = ledger.filter(pc.equal(ledger["stage"], "answer"))
-    for worker, ready in heard.ready.items():
-        own = answers.filter(pc.equal(answers["worker"], worker))
-        assert own.num_rows == 10
-        assert total(own, *PARTS_OF_TASKS, "idle_s") == pytest.approx(
-            heard.last[worker] - ready, rel=0.02, abs=0.06
-        )
-    # A partition: what its task did and how long it waited, against asking and hearing.
+    for agent_id, rest_s in REST_S.items():
+        own = answers.filter(pc.equal(answers["agent_id"], agent_id))
+        assert own.num_rows == NUM_BATCHES
+        assert NUM_BATCHES * rest_s <= total(own, "compute_s")
+        assert total(own, *PARTS_OF_TASKS, "idle_s") <= whole_s
+    # A partition: what its task did and how long it waited, from asking to hearing.
     for row in answers.to_pylist():
         parts_s = sum(row[part] for part in (*PARTS_OF_TASKS, "queue_s"))
-        assert parts_s == pytest.approx(row["wall_s"], rel=0.02)
+        assert parts_s == pytest.approx(row["wall_s"])
+        assert row["compute_s"] >= REST_S[row["agent_id"]]
     assert pc.min(answers["peak_memory_bytes"]).as_py() > 20_000_000
-    assert total(answers, "compute_s") == pytest.approx(10 * 0.2 + 10 * 0.15, rel=0.05)
 
 
-def test_dasks_own_timings_say_the_same(cluster_client: Client, make_job: MakeJob) -> None:
+def test_dasks_own_timings_hold_ours(cluster_client: Client, make_job: MakeJob) -> None:
+    """Whatever the load: what a task measures of itself happens within what Dask measures."""
     from distributed import get_task_stream
 
     with get_task_stream(cluster_client) as stream:
-        _, run = run_slowly(cluster_client, make_job)
+        _, _, run = run_slowly(cluster_client, make_job)
     in_dask = [
         each["stop"] - each["start"]
         for task in stream.data
@@ -98,19 +99,19 @@ def test_dasks_own_timings_say_the_same(cluster_client: Client, make_job: MakeJo
         if each["action"] == "compute"
     ]
     # Not all: we let go of a task when it has reported, and Dask forgets it if that is first.
-    assert in_dask
-    ours = [
+    assert 0 < len(in_dask) <= len(REST_S) * NUM_BATCHES
+    ours = sorted(
         sum(row[part] for part in PARTS_OF_TASKS)
         for row in run.ledger().to_pylist()
         if row["stage"] == "answer"
-    ]
-    for seconds in in_dask:
-        nearest = min(ours, key=lambda our, seconds=seconds: abs(our - seconds))
-        assert seconds == pytest.approx(nearest, rel=0.02, abs=0.005)
+    )
+    # Each of Dask's has one of ours within it: the n shortest of ours fit into the n of Dask's.
+    for own_s, seconds in zip(ours, sorted(in_dask), strict=False):
+        assert min(REST_S.values()) <= own_s <= seconds + 0.01, "by two clocks"
 
 
 def test_fine_performance_metrics_know_the_parts(cluster_client: Client, make_job: MakeJob) -> None:
-    _, run = run_slowly(cluster_client, make_job, merge={"method": "vote"})
+    _, _, run = run_slowly(cluster_client, make_job, merge={"method": "vote"})
 
     def known(dask_scheduler: Any) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -119,7 +120,7 @@ def test_fine_performance_metrics_know_the_parts(cluster_client: Client, make_jo
                 found[key[-2]] = found.get(key[-2], 0.0) + value
         return found
 
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     wanted = total(run.ledger(), "compute_s")
     while (found := cluster_client.run_on_scheduler(known)).get("mas-batch-compute", 0) < wanted:
         assert time.monotonic() < deadline, found  # they come with the workers' heartbeats
@@ -128,19 +129,23 @@ def test_fine_performance_metrics_know_the_parts(cluster_client: Client, make_jo
 
 
 def test_the_manifest_says_where_the_time_went(cluster_client: Client, make_job: MakeJob) -> None:
-    heard, run = run_slowly(cluster_client, make_job, merge={"method": "reliability"})
+    wall_s, _, run = run_slowly(cluster_client, make_job, merge={"method": "reliability"})
     latency = run.manifest["latency"]
     assert phases.LEARNING in latency["phases"]
     assert phases.PUBLISHING not in latency["phases"]  # it is not over
-    assert latency["wall_s"] == pytest.approx(heard.seconds["wall"], rel=0.1)
+    assert latency["wall_s"] == pytest.approx(sum(latency["phases"].values()))
+    assert latency["wall_s"] <= wall_s
     replicas = latency["replicas"]
     assert replicas["num"] == 2
-    assert replicas["compute_s"] == pytest.approx(3.5, rel=0.05)
+    assert replicas["compute_s"] >= NUM_BATCHES * sum(REST_S.values())
+    answers = run.ledger().filter(pc.equal(run.ledger()["stage"], "answer"))
+    assert replicas["compute_s"] == pytest.approx(total(answers, "compute_s"))
     rows = {(row["agent_id"], row["part"]): row for row in latency["per_record"]}
-    assert rows["strong", "compute"]["p50_s"] == pytest.approx(0.1, rel=0.1)  # two to a batch
+    shortest_s = REST_S["strong"] / 2  # two to a batch
+    assert rows["strong", "compute"]["p50_s"] >= shortest_s * 0.98, "a sketch's figure"
     assert rows["weak", "total"]["count"] == 20
     tasks = {(row["stage"], row["agent_id"]): row for row in latency["per_partition"]}
-    assert tasks["answer", "strong"]["wall"]["p50_s"] >= 0.2
+    assert tasks["answer", "strong"]["wall"]["p50_s"] >= REST_S["strong"] * 0.98
     assert tasks["merge", None]["count"] == 10
 
 

@@ -26,6 +26,7 @@ from mas_batch.run_folder.lock import FOLDER, RunLock
 from mas_batch.run_folder.owner import Owner
 from mas_batch.run_folder.storage import Store
 from tests.chaos import Arena, started
+from tests.waiting import PATIENCE_S, wait_until
 
 FOR_EVER = 1000.0
 """A patience in seconds that no test outlasts: what does not wait for it was decided at once."""
@@ -125,13 +126,6 @@ def beat(store: Store, owner: Owner, count: int, *, released: bool = False) -> N
     content = {"token": owner.token, "count": count, "released": released}
     name = f"{FOLDER}/{owner.generation:06d}.beat.json"
     store.replace(name, json.dumps(content).encode())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def error_of(lock: RunLock) -> type[Exception] | None:
@@ -452,7 +446,7 @@ def test_of_two_submitters_at_the_same_moment_one_runs_to_the_end(tmp_path: Path
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
     with ExitStack() as stack:
         children = [stack.enter_context(started(command, log, cwd=tmp_path)) for log in logs]
-        codes = [child.wait(120) for child in children]
+        codes = [child.wait(PATIENCE_S) for child in children]
     texts = [log.read_text() for log in logs]
     assert sorted(codes) == [0, 4], texts
     winner = codes.index(0)

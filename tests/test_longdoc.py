@@ -227,7 +227,7 @@ def echo(context: int, words: int = 5, **options: Any) -> Engine:
     return load_engine("echo", fetch("echo"), EngineConfig(options=options))
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(
     st.lists(st.integers(min_value=1, max_value=60), min_size=2, max_size=5),
     st.integers(min_value=55, max_value=120),

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
@@ -46,7 +46,6 @@ def google_matrix(texts: list[str]) -> np.ndarray:
     return np.array([[scorer.score(r, h)["rougeL"].fmeasure for r in texts] for h in texts])
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(FEW, ANY), min_size=1, max_size=5))
 @example(["", " ", "a", "a a", "abcdef", "abcdefg"])
 @example(["aaaaaaaaaaaa", "aaaaaaa", "aaab"])
@@ -56,7 +55,6 @@ def test_chrf_is_sacrebleus(texts: list[str]) -> None:
     np.testing.assert_allclose(chrf_matrix(texts), sacrebleu_matrix(texts), rtol=0, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(WORDS, ANY), min_size=1, max_size=5))
 @example(["", "a", "a b c", "c b a"])
 @example(["\u0130stanbul \u017f \u212a", "istanbul s k"])
@@ -117,7 +115,6 @@ def test_texts_that_the_utility_cannot_see_tie_at_zero() -> None:
     assert verdict.entropy == pytest.approx(math.log(2))
 
 
-@settings(deadline=None)
 @given(st.lists(FEW, min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_the_order_of_answers_changes_nothing(texts: list[str], shuffle: random.Random) -> None:
     votes = ballots(*texts)

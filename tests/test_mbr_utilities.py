@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -70,7 +70,6 @@ VECTORS = arrays(
 )
 
 
-@settings(deadline=None)
 @given(VECTORS)
 def test_cosine_is_its_definition(vectors: npt.NDArray[np.float64]) -> None:
     matrix = cosine_utility(vectors)

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.merge import merge_answers
@@ -341,7 +341,6 @@ SPECS = [
 ]
 
 
-@settings(deadline=None, max_examples=60)
 @given(ROWS, st.sampled_from(SPECS), st.integers(0, 4), st.randoms(use_true_random=False))
 def test_row_order_repeats_and_partitioning_change_no_byte(
     drawn: list[tuple[Any, ...]], how: MergeSpec, cut: int, shuffle: random.Random

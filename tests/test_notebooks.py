@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -19,7 +21,7 @@ def test_a_notebook_runs(path: Path) -> None:
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     where = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(book, timeout=120, resources=where).execute()
+    nbclient.NotebookClient(book, timeout=int(PATIENCE_S), resources=where).execute()
     shown = [output for cell in code for output in cell.outputs]
     assert [_warning(output) for output in shown if _is_warning(output)] == []
     assert any("text/html" in output.get("data", {}) for output in shown)

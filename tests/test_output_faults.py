@@ -26,6 +26,7 @@ import mas_batch
 from mas_batch import pipeline
 from mas_batch.errors import OutputError
 from mas_batch.job import Job
+from tests.waiting import PATIENCE_S
 
 NUM_WORKERS = 2
 JOB: dict[str, Any] = {
@@ -78,7 +79,7 @@ class Site:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
             check=False,
             **options,
         )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.normalise import deduplicate, normalise_text
@@ -89,7 +89,6 @@ def test_samples_of_a_closed_set_have_no_order() -> None:
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
-@settings(max_examples=40)
 @given(rows=ROWS, data=st.data())
 def test_arrow_and_python_count_the_same_in_any_order(
     labels: Sequence[str] | None, rows: list[Any], data: st.DataObject
@@ -103,7 +102,6 @@ def test_arrow_and_python_count_the_same_in_any_order(
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
-@settings(max_examples=40)
 @given(rows=ROWS, data=st.data())
 def test_counts_do_not_depend_on_partitions_or_grouping(
     labels: Sequence[str] | None, rows: list[Any], data: st.DataObject
@@ -122,7 +120,6 @@ def test_counts_do_not_depend_on_partitions_or_grouping(
     assert [list(tree.items()) for tree in trees] == [list(whole.items())] * 3
 
 
-@settings(max_examples=40)
 @given(rows=ROWS)
 def test_every_answered_record_is_counted_once(rows: list[Any]) -> None:
     answered = [ballots for ballots in replies(rows).values() if ballots]

@@ -298,7 +298,7 @@ def test_tokens_and_time_add_up(make_job: MakeJob) -> None:
     assert parts["compute_s"] == pytest.approx(40 * 1.7 * 0.75, rel=0.01)
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.integers(1, 4))
 def test_more_replicas_are_never_predicted_slower(strong: float, weak: float, count: int) -> None:
     job = base_job()
@@ -371,7 +371,7 @@ def base_job(**sections: Any) -> Job:
     )
 
 
-@settings(max_examples=4)
+@settings(max_examples=settings.default.max_examples // 7)
 @given(st.lists(st.floats(5.0, 60.0), min_size=2, max_size=3))
 def test_a_later_deadline_never_needs_more_replicas(deadlines: list[float]) -> None:
     forecaster = forecaster_of(base_job(), measurements_of({"strong": 0.2, "weak": 0.1}), 12)
@@ -544,6 +544,7 @@ def test_times_and_numbers_are_read() -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.processes
 def test_a_sample_on_the_embedded_cluster(make_job: MakeJob, tmp_path: Path) -> None:
     rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(64)]
     job = make_job(

@@ -307,7 +307,7 @@ def test_at_the_deadline_what_is_there_is_merged() -> None:
         replicas = Replicas()
         replicas.behaviours["b1"] = never
         setup = Setup(replicas, "a1", "b1")
-        reply = await setup.ask(wanted=2, timeout_s=0.2)
+        reply = await setup.ask(wanted=2, timeout_s=2.0)
         assert reply.agents == ("a",)
         assert [(f.agent_id, f.message) for f in reply.failures] == [("b", "no answer in time")]
         replicas.behaviours["a1"] = never
@@ -409,6 +409,7 @@ def test_the_latency_of_a_reply_adds_up() -> None:
 
 
 # Here because no other cluster runs in this module: an active client would be used.
+@pytest.mark.processes
 def test_a_pool_without_a_cluster_starts_its_own(make_job: Callable[..., Job]) -> None:
     agent = {"name": "a", "model": "echo:a"}
     job = make_job(agents=[agent], cluster={"dashboard_address": None})

@@ -16,9 +16,9 @@ from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.errors import Reason, RecordError
 from mas_batch.records import ANSWERS, RECORD_FIELDS, Answer, Record
-from mas_batch.serving.k_of_n import Quorum
+from mas_batch.serving.backlog import MicroBatcher
 from mas_batch.serving.measure import RECENT, Meter
-from mas_batch.serving.microbatch import MicroBatcher
+from mas_batch.serving.question import Quorum
 from mas_batch.serving.reply import make_record, merged, rows_of
 
 

@@ -20,6 +20,7 @@ from distributed import Client
 
 from mas_batch.monitor.dashboard.plugin import AgentsDashboard
 from tests.test_dashboard import Background, MakeJob, dashboard, slow_agents, wait_for
+from tests.waiting import PATIENCE_S
 
 __all__ = ["dashboard"]  # a fixture
 
@@ -67,7 +68,7 @@ class Prometheus:
         query = urllib.parse.urlencode(parameters)
         try:
             url = f"http://{self._address}/api/v1/{path}?{query}"
-            with urllib.request.urlopen(url, timeout=10) as reply:
+            with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
                 return json.load(reply)["data"]
         except (urllib.error.URLError, ConnectionError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 400:

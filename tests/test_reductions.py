@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.merge import merge_answers
@@ -175,7 +175,6 @@ PARTITIONS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40)
 @given(PARTITIONS)
 def test_combine_is_associative_and_commutative_to_the_byte(
     drawn: list[list[tuple[Any, ...]]],

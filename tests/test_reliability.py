@@ -116,7 +116,7 @@ def test_wilson_by_hand() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=5)
+@settings(max_examples=settings.default.max_examples // 6)
 def test_the_same_bytes_however_the_counts_were_added(data: st.DataObject) -> None:
     simulation = with_missing(independent(even_errors(MIXED), 310, 1), 0.3, 1)
     _, given_patterns = simulation.patterns()

@@ -154,7 +154,7 @@ def test_a_merges_section_is_stripped_value_by_value(make_job: MakeJob) -> None:
     """As one JSON text, what is stripped could take the backslash before a quote with it."""
     merge = {"method": "reliability", "history": 'memory://user:pass@bucket/x?key=ab"c'}
     job = make_job(ROWS, **{**labelling(RATES), "merge": merge})
-    section = remerge._section(job, merge_spec(job))
+    section = remerge._effective_section(job, merge_spec(job))
     assert section["history"] == 'memory://bucket/x?key=***"c'
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from distributed import Client, LocalCluster
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.reductions import Reduction
@@ -27,11 +27,18 @@ from mas_batch.errors import OutputError, RunError
 from mas_batch.records import FAILURES, PLAN
 from mas_batch.run_folder.commits import commit_results, committed, merged_agents, read_results
 from mas_batch.run_folder.manifest import manifest_files, write_manifest
-from mas_batch.run_folder.names import FORMAT, answers_name, part, results_name, review_name
+from mas_batch.run_folder.names import (
+    FORMAT,
+    answers_name,
+    partition_stem,
+    results_name,
+    review_name,
+)
 from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ranges import from_ranges, join_ranges, to_ranges
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
+from tests.waiting import wait_until
 
 NAMES = ("results", "answers/agent=b", "answers/agent=a")
 FOREIGN = (
@@ -80,7 +87,6 @@ def test_ranges_are_the_members_and_as_few_as_can_be(members: list[bool]) -> Non
     assert json.loads(json.dumps(ranges)) == ranges
 
 
-@settings(max_examples=25)
 @given(st.lists(st.sets(st.integers(0, 19)), min_size=3, max_size=3), st.booleans())
 def test_what_is_committed_is_what_the_folders_hold(
     tmp_path_factory: pytest.TempPathFactory, parts: list[set[int]], local: bool
@@ -89,7 +95,7 @@ def test_what_is_committed_is_what_the_folders_hold(
     run = Store(str(folder) if local else f"memory://{folder.name}")
     for name, numbers in zip(NAMES, parts, strict=True):
         theirs = FOREIGN if numbers else ()
-        for file in (*(f"{part(n)}.parquet" for n in numbers), *theirs):
+        for file in (*(f"{partition_stem(n)}.parquet" for n in numbers), *theirs):
             run.replace(f"{name}/{file}", b"")
     merged, answered = parts[0], {"b": parts[1], "a": parts[2]}
 
@@ -274,13 +280,6 @@ def own_cluster() -> Iterator[Callable[..., tuple[LocalCluster, Client]]]:
         each.close()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 leaves: Counter[str] = Counter()
 
 
@@ -300,7 +299,9 @@ def test_groups_are_read_as_tasks_end(cluster_client: Client) -> None:
             yield (number,)
 
     # The workers are threads of this process and count in the same place.
-    assert tree_reduce(cluster_client, counted_leaf, groups(), SUM, max_in_flight=4) == {"n": 780}
+    assert tree_reduce(cluster_client, counted_leaf, groups(), SUM, max_in_flight=4, wait_s=60) == {
+        "n": 780
+    }
     assert leaves["ended"] == 40
 
 
@@ -310,7 +311,7 @@ def test_workers_that_are_all_gone_and_stay_away_end_the_tree(own_cluster: Any) 
     def groups() -> Iterator[tuple[int]]:
         yield from ((number,) for number in range(20))
         cluster.scale(0)
-        until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
+        wait_until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
         yield (20,)
 
     with pytest.raises(RunError, match=r"no worker for 0\.5 s to count sum; .* start a worker"):
@@ -323,11 +324,11 @@ def test_partials_that_are_lost_with_their_workers_are_computed_again(own_cluste
     def groups() -> Iterator[tuple[int]]:
         yield from ((number,) for number in range(30))
         cluster.scale(0)
-        until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
+        wait_until(lambda: not client.scheduler_info(n_workers=-1)["workers"])
         cluster.scale(1)
         yield (30,)
 
-    assert tree_reduce(client, leaf, groups(), SUM, max_in_flight=4) == {"n": 465}
+    assert tree_reduce(client, leaf, groups(), SUM, max_in_flight=4, wait_s=60) == {"n": 465}
 
 
 def test_a_lost_scheduler_ends_the_tree(own_cluster: Any) -> None:
@@ -337,12 +338,12 @@ def test_a_lost_scheduler_ends_the_tree(own_cluster: Any) -> None:
     def groups() -> Iterator[tuple[int]]:
         yield (1,)
         cluster.close()
-        until(lambda: client.status != "running")
+        wait_until(lambda: client.status != "running")
         yield (2,)
 
     try:
         with pytest.raises(RunError, match="the scheduler was lost"):
-            tree_reduce(client, leaf, groups(), SUM)
+            tree_reduce(client, leaf, groups(), SUM, wait_s=60)
     finally:
         client.close()
 
@@ -351,7 +352,7 @@ def test_a_leaf_that_kills_its_workers_is_given_up(own_cluster: Any) -> None:
     with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
         _, client = own_cluster(n_workers=1, processes=True)
     with pytest.raises(RunError, match=r"sum: a task killed the workers .* logs"):
-        tree_reduce(client, os._exit, [(1,)], SUM)
+        tree_reduce(client, os._exit, [(1,)], SUM, wait_s=60)
 
 
 def test_a_leafs_error_says_what_it_is(cluster_client: Client) -> None:
@@ -359,6 +360,6 @@ def test_a_leafs_error_says_what_it_is(cluster_client: Client) -> None:
         raise error
 
     with pytest.raises(RunError, match="sum: a task failed: KeyError: 'tie'"):
-        tree_reduce(cluster_client, fail, [(KeyError("tie"),)], SUM)
+        tree_reduce(cluster_client, fail, [(KeyError("tie"),)], SUM, wait_s=60)
     with pytest.raises(OutputError, match="disk full"):
-        tree_reduce(cluster_client, fail, [(OutputError("disk full"),)], SUM)
+        tree_reduce(cluster_client, fail, [(OutputError("disk full"),)], SUM, wait_s=60)

@@ -5,7 +5,7 @@ import random
 import warnings
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.normalise import nfc_bytes
@@ -32,7 +32,6 @@ def test_crowd_kits_published_example() -> None:
     assert verdict.chosen.shown == "b c d e f"  # of two equally close, the smaller bytes
 
 
-@settings(deadline=None)
 @given(st.lists(WORDS, min_size=1, max_size=5, unique=True))
 @example(["a b c d", "b z d e", "b c d e f"])
 @example(["a", "b a", "a b", "b b a", "c a"])

@@ -221,7 +221,8 @@ def test_fewer_answers_than_agents_are_shared_among_them(
 def test_a_capability_that_nobody_has_fails_before_the_first_task(
     cluster_client: Client, make_job: MakeJob
 ) -> None:
-    job = make_job(agents=[{"name": "a", "model": "echo", "resources": {"TPU": 2}}])
+    agents = [{"name": "a", "model": "echo", "resources": {"TPU": 2}}]
+    job = make_job(agents=agents, cluster={"wait_s": 0.5})
     events = Recorder()
     with pytest.raises(JobError) as caught:
         pipeline.run(job, client=cluster_client, emit=events)
@@ -338,6 +339,7 @@ def test_the_tree_adds_up_whatever_its_shape(
         lambda n: {"n": n},
         ((n,) for n in range(num_leaves)),
         reduction,
+        wait_s=60,
         split_every=split_every,
         max_in_flight=4,
     )

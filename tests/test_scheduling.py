@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from mas_batch.agents.spec import WorkerInfo, match_workers
 from mas_batch.errors import ExitCode
 from mas_batch.job_file import check_job
 from tests.recipes import BIN, DEPLOY, PATH, ROOT, block, tool, write_job
+from tests.waiting import PATIENCE_S, wait_until
 
 HEADINGS = ("Several GPUs in one machine", "TLS")
 COMMANDS: dict[tuple[str, str], click.Command] = {
@@ -39,7 +39,7 @@ COMMANDS: dict[tuple[str, str], click.Command] = {
 def run(command: list[str] | str, **options: Any) -> subprocess.CompletedProcess[str]:
     options = {"env": {**os.environ, "PATH": PATH}, **options}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, check=False, **options
+        command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, **options
     )
 
 
@@ -157,13 +157,15 @@ def test_the_slurm_script_ends_in_order_is_requeued_and_resumes(tmp_path: Path) 
         (tmp_path / "bin" / name).chmod(0o755)
     log = tmp_path / "first.log"
     with slurm_job(tmp_path, log, restarts=0) as child:
-        deadline = time.monotonic() + 120
-        while len(kept := list(tmp_path.glob("runs/*/answers/*/part-*.parquet"))) < 2:
-            assert child.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+        answers = "runs/*/answers/*/part-*.parquet"
+        wait_until(
+            lambda: child.poll() is not None or len(list(tmp_path.glob(answers))) >= 2,
+            log.read_text,
+        )
+        assert child.poll() is None, log.read_text()
+        kept = list(tmp_path.glob(answers))
         child.terminate()
-        assert child.wait(60) == 1, log.read_text()
+        assert child.wait(PATIENCE_S) == 1, log.read_text()
     text = log.read_text()
     assert "the same command resumes" in text
     assert "Scheduler at:     tls://" in text
@@ -172,7 +174,7 @@ def test_the_slurm_script_ends_in_order_is_requeued_and_resumes(tmp_path: Path) 
     inodes = {file: file.stat().st_ino for file in kept}
     log = tmp_path / "second.log"
     with slurm_job(tmp_path, log, restarts=1) as child:
-        assert child.wait(180) == 0, log.read_text()
+        assert child.wait(PATIENCE_S) == 0, log.read_text()
     (folder,) = (tmp_path / "runs").iterdir()
     opened = mas_batch.open_run(str(folder))
     assert {a["agent_id"]: a["answers"] for a in opened.manifest["agents"]} == {

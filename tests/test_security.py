@@ -44,6 +44,7 @@ from mas_batch.run_folder import manifest
 from mas_batch.safe_text import names_a_secret, printable, without_credentials
 from tests.recipes import JOB, write_job
 from tests.test_engine_openai import Server
+from tests.waiting import PATIENCE_S
 
 CANARY = "CANARY-4711"
 """A secret: it must turn up nowhere but where it was given."""
@@ -57,7 +58,7 @@ def submit(job: Path, *options: str, **environment: str) -> subprocess.Completed
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
         check=False,
     )
 

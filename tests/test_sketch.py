@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mas_batch.agents.account import add
 from mas_batch.engines.base import Completion
-from mas_batch.engines.timing import batch_time
+from mas_batch.engines.timing import share_time
 from mas_batch.latency.sketch import (
     PARTS,
     RECORD_LATENCY,
@@ -77,10 +77,7 @@ def test_an_answers_parts_and_their_sum_are_summarised() -> None:
 def test_a_batchs_time_is_shared_without_a_rest() -> None:
     prompts, new = [3, 5], [[2, 4], [1, 1]]
     for prefill_s in (None, 1.5):
-        spent = batch_time(6.0, prefill_s, prompts, new)
-        shares = [
-            spent.share(prompt, n) for prompt, row in zip(prompts, new, strict=True) for n in row
-        ]
+        shares = [share for row in share_time(6.0, prefill_s, prompts, new) for share in row]
         assert sum(compute_s for compute_s, _ in shares) == pytest.approx(6.0)
         if prefill_s is not None:
             assert sum(known or 0.0 for _, known in shares) == pytest.approx(prefill_s)

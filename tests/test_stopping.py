@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.merge import merge_answers
@@ -97,7 +97,6 @@ def test_vote_is_decided_when_the_lead_is_more_than_what_may_come(
 
 
 @given(st.text(alphabet=LABELS + FAILED, max_size=4), st.integers(1, 5))
-@settings(max_examples=100)
 def test_vote_is_decided_exactly_when_no_completion_changes_or_ties_it(
     given: str, max_answers: int
 ) -> None:
@@ -131,7 +130,6 @@ METHODS = [
 
 @pytest.mark.parametrize(("how", "rule"), METHODS)
 @given(given=st.lists(st.text(alphabet=LABELS + FAILED, max_size=5), max_size=4), data=st.data())
-@settings(max_examples=40)
 def test_order_and_repeats_of_rows_do_not_matter(
     how: MergeSpec, rule: StoppingRule, given: list[str], data: st.DataObject
 ) -> None:
@@ -217,7 +215,6 @@ def posterior(given: str, accuracies: Sequence[float], labels: str) -> dict[str,
     ),
     num_labels=st.integers(2, 5),
 )
-@settings(max_examples=200)
 def test_log_odds_decide_by_the_posterior_over_all_labels(
     votes: list[tuple[str, float]], num_labels: int
 ) -> None:

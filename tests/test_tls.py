@@ -25,6 +25,7 @@ from mas_batch.job import Job
 from mas_batch.job_file import load_job
 from tests.chaos import started
 from tests.recipes import BIN, DEPLOY, ROOT, block, tool, write_job
+from tests.waiting import PATIENCE_S
 
 LOOPBACK = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"]
 FILES = {"tls_ca_file": "ca.pem", "tls_cert": "cert.pem", "tls_key": "key.pem"}
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for line, own in ((scheduler, ["--port", "0"]), (worker, ["--nthreads", "3"])):
             command = ["-m", *shlex.split(line), *LOOPBACK, *own]
             child = stack.enter_context(started(command, log, cwd=folder))
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + PATIENCE_S
             while not (folder / "cluster.json").exists():
                 assert child.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
@@ -82,7 +83,7 @@ def test_the_pages_command_runs_a_job(folder: Path, address: str) -> None:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -94,7 +95,7 @@ def test_the_pages_command_runs_a_job(folder: Path, address: str) -> None:
 
 def test_one_of_its_own_is_let_in(folder: Path, address: str) -> None:
     with Client(address, security=security(folder / "certs"), set_as_default=False) as client:
-        assert client.submit(lambda: 1).result(timeout=30) == 1
+        assert client.submit(lambda: 1).result(timeout=PATIENCE_S) == 1
 
 
 @pytest.mark.parametrize("stranger", ["plaintext", "another CA's"])
@@ -118,7 +119,7 @@ def test_a_client_without_a_certificate_is_refused(folder: Path, address: str) -
     context.check_hostname = False
     where = urlsplit(address)
     with (
-        socket.create_connection((where.hostname, where.port), timeout=10) as plain,
+        socket.create_connection((where.hostname, where.port), timeout=PATIENCE_S) as plain,
         pytest.raises(ssl.SSLError, match="certificate required"),
         context.wrap_socket(plain) as secured,
     ):
@@ -164,5 +165,5 @@ def test_the_embedded_cluster_can_be_encrypted_too(job: Job) -> None:
     with cluster.connect(job, specs, "test") as connection:
         workers = connection.client.scheduler_info()["workers"]
         assert all(address.startswith("tls://127.0.0.1:") for address in workers)
-        assert connection.client.submit(lambda: 1).result(timeout=30) == 1
+        assert connection.client.submit(lambda: 1).result(timeout=PATIENCE_S) == 1
     assert pipeline.run(job).manifest["counts"]["results"] == 12

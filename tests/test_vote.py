@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.normalise import nfc, normalise_text
@@ -248,7 +248,6 @@ VOTERS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(VOTERS, st.randoms(use_true_random=False))
 def test_the_order_of_ballots_changes_nothing(
     voters: list[tuple[str, int, str]], shuffle: random.Random

@@ -1,4 +1,4 @@
-"""Whether an engine can do what its agent is asked for: known when its model is loaded."""
+"""Checks, once its model is loaded, that an engine can do what its agent is asked for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mas_batch.tasks.base import Task
 
 
 def check_engine(task: Task, engine: Engine, agent: Agent) -> None:
-    """Refuse an engine that cannot do the task, or not in the way the agent is to do it.
+    """Refuse an engine that cannot do the task, or would ignore a setting of the agent.
 
-    The job's own prompt is no reason: it may be meant for other agents.
+    The job's own prompt is no reason to refuse: it may be meant for other agents.
 
     Raises:
         JobError: a translation model is asked to do anything but translate; the agent has a

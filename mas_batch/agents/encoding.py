@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
-    """Encode all answers of a partition in one go; None if the merge needs no vectors.
+    """Encode all answers of a partition at once; None if the merge needs no vectors.
 
     Raises:
-        ModelError: the encoder cannot be had or loaded.
+        ModelError: the encoder's model cannot be fetched or loaded.
     """
     if not spec.needs_encoder or spec.encoder is None:
         return None
@@ -41,7 +41,7 @@ def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
 
 @lru_cache(maxsize=1)
 def _load(source: str) -> Encoder:
-    """Keep the model resident: every merge on this worker uses the same."""
+    """Load the encoder once: it stays resident for all merges on this worker."""
     from mas_batch.engines.encoder import Encoder  # it imports torch: seconds, hundreds of MB
 
     return Encoder.load(fetch(source), EngineConfig())

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from enum import StrEnum
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
@@ -23,18 +24,18 @@ from mas_batch.models import fetch
 
 
 class AgentHost(WorkerPlugin):  # type: ignore[misc]
-    """Holds at most one engine. Set up again by Dask when the nanny restarts the worker.
+    """Holds at most one engine. Dask sets it up again when the nanny restarts the worker.
 
-    Not an Actor: an actor's state is lost for ever with its worker. `name` is the run's topic,
-    so that two runs on one cluster do not take each other's plugin away; it also names the
-    one-thread executor in which the model runs, off the event loop and off the task threads.
+    It is not an Actor, because an actor's state is lost for ever with its worker. `name` is the
+    run's topic, so that two runs on one cluster do not remove each other's plugin; it also names
+    the one-thread executor in which the model runs, off the event loop and off the task threads.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def setup(self, worker: Worker) -> None:
-        """Give the worker the one-thread executor that the model runs in."""
+        """Add the one-thread executor in which the model runs to the worker."""
         self._engine: Engine | None = None
         self._key = ""
         self._family_id = ""
@@ -52,7 +53,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         self._executor.shutdown(wait=False)
 
     def check_open(self) -> None:
-        """Call it before a commit: answers of an engine that is being closed are not answers.
+        """Call it before a commit: answers of an engine that is being closed must not be committed.
 
         Raises:
             RunError: the host is being torn down.
@@ -77,7 +78,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         return self._engine, self._family_id, self._idle_since - start
 
     def begin(self) -> float:
-        """Begin a task; returns for how many seconds there was nothing to do before it."""
+        """Begin a task; returns how many seconds the host had nothing to do before it."""
         return time.perf_counter() - self._idle_since
 
     def end(self) -> None:
@@ -90,17 +91,30 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
             self._engine, self._key = None, ""
 
 
-def report(topic: str, task: str, facts: Mapping[str, Any]) -> None:
+class Report(StrEnum):
+    """What a report of a task is about."""
+
+    LOADED = "load_agent"
+    ANSWERED = "answer_partition"
+    ANSWERING = "answer_progress"
+    MERGED = "merge_partition"
+
+
+def report(topic: str, what: Report, facts: Mapping[str, Any]) -> None:
     """Tell the submitting process what a task has done; call it after the commit.
 
-    Facts are JSON: what an engine says of itself need not be plain enough for Dask's comms.
+    Facts are sent as JSON, because Dask's comms cannot carry everything an engine says of itself.
     """
     worker = get_worker()
-    message = {"task": task, "worker": worker.address, "facts": json.dumps(facts, default=str)}
+    message = {
+        "task": what.value,
+        "worker": worker.address,
+        "facts": json.dumps(facts, default=str),
+    }
     worker.log_event(topic, message)
 
 
-def report_timed(topic: str, task: str, facts: Mapping[str, Any], times: TaskTimes) -> None:
+def report_timed(topic: str, what: Report, facts: Mapping[str, Any], times: TaskTimes) -> None:
     """Tell what a task did and what it spent, which Dask's Fine Performance Metrics show too."""
     known = {"prefill": times.prefill_s, "decode": times.decode_s}
     if times.prefill_s is None:
@@ -108,11 +122,11 @@ def report_timed(topic: str, task: str, facts: Mapping[str, Any], times: TaskTim
     for label, seconds in {**known, "read": times.read_s, "write": times.write_s}.items():
         if seconds:
             context_meter.digest_metric(f"mas-batch-{label}", seconds, "seconds")
-    report(topic, task, {**facts, "times": asdict(times)})
+    report(topic, what, {**facts, "times": asdict(times)})
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that this process has had so far."""
+    """Return the most memory that this process has used so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return getrusage(RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,18 +1,18 @@
-"""A record that kills its worker: found, given up after so many deaths, its mates answered.
+"""Finds a record that kills its worker, gives it up after some deaths, and answers the others.
 
 A process that dies (a native crash, a memory limit, a hang that ends in a restart) cannot say
 what it died of. So records are asked one at a time: before one is asked a mark is committed,
-afterwards its answers are, and whoever is given the partition next knows which record a death
-fell on. Knows no Dask.
+afterwards its answers are, and the worker that is given the partition next knows which record a
+death fell on. Knows no Dask.
 
     journal/agent=<name>/part-000007/<hash of the record's id>/
         begun-1          try 1; its content is the record's id, for people
-        ended-1          try 1 raised an exception: nobody died of it
+        ended-1          try 1 raised an exception: no worker died of it
         answers.parquet  the record's answers; final
 
 Files are created if absent and never changed, so copies of a task can share a journal: the
-answers journalled first win, at worst a record is asked once per copy. A try that is still
-under way looks like a death; the router makes no copies of careful tasks.
+answers journalled first win, and at worst a record is asked once per copy. A try that is still
+under way looks like a death, so the dispatcher makes no copies of careful tasks.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from mas_batch.agents.answering import AgentProfile, failed_answers
 from mas_batch.errors import EngineError, Reason
 from mas_batch.job import fingerprint
 from mas_batch.records import ANSWERS, Answer, Record
-from mas_batch.run_folder.names import JOURNAL, part
+from mas_batch.run_folder.names import JOURNAL, partition_stem
 from mas_batch.run_folder.storage import Store
 
 logger = logging.getLogger(__name__)
 
 _ALL_DEAD = 3
-"""Records in a row, from the first, that must kill their workers for the agent to be blamed."""
+"""If the first so many records all killed their workers, the agent is to blame, not the records."""
 
 _SCHEMA = pa.schema([ANSWERS.field(field.name) for field in fields(Answer)])
 
 
 @dataclass(frozen=True, slots=True)
 class Tries:
-    """How often a record was asked without an answer so far."""
+    """How often a record was asked without getting an answer so far."""
 
     num_begun: int
     num_deaths: int
@@ -50,17 +50,17 @@ class Tries:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """What is known of a partition's records, which one agent is asked about carefully."""
+    """The journal of a partition whose records one agent is asked one at a time."""
 
     store: Store
-    """The run's."""
+    """The run's folder."""
     partition: int
     agent_id: str
 
     def answers(self, record_id: str) -> list[Answer] | None:
-        """Return the record's answers as they were journalled; None if there are none."""
+        """Return the record's journalled answers; None if there are none."""
         try:
-            rows = self.store.read_table(self._name(record_id, "answers.parquet")).to_pylist()
+            rows = self.store.read_table(self._path(record_id, "answers.parquet")).to_pylist()
         except FileNotFoundError:
             return None
         return [
@@ -68,32 +68,35 @@ class Journal:
         ]
 
     def tries(self, record_id: str) -> Tries:
-        """Count what was tried and what came of it."""
-        names = self.store.list(self._name(record_id))
+        """Count the tries of a record, and the deaths among them."""
+        names = self.store.list(self._path(record_id))
         begun = [name for name in names if name.startswith("begun-")]
         num_ended = sum(name.startswith("ended-") for name in names)
         return Tries(len(begun), len(begun) - num_ended)
 
     def begin(self, record_id: str, number: int) -> int:
-        """Mark that try `number` begins, or the next one if a copy of the task took that."""
+        """Mark that try `number` begins, or the next free number; returns the number.
+
+        A copy of the task may have taken a number already.
+        """
         content = record_id.encode()
         return next(
             n
             for n in count(number)
-            if self.store.commit(self._name(record_id, f"begun-{n}"), content)
+            if self.store.commit(self._path(record_id, f"begun-{n}"), content)
         )
 
     def end(self, record_id: str, number: int) -> None:
         """Mark that a try ended in an exception, not in a death."""
-        self.store.commit(self._name(record_id, f"ended-{number}"), b"")
+        self.store.commit(self._path(record_id, f"ended-{number}"), b"")
 
     def keep(self, record_id: str, answers: list[Answer]) -> list[Answer]:
-        """Journal the answers unless a copy of the task did; return those that count."""
+        """Journal the answers, unless a copy of the task has; returns the journalled ones."""
         table = pa.Table.from_pylist([asdict(answer) for answer in answers], schema=_SCHEMA)
-        if self.store.commit_table(self._name(record_id, "answers.parquet"), table):
+        if self.store.commit_table(self._path(record_id, "answers.parquet"), table):
             return answers
         first = self.answers(record_id)
-        # None: the copy that was first is done with the partition and removed the journal.
+        # None: the copy that was first has finished the partition and removed the journal.
         return answers if first is None else first
 
     def remove(self) -> None:
@@ -101,15 +104,15 @@ class Journal:
         try:
             self.store.remove_folder(self._folder)
         except OSError as error:
-            # A copy of the task removes it too, or still writes to it. Nothing reads it any more.
+            # A copy of the task removes it too, or still writes to it. No task will read it again.
             logger.info("%s is left behind: %s", self.store.path(self._folder), error)
 
     @property
     def _folder(self) -> str:
-        return f"{JOURNAL}/agent={self.agent_id}/{part(self.partition)}"
+        return f"{JOURNAL}/agent={self.agent_id}/{partition_stem(self.partition)}"
 
-    def _name(self, record_id: str, file: str = "") -> str:
-        # Not the position: an adaptive agent's next try may be asked about fewer records.
+    def _path(self, record_id: str, file: str = "") -> str:
+        # By id, not by position: an adaptive job's next try may ask about fewer records.
         return f"{self._folder}/{fingerprint(record_id)}/{file}".rstrip("/")
 
 
@@ -121,24 +124,24 @@ def answer_carefully(
     *,
     max_deaths: int = 2,
 ) -> list[Answer]:
-    """Ask about every record that has no `reason`, one at a time: its answers, in order.
+    """Ask about every record without a `reason`, one at a time; returns all answers in order.
 
-    Answers in the journal are reused. A record that was asked and not answered `max_deaths`
-    times is not asked again: its answers are failed ones with `Reason.WORKER_DIED`, one per
-    sample. An exception from `ask` or the storage is raised and not counted as a death.
-
-    Raises:
-        EngineError: the first records all killed their workers: it is the agent, not the records.
+    Answers in the journal are reused. A record whose worker died `max_deaths` times is not asked
+    again: its answers are failed ones with `Reason.WORKER_DIED`, one per sample. An exception
+    from `ask` or the storage is raised and not counted as a death.
 
     Args:
-        ask: returns the answers to the records that it is given; it is given one.
+        ask: returns the answers to the records that it is given; it is given one record.
         max_deaths: at least 1.
+
+    Raises:
+        EngineError: the first records all killed their workers: the agent is to blame.
     """
     answers: list[Answer] = []
     for number, record in enumerate((r for r in records if r.reason is None), 1):
         answers += _answer_one(record, ask, journal, profile, max_deaths)
         if number >= _ALL_DEAD and all(a.reason is Reason.WORKER_DIED for a in answers):
-            journal.remove()  # no record's fault: a machine that is mended shall ask them again
+            journal.remove()  # the records are not to blame: a repaired machine asks them again
             raise EngineError(
                 f"its worker died {max_deaths} times on each of the first {number} records; "
                 "nothing was answered in between"

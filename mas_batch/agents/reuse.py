@@ -1,4 +1,4 @@
-"""Worker side of `since: last`: answers that an earlier run has are put beside the new ones."""
+"""Worker side of `since: last`: an earlier run's answers are joined with the new ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def known_answers(
         rows = run.read_table(name)
     except FileNotFoundError:
         return ANSWERS.empty_table(), [], list(records)
-    rows = rows.filter(pc.is_in(rows["record_id"], _ids(records)))
+    rows = rows.filter(pc.is_in(rows["record_id"], _record_ids(records)))
     known = set(rows["record_id"].to_pylist())
     return (
         rows,
@@ -31,9 +31,9 @@ def known_answers(
 
 
 def in_order(answers: Sequence[pa.Table], records: Sequence[Record]) -> pa.Table:
-    """Join tables of answers to these records: in the records' order, samples in theirs."""
+    """Join tables of answers, sorted by the order of these records and then by sample."""
     table = pa.concat_tables(answers)
-    place = pc.index_in(table["record_id"], value_set=_ids(records))
+    place = pc.index_in(table["record_id"], value_set=_record_ids(records))
     keys = pa.table({"place": place, "sample": table["sample_id"]})
     order = pc.sort_indices(keys, sort_keys=[("place", "ascending"), ("sample", "ascending")])
     return table.take(order).combine_chunks()
@@ -44,5 +44,5 @@ def asked_now(answers: pa.Table) -> pa.Table:
     return answers.filter(pc.is_null(answers["reused_from"]))
 
 
-def _ids(records: Sequence[Record]) -> pa.Array:
+def _record_ids(records: Sequence[Record]) -> pa.Array:
     return pa.array([record.record_id for record in records], pa.string())

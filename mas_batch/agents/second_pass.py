@@ -1,6 +1,6 @@
 """Worker side of merges that need the whole corpus: leaves of trees over its partitions.
 
-Only counts travel up a tree. A text is merged where its partition is read.
+Only counts travel up a tree. The worker that reads a partition merges its texts.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from mas_batch.agents.encoding import encoder_for
 from mas_batch.agents.statistics import COMMITTED
 from mas_batch.agents.work import (
     agents_merged,
-    agents_there,
+    agents_with_answers,
     commit_merged,
     committed_answers,
-    merge_of,
+    merge_committed,
     merge_partition,
 )
 from mas_batch.aggregate.escalation import CONFIDENCES
@@ -43,39 +43,41 @@ def corpus_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str])
 
 def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
     """Count records by the confidence of their merge, to find the least confident ones."""
-    return CONFIDENCES.combine([_confidences(run, partition, agents) for partition in partitions])
+    return CONFIDENCES.combine(
+        [_confidence_counts_of(run, partition, agents) for partition in partitions]
+    )
 
 
 def merge_known(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Merge partitions of which all answers are there, as `merge_partition` does; count them."""
+    """Merge partitions that have all their answers, as `merge_partition` does; count them."""
     for partition in partitions:
         if not run.merged.exists(results_name(partition)):
-            merge_partition(run, partition, agents_there(run, partition, agents))
+            merge_partition(run, partition, agents_with_answers(run, partition, agents))
     return {"partitions": len(partitions)}
 
 
 MERGED = Reduction("merged", merge_known, add_up, dict)
-"""Partitions that are merged without asking anybody."""
+"""Number of partitions that are merged without asking an agent."""
 
 
 def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
-    """Merge the partitions' answers; commit and count them as the statistics tree does."""
-    return COMMITTED.combine([_merged_and_counted(run, p, agents) for p in partitions])
+    """Merge the partitions' answers and commit them; count them as the statistics tree does."""
+    return COMMITTED.combine([_merge_and_count_one(run, p, agents) for p in partitions])
 
 
-def _confidences(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+def _confidence_counts_of(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     records = run.store.read_table(staged_name(partition))
     voters = agents_merged(run, partition, agents)
-    merged, failures = merge_of(run, partition, voters, records)
+    merged, failures = merge_committed(run, partition, voters, records)
     askable = records.filter(pc.is_null(records["reason"]))["record_id"]
     asked = failures.filter(pc.is_in(failures["record_id"], askable))
     return CONFIDENCES.chunk(merged, asked)
 
 
-def _merged_and_counted(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+def _merge_and_count_one(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
     if not run.merged.exists(results_name(partition)):
         records = read_records(run.store, partition, run.passthrough)
         voters = agents_merged(run, partition, agents)
-        merged, failures = merge_of(run, partition, voters, records)
+        merged, failures = merge_committed(run, partition, voters, records)
         commit_merged(run, partition, merged, failures, voters)
     return COMMITTED.chunk(run, partition, agents)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mas_batch.engines.base import EngineConfig
@@ -40,10 +40,7 @@ class AgentSpec:
     @property
     def engine_key(self) -> str:
         """Changes when the resident model has to be loaded anew."""
-        agent = self.agent
-        return fingerprint(
-            [agent.model, agent.engine, agent.dtype, agent.device, agent.options, self.threads]
-        )
+        return fingerprint([*self.agent.loaded_as, self.agent.options, self.threads])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +57,13 @@ class WorkerInfo:
 
 
 def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentSpec]:
-    """Resolve the job's agents, in the job's order; there may be none to ask.
+    """Resolve the job's agents, in the job's order.
 
     `threads: 0` shares the cores among the embedded replicas; on a user's cluster it leaves
     the choice to the worker's own environment.
     """
     num_replicas = sum(agent.most for agent in job.agents)
-    share = max(1, num_cores // max(1, num_replicas)) if embedded else 0
+    share = max(1, num_cores // num_replicas) if embedded else 0
     return {agent.name: AgentSpec(agent, agent.threads or share) for agent in job.agents}
 
 
@@ -75,7 +72,7 @@ def worker_options(
     specs: Mapping[str, AgentSpec],
     *,
     memory_bytes: int,
-    num_gpus: int = 0,
+    devices: Mapping[str, str],
     local_directory: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return worker name → options of a Nanny, one worker per replica (`small-0`, `small-1`).
@@ -83,9 +80,11 @@ def worker_options(
     All replicas that the job allows (`max_count`) are there, whether or not they are started.
     A worker has a task slot for each partition of its window and one more, so that a merge
     never waits behind a long generation; the model itself runs in an executor of one thread.
+
+    Args:
+        devices: worker name → value of `CUDA_VISIBLE_DEVICES`; see `devices.assign_devices`.
     """
     options: dict[str, dict[str, Any]] = {}
-    gpu = 0
     # Dask's own `auto` would share the memory by task slots per core, of which we have few.
     memory_limit: str | int = job.cluster.memory_limit
     if memory_limit == "auto":
@@ -101,16 +100,15 @@ def worker_options(
             # Threads that spin while they wait starve the neighbours that share their cores.
             env["OMP_WAIT_POLICY"] = "PASSIVE"
             env["TQDM_DISABLE"] = "1"  # a worker's own bars would garble the terminal
-            if agent.resources.get("GPU") and num_gpus:
-                env["CUDA_VISIBLE_DEVICES"] = str(gpu % num_gpus)
-                gpu += 1
+            if name in devices:
+                env["CUDA_VISIBLE_DEVICES"] = devices[name]
             options[name] = {
                 "name": name,
                 "nthreads": (job.routing.window or 2) + 1,
                 "resources": job.capabilities(agent),
                 "memory_limit": memory_limit,
                 "local_directory": local_directory,
-                # Dask's defaults are every interface: whoever reaches a worker runs code on it.
+                # Dask's default is every interface: who reaches a worker can run code on it.
                 "host": "127.0.0.1",
                 "dashboard_address": "127.0.0.1:0",
                 "env": env,
@@ -130,24 +128,25 @@ def match_workers(workers: Sequence[WorkerInfo], job: Job) -> dict[str, str]:
     A worker can host an agent if it declares all its capabilities and resources. Workers
     named `<agent>-<number>` go to that agent; the rest by maximum bipartite matching (Kuhn
     1955), every agent's first replica before any agent's second, so that no agent is left
-    without a worker while another has two.
+    without a worker while another has two. Workers that declare the same are one vertex: time
+    grows with workers, not with their square.
 
     Raises:
         JobError: an agent has no worker; lists what every worker declares.
     """
-    matched: dict[str, str] = {}  # address → agent
-    slots = [
-        agent
-        for r in range(max(a.most for a in job.agents))
-        for agent in job.agents
-        if r < agent.most
-    ]
-    by_preference = sorted(workers, key=lambda w: (len(w.resources), w.name, w.address))
-    holder: dict[str, int] = {}  # address → slot
-    for slot in range(len(slots)):
-        _augment(slot, slots, by_preference, job, holder, set())
-    for address, slot in holder.items():
-        matched[address] = slots[slot].name
+    groups = _groups(workers, job)
+    choices = {agent.name: _choices(agent, groups, job) for agent in job.agents}
+    waiting = job.agents
+    for replica in range(max(agent.most for agent in job.agents)):
+        # Who gets no further worker now never will: what helps later was tried already.
+        waiting = tuple(
+            agent for agent in waiting if replica < agent.most and _give_worker(agent.name, choices)
+        )
+    matched = {
+        worker.address: agent_id
+        for group in groups
+        for worker, agent_id in zip(group.workers, group.agents, strict=False)
+    }
     unserved = [i for i, agent in enumerate(job.agents) if agent.name not in matched.values()]
     if unserved:
         agent = job.agents[unserved[0]]
@@ -181,26 +180,66 @@ def can_host(worker: WorkerInfo, agent: Agent, job: Job) -> bool:
     return all(worker.resources.get(name, 0) >= amount for name, amount in needs.items())
 
 
-def _augment(
-    slot: int,
-    slots: Sequence[Agent],
-    workers: Sequence[WorkerInfo],
-    job: Job,
-    holder: dict[str, int],
-    seen: set[str],
-) -> bool:
-    """Find a worker for the slot, moving earlier slots to other workers where that helps."""
-    agent = slots[slot]
-    capable = [w for w in workers if can_host(w, agent, job)]
-    named = [w for w in capable if w.name.rpartition("-")[0] == agent.name]
-    for worker in named or capable:
-        if worker.address in seen:
-            continue
-        seen.add(worker.address)
-        current = holder.get(worker.address)
-        if current is None or _augment(current, slots, workers, job, holder, seen):
-            holder[worker.address] = slot
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Workers that are equally good for every agent."""
+
+    workers: list[WorkerInfo]
+    named_for: str
+    """The agent whose name they bear; empty: no agent's."""
+    agents: list[str] = field(default_factory=list)
+    """Whom they serve, one entry per worker that is taken."""
+
+    @property
+    def has_free_worker(self) -> bool:
+        return len(self.agents) < len(self.workers)
+
+
+def _groups(workers: Sequence[WorkerInfo], job: Job) -> list[_Group]:
+    """Group the workers by what they declare; those that could do least for others come first."""
+    names = {agent.name for agent in job.agents}
+    groups: dict[tuple[object, str], _Group] = {}
+    for worker in sorted(workers, key=lambda w: (len(w.resources), w.name, w.address)):
+        prefix = worker.name.rpartition("-")[0]
+        named_for = prefix if prefix in names else ""
+        key = (frozenset(worker.resources.items()), named_for)
+        groups.setdefault(key, _Group([], named_for)).workers.append(worker)
+    return list(groups.values())
+
+
+def _choices(agent: Agent, groups: Sequence[_Group], job: Job) -> list[_Group]:
+    """Return the groups whose workers may serve the agent."""
+    capable = [group for group in groups if can_host(group.workers[0], agent, job)]
+    return [group for group in capable if group.named_for == agent.name] or capable
+
+
+def _give_worker(agent_id: str, choices: Mapping[str, list[_Group]]) -> bool:
+    """Give the agent one more worker: a free one, or one whose agent can go to another.
+
+    The agents that could make room are searched breadth first, so the fewest have to go.
+    """
+    wanted_by: dict[int, str] = {}  # id of a group without a free worker → who would go there
+    leaves: dict[str, _Group] = {}  # agent that could make room → where
+    queue = deque([agent_id])
+    while queue:
+        mover = queue.popleft()
+        free = next((group for group in choices[mover] if group.has_free_worker), None)
+        if free is not None:
+            free.agents.append(mover)
+            while mover != agent_id:
+                left = leaves[mover]
+                successor = wanted_by[id(left)]
+                left.agents[left.agents.index(mover)] = successor
+                mover = successor
             return True
+        for group in choices[mover]:
+            if id(group) in wanted_by:
+                continue
+            wanted_by[id(group)] = mover
+            for other in dict.fromkeys(group.agents):
+                if other != agent_id and other not in leaves:
+                    leaves[other] = group
+                    queue.append(other)
     return False
 
 

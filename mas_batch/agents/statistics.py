@@ -60,7 +60,7 @@ def _finalize_statistics(partial: Partial) -> dict[str, Any]:
 
 
 COMMITTED = Reduction("run_statistics", _count_committed, _add_statistics, _finalize_statistics)
-"""`counts` of `RUN_STATISTICS`; `latency` of `RECORD_LATENCY`; `answers`: agent → ranges of the
-partitions in whose merge its answers are; `failures_files`: partition → its failures file, where
-it has one (the results file names both, and workers have to read that anyway); `reviewed`:
-partitions of which something is in `review/`. The chunk commits what belongs there."""
+"""`counts`: of `RUN_STATISTICS`; `latency`: of `RECORD_LATENCY`; `answers`: agent → ranges of the
+partitions whose merge has its answers; `failures_files`: partition → its failures file, if it has
+one (the results file names both, and workers have to read it anyway); `reviewed`: partitions that
+have a file in `review/`. The chunk also commits that file."""

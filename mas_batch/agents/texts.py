@@ -1,8 +1,8 @@
-"""Worker side of a pool: texts come with a call to the worker and their answers go back with it.
+"""Worker side of a pool: texts come with a call to the worker, and its reply holds the answers.
 
-A handler of the worker, not a task: a task passes the scheduler twice and takes ten times as
-long to come back as an idle worker to answer (docs/decisions/0007). The model is the one that
-`AgentHost` holds, in the host's one thread.
+This is a handler of the worker, not a task: a task passes the scheduler twice, and takes ten times
+as long as the reply of an idle worker (docs/decisions/0007). `AgentHost` holds the model, which
+runs in the host's one thread.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from mas_batch.tasks import make_task
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What a worker says to a batch of texts."""
+    """A worker's reply to a batch of texts."""
 
     answers: tuple[Answer, ...]
-    """Of every record and sample, in the records' order."""
+    """One answer per record and sample, in the records' order."""
     times: TaskTimes
-    """What the whole batch took; nothing is read or written."""
+    """Times of the whole batch; nothing is read or written."""
     waited_s: float
-    """Before that, for the model's thread."""
+    """Waiting for the model's thread before that."""
 
 
 class TextHost(WorkerPlugin):  # type: ignore[misc]
-    """Lets the worker be called by the plugin's name, with an agent and records.
+    """Adds a handler, named like the plugin, by which a worker is called with agent and records.
 
     Args:
         topic: name of the `AgentHost` whose engine answers.
@@ -56,30 +56,30 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
         self._specs = dict(specs)
 
     def setup(self, worker: Worker) -> None:
-        """Take calls from now on."""
+        """Begin to take calls."""
         self._worker = worker
         add_handler(worker, self.name, self.answer)
 
     def teardown(self, worker: Worker) -> None:
-        """Take no more calls."""
+        """Stop taking calls."""
         remove_handler(worker, self.name)
 
     async def answer(self, agent_id: str, records: Sequence[tuple[str, str, str | None]]) -> Any:
-        """Ask the agent about the records (id, text, context); an `Answered` or error goes back.
+        """Ask the agent about the records (id, text, context); returns an `Answered` or an error.
 
-        Errors are values: raised, Dask would log a traceback on the worker for each.
+        Errors are returned: Dask would log a traceback on the worker for an error that is raised.
         """
         arrived = time.perf_counter()
         asked = [Record(*record) for record in records]
         loop, executor = asyncio.get_running_loop(), self._worker.executors.get(self._topic)
         try:
             if executor is None:
-                raise RunError(f"worker {self._worker.name} hosts no agent any more")
+                raise RunError(f"worker {self._worker.name} no longer hosts an agent")
             reply = await loop.run_in_executor(executor, self._ask, agent_id, asked, arrived)
             return to_serialize(reply)
         except MasBatchError as error:
             return to_serialize(error)
-        except Exception as error:  # whatever it is, it must survive the journey
+        except Exception as error:  # of any type, also of one that cannot be pickled
             return to_serialize(EngineError(f"{type(error).__name__}: {error}"))
 
     def _ask(self, agent_id: str, records: Sequence[Record], arrived: float) -> Answered:
@@ -98,5 +98,5 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
 
 
 def texts_op(topic: str) -> str:
-    """Return the name that workers are called by: of the plugin and of its handler."""
+    """Return the name of the plugin and of the handler by which workers are called."""
     return f"{topic}-texts"

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from mas_batch.agents.answering import AgentProfile, answer_records, prompt_hash
 from mas_batch.agents.checks import check_engine
 from mas_batch.agents.encoding import encoder_for
-from mas_batch.agents.host import current_host, peak_memory_bytes, report, report_timed
+from mas_batch.agents.host import Report, current_host, peak_memory_bytes, report, report_timed
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.reuse import asked_now, in_order, known_answers
 from mas_batch.agents.spec import AgentSpec
@@ -41,12 +41,12 @@ def load_agent(run: RunRef, spec: AgentSpec) -> None:
     """Make the agent's model resident on this worker.
 
     Raises:
-        ModelError, JobError: it cannot be loaded, or cannot do the task.
+        ModelError, JobError: the model cannot be loaded, or cannot do the task.
     """
     engine, family_id, load_s = current_host(run.topic).engine(spec)
     check_engine(make_task(run.task), engine, spec.agent)
     facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
-    report(run.topic, "load_agent", facts)
+    report(run.topic, Report.LOADED, facts)
 
 
 def answer_partition(
@@ -58,20 +58,20 @@ def answer_partition(
     careful: bool = False,
     earlier: Sequence[str] = (),
 ) -> None:
-    """Ask this worker's agent about every good record of the partition; commit the answers.
+    """Ask this worker's agent about every usable record of the partition; commit the answers.
 
     Args:
-        careful: one record at a time, with a journal: a worker has died at this partition.
+        careful: ask one record at a time, with a journal: a worker has died at this partition.
         earlier: ask only about records that these agents' answers leave undecided; empty: all.
     """
     host, watch = current_host(run.topic), Stopwatch()
     idle_s = host.begin()
     name = answers_name(partition, spec.agent_id)
-    if run.store.exists(name):  # a twin of this task finished first
+    if run.store.exists(name):  # a copy of this task finished first
         table = run.store.read_table(name)
         watch.lap("read")
     else:
-        table = _ask(run, spec, partition, attempt, watch, careful=careful, earlier=earlier)
+        table = _ask_agent(run, spec, partition, attempt, watch, careful=careful, earlier=earlier)
         watch.lap("process")
         if not run.store.commit_table(name, table):
             table = run.store.read_table(name)
@@ -79,13 +79,13 @@ def answer_partition(
     if careful:
         Journal(run.store, partition, spec.agent_id).remove()
     facts = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
-    facts |= _facts(asked_now(table))
+    facts |= _counts_of_answers(asked_now(table))
     watch.lap("process")
-    report_timed(run.topic, "answer_partition", facts, watch.times(idle_s))
+    report_timed(run.topic, Report.ANSWERED, facts, watch.times(idle_s))
     host.end()
 
 
-def _ask(
+def _ask_agent(
     run: RunRef,
     spec: AgentSpec,
     partition: int,
@@ -108,18 +108,19 @@ def _ask(
     def ask(asked: Sequence[Record]) -> list[Answer]:
         return answer_records(asked, task, engine, profile)
 
-    def ask_and_tell(asked: Sequence[Record]) -> list[Answer]:
-        report(run.topic, "answer_progress", {"partition": partition})
+    def report_and_ask(asked: Sequence[Record]) -> list[Answer]:
+        report(run.topic, Report.ANSWERING, {"partition": partition})
         return ask(asked)
 
     if careful:
         journal = Journal(run.store, partition, spec.agent_id)
-        answers = answer_carefully(missing, ask_and_tell, journal, profile)
+        answers = answer_carefully(missing, report_and_ask, journal, profile)
     else:
         answers = ask(missing)
     host.check_open()
-    if _is_all_broken(answers):
-        # An earlier run may leave none but records that always fail: one that never did tells.
+    if _all_failed_in_engine(answers):
+        # After `since: last` perhaps only records are left that always fail. So the check includes
+        # a record that the agent has answered before, if there is one.
         _check_engine_works([*answers, *ask(answered[:1])])
     table = _answers_table(
         answers,
@@ -139,14 +140,14 @@ def _check_engine_works(answers: Sequence[Answer]) -> None:
     """Tell a broken engine from broken records.
 
     Raises:
-        EngineError: it failed on every one of several records; nothing is committed, and the
-            partition is tried again, elsewhere if possible.
+        EngineError: the engine failed on every one of several records; nothing is committed, and
+            the partition is tried again, on another worker if possible.
     """
-    if _is_all_broken(answers) and len({answer.record_id for answer in answers}) > 1:
+    if _all_failed_in_engine(answers) and len({answer.record_id for answer in answers}) > 1:
         raise EngineError(f"failed on all of {len(answers)} answers; {answers[0].message}")
 
 
-def _is_all_broken(answers: Sequence[Answer]) -> bool:
+def _all_failed_in_engine(answers: Sequence[Answer]) -> bool:
     return bool(answers) and all(answer.reason in _ENGINE_REASONS for answer in answers)
 
 
@@ -156,14 +157,15 @@ def merge_partition(
     """Merge the committed answers of `agents`; commit results and failures of the partition.
 
     Args:
-        final: False: if records are undecided, only say how many, so that one more agent is asked.
+        final: if False and records are undecided, only report how many are, so that the dispatcher
+            asks one more agent.
     """
     identity, watch = {"partition": partition, "agents": list(agents)}, Stopwatch()
     records = read_records(run.store, partition, run.passthrough)
     answers = committed_answers(run, partition, agents)
     watch.lap("read")
     spec = run.merge
-    if run.escalation is not None:  # this only marks what is answered; the final merge comes later
+    if run.escalation is not None:  # this merge only marks the partition; the final one is later
         records = records.filter(pc.is_in(records["record_id"], answers["record_id"]))
         spec = spec.first_pass
     encode = encoder_for(spec, answers)
@@ -172,7 +174,7 @@ def merge_partition(
         if still_open:
             facts = {"num_undecided": len(still_open), "num_records": records.num_rows}
             watch.lap("process")
-            report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
+            report_timed(run.topic, Report.MERGED, {**identity, **facts}, watch.times())
             return
     merged, failures = merge_answers(records, answers, spec, encode)
     agreement = _agreement(merged, failures, answers, spec.answer_kind)
@@ -185,7 +187,7 @@ def merge_partition(
         "reasons": dict(Counter(failures["reason"].to_pylist())),
         "agreement": agreement,
     }
-    report_timed(run.topic, "merge_partition", {**identity, **facts}, watch.times())
+    report_timed(run.topic, Report.MERGED, {**identity, **facts}, watch.times())
 
 
 def commit_merged(
@@ -198,10 +200,10 @@ def commit_merged(
     return commit_results(run.merged, partition, merged, failures, agents)
 
 
-def merge_of(
+def merge_committed(
     run: RunRef, partition: int, agents: Sequence[str], records: pa.Table
 ) -> tuple[pa.Table, pa.Table]:
-    """Merge these agents' answers, all of which are there; returns (results, failures)."""
+    """Merge these agents' answers, which are all committed; returns (results, failures)."""
     answers = committed_answers(run, partition, agents)
     return merge_answers(records, answers, run.merge, encoder_for(run.merge, answers))
 
@@ -210,29 +212,29 @@ def committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.
     """Read the answers of these agents to the partition.
 
     Raises:
-        FileNotFoundError: one of them has none.
+        FileNotFoundError: one of the agents has no answers.
     """
     names = [answers_name(partition, agent) for agent in agents]
     return join_answers(run.store.read_table(name) for name in names)
 
 
 def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
-    """Return those of the agents, in their order, whose answers went into the run's `passes`.
+    """Return those of the agents, in their order, whose answers were merged in the run's `passes`.
 
-    Not those whose answers are there: a copy of a slow task may commit after its partition was
-    merged without it. (Runs of formats 1 and 2 do not say whose went in; there it is all that
-    are there.)
+    An agent whose answers are committed need not be among them: a copy of a slow task may commit
+    after its partition was merged without it. (Runs of formats 1 and 2 do not say whose answers
+    were merged; for them it is all agents whose answers are committed.)
     """
     named: set[str] = set()
     for folder in run.passes:
         found = merged_agents(run.store.child(folder), partition)
         if found is None:
-            return agents_there(run, partition, agents)
+            return agents_with_answers(run, partition, agents)
         named.update(found)
     return [agent for agent in agents if agent in named]
 
 
-def agents_there(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
+def agents_with_answers(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
     """Return those of the agents, in their order, whose answers to the partition are committed."""
     names = ((agent, answers_name(partition, agent)) for agent in agents)
     return [agent for agent, name in names if run.store.exists(name)]
@@ -247,7 +249,7 @@ def _agreement(
 
 
 def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
-    """Return how the agent is asked: the job's prompts and decoding."""
+    """Return how the agent is asked: its prompts and its sampling."""
     agent = spec.agent
     return AgentProfile(
         agent_id=agent.name,
@@ -272,19 +274,19 @@ def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list
     if run.escalation is not None:
         others = [a for a in run.merge.agents if a != run.escalation.agent_id]
         voters = agents_merged(run, partition, others)
-        merged, failures = merge_of(run, partition, voters, table)
-        return _good_records(picked(run.escalation, table, merged, failures))
+        merged, failures = merge_committed(run, partition, voters, table)
+        return _usable_records(picked(run.escalation, table, merged, failures))
     if not earlier or run.stopping is None:
-        return _good_records(table)
+        return _usable_records(table)
     answers = committed_answers(run, partition, earlier)
     encode = encoder_for(run.merge, answers)
     still_open = undecided(table, answers, run.merge, run.stopping, encode)
-    return _good_records(
+    return _usable_records(
         table.filter(pc.is_in(table["record_id"], pa.array(still_open, pa.string())))
     )
 
 
-def _good_records(table: pa.Table) -> list[Record]:
+def _usable_records(table: pa.Table) -> list[Record]:
     good = table.filter(pc.is_null(table["reason"]))
     columns = good.select(["record_id", "text", "context"]).to_pylist()
     return [Record(row["record_id"], row["text"], row["context"]) for row in columns]
@@ -299,7 +301,7 @@ def _answers_table(
     transfer_s: float,
     processing_s: float,
 ) -> pa.Table:
-    """Build the rows to store; what the partition took as a whole is shared equally by its rows."""
+    """Build the rows to store; each gets an equal share of the times of the whole partition."""
     share = 1 / max(1, len(answers))
     common = {
         "worker": worker,
@@ -313,7 +315,7 @@ def _answers_table(
     )
 
 
-def _facts(table: pa.Table) -> dict[str, Any]:
+def _counts_of_answers(table: pa.Table) -> dict[str, Any]:
     def total(column: str) -> int:
         return int(pc.sum(table[column]).as_py() or 0)
 

@@ -1,4 +1,4 @@
-"""Of several answers to one record the most trusted is published; nobody is outvoted."""
+"""Of several answers to one record the most trusted one is published; answers are not counted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def mean_logprob(ballot: Ballot) -> float | None:
 
 
 def _comparable(ballots: Sequence[Ballot]) -> list[float] | None:
-    """Return everybody's mean log-probability, or None where somebody's does not compare."""
+    """Return every answer's mean log-probability; None where that of one does not compare."""
     likelihoods = [mean for ballot in ballots if (mean := mean_logprob(ballot)) is not None]
     families = {ballot.family_id for ballot in ballots}
     return likelihoods if len(likelihoods) == len(ballots) and len(families) == 1 else None

@@ -84,7 +84,7 @@ def weights(partial: Mapping[str, Sequence[int]]) -> dict[str, float]:
         for agent_id, (micro_units, number) in partial.items()
     }
     best = max(utilities.values())
-    if best == 0:  # no utility saw anything: nobody is better
+    if best == 0:  # all utilities are 0: no agent is better
         return dict.fromkeys(utilities, 1.0)
     # Above 0, so that a record which only the worst agent answered still has an answer.
     return {

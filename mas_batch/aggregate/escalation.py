@@ -37,7 +37,7 @@ class Escalation:
     """Of the records in that bin, the part that the budget has room for, chosen by their ids."""
 
     def picks(self, record_id: str, confidence: float | None) -> bool:
-        """Whether the agent is asked about the record; confidence None: nobody answered it."""
+        """Whether the agent is asked about the record; confidence None: no agent answered it."""
         own = _bin(confidence)
         return own < self.below or (own == self.below and _lot(record_id) < self.share)
 
@@ -51,7 +51,7 @@ class Escalation:
 def choose(counts: Partial, agent_id: str, fraction: float) -> Escalation:
     """Return the escalation that takes the least confident `fraction` of all records.
 
-    Records that nobody answered are taken first, so of them there may be more.
+    Records that no agent answered are taken first, so of them there may be more.
 
     Args:
         counts: of `CONFIDENCES`.

@@ -10,7 +10,7 @@ agent's answers separated by ",", and is empty for an agent without a valid answ
 - Open set (`labels` is None): only which answers agree is kept. Codes number the distinct
   answers in order of first appearance, over agents by name and samples by number.
 
-Records with equal patterns are alike to whoever learns from agreement, so a corpus is summed
+Records with equal patterns are alike to a method that learns from agreement, so a corpus is summed
 up by how often each pattern occurs. Such counts add up in any order and grouping. A record
 without a valid answer has no pattern and is not counted.
 """

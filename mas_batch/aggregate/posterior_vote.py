@@ -34,7 +34,7 @@ def by_reliability(
 ) -> Verdict:
     """Return the answer of the highest posterior probability, among those that were given.
 
-    What is left of the probability belongs to labels that nobody gave, or to "none of these":
+    What is left of the probability belongs to labels that no agent gave, or to "none of these":
     it lowers the confidence. The weight that decides ties is the agent's log-odds.
 
     Args:

@@ -23,7 +23,7 @@ Slot = list[str]
 
 
 def rover(ballots: Sequence[Ballot], weights: Sequence[float] | None = None) -> Verdict:
-    """Return the text of the words that most weight is behind; it may be nobody's answer.
+    """Return the text of the words that most weight is behind; it may be no agent's answer.
 
     The texts are aligned one after the other to the network of those before them. The outcome
     depends on their order, which here is canonical, whatever the ballots' order: most weight

@@ -129,7 +129,7 @@ def is_decided(
 
 
 def _lead(support: Sequence[Candidate]) -> int:
-    """Answers by which the best is ahead; an answer that nobody gave yet has 0."""
+    """Answers by which the best is ahead; an answer that no agent has given yet has 0."""
     counts = [len(candidate.backers) for candidate in support[:2]]
     return counts[0] - sum(counts[1:])
 

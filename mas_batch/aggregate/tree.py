@@ -10,6 +10,7 @@ from typing import Any
 from distributed import Client, Future, KilledWorker
 
 from mas_batch.aggregate.reductions import Reduction
+from mas_batch.dask_compat import workers_of
 from mas_batch.errors import MasBatchError, RunError
 
 SPLIT_EVERY = 8
@@ -24,9 +25,9 @@ def tree_reduce(
     groups: Iterable[tuple[Any, ...]],
     reduction: Reduction,
     *,
+    wait_s: float,
     split_every: int = SPLIT_EVERY,
     max_in_flight: int = 64,
-    wait_s: float = 120.0,
 ) -> Any:
     """Run `leaf(*group)` for every group and combine the partials up a tree.
 
@@ -107,7 +108,7 @@ class _Tree:
         return self._result(rest[0])
 
     def release(self) -> None:
-        """Let go of everything; the scheduler cancels what nobody waits for."""
+        """Let go of everything; the scheduler cancels tasks that no client waits for."""
         for future in (*self._running, *(f for level in self._levels for f in level)):
             future.release()
 
@@ -155,7 +156,11 @@ class _Tree:
                 f"the scheduler was lost while {self._reduction.name} was counted; "
                 "what is answered is kept: run the same command again"
             )
-        if self._client.scheduler_info(n_workers=-1)["workers"]:
+        try:
+            has_workers = bool(workers_of(self._client))
+        except OSError:  # no news this time; a scheduler that is lost shows in the client's status
+            return
+        if has_workers:
             self._last_worker = time.monotonic()
         elif time.monotonic() - self._last_worker > self._wait_s:
             raise RunError(

@@ -25,7 +25,7 @@ UNITS = 10**9
 """A weight of 1 in the integers that scores are added and compared in."""
 
 ACCURACY_RANGE = (0.01, 0.99)
-"""Accuracies are clipped to it: nobody's word is final, and log-odds stay finite."""
+"""Accuracies are clipped to it: no agent is certain, and log-odds stay finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Ballot:
 
     @property
     def order(self) -> tuple[str, int]:
-        """Place among the ballots of a record, whoever came first."""
+        """Place among the ballots of a record, in whatever order they came."""
         return (self.agent_id, self.sample_id)
 
     @property
@@ -132,7 +132,7 @@ def weighted_log_odds(
     The confidence is the answer's posterior probability, all m + 1 answers being equally likely
     beforehand. An answer's likelihood is Π p over the agents that gave it times Π (1 - p)/m over
     the others; divided by Π (1 - p)/m over all agents that is e^score, and e^0 for an answer
-    that nobody gave. So one answer of an agent of accuracy p has probability p.
+    that no agent gave. So one answer of an agent of accuracy p has probability p.
 
     Args:
         num_wrong: m; None where the answers are not a closed set, and then m is the number

@@ -18,9 +18,9 @@ import pyarrow as pa
 from mas_batch import job
 from mas_batch.corpus.columns import Columns, as_text, conform, records_table
 from mas_batch.corpus.files import CorpusFile, Source, list_sources
-from mas_batch.corpus.formats import READERS, one_format
+from mas_batch.corpus.formats import READERS, common_format
 from mas_batch.corpus.opening import check_codec, codec_of
-from mas_batch.corpus.rows import Row, require, roles_of
+from mas_batch.corpus.rows import Row, require_columns, roles_of
 from mas_batch.errors import JobError, MasBatchError, Reason
 from mas_batch.records import Record
 
@@ -29,7 +29,7 @@ __all__ = ["CorpusFile", "CorpusReader", "conform", "records_table"]
 # White space by Unicode, plus what has no width: joiners, marks of direction, soft hyphen.
 _VISIBLE = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 
-_MAX_SUSPECTS = 1 << 16  # bounds the memory of one look for doubled ids
+_MAX_SUSPECTS = 1 << 16  # bounds the memory of one search for doubled ids
 
 
 class CorpusReader:
@@ -38,16 +38,17 @@ class CorpusReader:
     Creating it lists the files; every iteration reads them anew, a bounded part at a time.
 
     Raises:
-        JobError: here, for paths, formats and codecs that cannot be read; while iterating,
+        JobError: on creation, for paths, formats and codecs that cannot be read; while iterating,
             for missing columns, missing or doubled ids, a corpus without records, and a file
-            that is damaged so that its rows cannot be counted, with the row that was reached.
+            that is damaged so that its rows cannot be counted (the message names the last row
+            that was read).
         RunError: while iterating, when the disk or the network fails; trying again may help.
     """
 
     def __init__(self, spec: job.Corpus) -> None:
         self._spec = spec
         sources = list_sources(spec)
-        self._format = one_format(spec, sources)
+        self._format = common_format(spec, sources)
         for source in sources:
             check_codec(source, codec_of(spec, source), self._format)
         self._sources = sources
@@ -60,7 +61,7 @@ class CorpusReader:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a file is added, removed, renamed or rewritten; not when all move."""
+        """Changes when a file is added, removed, renamed or rewritten, not when all files move."""
         facts = [(file.relative, file.size_bytes, file.version) for file in self.files]
         return job.fingerprint(facts)
 
@@ -70,24 +71,24 @@ class CorpusReader:
         return self._format != "jsonl"
 
     def passthrough_schema(self) -> pa.Schema:
-        """Types of the carried columns: of the rows read so far, final after the last one."""
+        """Types of the carried columns in the rows read so far; final after the last row."""
         return self._columns.schema()
 
     @property
-    def _where(self) -> str:
+    def _quoted_paths(self) -> str:
         return ", ".join(map(repr, self._spec.path))
 
     def __iter__(self) -> Iterator[Record]:
         digests = bytearray()
         num_records = 0
         for source, row in islice(self._rows(), self._spec.limit):
-            record = self._record(source.file, row)
+            record = self._record_of(source.file, row)
             if self._spec.id is not None:
-                digests += _digest(record.record_id)
+                digests += _id_hash(record.record_id)
             num_records += 1
             yield record
         if num_records == 0:
-            raise JobError(f"{self._where} holds no records", key="corpus.path")
+            raise JobError(f"{self._quoted_paths} holds no records", key="corpus.path")
         self._check_columns(num_records)
         if self._spec.id is not None:
             self._check_ids(digests)
@@ -110,13 +111,13 @@ class CorpusReader:
                     key="corpus.path",
                 ) from error
 
-    def _record(self, file: CorpusFile, row: Row) -> Record:
+    def _record_of(self, file: CorpusFile, row: Row) -> Record:
         if row.problem:
             return Record(
                 self._identity(file, row),
                 None,
                 reason=Reason.MALFORMED_ROW,
-                message=f"{_where(file, row)}: {row.problem}",
+                message=f"{_row_location(file, row)}: {row.problem}",
                 passthrough=row.passthrough or {},
             )
         spec, values = self._spec, row.values
@@ -131,7 +132,7 @@ class CorpusReader:
             _optional_text(values, spec.context),
             _optional_text(values, spec.reference),
             None if problem is None else problem[0],
-            "" if problem is None else f"{_where(file, row)}: {spec.text!r} {problem[1]}",
+            "" if problem is None else f"{_row_location(file, row)}: {spec.text!r} {problem[1]}",
             passthrough,
         )
 
@@ -151,24 +152,29 @@ class CorpusReader:
         )
 
     def _check_columns(self, num_records: int) -> None:
-        """Find configured JSON columns that no row had; other formats checked each file."""
+        """Raise JobError for a column that no JSON row had; other formats check each file."""
         seen = self._columns.seen
         if self._format == "jsonl" and seen:
-            require(self._spec, seen, f"any of the {num_records} rows of {self._where}")
+            require_columns(
+                self._spec, seen, f"any of the {num_records} rows of {self._quoted_paths}"
+            )
 
     def _check_ids(self, digests: bytearray) -> None:
-        """Find doubled ids: sort their 64-bit hashes in place, then look at equals again."""
+        """Raise JobError for a doubled id.
+
+        The ids' 64-bit hashes are sorted in place; ids of equal hashes are then read again.
+        """
         hashes = np.frombuffer(digests, dtype="<u8")
         hashes.sort()
         suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
         for start in range(0, len(suspects), _MAX_SUSPECTS):
-            self._look_again(set(suspects[start : start + _MAX_SUSPECTS].tolist()))
+            self._compare_ids(set(suspects[start : start + _MAX_SUSPECTS].tolist()))
 
-    def _look_again(self, suspects: set[int]) -> None:
+    def _compare_ids(self, suspects: set[int]) -> None:
         first: dict[str, str] = {}
         for source, row in islice(self._rows(), self._spec.limit):
             identity = self._identity(source.file, row)
-            if int.from_bytes(_digest(identity), "little") not in suspects:
+            if int.from_bytes(_id_hash(identity), "little") not in suspects:
                 continue
             here = f"{source.file.url}, row {row.position + 1}"
             if identity in first:
@@ -179,7 +185,7 @@ class CorpusReader:
 
 
 def problem_of(text: Any) -> tuple[Reason, str] | None:
-    """Return why a value cannot be asked about, None if it can."""
+    """Return why no agent can be asked about a value, None if one can."""
     if text is None:
         return Reason.MISSING_TEXT, "is null or missing"
     if not isinstance(text, str):
@@ -208,9 +214,9 @@ def _positional_id(file: CorpusFile, row: Row) -> str:
     return hashlib.blake2b(place, digest_size=12).hexdigest()
 
 
-def _digest(identity: str) -> bytes:
+def _id_hash(identity: str) -> bytes:
     return hashlib.blake2b(identity.encode(), digest_size=8).digest()
 
 
-def _where(file: CorpusFile, row: Row) -> str:
+def _row_location(file: CorpusFile, row: Row) -> str:
     return f"{file.relative}, row {row.position + 1}"

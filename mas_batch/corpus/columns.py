@@ -50,7 +50,7 @@ class ArrowRow(Mapping[str, Any]):
 
 
 class Columns:
-    """Follows the columns of a corpus as its rows go by."""
+    """Collects the names and types of a corpus's columns while its rows are read."""
 
     def __init__(self, roles: Sequence[str], keep: Sequence[str] | None) -> None:
         self._roles = frozenset(roles)
@@ -65,18 +65,18 @@ class Columns:
         return tuple(self._names)
 
     def name(self, column: str) -> str | None:
-        """Return the name under which a column is carried, None if it is not.
+        """Return the name under which a column is carried, None if it is not carried.
 
         Raises:
             JobError: two columns would get one name.
         """
         if column not in self._names:
-            self._names[column] = name = self._choose(column)
+            self._names[column] = name = self._carried_name(column)
             if name is not None:
                 self._kinds[name] = 0
         return self._names[column]
 
-    def _choose(self, column: str) -> str | None:
+    def _carried_name(self, column: str) -> str | None:
         if column in self._roles if self._keep is None else column not in self._keep:
             return None
         name = valid_text(column)
@@ -92,13 +92,13 @@ class Columns:
         return name
 
     def take(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what of a row is carried, under its new names, and remember the types."""
+        """Return a row's carried values under their new names, and remember their types."""
         taken, names, kinds = {}, self._names, self._kinds
         for column, value in row.items():
             name = names[column] if column in names else self.name(column)
             if name is not None:
                 taken[name] = value
-                kinds[name] |= _kind(value)
+                kinds[name] |= _kind_bits(value)
         return taken
 
     def declare(self, schema: pa.Schema, where: str) -> None:
@@ -109,7 +109,7 @@ class Columns:
         """
         fields = [field.remove_metadata().with_nullable(True) for field in schema]
         try:
-            # A wider type of the same sort, such as int64 for int32: nothing is lost by it.
+            # A wider type of the same sort, such as int64 for int32, loses nothing.
             self._declared = pa.unify_schemas(
                 [self._declared, pa.schema(fields)], promote_options="permissive"
             )
@@ -143,7 +143,11 @@ def records_table(records: Sequence[Record], schema: pa.Schema | None = None) ->
     }
     table = pa.table(leading, schema=pa.schema(RECORD_FIELDS))
     rows = [r.passthrough for r in records if isinstance(r.passthrough, ArrowRow)]
-    carried = _sliced(rows) if rows and len(rows) == len(records) else _typed(records)
+    carried = (
+        _table_of_batch_rows(rows)
+        if rows and len(rows) == len(records)
+        else _inferred_table(records)
+    )
     for name in carried.column_names:
         table = table.append_column(carried.schema.field(name), carried.column(name))
     return table if schema is None else conform(table, schema)
@@ -153,7 +157,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Give a staged table's carried columns their corpus-wide types and order.
 
     Columns that the partition never saw become null. Tables staged from the same records
-    come out the same however the corpus was cut.
+    come out the same however the corpus was cut into partitions.
 
     Raises:
         RunError: a column that `schema` lacks, or a value that its type cannot hold.
@@ -166,7 +170,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
             f"{', '.join(schema.names)}"
         )
     columns = [table.column(name) for name in leading]
-    columns += [_cast(table, field) for field in schema]
+    columns += [_cast_column(table, field) for field in schema]
     return pa.table(columns, schema=pa.schema([*RECORD_FIELDS, *schema]))
 
 
@@ -186,7 +190,7 @@ def valid_text(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _kind(value: Any) -> int:
+def _kind_bits(value: Any) -> int:
     if value is None:
         return 0
     if isinstance(value, bool):
@@ -203,7 +207,7 @@ def _final_type(kinds: int) -> pa.DataType:
         return pa.bool_()
     if kinds and not kinds & ~(_INT | _LONG):
         return pa.int64()
-    # Integers that a double cannot hold would be changed by it: text keeps them.
+    # A double would change integers that it cannot hold: text keeps them.
     if kinds and not kinds & ~(_INT | _FLOAT):
         return pa.float64()
     return pa.string()
@@ -215,11 +219,11 @@ def _staged_type(kinds: int) -> pa.DataType:
     return pa.string() if kinds == _INT | _FLOAT else _final_type(kinds)
 
 
-def _typed(records: Sequence[Record]) -> pa.Table:
+def _inferred_table(records: Sequence[Record]) -> pa.Table:
     kinds: dict[str, int] = {}
     for record in records:
         for name, value in record.passthrough.items():
-            kinds[name] = kinds.get(name, 0) | _kind(value)
+            kinds[name] = kinds.get(name, 0) | _kind_bits(value)
     fields = [pa.field(name, _staged_type(bits)) for name, bits in kinds.items()]
     arrays = [
         _array([record.passthrough.get(field.name) for record in records], field.type)
@@ -234,8 +238,8 @@ def _array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind)
 
 
-def _sliced(rows: Sequence[ArrowRow]) -> pa.Table:
-    """Put rows of record batches together again, neighbours as one slice."""
+def _table_of_batch_rows(rows: Sequence[ArrowRow]) -> pa.Table:
+    """Build a table of rows of record batches; neighbouring rows are one slice."""
     slices: list[tuple[pa.RecordBatch, int, int]] = []
     for row in rows:
         if slices and slices[-1][0] is row.batch and slices[-1][2] == row.index:
@@ -246,7 +250,7 @@ def _sliced(rows: Sequence[ArrowRow]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
-def _cast(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+def _cast_column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
     if field.name not in table.column_names:
         return pa.chunked_array([pa.nulls(table.num_rows, field.type)])
     column = table.column(field.name)

@@ -78,29 +78,30 @@ def list_sources(spec: job.Corpus) -> tuple[Source, ...]:
         if not pattern.strip():
             raise JobError("is empty; '.' is the working directory", key="corpus.path")
         for source in _list_pattern(pattern, spec):
-            # A file that two patterns match is one, named from the wider root in any order.
+            # A file that two patterns match counts once. Its name is relative to the wider root,
+            # whatever the order of the patterns.
             known = found.setdefault(source.file.url, source)
             if len(source.file.relative) > len(known.file.relative):
                 found[source.file.url] = source
-    return tuple(sorted(_distinct(list(found.values())), key=lambda s: s.file.relative))
+    return tuple(sorted(_with_distinct_names(list(found.values())), key=lambda s: s.file.relative))
 
 
 def _list_pattern(pattern: str, spec: job.Corpus) -> list[Source]:
     filesystem, path = _filesystem(pattern, spec.storage_options)
     suffixes = FORMATS.get(spec.format) or tuple(chain(*FORMATS.values()))
     try:
-        found = _find(filesystem, path.rstrip("/"), suffixes)
+        found = _find_files(filesystem, path.rstrip("/"), suffixes)
         sources = [_source(filesystem, info, relative) for info, relative in found]
     except FileNotFoundError as error:
         missing = error.filename or pattern  # a broken link, or the whole path
-        # Over HTTP a server that does not answer is "not found" too; the cause says more.
+        # fsspec calls an HTTP server that does not answer "not found" too; the cause says more.
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise JobError(f"{missing!r}: no such file or folder{cause}", key="corpus.path") from None
     except JobError:
         raise
     except Exception as error:  # remote filesystems raise anything
         said = without_pieces(f"{type(error).__name__}: {error}", pattern)
-        raise JobError(f"{pattern!r} cannot be listed: {said}", key="corpus.path") from _cause(
+        raise JobError(f"{pattern!r} cannot be listed: {said}", key="corpus.path") from _safe_cause(
             error, pattern
         )
     if not sources:
@@ -120,19 +121,19 @@ def _filesystem(pattern: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         protocol = pattern.split("://")[0].rsplit("::", 1)[-1]
         hint = _BACKEND_PACKAGES.get(protocol, str(error))
         message = f"{pattern!r} needs a package: {hint}"
-        raise JobError(message, key="corpus.path") from _cause(error, pattern)
+        raise JobError(message, key="corpus.path") from _safe_cause(error, pattern)
     except Exception as error:  # an unknown protocol, or options that the backend rejects
         message = f"{pattern!r} cannot be opened: {without_pieces(str(error), pattern)}"
-        raise JobError(message, key="corpus.path") from _cause(error, pattern)
+        raise JobError(message, key="corpus.path") from _safe_cause(error, pattern)
     return filesystem, path
 
 
-def _cause(error: Exception, url: str) -> Exception | None:
-    """Return what to chain: not an error that shows the URL's credentials in its traceback."""
+def _safe_cause(error: Exception, url: str) -> Exception | None:
+    """Return the error to chain; None if its traceback would show the URL's credentials."""
     return None if has_credentials(url) else error
 
 
-def _find(
+def _find_files(
     filesystem: Any, path: str, suffixes: Sequence[str]
 ) -> list[tuple[Mapping[str, Any], str]]:
     """Return the files that `path` means, each with its path relative to the corpus root."""
@@ -149,7 +150,7 @@ def _find(
         if info["type"] != "directory":
             return [(info, path.rsplit("/", 1)[-1])]
         root, files, folders = path, [], [path]
-    # Local walks leave out unreadable folders unless told; lost files must not go unnoticed.
+    # By default a local walk skips unreadable folders; lost files must not go unnoticed.
     strict = {"on_error": "raise"} if isinstance(filesystem, LocalFileSystem) else {}
     for folder in folders:
         inside = filesystem.find(folder, detail=True, **strict).values()
@@ -162,19 +163,19 @@ def _source(filesystem: Any, info: Mapping[str, Any], relative: str) -> Source:
     path = info["name"]
     if isinstance(filesystem, LocalFileSystem):
         status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe could be waited for, but not read twice
+        if not stat.S_ISREG(status.st_mode):  # a pipe, for example, cannot be read twice
             raise JobError(f"{path!r} is not a regular file", key="corpus.path")
         url, version = path, str(status.st_mtime_ns)
     else:
-        # Nothing is opened by it: it is for errors, and may become a part of records' ids.
+        # No file is opened by this URL: it is for messages, and may become a part of record ids.
         url = without_credentials(filesystem.unstrip_protocol(path))
         version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "").strip('"')
     file = CorpusFile(valid_text(url), info.get("size"), version, valid_text(relative))
     return Source(file, filesystem, path)
 
 
-def _distinct(sources: Sequence[Source]) -> list[Source]:
-    """Tell files of one relative path apart, by as many parent folders as that takes."""
+def _with_distinct_names(sources: Sequence[Source]) -> list[Source]:
+    """Give files of equal relative paths distinct ones, by as many parent folders as needed."""
     names = [source.file.relative for source in sources]
     for depth in count(1):
         doubled = {name for name, times in Counter(names).items() if times > 1}

@@ -1,6 +1,7 @@
 """Rows of each format: JSON lines, CSV and plain text; Parquet has a file of its own.
 
-A row that cannot be read is yielded with its problem; what makes its whole file doubtful raises.
+A row that cannot be read is yielded with its problem; a problem that makes the whole file doubtful
+is raised.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mas_batch.corpus.columns import Columns
 from mas_batch.corpus.files import FORMATS, Source, data_name
 from mas_batch.corpus.opening import open_source
 from mas_batch.corpus.parquet import parquet_rows
-from mas_batch.corpus.rows import Row, require, require_distinct
+from mas_batch.corpus.rows import Row, require_columns, require_distinct_columns
 from mas_batch.errors import JobError
 
 _BOM = b"\xef\xbb\xbf"
@@ -28,7 +29,7 @@ _MAX_FIELD_CHARACTERS = 2**31 - 1  # the most that csv takes on every platform
 _MAX_DEPTH = 200  # Python writes JSON recursively: what is read must be writable again
 
 
-def one_format(spec: job.Corpus, sources: Sequence[Source]) -> str:
+def common_format(spec: job.Corpus, sources: Sequence[Source]) -> str:
     """Return the format that the job sets or all files share.
 
     Raises:
@@ -111,7 +112,7 @@ def _is_deeper(value: Any, limit: int) -> bool:
     return any(isinstance(item, (dict, list)) for item in level)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_of_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         doubled, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -119,7 +120,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_decode_json = json.JSONDecoder(object_pairs_hook=_object).decode
+_decode_json = json.JSONDecoder(object_pairs_hook=_object_of_distinct_keys).decode
 
 
 def _csv_rows(source: Source, spec: job.Corpus, columns: Columns) -> Iterator[Row]:
@@ -128,7 +129,7 @@ def _csv_rows(source: Source, spec: job.Corpus, columns: Columns) -> Iterator[Ro
     with open_source(source, spec) as stream:
         lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
         rows = csv.reader(lines, delimiter="\t" if is_tsv else spec.delimiter, strict=True)
-        header = next(filter(None, rows), None)  # blank lines may lead
+        header = next(filter(None, rows), None)  # blank lines may come first
         if header is None:
             return
         _declare_header(source, spec, columns, header)
@@ -158,7 +159,7 @@ def _csv_rows(source: Source, spec: job.Corpus, columns: Columns) -> Iterator[Ro
 def _refuse_hidden_rows(
     source: Source, index: int, line: int, last_line: int, error: csv.Error
 ) -> None:
-    """Raise JobError where an unreadable row spans lines: nobody knows how many rows that is."""
+    """Raise JobError where an unreadable row spans lines: it may hide any number of rows."""
     if last_line > line:
         raise JobError(
             f"{source.file.url}, row {index + 1}: a quote that opens in line {line} makes one row "
@@ -171,8 +172,8 @@ def _refuse_hidden_rows(
 def _declare_header(
     source: Source, spec: job.Corpus, columns: Columns, header: Sequence[str]
 ) -> None:
-    require_distinct(header, source.file.url)
-    require(spec, header, source.file.url)
+    require_distinct_columns(header, source.file.url)
+    require_columns(spec, header, source.file.url)
     names = [name for name in map(columns.name, header) if name is not None]
     columns.declare(pa.schema([(name, pa.string()) for name in names]), source.file.url)
 

@@ -17,7 +17,7 @@ from mas_batch.corpus.files import CODECS, HIDDEN, Source
 from mas_batch.errors import JobError, RunError
 
 BUFFER_BYTES = 1 << 20
-_ZSTD_BYTES = 1 << 14  # a text of repeats grows a thousandfold: small bites bound the memory
+_ZSTD_BYTES = 1 << 14  # a repetitive text grows a thousandfold: small reads bound the memory
 
 _CODEC_PACKAGES = {
     "zstd": "pip install 'mas_batch[zstd]'",
@@ -27,7 +27,7 @@ _CODEC_PACKAGES = {
 
 _COMPRESSED = "set corpus.compression, or give the file the extension of its compression"
 _UTF16 = "rewrite it as UTF-8, for example with: iconv -f UTF-16 -t UTF-8"
-# No JSON, CSV or text in UTF-8 begins like this: the control characters see to it.
+# No JSON, CSV or text in UTF-8 begins like this: it would not have these control characters.
 _SIGNATURES = (
     (b"\x1f\x8b", "gzip", _COMPRESSED),
     (b"\x28\xb5\x2f\xfd", "zstd", _COMPRESSED),
@@ -40,7 +40,7 @@ _SIGNATURES = (
 
 
 def codec_of(spec: job.Corpus, source: Source) -> str | None:
-    """Return the codec that the job sets or the name implies, None for none."""
+    """Return the codec that the job sets or the file's name implies, None for no codec."""
     if spec.compression != "infer":
         return spec.compression
     return CODECS.get(Path(source.path).suffix.lower())
@@ -76,7 +76,7 @@ def open_stored(source: Source) -> Iterator[Any]:
             raise JobError(
                 f"{source.file.url} cannot be opened: {error}", key="corpus.path"
             ) from error
-        yield _Stored(stream, source.file.url)
+        yield _StoredStream(stream, source.file.url)
 
 
 @contextmanager
@@ -99,18 +99,18 @@ def open_source(source: Source, spec: job.Corpus) -> Iterator[io.BufferedReader]
 
 
 def _refuse_other_content(reader: io.BufferedReader, source: Source) -> None:
-    """Raise JobError for content whose every line would be called malformed, one by one."""
+    """Raise JobError for content of another format: else each of its lines would be malformed."""
     beginning = reader.peek(16)
     for signature, name, advice in _SIGNATURES:
         if beginning.startswith(signature):
             raise JobError(f"{source.file.url} holds {name}, not text: {advice}", key="corpus.path")
 
 
-class _Stored(io.RawIOBase):
+class _StoredStream(io.RawIOBase):
     """A filesystem's stream whose failures are `RunError`s.
 
-    Decoders report damage by the same exceptions as disks and networks do; what comes out of
-    here as something else is damage, and trying again would not mend it.
+    Decoders report damage by the same exceptions as disks and networks do. Where this class is
+    read, any exception but a `RunError` means damage, which trying again does not mend.
     """
 
     def __init__(self, stream: Any, url: str) -> None:
@@ -174,12 +174,12 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._ready:
-            bite = self._waiting or self._compressed.read(_ZSTD_BYTES)
-            if not bite:
+            compressed = self._waiting or self._compressed.read(_ZSTD_BYTES)
+            if not compressed:
                 break
             if self._frame is None or self._frame.eof:
                 self._frame = self._new_frame()
-            self._ready = memoryview(self._frame.decompress(bite))
+            self._ready = memoryview(self._frame.decompress(compressed))
             self._waiting = self._frame.unused_data
         if not self._ready and self._frame is not None and not self._frame.eof:
             raise EOFError("the file ends inside a compressed frame")

@@ -1,10 +1,10 @@
 """Rows of Parquet files, row group by row group.
 
-The footer says how many rows a row group has, so damage inside of one costs known rows: each
-becomes a row with a problem, and the next row group is read. None of a damaged group's rows is
-used: where Arrow passes over a page, the texts that follow belong to other ids. Arrow verifies
-the checksums of pages that have them; without checksum and compression, a changed byte is a
-changed text, and nobody can tell.
+The footer says how many rows a row group has, so it is known which rows a damaged group loses:
+each becomes a row with a problem, and the next row group is read. No row of a damaged group is
+used: where Arrow skips a page, the texts that follow would get other rows' ids. Arrow verifies the
+checksums of pages that have them. In a page without checksum and compression, a changed byte is a
+changed text and cannot be detected.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mas_batch import job
 from mas_batch.corpus.columns import ArrowRow, Columns, as_text
 from mas_batch.corpus.files import Source
 from mas_batch.corpus.opening import BUFFER_BYTES, open_stored
-from mas_batch.corpus.rows import Row, require, require_distinct, roles_of
+from mas_batch.corpus.rows import Row, require_columns, require_distinct_columns, roles_of
 from mas_batch.errors import JobError
 
 _BATCH_ROWS = 1024
 _MAX_HELD_BYTES = 1 << 27  # a larger row group is read twice instead of held
 
-# What Arrow raises at damaged pages. A disk or network that fails is a RunError by then.
+# What Arrow raises at damaged pages. `open_stored` has made RunErrors of failing disks or networks.
 _DAMAGE = (OSError, pa.ArrowInvalid, pa.ArrowIndexError)
 
 
@@ -78,8 +78,8 @@ def parquet_rows(source: Source, spec: job.Corpus, columns: Columns) -> Iterator
 
 def _layout(source: Source, spec: job.Corpus, columns: Columns, schema: pa.Schema) -> _Layout:
     url = source.file.url
-    require_distinct(schema.names, url)
-    require(spec, schema.names, url)
+    require_distinct_columns(schema.names, url)
+    require_columns(spec, schema.names, url)
     _require_text(url, spec, schema)
     named = {field.name: columns.name(field.name) for field in schema}
     kept = {column: name for column, name in named.items() if name is not None}
@@ -109,19 +109,19 @@ def _sound_batches(
     """Read a row group to its end, to know that it can be read, then return its batches.
 
     Raises:
-        one of `_DAMAGE`: it cannot be read, or has fewer rows than the footer says.
+        one of `_DAMAGE`: the group cannot be read, or has fewer rows than the footer says.
     """
     held: list[pa.RecordBatch] = []
     num_read = num_bytes = 0
     for batch in file.iter_batches(_BATCH_ROWS, [group], layout.wanted):
         for column in batch.columns:
             if pa.types.is_dictionary(column.type):
-                column.dictionary_decode()  # Arrow does not check the indices before
+                column.dictionary_decode()  # only this checks the indices
         num_read += batch.num_rows
         num_bytes += batch.nbytes
         if num_bytes <= _MAX_HELD_BYTES:
             held.append(batch)
-    if num_read < num_rows:  # Arrow passes over a page whose type it does not know
+    if num_read < num_rows:  # Arrow skips a page whose type it does not know
         raise pa.ArrowInvalid(f"its pages hold {num_read} rows")
     if num_bytes <= _MAX_HELD_BYTES:
         return held
@@ -132,7 +132,7 @@ def _sound_batches(
 
 def _batch_rows(batch: pa.RecordBatch, layout: _Layout, first: int) -> Iterator[Row]:
     values = {name: _python_values(batch.column(name)) for name in layout.roles}
-    carried = _valid(batch.select(list(layout.kept)), layout.url)
+    carried = _escaped_text(batch.select(list(layout.kept)), layout.url)
     carried = carried.rename_columns(list(layout.kept.values()))
     for i in range(batch.num_rows):
         row = {name: values[name][i] for name in layout.roles}
@@ -143,7 +143,7 @@ def _lost_rows(
     file: pq.ParquetFile, layout: _Layout, group: int, positions: range, problem: str
 ) -> Iterator[Row]:
     """Yield the rows that damage hides, with their ids where that column can still be read."""
-    ids = chain(_ids(file, layout.id, group, len(positions)), repeat(None))
+    ids = chain(_read_ids(file, layout.id, group, len(positions)), repeat(None))
     # Typed nulls: one untyped row would cost its partition the exact types of all others.
     blank = pa.RecordBatch.from_arrays(
         [pa.nulls(_BATCH_ROWS, kind) for kind in layout.carried.types], schema=layout.carried
@@ -157,7 +157,7 @@ def _lost_rows(
         yield Row(position, values, words, ArrowRow(blank, position % _BATCH_ROWS))
 
 
-def _ids(file: pq.ParquetFile, column: str | None, group: int, num_rows: int) -> list[Any]:
+def _read_ids(file: pq.ParquetFile, column: str | None, group: int, num_rows: int) -> list[Any]:
     """Return the row group's ids if all of them can be read, else none."""
     if column is None:
         return []
@@ -193,7 +193,7 @@ def _binary_type(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _python_values(column: pa.Array) -> list[Any]:
-    """Return a column's values; text by our own decoding, because Arrow's raises at bad bytes."""
+    """Return a column's values. Text is decoded here, because Arrow raises at bad bytes."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     binary = _binary_type(column.type)
@@ -204,8 +204,8 @@ def _python_values(column: pa.Array) -> list[Any]:
     return [None if p is None else p.decode("utf-8", "surrogateescape") for p in pieces]
 
 
-def _valid(batch: pa.RecordBatch, url: str) -> pa.RecordBatch:
-    """Write bytes that are not UTF-8 as escapes in the columns of text."""
+def _escaped_text(batch: pa.RecordBatch, url: str) -> pa.RecordBatch:
+    """Return the batch with bytes that are not UTF-8 written as escapes in text columns."""
     for i, column in enumerate(batch.columns):
         try:
             column.validate(full=True)

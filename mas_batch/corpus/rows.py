@@ -14,9 +14,9 @@ class Row(NamedTuple):
     """A row as read, or the problem that hides it."""
 
     position: int
-    """In its file, from 0, skipped blank lines included; messages count from 1."""
+    """Number of the row in its file, from 0, with blank lines counted; messages count from 1."""
     values: Mapping[str, Any]
-    """By column; of a hidden row only its id, where that could be read."""
+    """Column → value; of a row that cannot be read only its id, where that can be read."""
     problem: str = ""
     """Why the row cannot be read; empty for a good one."""
     passthrough: Mapping[str, Any] | None = None
@@ -24,12 +24,12 @@ class Row(NamedTuple):
 
 
 def roles_of(spec: job.Corpus) -> dict[str, str]:
-    """Return job key → column of the columns that mean something."""
+    """Return key of the job → column, for the columns to which the job gives a meaning."""
     roles = {key: getattr(spec, key) for key in ("text", "id", "reference", "context")}
     return {key: column for key, column in roles.items() if column is not None}
 
 
-def require(spec: job.Corpus, names: Sequence[str], where: str) -> None:
+def require_columns(spec: job.Corpus, names: Sequence[str], where: str) -> None:
     """Raise JobError for the first column that the job names and `names` lacks."""
     wanted = [*roles_of(spec).items(), *(("keep", column) for column in spec.keep or ())]
     for key, column in wanted:
@@ -40,7 +40,7 @@ def require(spec: job.Corpus, names: Sequence[str], where: str) -> None:
             )
 
 
-def require_distinct(names: Sequence[str], where: str) -> None:
+def require_distinct_columns(names: Sequence[str], where: str) -> None:
     """Raise JobError for a name that occurs twice."""
     doubled = [name for name, times in Counter(names).items() if times > 1]
     if doubled:

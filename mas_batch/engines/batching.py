@@ -56,16 +56,14 @@ def complete(
     done: dict[int, list[Completion]] = {}
     fitting: list[int] = []
     for i, length in enumerate(lengths):
-        if length + sampling.max_new_tokens > engine.max_context_tokens:
-            done[i] = _failed(
-                sampling,
-                length,
-                Reason.TOO_LONG,
-                f"{length} prompt tokens + {sampling.max_new_tokens} new are over the model's "
-                f"context of {engine.max_context_tokens}",
-            )
-        else:
+        if length + sampling.max_new_tokens <= engine.max_context_tokens:
             fitting.append(i)
+            continue
+        message = (
+            f"{length} prompt tokens + {sampling.max_new_tokens} new are over the model's "
+            f"context of {engine.max_context_tokens}"
+        )
+        done[i] = _failed(sampling, length, Reason.TOO_LONG, message)
     for batch in plan_batches(
         [lengths[i] for i in fitting],
         sampling.max_new_tokens,
@@ -73,33 +71,27 @@ def complete(
         num_samples=max(sampling.num_samples, sampling.num_beams),
     ):
         positions = [fitting[i] for i in batch]
-        done.update(_run(engine, requests, lengths, positions, sampling))
+        answers = _answers(engine, [requests[i] for i in positions], sampling)
+        done.update(zip(positions, answers, strict=True))
     return [done[i] for i in range(len(requests))]
 
 
-def _run(
-    engine: Engine,
-    requests: Sequence[Request],
-    lengths: Sequence[int],
-    positions: list[int],
-    sampling: Sampling,
-) -> dict[int, list[Completion]]:
+def _answers(
+    engine: Engine, batch: Sequence[Request], sampling: Sampling
+) -> list[list[Completion]]:
+    """Ask about a batch, halving it where it fails, until the culprit stands alone."""
     try:
-        answers = engine.generate([requests[i] for i in positions], sampling)
+        return engine.generate(batch, sampling)
     except EngineRefusedError:
         raise
     except Exception as error:
-        if len(positions) > 1:
-            middle = len(positions) // 2
-            return {
-                **_run(engine, requests, lengths, positions[:middle], sampling),
-                **_run(engine, requests, lengths, positions[middle:], sampling),
-            }
+        if middle := len(batch) // 2:
+            halves = batch[:middle], batch[middle:]
+            return [row for half in halves for row in _answers(engine, half, sampling)]
         out_of_memory = isinstance(error, (OutOfMemoryError, MemoryError))
         reason = Reason.OUT_OF_MEMORY if out_of_memory else Reason.ENGINE_ERROR
-        message = f"{type(error).__name__}: {error}"
-        return {positions[0]: _failed(sampling, lengths[positions[0]], reason, message)}
-    return dict(zip(positions, answers, strict=True))
+        length = tokenized_prompt(engine, batch[0]).num_tokens
+        return [_failed(sampling, length, reason, f"{type(error).__name__}: {error}")]
 
 
 def _failed(

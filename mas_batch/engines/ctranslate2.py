@@ -47,16 +47,6 @@ class Options(EngineOptions):
     max_context_tokens: Annotated[int, Field(ge=2)] = MAX_CONTEXT_TOKENS
 
 
-def load(model: ModelFiles, config: EngineConfig) -> CTranslate2Engine:
-    """Load a converted model: `model.bin`, `config.json`, a vocabulary and a tokenizer's files.
-
-    Raises:
-        JobError: an option, dtype, compute type or device that this engine does not know.
-        ModelError: a file is missing or damaged, or the model is not an encoder-decoder.
-    """
-    return CTranslate2Engine(model, config)
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokenizer:
     """Text to the model's token strings and back."""
@@ -82,8 +72,13 @@ class _Settings:
 class CTranslate2Engine:
     """The engine `ctranslate2`: texts in, outputs out; prompts are not read.
 
+    It loads a converted model: `model.bin`, `config.json`, a vocabulary and a tokenizer's files.
     CTranslate2 draws samples from a generator of its own that a running engine cannot reseed,
     so `Request.seed` has no effect on it; `describe()` says so.
+
+    Raises:
+        JobError: an option, dtype, compute type or device that this engine does not know.
+        ModelError: a file is missing or damaged, or the model is not an encoder-decoder.
     """
 
     takes_messages = False
@@ -105,13 +100,13 @@ class CTranslate2Engine:
         self._settings = _read_settings(model.path)
         self._tokenizer = _read_tokenizer(model.path, self._settings)
         try:
-            parallel = {"inter_threads": 1, "intra_threads": config.threads}
             self._translator = ctranslate2.Translator(
                 str(model.path),
                 device,
                 device_index=index or 0,
                 compute_type=compute_type,
-                **parallel,
+                inter_threads=1,
+                intra_threads=config.threads,
             )
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"{model.path}: CTranslate2 cannot load it: {error}") from error
@@ -125,7 +120,10 @@ class CTranslate2Engine:
         """Run one batch; see `Engine.generate`. Samples are not reproducible."""
         if not requests:
             return []
-        self._check(sampling)
+        sampling.check()
+        if sampling.temperature > 0 and not self._warned:
+            self._warned = True
+            log.warning("ctranslate2 ignores seeds: another run will draw other samples")
         start = time.perf_counter()
         prompts = [tokenized_prompt(self, request) for request in requests]
         try:
@@ -169,12 +167,6 @@ class CTranslate2Engine:
         """Free the model; may be called again."""
         self._translator.unload_model()
 
-    def _check(self, sampling: Sampling) -> None:
-        sampling.check()
-        if sampling.temperature > 0 and not self._warned:
-            self._warned = True
-            log.warning("ctranslate2 ignores seeds: another run will draw other samples")
-
     def _completion(
         self, tokens: list[str], score: float, sampling: Sampling, num_source: int, token_s: float
     ) -> Completion:
@@ -193,6 +185,9 @@ class CTranslate2Engine:
             prompt_tokens=num_source,
             compute_s=token_s * (num_source + len(tokens)),
         )
+
+
+load = CTranslate2Engine
 
 
 def _search(sampling: Sampling) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -33,7 +33,7 @@ Fault = Literal["error", "out_of_memory", "unparsable", "kill", "hang", "allocat
 
 _STEP_BYTES = 64 * 2**20
 _PAUSE_S = 0.05
-"""Between two steps of `allocate`, so that whoever watches the memory sees it grow."""
+"""Between two steps of `allocate`, so that a memory limit sees it grow."""
 _HOLD_S = 30.0
 """How long `allocate` holds all of it."""
 
@@ -75,13 +75,23 @@ class Options(EngineOptions):
 
 
 class EchoEngine:
-    """Says what it was asked, or what its options say."""
+    """Says what it was asked, or what its options say.
+
+    Raises:
+        JobError: an option is unknown or has a value that is not allowed.
+        ModelError: the option `fail_to_load` is set.
+    """
 
     takes_messages = True
     only_translates = False
     samples = True
 
-    def __init__(self, model: ModelFiles, config: EngineConfig, options: Options) -> None:
+    def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
+        options = read_options(Options, config.options, "echo")
+        if options.fail_to_load:
+            raise ModelError(
+                f"{model.source}: it fails to load because options.fail_to_load is set"
+            )
         self._source = model.source
         self._options = options
         self.max_context_tokens = options.max_context_tokens
@@ -105,8 +115,7 @@ class EchoEngine:
         start = time.perf_counter()
         self._check_works()
         for request in requests:
-            if (fault := self._fault(request)) in _FAULTS:
-                _FAULTS[fault](request, self._options)
+            self._suffer(self._fault(request), request.request_id)
         samples = range(sampling.num_samples)
         replies = [[self._reply(r, sampling, s) for s in samples] for r in requests]
         lengths = [len(text.split()) for row in replies for text, _ in row]
@@ -143,6 +152,25 @@ class EchoEngine:
     def _fault(self, request: Request) -> Fault | None:
         faults = self._options.faults.items()
         return next((fault for key, fault in faults if key in request.text), None)
+
+    def _suffer(self, fault: Fault | None, request_id: str) -> None:
+        """Let a fault happen; `unparsable` is one of the reply."""
+        message = f"fault `{fault}` of the echo engine on {request_id}"
+        match fault:
+            case "error":
+                raise EngineError(message)
+            case "out_of_memory":
+                raise OutOfMemoryError(message)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                while True:
+                    time.sleep(60)
+            case "allocate":
+                size = self._options.allocate_bytes
+                _hold_memory(size)
+                unlimited = f"nothing limited the process to less than {size} bytes"
+                raise EngineError(f"{message}: {unlimited}")
 
     def _reply(self, request: Request, sampling: Sampling, sample: int) -> tuple[str, str]:
         """Return the text and the finish reason."""
@@ -199,57 +227,16 @@ class EchoEngine:
         )
 
 
-def load(model: ModelFiles, config: EngineConfig) -> EchoEngine:
-    """Make the engine.
-
-    Raises:
-        JobError: an option is unknown or has a value that is not allowed.
-        ModelError: the option `fail_to_load` is set.
-    """
-    options = read_options(Options, config.options, "echo")
-    if options.fail_to_load:
-        raise ModelError(f"{model.source}: it fails to load because options.fail_to_load is set")
-    return EchoEngine(model, config, options)
+load = EchoEngine
 
 
-def _error(request: Request, options: Options) -> NoReturn:
-    raise EngineError(f"fault `error` of the echo engine on {request.request_id}")
-
-
-def _out_of_memory(request: Request, options: Options) -> NoReturn:
-    raise OutOfMemoryError(f"fault `out_of_memory` of the echo engine on {request.request_id}")
-
-
-def _kill(request: Request, options: Options) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _hang(request: Request, options: Options) -> NoReturn:
-    while True:
-        time.sleep(60)
-
-
-def _allocate(request: Request, options: Options) -> NoReturn:
+def _hold_memory(num_bytes: int) -> None:
     held: list[bytes] = []
-    for start in range(0, options.allocate_bytes, _STEP_BYTES):
-        size = min(_STEP_BYTES, options.allocate_bytes - start)
+    for start in range(0, num_bytes, _STEP_BYTES):
+        size = min(_STEP_BYTES, num_bytes - start)
         held.append(b"\1" * size)  # not zeros: those the system hands out without any memory
         time.sleep(_PAUSE_S)
     time.sleep(_HOLD_S)
-    held.clear()  # the traceback keeps this frame
-    raise EngineError(
-        f"fault `allocate` of the echo engine on {request.request_id}: nothing limited the "
-        f"process to less than {options.allocate_bytes} bytes"
-    )
-
-
-_FAULTS: Mapping[str | None, Callable[[Request, Options], None]] = {
-    "error": _error,
-    "out_of_memory": _out_of_memory,
-    "kill": _kill,
-    "hang": _hang,
-    "allocate": _allocate,
-}
 
 
 def _hash(text: str) -> int:

@@ -8,10 +8,10 @@ may ask for the first token's vector instead, and is refused where it asks for a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,14 +43,6 @@ class Layout:
     pooling: Literal["mean", "first"] = "mean"
     max_tokens: int | None = None
     """Longest window it was tuned for; None: as long as its positions go."""
-
-
-class _Window(NamedTuple):
-    """A piece of a text that the model reads at once, special tokens included."""
-
-    text: int
-    """The text's position among those to be encoded."""
-    tokens: list[int]
 
 
 class Encoder:
@@ -85,10 +77,10 @@ class Encoder:
                 "different workers can be compared; allowed: auto, float32",
                 key="agents.dtype",
             )
-        path = _directory(files)
+        path = files.path
+        if path is None or not next(path.glob("*.safetensors"), None):
+            raise ModelError(f"{files.source}: an encoder is a directory with a .safetensors file")
         layout = read_layout(path)
-        if config.threads > 0:
-            torch.set_num_threads(config.threads)
         transformers_logging.disable_progress_bar()
         settings = {"trust_remote_code": False, "local_files_only": True}
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **settings)
@@ -102,7 +94,7 @@ class Encoder:
             path, use_safetensors=True, dtype=torch.float32, **settings
         )
         # An Apple GPU has to be asked for: its vectors may be compared with those of a CPU.
-        device = torch_device(config.device, ("cuda", "cpu", "mps"))
+        device = torch_device(config, ("cuda", "cpu", "mps"))
         return cls(model.to(device).eval(), tokenizer, layout, config.max_batch_tokens)
 
     @property
@@ -123,12 +115,14 @@ class Encoder:
         """
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
+        encoded = self._tokenizer(
+            list(texts), truncation=True, max_length=self.max_tokens, return_overflowing_tokens=True
+        )
+        windows, owners = encoded["input_ids"], encoded["overflow_to_sample_mapping"]
         sums = np.zeros((len(texts), self.dimension))
-        windows = list(self._windows(texts))
-        lengths = [len(window.tokens) for window in windows]
-        for batch in plan_batches(lengths, 0, self._max_batch_tokens):
-            vectors = self._pooled([windows[i].tokens for i in batch])
-            np.add.at(sums, [windows[i].text for i in batch], vectors)
+        for batch in plan_batches(list(map(len, windows)), 0, self._max_batch_tokens):
+            vectors = self._pooled([windows[i] for i in batch])
+            np.add.at(sums, [owners[i] for i in batch], vectors)
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         unit: NDArray[np.float32] = (sums / norms).astype(np.float32)
         return unit
@@ -137,13 +131,6 @@ class Encoder:
         """Free the model; the encoder cannot be used afterwards. May be called again."""
         vars(self).pop("_model", None)
         free_caches()
-
-    def _windows(self, texts: Sequence[str]) -> Iterator[_Window]:
-        encoded = self._tokenizer(
-            list(texts), truncation=True, max_length=self.max_tokens, return_overflowing_tokens=True
-        )
-        pairs = zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True)
-        return (_Window(text, tokens) for text, tokens in pairs)
 
     def _pooled(self, windows: Sequence[list[int]]) -> NDArray[np.float64]:
         """Return the sum of the token vectors of each window (its first one), [N, dimension].
@@ -195,9 +182,3 @@ def _read_pooling(folder: Path) -> Literal["mean", "first"]:
             f"allowed: one of {', '.join(POOLINGS)}"
         )
     return POOLINGS[chosen[0]]
-
-
-def _directory(files: ModelFiles) -> Path:
-    if files.path is None or not next(files.path.glob("*.safetensors"), None):
-        raise ModelError(f"{files.source}: an encoder is a directory with a .safetensors file")
-    return files.path

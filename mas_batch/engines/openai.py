@@ -68,17 +68,29 @@ class Options(EngineOptions):
 
 
 class OpenAIEngine:
-    """One model behind an endpoint, asked by several threads."""
+    """One model behind an endpoint, asked by several threads.
+
+    Raises:
+        JobError: an option is unknown or not allowed, or the key's variable is not set.
+    """
 
     takes_messages = True
     only_translates = False
     samples = True
     max_batch_tokens: int | None = None  # the server makes its own batches: it gets all there is
 
-    def __init__(self, model: str, options: Options, key: str | None) -> None:
-        self._model = model
+    def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
+        options = read_options(Options, config.options, "openai", show_values=False)
+        key = os.environ.get(options.api_key_env)
+        wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
+        if not key and wanted:
+            raise JobError(
+                f"the environment variable {options.api_key_env} is not set where the agent runs",
+                key="agents.options.api_key_env",
+            )
+        self._model = parse_source(model.source).name
         self._options = options
-        self._has_key = key is not None
+        self._has_key = bool(key)
         self._refusal: str | None = None
         self.max_context_tokens = options.max_context_tokens
         self._client = openai.OpenAI(
@@ -143,16 +155,8 @@ class OpenAIEngine:
                 done += self._read(self._post(body), request)[:missing]
                 missing = sampling.num_samples - len(done)
         except RecordError as error:
-            failure = Completion(
-                "",
-                (),
-                None,
-                0,
-                "error",
-                tokenized_prompt(self, request).num_tokens,
-                reason=error.reason,
-                message=error.message,
-            )
+            estimate = tokenized_prompt(self, request).num_tokens
+            failure = _failure(error.reason, error.message, estimate, num_tokens=0)
             done += [failure] * missing
         share_s = (time.perf_counter() - start) / len(done)
         return [dataclasses.replace(completion, compute_s=share_s) for completion in done]
@@ -228,32 +232,14 @@ class OpenAIEngine:
         return done
 
 
-def load(model: ModelFiles, config: EngineConfig) -> OpenAIEngine:
-    """Make the engine; the endpoint is not asked anything yet.
-
-    Raises:
-        JobError: an option is unknown or not allowed, or the key's variable is not set.
-    """
-    options = read_options(Options, config.options, "openai", show_values=False)
-    key = os.environ.get(options.api_key_env)
-    wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
-    if not key and wanted:
-        raise JobError(
-            f"the environment variable {options.api_key_env} is not set where the agent runs",
-            key="agents.options.api_key_env",
-        )
-    return OpenAIEngine(parse_source(model.source).name, options, key or None)
+load = OpenAIEngine
 
 
 def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completion:
     refusal = choice.message.refusal
     if refusal or choice.finish_reason == "content_filter":
         message = f"the model refused: {refusal}" if refusal else "held back by a content filter"
-        return Completion(
-            *("", (), None, num_tokens, "error", prompt_tokens),
-            reason=Reason.ENGINE_ERROR,
-            message=message[:MAX_MESSAGE_CHARS],
-        )
+        return _failure(Reason.ENGINE_ERROR, message[:MAX_MESSAGE_CHARS], prompt_tokens, num_tokens)
     logprobs = choice.logprobs.content if choice.logprobs else None
     return Completion(
         text=(choice.message.content or "").strip(),
@@ -263,6 +249,11 @@ def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completi
         finish_reason="length" if choice.finish_reason == "length" else "stop",
         prompt_tokens=prompt_tokens,
     )
+
+
+def _failure(reason: Reason, message: str, prompt_tokens: int, num_tokens: int) -> Completion:
+    facts = ("", (), None, num_tokens, "error", prompt_tokens)
+    return Completion(*facts, reason=reason, message=message)
 
 
 def _num_tokens(response: ChatCompletion) -> list[int]:

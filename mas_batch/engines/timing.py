@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
-class BatchTime:
-    """What one batch took, and of how many tokens it was."""
-
-    total_s: float
-    prefill_s: float | None
-    """Of that, reading the prompts; None: not known."""
-    num_read: int
-    """Prompt tokens, as often as their completions share them."""
-    num_written: int
-
-    def share(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float | None]:
-        """Return a completion's share (compute_s, prefill_s), by its part of the tokens.
-
-        Where the prefill is not known, a token that is read counts as one that is written.
-        """
-        if self.prefill_s is None:
-            num_tokens = max(1, self.num_read + self.num_written)
-            return self.total_s * (prompt_tokens + new_tokens) / num_tokens, None
-        prefill_s = self.prefill_s * prompt_tokens / max(1, self.num_read)
-        decode_s = (self.total_s - self.prefill_s) * new_tokens / max(1, self.num_written)
-        return prefill_s + decode_s, prefill_s
-
-
-def batch_time(
+def share_time(
     total_s: float,
     prefill_s: float | None,
     prompt_tokens: Sequence[int],
     new_tokens: Sequence[Sequence[int]],
-) -> BatchTime:
-    """Count a batch's tokens: those of each prompt, and of each of its completions."""
-    num_read = sum(n * len(row) for n, row in zip(prompt_tokens, new_tokens, strict=True))
-    return BatchTime(total_s, prefill_s, num_read, sum(map(sum, new_tokens)))
+) -> list[list[tuple[float, float | None]]]:
+    """Return each completion's (compute_s, prefill_s), by its part of the batch's tokens.
+
+    Where the prefill is not known, a token that is read counts as one that is written.
+
+    Args:
+        prefill_s: of `total_s`, reading the prompts.
+        prompt_tokens: of each prompt.
+        new_tokens: of each prompt's completions.
+    """
+    rows = list(zip(prompt_tokens, new_tokens, strict=True))
+    num_read = sum(read * len(row) for read, row in rows)
+    num_written = sum(map(sum, new_tokens))
+
+    def share(read: int, written: int) -> tuple[float, float | None]:
+        if prefill_s is None:
+            return total_s * (read + written) / max(1, num_read + num_written), None
+        own_prefill_s = prefill_s * read / max(1, num_read)
+        decode_s = (total_s - prefill_s) * written / max(1, num_written)
+        return own_prefill_s + decode_s, own_prefill_s
+
+    return [[share(read, written) for written in row] for read, row in rows]

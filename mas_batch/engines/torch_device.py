@@ -8,14 +8,17 @@ from typing import TypeVar
 
 import torch
 
+from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.devices import pick_device
 from mas_batch.errors import OutOfMemoryError
 
 T = TypeVar("T")
 
 
-def torch_device(name: str, kinds: Sequence[str]) -> torch.device:
-    """Resolve `agents.device`; under dask-cuda `cuda` is the one GPU that the worker sees first.
+def torch_device(config: EngineConfig, kinds: Sequence[str]) -> torch.device:
+    """Set the CPU threads of PyTorch and resolve `agents.device`.
+
+    Under dask-cuda `cuda` is the one GPU that the worker sees first.
 
     Args:
         kinds: of `cpu`, `cuda` and `mps` those that the engine can use, the one that `auto`
@@ -24,12 +27,14 @@ def torch_device(name: str, kinds: Sequence[str]) -> torch.device:
     Raises:
         JobError: there is no such device here.
     """
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
     numbers = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }
-    kind, number = pick_device(name, {kind: numbers[kind] for kind in kinds})
+    kind, number = pick_device(config.device, {kind: numbers[kind] for kind in kinds})
     return torch.device(kind) if number is None else torch.device(kind, number)
 
 

@@ -19,7 +19,7 @@ from mas_batch.evaluation.systems import Confidences, Evidence, EvidenceBuilder
 from mas_batch.quality import Key, Kind
 from mas_batch.records import join_answers
 from mas_batch.run_folder.commits import read_results
-from mas_batch.run_folder.names import part
+from mas_batch.run_folder.names import partition_stem
 from mas_batch.run_folder.plan import Plan, read_plan, read_records
 from mas_batch.run_folder.read import Run
 
@@ -87,7 +87,7 @@ def answers_by_partition(run: Run, plan: Plan) -> Iterator[pa.Table]:
     for name in run.files("answers"):
         names[name.rsplit("/", 1)[-1]].append(name)
     for partition in range(plan.num_partitions):
-        of_partition = names[f"{part(partition)}.parquet"]
+        of_partition = names[f"{partition_stem(partition)}.parquet"]
         yield join_answers(run.store.read_table(name) for name in of_partition)
 
 

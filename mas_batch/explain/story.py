@@ -131,7 +131,8 @@ class Story:
         """Close the tries that are open in a merged partition: no further event comes."""
         if self.is_merged:
             for index in self._open():
-                self._close(index, OutcomeKind.OVERTAKEN, "the answers of others were enough")
+                why = "the answers of others were enough"
+                self._end_try(index, None, OutcomeKind.OVERTAKEN, message=why)
 
     def _partition_news(self, event: LoggedEvent) -> None:
         facts = event.facts
@@ -144,10 +145,8 @@ class Story:
             case "AnswerFailed":
                 index = self._tries.get((facts["agent_id"], facts["worker"]))
                 if index is not None:
-                    outcome = TryOutcome(
-                        OutcomeKind.FAILED, message=facts["message"], given_up=facts["given_up"]
-                    )
-                    self._set_outcome(index, outcome, event.time)
+                    why = {key: facts[key] for key in ("message", "given_up")}
+                    self._end_try(index, event.time, OutcomeKind.FAILED, **why)
             case "PartitionUndecided":
                 count = f"{facts['num_undecided']:,} of {facts['num_records']:,} records"
                 self._add(event, f"{count} are undecided: one more agent is asked about them")
@@ -161,26 +160,22 @@ class Story:
         facts = event.facts
         agent_id, worker = facts["agent_id"], facts["worker"]
         index = self._tries.get((agent_id, worker))
-        if index is None:  # Dask chose the worker, not the router
+        if index is None:  # the log has lost the decision, or an earlier version made none
             self._add(
                 event,
-                f"{agent_id} on {worker}, where Dask's scheduler sent it (routing.mode: native), "
-                f"gave {facts['num_answers']:,} answers, {facts['num_failed']:,} failed",
+                f"{agent_id} on {worker} gave {facts['num_answers']:,} answers, "
+                f"{facts['num_failed']:,} failed; why it was asked is not in the log",
             )
         else:
             before = self._decision(index).outcome
             late = before.kind is OutcomeKind.LOST
-            outcome = TryOutcome(
-                OutcomeKind.ANSWERED,
-                message=f"after it was taken for lost: {before.message}" if late else "",
-                num_answers=facts["num_answers"],
-                num_failed=facts["num_failed"],
-                compute_s=facts["compute_s"],
-            )
-            self._set_outcome(index, outcome, event.time)
+            message = f"after it was taken for lost: {before.message}" if late else ""
+            counts = {key: facts[key] for key in ("num_answers", "num_failed", "compute_s")}
+            self._end_try(index, event.time, OutcomeKind.ANSWERED, message=message, **counts)
         for other in self._open():
             if self._decision(other).agent_id == agent_id:
-                self._close(other, OutcomeKind.OVERTAKEN, f"{worker} answered first")
+                why = f"{worker} answered first"
+                self._end_try(other, None, OutcomeKind.OVERTAKEN, message=why)
         if agent_id not in self.answered:
             self.answered.append(agent_id)
 
@@ -192,7 +187,7 @@ class Story:
         at_work = [i for i in self._open() if self._decision(i).worker == worker]
         if event.name == "AgentLost" and at_work:
             for index in at_work:
-                self._set_outcome(index, TryOutcome(OutcomeKind.LOST, message=message), event.time)
+                self._end_try(index, event.time, OutcomeKind.LOST, message=message)
             return
         match event.name:
             case "AgentDraining":
@@ -216,15 +211,11 @@ class Story:
         assert isinstance(step, Decision)
         return step
 
-    def _set_outcome(self, index: int, outcome: TryOutcome, time: datetime) -> None:
+    def _end_try(self, index: int, time: datetime | None, kind: OutcomeKind, **facts: Any) -> None:
+        """Note how a try ended, and when, if an event tells."""
         step = self._decision(index)
-        after_s = (time - step.time).total_seconds()
-        self.steps[index] = replace(step, outcome=replace(outcome, after_s=after_s))
-
-    def _close(self, index: int, kind: OutcomeKind, message: str) -> None:
-        self.steps[index] = replace(
-            self._decision(index), outcome=TryOutcome(kind, message=message)
-        )
+        after_s = None if time is None else (time - step.time).total_seconds()
+        self.steps[index] = replace(step, outcome=TryOutcome(kind, after_s, **facts))
 
 
 def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
@@ -233,17 +224,9 @@ def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
         CandidateWorker(worker, agents.get(worker), worker == facts["worker"], figures)
         for worker, figures in facts["candidates"].items()
     )
-    return Decision(
-        time=event.time,
-        agent_id=facts["agent_id"],
-        worker=facts["worker"],
-        attempt=facts["attempt"],
-        purpose=facts["purpose"],
-        policy=facts["policy"],
-        why=_why(facts),
-        candidates=candidates,
-        num_busy=facts["num_busy"],
-    )
+    same = ("agent_id", "worker", "attempt", "purpose", "policy", "num_busy")
+    kept = {key: facts[key] for key in same}
+    return Decision(time=event.time, why=_why(facts), candidates=candidates, **kept)
 
 
 def _why(facts: dict[str, Any]) -> str:

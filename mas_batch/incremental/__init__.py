@@ -1,15 +1,15 @@
-"""`since: last`: what the last published run of a job has answered is not asked again.
+"""`since: last`: answers that the last published run of a job has are reused, not asked for again.
 
-Before an agent is asked, the earlier run's records are indexed by what they say, the present
+Before an agent is asked, the earlier run's records are indexed by their content, the present
 corpus is compared with them, and answers of agents that would be asked the same are taken over:
 
-    answers/agent=<name>/part-….parquet   where they are all that the agent would be asked for
-    reused/agent=<name>/part-….parquet    else: its worker asks only for the others
-    since.json                            what was found; committed last
+    answers/agent=<name>/part-….parquet   where the agent has answered the whole partition
+    reused/agent=<name>/part-….parquet    else: the agent's worker asks only for the missing answers
+    since.json                            what was reused; committed last
 
-So an execution that is killed on the way does the rest, and one that is killed later resumes as
-any other. Every record stands in the plan, every result is merged anew: what the run publishes
-is what a run would that had asked about everything.
+If an execution is killed before `since.json` is committed, the next one does the rest; if it is
+killed later, the run resumes as any other. The plan holds every record and every result is merged
+anew, so the run publishes the same as a run that asks about every record.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The last published run of a job, and what of its answers can be taken over."""
+"""The last published run of a job, and which of its answers can be taken over."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Wanted:
     """Records of the present corpus whose text and context an earlier run has; in any order."""
 
     ids: Sequence[str]
-    """Their ids now."""
+    """Their ids in the present corpus."""
     owners: NDArray[np.int64]
-    """[n], their positions in whatever the caller counts."""
+    """[n], a number by which the caller knows each record; returned with its answers."""
     positions: NDArray[np.int64]
     """[n], positions in the earlier corpus."""
     same_id: NDArray[np.bool_]
-    """[n], whether the ids then are the ids now."""
+    """[n], whether the record had the same id in the earlier corpus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,10 @@ class EarlierRun:
         return str(self.run.manifest["run"])
 
     def index(self, pool: Executor) -> RecordIndex:
-        """Index its records; texts are held one partition per thread at a time.
+        """Index the run's records; each thread holds the texts of one partition at a time.
 
         Raises:
-            RunError: a file of the run is gone, or cannot be read.
+            RunError: a file of the run is missing, or cannot be read.
         """
 
         def keys(partition: int) -> NDArray[np.bytes_]:
@@ -62,31 +62,31 @@ class EarlierRun:
     def answers(
         self, agent_id: str, samples: int, prompt_hash: str, wanted: Wanted, pool: Executor
     ) -> tuple[pa.Table, NDArray[np.int64]]:
-        """Return the agent's answers to these records: rows as they are now, and their owners.
+        """Return the agent's answers to these records, under their present ids, and their owners.
 
         Only records whose samples are all valid count: a failed answer is asked for again.
 
         Raises:
-            RunError: a file of the run is gone, or cannot be read.
+            RunError: a file of the run is missing, or cannot be read.
         """
         first = self.plan.table["first_record"].to_numpy()
         partitions = np.searchsorted(first, wanted.positions, side="right") - 1
         answered = set(from_ranges(self.run.manifest["files"]["answers"].get(agent_id, [])))
         here = [p for p in np.unique(partitions).tolist() if p in answered]
 
-        def found(partition: int) -> tuple[pa.Table, list[int]]:
+        def read_answers(partition: int) -> tuple[pa.Table, list[int]]:
             name = answers_name(partition, agent_id)
-            rows = _valid(self._read(name), prompt_hash)
+            rows = _valid_answers(self._read(name), prompt_hash)
             members = np.flatnonzero(partitions == partition).tolist()
             now = then = [wanted.ids[i] for i in members]
             if not wanted.same_id[members].all():
                 ids = self._read(staged_name(partition), ["record_id"])["record_id"]
                 then = ids.take(pa.array(wanted.positions[members] - first[partition])).to_pylist()
-            return _of(rows, samples, now, then, members)
+            return _rows_of_complete_records(rows, samples, now, then, members)
 
         tables, owners = [ANSWERS.empty_table()], [np.empty(0, np.int64)]
-        for table, members in pool.map(found, here):
-            tables.append(self._taken(table))
+        for table, members in pool.map(read_answers, here):
+            tables.append(self._with_origin(table))
             owners.append(wanted.owners[members])
         return pa.concat_tables(tables), np.concatenate(owners)
 
@@ -94,10 +94,10 @@ class EarlierRun:
         try:
             return self.run.store.read_table(name, columns)
         except (OSError, RunError) as error:
-            raise _unreadable(self.run.store, error) from error
+            raise _unreadable_run(self.run.store, error) from error
 
-    def _taken(self, rows: pa.Table) -> pa.Table:
-        """Say where the rows come from: the run that asked, also if it is not this one."""
+    def _with_origin(self, rows: pa.Table) -> pa.Table:
+        """Fill `reused_from` with the run that asked, which may be even earlier than this one."""
         rows = join_answers([rows])
         source = pc.fill_null(rows["reused_from"], self.name)
         at = ANSWERS.get_field_index("reused_from")
@@ -105,52 +105,57 @@ class EarlierRun:
 
 
 def last_published(output: Store, job_name: str, current: str) -> EarlierRun | None:
-    """Find the run of a job of that name that was published last; None: there is no other.
+    """Find the run of a job of that name that was published last; None: there is no other run.
 
     Raises:
-        RunError: one of them cannot be read, so which is the last is not known.
+        RunError: a run of the job cannot be read, so it is not known which run is the last.
     """
     try:
-        runs = list(_published(output, job_name, current))
+        runs = list(_published_runs(output, job_name, current))
         if not runs:
             return None
         last = max(runs, key=lambda run: (run.manifest["finished"], run.manifest["run"]))
         plan = read_plan(last.store)
     except (KeyError, OSError, RunError, ValueError) as error:
-        raise _unreadable(output, error) from error
+        raise _unreadable_run(output, error) from error
     if plan is None:
-        raise _unreadable(output, RunError(f"{last.store.location('plan.parquet')} is not there"))
+        raise _unreadable_run(
+            output, RunError(f"{last.store.location('plan.parquet')} is not there")
+        )
     return EarlierRun(last, plan)
 
 
-def _published(output: Store, job_name: str, current: str) -> Iterator[Run]:
+def _published_runs(output: Store, job_name: str, current: str) -> Iterator[Run]:
     for name in earlier_runs(output, job_name, current):
         store = output.child(name)
         if store.exists("manifest.json"):
             yield open_run(store.url, store.options)
 
 
-def _unreadable(store: Store, error: Exception) -> RunError:
-    """Not a full run: that may cost what nobody would have agreed to."""
+def _unreadable_run(store: Store, error: Exception) -> RunError:
+    """Build the error for an earlier run that cannot be read.
+
+    To ask about every record instead might cost more than the user has agreed to.
+    """
     return RunError(
         f"{store.location('')}: `since: last` cannot read an earlier run: {error}; mend it or "
         "remove its folder, or ask about every record: --set since=null"
     )
 
 
-def _valid(rows: pa.Table, prompt_hash: str) -> pa.Table:
+def _valid_answers(rows: pa.Table, prompt_hash: str) -> pa.Table:
     has_answer = pc.is_null(rows["reason"])
     return rows.filter(pc.and_(has_answer, pc.equal(rows["prompt_hash"], prompt_hash)))
 
 
-def _of(
+def _rows_of_complete_records(
     rows: pa.Table, samples: int, ids: Sequence[str], then: Sequence[str], members: Sequence[int]
 ) -> tuple[pa.Table, list[int]]:
-    """Pick the rows of records that have all samples, under the ids of now.
+    """Return the rows of records that have all samples, under the records' present ids.
 
     Args:
-        ids, then: of each record, its id now and then.
-        members: of each record, what stands for it in the second result, once per row.
+        ids, then: each record's id in the present corpus and in the earlier one.
+        members: each record's number; the second result holds it once per row.
     """
     by_id: dict[str, list[int]] = {}
     for row, record_id in enumerate(rows["record_id"].to_pylist()):

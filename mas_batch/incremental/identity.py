@@ -1,8 +1,8 @@
-"""What decides an agent's answer to a record, besides the record: in parts, each hashed.
+"""What decides an agent's answer to a record, besides the record: in sections, each hashed.
 
-Two runs that agree in all parts, and in the model's files, ask the same. What is not among them
-changes how fast an agent answers, or where: threads, batches, replicas, workers. Nor are the
-versions of the engine's libraries, which change digits, as a rule, not answers.
+Two runs that agree in all sections, and in the model's files, ask the same. Settings that only
+change how fast or where an agent answers are left out: threads, batches, replicas, workers. So are
+the versions of the engine's libraries, which as a rule change digits, not answers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from mas_batch.models import fetch, parse_source
 from mas_batch.tasks import make_task
 
 VERSION = 1
-"""Of how answers are made of completions; raise it where a parser changes, or how long texts are
-split and merged: then answers of before are not those of today."""
+"""Version of how completions become answers. Raise it when a parser changes, or how long texts are
+split and merged: earlier answers are then not reused."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def asked_as(job: Job, agent: Agent) -> dict[str, str]:
-    """Return part → hash: equal ones mean equal questions.
+    """Return section → hash: if all are equal, the agent is asked the same.
 
     Raises:
         JobError: the agent's examples are not there.
@@ -38,56 +38,56 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
     engine = agent.engine_info
     left_out = ("examples", *(engine.operational if engine else ()))
     options = {key: value for key, value in agent.options.items() if key not in left_out}
-    parts: dict[str, Any] = {
-        "model": [agent.model, agent.engine, agent.dtype, agent.device],
+    sections: dict[str, Any] = {
+        "model": agent.loaded_as,
         "prompt": [hash_of_prompt(job, agent), *prompts],
         "sampling": [agent.samples, agent.sampling.model_dump(mode="json")],
         "task": [VERSION, task],
         "options": options,
         "examples": examples.fingerprint(agent.options),
     }
-    return {name: fingerprint(value) for name, value in parts.items()}
+    return {name: fingerprint(value) for name, value in sections.items()}
 
 
 def hash_of_prompt(job: Job, agent: Agent) -> str:
-    """Return what the answers table has as the agent's `prompt_hash`."""
+    """Return the agent's `prompt_hash` as the answers table has it."""
     sampling = Sampling(job.task.max_new_tokens)
     profile = AgentProfile(agent.name, "", agent.prompt, agent.system, sampling)
     return prompt_hash(make_task(job.task), profile)
 
 
-def draws(agent: Agent) -> bool:
-    """Tell whether its answers are drawn by lot.
+def is_random(agent: Agent) -> bool:
+    """Say whether the agent's answers are random.
 
-    The lot's seed is made of the record's id, among others, so an answer then belongs to an id,
-    not to a content.
+    The random seed depends on the record's id, so such an answer belongs to an id, not only to a
+    text.
     """
     engine = agent.engine_info
     by_option = any(agent.options.get(name) for name in (engine.random_options if engine else ()))
     return agent.sampling.temperature > 0 or by_option
 
 
-def difference(
+def why_not_reusable(
     job: Job, agent: Agent, earlier: Mapping[str, Any], *, is_embedded: bool
 ) -> str | None:
-    """Say why the agent's earlier answers are not those that it would give now; None: they are.
+    """Say why the agent's earlier answers cannot be reused; None: they can.
 
     Args:
-        earlier: the manifest of the run that asked it.
+        earlier: the manifest of the run that asked the agent.
         is_embedded: the models are loaded on this machine.
     """
     then = earlier.get("asked_as", {}).get(agent.name)
     if then is None:
         return "that run did not ask it, or does not say how"
     now = asked_as(job, agent)
-    changed = [part for part in now if now[part] != then.get(part)]
+    changed = [section for section in now if now[section] != then.get(section)]
     if changed:
         return f"changed since: {', '.join(changed)}"
     return _files_changed(agent.model, earlier["engines"].get(agent.name, {}), is_embedded)
 
 
 def _files_changed(source: str, engine: Mapping[str, Any], is_embedded: bool) -> str | None:
-    """Say why the model's files may not be those of then; None: they are."""
+    """Say why the model's files may have changed since that run; None: they have not."""
     spec = parse_source(source)
     is_local = spec.scheme == "path" or Path(source).exists()
     if spec.scheme == "pypi" or not spec.has_files:

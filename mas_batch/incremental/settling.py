@@ -1,7 +1,8 @@
-"""Which of a partition's known answers a run would have come by, and whether they are all it needs.
+"""Which of a partition's known answers a run uses, and whether it needs any further ones.
 
-Known answers cost nothing, but a run that used all of them would merge more than a run that asks:
-where the job's routing stops after so many answers, or where the first agree, so does this.
+Known answers cost nothing, but a run that used all of them would merge more answers than a run that
+asks. So this stops where the job's routing stops: after `answers_per_record` answers, or when the
+first answers agree.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from mas_batch.records import ANSWERS
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What becomes of a partition without asking anybody."""
+    """The known answers that a run uses for a partition."""
 
     answers: Mapping[str, pa.Table]
     """Agent → all its answers to the partition, as if it had been asked."""
     is_settled: bool
-    """Nobody has to be asked about it; an escalation comes later and is another matter."""
+    """No agent has to be asked about the partition, but for an escalation, which comes later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settling:
-    """When the answers to a partition are all that the job's routing asks for."""
+    """Decides when the known answers to a partition are all that the job's routing asks for."""
 
     samples: Mapping[str, int]
-    """Agent → answers per record, of those that are asked first, in the job's order."""
+    """Agent → answers per record; agents that are asked first, in the job's order."""
     answers_per_record: int
     first: int | None
-    """Adaptive: answers per record before the first look."""
+    """Adaptive: answers per record before it is first checked which records are decided."""
     merge: MergeSpec
-    """How the looks of an adaptive job merge."""
+    """Adaptive: how answers are merged for that check."""
     rule: StoppingRule | None
 
     @classmethod
     def of(cls, job: Job, merge: MergeSpec, rule: StoppingRule | None) -> Settling:
-        """Read it out of the job."""
+        """Read the rules out of the job."""
         adaptive = job.routing.adaptive
         return cls(
             {agent.name: agent.samples for agent in job.first_agents},
@@ -56,7 +57,7 @@ class Settling:
     def choose(
         self, records: pa.Table, known: Mapping[str, pa.Table], done: Collection[str] = ()
     ) -> Choice:
-        """Choose whose known answers count, in the job's order.
+        """Choose the agents whose known answers are used, in the job's order.
 
         Args:
             records: `record_id` and `reason` of the partition.
@@ -67,27 +68,27 @@ class Settling:
         wanted = min(self.first or self.answers_per_record, self.answers_per_record)
         chosen: dict[str, pa.Table] = {}
         for agent_id in self.samples:
-            if self._count({*done, *chosen}) >= wanted:
+            if self._count_answers({*done, *chosen}) >= wanted:
                 break
             if agent_id not in done and _covers(known.get(agent_id), usable):
                 chosen[agent_id] = known.get(agent_id, ANSWERS.empty_table())
-        if self._count({*done, *chosen}) < wanted:
+        if self._count_answers({*done, *chosen}) < wanted:
             return Choice(chosen, is_settled=False)
         if self.rule is None:
             return Choice(chosen, is_settled=True)
         if done or self.merge.needs_encoder:
             return Choice(chosen, is_settled=False)  # the workers have what it takes to look
-        return self._look(records, known, chosen, self.rule)
+        return self._choose_until_decided(records, known, chosen, self.rule)
 
-    def _look(
+    def _choose_until_decided(
         self,
         records: pa.Table,
         known: Mapping[str, pa.Table],
         chosen: dict[str, pa.Table],
         rule: StoppingRule,
     ) -> Choice:
-        """Take one more agent's answers, again and again, to the records still undecided."""
-        while self._count(chosen) < self.answers_per_record:
+        """Add one agent's answers to the undecided records after another, until all are decided."""
+        while self._count_answers(chosen) < self.answers_per_record:
             answers = pa.concat_tables(chosen.values())
             still_open = undecided(records, answers, self.merge, rule)
             if not still_open:
@@ -101,12 +102,12 @@ class Settling:
             chosen[further] = rows.filter(asked)
         return Choice(chosen, is_settled=True)
 
-    def _count(self, agents: Iterable[str]) -> int:
+    def _count_answers(self, agents: Iterable[str]) -> int:
         return sum(self.samples[agent_id] for agent_id in agents)
 
 
 def _covers(rows: pa.Table | None, record_ids: Collection[str]) -> bool:
-    """Tell whether the known answers are to all these records; to none of them always."""
+    """Say whether there are known answers to all these records; always true of no records."""
     if rows is None:
         return not record_ids
     return set(record_ids) <= set(rows["record_id"].to_pylist())

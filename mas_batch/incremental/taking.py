@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mas_batch.incremental.earlier import EarlierRun, Wanted, last_published
-from mas_batch.incremental.identity import difference, draws, hash_of_prompt
+from mas_batch.incremental.identity import hash_of_prompt, is_random, why_not_reusable
 from mas_batch.incremental.index import COLUMNS, Keys, Matches, RecordIndex, record_keys
 from mas_batch.incremental.settling import Settling
 from mas_batch.job import Agent, Job
@@ -28,31 +28,31 @@ from mas_batch.run_folder.storage import Store
 FILE = "since.json"
 
 _RECORDS_AT_ONCE = 65_536
-"""Their answers are held in memory; a corpus in another order than the earlier one reads that
-run's answers once more for every so many records."""
+"""Records whose answers are held in memory. If the corpus has another order than the earlier one,
+the earlier answers are read once for every so many records."""
 
 _THREADS = 8
-"""They wait for a disk or a network, mostly."""
+"""The threads mostly wait for a disk or a network."""
 
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """What an earlier run spares this one."""
+    """What a run reuses of an earlier run."""
 
     run: str | None
-    """Its name; None: there is no earlier one."""
+    """Name of the earlier run; None: there is none."""
     to_ask: tuple[str, ...]
-    """Agents that may have to be asked; whoever is not among them need not be loaded."""
+    """Agents that may have to be asked; no other agent's model need be loaded."""
     records: Mapping[str, int] = field(default_factory=dict)
-    """This run's `unchanged`, `changed` and `new` records, and those that are `gone`."""
+    """Numbers of `unchanged`, `changed`, `new` and `gone` records."""
     answers: Mapping[str, int] = field(default_factory=dict)
-    """Agent → earlier answers that would be today's."""
+    """Agent → number of its earlier answers that can be reused."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Agent → why none of its earlier answers are."""
+    """Agent → why none of its earlier answers can be reused."""
 
 
 def read_since(run: Store) -> Since | None:
-    """Return what `take_over` has found for this run; None: nothing was taken over."""
+    """Return what `take_over` has found for this run; None: it was not called."""
     if not run.exists(FILE):
         return None
     facts: dict[str, Any] = json.loads(run.read_bytes(FILE))
@@ -61,32 +61,33 @@ def read_since(run: Store) -> Since | None:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """The run that answers are taken over into; its corpus is staged."""
+    """The run that takes answers over; its corpus is staged."""
 
     job: Job
     output: Store
-    """Where the job's runs are."""
+    """The folder of the job's runs."""
     store: Store
     name: str
     plan: Plan
     is_embedded: bool
-    """Models are loaded on this machine."""
+    """Whether models are loaded on this machine."""
 
 
 def take_over(
     present: Present, settling: Settling, check: Callable[[], None] = lambda: None
 ) -> Since:
-    """Take over what the last published run of the job has, unless this was done before.
+    """Take over answers of the job's last published run, unless an execution has done so already.
 
     Memory: 48 bytes per record of the earlier run, twice that for a moment, and the answers to
     `_RECORDS_AT_ONCE` records.
 
     Args:
-        check: called now and then; what it raises ends the call.
+        check: called for every `_RECORDS_AT_ONCE` records; an exception that it raises ends the
+            call.
 
     Raises:
         JobError: an agent's examples are not there.
-        RunError: an earlier run cannot be read; nothing was asked.
+        RunError: an earlier run cannot be read; no agent was asked.
     """
     if (known := read_since(present.store)) is not None:
         return known
@@ -113,45 +114,46 @@ class _PresentPartition:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Neighbours:
-    """Neighbouring partitions, and what the earlier run has of their records."""
+    """Neighbouring partitions, and where the earlier run has their records."""
 
-    parts: Sequence[_PresentPartition]
+    partitions: Sequence[_PresentPartition]
     matches: Matches
     usable: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, parts: Sequence[_PresentPartition], index: RecordIndex) -> _Neighbours:
-        matches = index.find(np.concatenate([part.keys for part in parts]))
-        reasons = (part.records["reason"].is_null().to_numpy() for part in parts)
-        return cls(parts, matches, np.concatenate(list(reasons)))
+    def of(cls, partitions: Sequence[_PresentPartition], index: RecordIndex) -> _Neighbours:
+        matches = index.find(np.concatenate([each.keys for each in partitions]))
+        usable = (each.records["reason"].is_null().to_numpy() for each in partitions)
+        return cls(partitions, matches, np.concatenate(list(usable)))
 
     def wanted(self, *, same_id: bool) -> Wanted:
-        """Return the usable records that the earlier run has, or has under the same id."""
+        """Return the usable records that the earlier run has; with `same_id`, under the same id."""
         matches = self.matches
         there = matches.same_id if same_id else matches.position >= 0
         owners = np.flatnonzero(there & self.usable)
-        ids = pa.chunked_array(part.records["record_id"].combine_chunks() for part in self.parts)
+        columns = (each.records["record_id"].combine_chunks() for each in self.partitions)
+        ids = pa.chunked_array(columns)
         known = ids.take(pa.array(owners)).to_pylist()
         return Wanted(known, owners, matches.position[owners], matches.same_id[owners])
 
     def split(self, rows: pa.Table, owners: NDArray[np.int64]) -> list[pa.Table]:
         """Return each partition's rows, in the order of its records."""
         order = np.argsort(owners, kind="stable")
-        ends = accumulate((part.records.num_rows for part in self.parts), initial=0)
+        ends = accumulate((each.records.num_rows for each in self.partitions), initial=0)
         bounds = np.searchsorted(owners[order], np.fromiter(ends, np.int64))
         rows = rows.take(pa.array(order)).combine_chunks()
         return [rows.slice(start, stop - start) for start, stop in pairwise(bounds.tolist())]
 
     def tally(self, tally: Tally) -> None:
-        """Count the records by what has become of them."""
+        """Count the records as unchanged, changed or new."""
         position, changed = self.matches.position, self.matches.changed
-        # Unusable records are all alike; only ids tell them apart.
+        # All unusable records have the same content; only their ids differ.
         unchanged = self.matches.same_id | ((position >= 0) & self.usable)
         tally.add(position[unchanged], changed[~unchanged])
 
 
 class Tally:
-    """Counts records by what has become of them since the earlier run."""
+    """Counts records that are unchanged, changed, new or gone since the earlier run."""
 
     def __init__(self, num_earlier: int) -> None:
         self._is_gone = np.ones(num_earlier, np.bool_)
@@ -159,11 +161,11 @@ class Tally:
         self._same_id: list[NDArray[np.int64]] = []
 
     def add(self, found: NDArray[np.int64], unlike: NDArray[np.int64]) -> None:
-        """Take note of some records.
+        """Count some records of the present corpus.
 
         Args:
-            found: where those stood that are what they were.
-            unlike: of the others, where a record of the same id stood, else -1.
+            found: earlier positions of the unchanged records.
+            unlike: for every other record, the earlier position of its id, else -1.
         """
         self._is_gone[found] = False
         self._num_unchanged += len(found)
@@ -171,9 +173,9 @@ class Tally:
         self._same_id.append(unlike[unlike >= 0])
 
     def counts(self) -> dict[str, int]:
-        """Return unchanged, changed, new and gone records, when all have been noted."""
+        """Return the counts of unchanged, changed, new and gone; call it after the last `add`."""
         same_id = np.concatenate([np.empty(0, np.int64), *self._same_id])
-        # What stood under the id may still be there under another: ids that go by place.
+        # Where ids are made of positions, the earlier record may be there still, under another id.
         changed = same_id[self._is_gone[same_id]]
         self._is_gone[changed] = False
         return {
@@ -190,9 +192,9 @@ class _Taking:
     settling: Settling
     earlier: EarlierRun
     done: Committed
-    """What earlier executions have committed."""
+    """What earlier executions of the present run have committed."""
     agents: Sequence[Agent]
-    """Those whose earlier answers would be today's."""
+    """Agents whose earlier answers can be reused."""
     refused: Mapping[str, str]
     pool: Executor
 
@@ -204,25 +206,26 @@ class _Taking:
         refused = {
             agent.name: why
             for agent in job.agents
-            if (why := difference(job, agent, manifest, is_embedded=present.is_embedded))
+            if (why := why_not_reusable(job, agent, manifest, is_embedded=present.is_embedded))
         }
         agents = [agent for agent in job.agents if agent.name not in refused]
         done = committed(present.store, present.plan, settling.samples)
         return cls(present, settling, earlier, done, agents, refused, pool)
 
     def run(self, check: Callable[[], None]) -> Since:
-        self._keep_engines()
+        self._copy_engine_facts()
         index = self.earlier.index(self.pool)
         tally = Tally(len(index))
         answers: Counter[str] = Counter()
         to_ask = set(self._escalated)
-        for parts in self._parts():
+        for partitions in self._read_partitions():
             check()
-            block = _Neighbours.of(parts, index)
+            block = _Neighbours.of(partitions, index)
             block.tally(tally)
-            known = {agent.name: self._known(agent, block) for agent in self.agents}
+            known = {agent.name: self._known_answers(agent, block) for agent in self.agents}
             answers.update({agent: sum(map(len, tables)) for agent, tables in known.items()})
-            for asked in self.pool.map(self._settle, parts, _by_part(known, len(parts))):
+            tables_of = _by_partition(known, len(partitions))
+            for asked in self.pool.map(self._commit_known, partitions, tables_of):
                 to_ask |= asked
         return Since(
             self.earlier.name,
@@ -234,50 +237,52 @@ class _Taking:
 
     @property
     def _escalated(self) -> frozenset[str]:
-        """The agent that is asked in the end: about what, only the others' answers will tell."""
+        """The agent that is asked last; the other agents' answers decide about which records."""
         escalate = self.present.job.routing.escalate
         return frozenset() if escalate is None else frozenset([escalate.agent])
 
-    def _keep_engines(self) -> None:
-        """Keep what the engines said of themselves; those that are loaded will say it again."""
-        spoke = self.earlier.run.manifest["engines"]
-        kept = {agent.name: spoke[agent.name] for agent in self.agents if agent.name in spoke}
+    def _copy_engine_facts(self) -> None:
+        """Copy the earlier run's facts about engines; an engine that is loaded replaces its own."""
+        earlier = self.earlier.run.manifest["engines"]
+        facts = {agent.name: earlier[agent.name] for agent in self.agents if agent.name in earlier}
         store = self.present.store
-        write_engines(store, kept | read_engines(store))
+        write_engines(store, facts | read_engines(store))
 
-    def _parts(self) -> Iterator[list[_PresentPartition]]:
-        """Read the staged records, some partitions at a time."""
+    def _read_partitions(self) -> Iterator[list[_PresentPartition]]:
+        """Read the staged partitions, about `_RECORDS_AT_ONCE` records at a time."""
         numbers: list[int] = []
         num_records = 0
         for number, count, _ in self.present.plan.sizes():
             numbers.append(number)
             num_records += count
             if num_records >= _RECORDS_AT_ONCE:
-                yield list(self.pool.map(self._part, numbers))
+                yield list(self.pool.map(self._read_partition, numbers))
                 numbers, num_records = [], 0
         if numbers:
-            yield list(self.pool.map(self._part, numbers))
+            yield list(self.pool.map(self._read_partition, numbers))
 
-    def _part(self, number: int) -> _PresentPartition:
+    def _read_partition(self, number: int) -> _PresentPartition:
         name = staged_name(number)
         records = self.present.store.read_table(name, [*COLUMNS, "reason"])
         return _PresentPartition(
             number, records.select(["record_id", "reason"]), record_keys(records)
         )
 
-    def _known(self, agent: Agent, block: _Neighbours) -> list[pa.Table]:
-        """Return of each partition the agent's earlier answers that would be today's."""
+    def _known_answers(self, agent: Agent, block: _Neighbours) -> list[pa.Table]:
+        """Return the agent's earlier answers that can be reused, a table per partition."""
         prompt = hash_of_prompt(self.present.job, agent)
-        wanted = block.wanted(same_id=draws(agent))
+        wanted = block.wanted(same_id=is_random(agent))
         found = self.earlier.answers(agent.name, agent.samples, prompt, wanted, self.pool)
         return block.split(*found)
 
-    def _settle(self, part: _PresentPartition, known: Mapping[str, pa.Table]) -> set[str]:
-        """Commit a partition's known answers; returns who may have to be asked about it."""
-        store, done = self.present.store, self.done.agents(part.number)
-        choice = self.settling.choose(part.records, known, done)
+    def _commit_known(
+        self, partition: _PresentPartition, known: Mapping[str, pa.Table]
+    ) -> set[str]:
+        """Commit a partition's known answers; returns agents that may have to be asked about it."""
+        store, done = self.present.store, self.done.agents(partition.number)
+        choice = self.settling.choose(partition.records, known, done)
         for agent_id, rows in choice.answers.items():
-            store.commit_table(answers_name(part.number, agent_id), rows)
+            store.commit_table(answers_name(partition.number, agent_id), rows)
         asked = (
             set()
             if choice.is_settled
@@ -285,12 +290,12 @@ class _Taking:
         )
         for agent_id in sorted(known.keys() & (asked | self._escalated)):
             if known[agent_id].num_rows:
-                name = reused_name(part.number, agent_id)
+                name = reused_name(partition.number, agent_id)
                 store.commit_table(name, known[agent_id])
         return asked
 
 
-def _by_part(
-    known: Mapping[str, Sequence[pa.Table]], num_parts: int
+def _by_partition(
+    known: Mapping[str, Sequence[pa.Table]], num_partitions: int
 ) -> Iterator[dict[str, pa.Table]]:
-    return ({agent: tables[i] for agent, tables in known.items()} for i in range(num_parts))
+    return ({agent: tables[i] for agent, tables in known.items()} for i in range(num_partitions))

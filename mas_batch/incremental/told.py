@@ -1,4 +1,4 @@
-"""What a run's manifest says of what it did not ask for: as facts, and in words."""
+"""What a run has reused of an earlier run, read from its manifest: as facts, and in words."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def since_facts(manifest: Mapping[str, Any], *, nothing_new: bool = False) -> dict[str, Any] | None:
-    """Return what was reused and asked; None: the run did not look for an earlier one.
+    """Return what was reused and what was asked; None: the run did not look for an earlier run.
 
     Args:
-        nothing_new: the run was complete before: it is itself what nothing is new since.
+        nothing_new: the run was complete before the command: all its answers count as reused.
     """
     agents = {agent["agent_id"]: agent for agent in manifest["agents"]}
     given = {a: each["answers"] + each["failed_answers"] for a, each in agents.items()}
@@ -36,7 +36,7 @@ def since_facts(manifest: Mapping[str, Any], *, nothing_new: bool = False) -> di
 
 
 def since_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Tell people of it, line by line; nothing of a run that did not look for an earlier one."""
+    """Yield the facts as lines for people; no line if the run did not look for an earlier run."""
     facts = since_facts(manifest)
     if facts is None:
         return
@@ -53,5 +53,5 @@ def since_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """Say `2 new, 1 gone`, in the order that they come in."""
+    """Write counts as `2 new, 1 gone`, in the mapping's order."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())

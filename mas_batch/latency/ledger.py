@@ -1,4 +1,4 @@
-"""The ledger of a run: what took time, row by row, as the submitting process hears of it."""
+"""The ledger of a run: a row for everything that took time, made from the run's events."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Ledger:
     A killed process loses the rows since the last file, and never an answer.
 
     Args:
-        execution: names the process; no two of a run have the same.
-        start: of the execution, by `time.perf_counter`.
+        execution: name of this execution, unique in the run.
+        start: when the execution started, by `time.perf_counter`.
     """
 
     def __init__(self, store: Store, execution: str, start: float) -> None:
@@ -44,16 +44,16 @@ class Ledger:
         self._num_files = 0
 
     def __call__(self, event: Event) -> None:
-        """Keep what an event says of time."""
+        """Keep a row if the event took time."""
         now = time.perf_counter()
-        row = _row(event, now - self._start)
+        row = _row_of(event, now - self._start)
         if row is not None:
             self._rows.append({"execution": self._execution, **row})
         if len(self._rows) >= _FLUSH_EVERY or now - self._last_flush >= _FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept so far."""
+        """Write the rows kept so far to a file."""
         self._last_flush = time.perf_counter()
         if self._rows:
             table = pa.Table.from_pylist(self._rows, schema=LEDGER)
@@ -63,7 +63,7 @@ class Ledger:
             self._rows.clear()
 
 
-def _row(event: Event, now_s: float) -> dict[str, Any] | None:
+def _row_of(event: Event, now_s: float) -> dict[str, Any] | None:
     match event:
         case PartitionAnswered():
             own: dict[str, Any] = {"stage": "answer"}

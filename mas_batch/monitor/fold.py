@@ -43,10 +43,8 @@ def public_text(text: str) -> str:
 
 
 def _with_public_texts(event: Event) -> Event:
-    values = ((f.name, getattr(event, f.name)) for f in fields(event))
-    texts: dict[str, Any] = {
-        name: public_text(value) for name, value in values if isinstance(value, str)
-    }
+    values = {each.name: getattr(event, each.name) for each in fields(event)}
+    texts: Any = {name: public_text(v) for name, v in values.items() if isinstance(v, str)}
     return replace(event, **texts)
 
 
@@ -185,7 +183,6 @@ class Fold:
         # A replica that was lost and is forgotten stays so, whatever is heard of it late.
         if (replica := self.run.replicas.get(event.worker)) is not None:
             replica.num_answered += 1
-        self._open.setdefault(event.partition, [])  # in native mode there is no PartitionAsked
         # The agent's copies of the task are no longer needed.
         self._end_tries(event.partition, lambda attempt: attempt[0] == event.agent_id)
         return event.completion_tokens

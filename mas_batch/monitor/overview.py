@@ -152,11 +152,10 @@ def schema() -> dict[str, Any]:
 
 def overview(inbox: Inbox, now: float) -> Overview:
     """Return how all runs are at this Unix time of the scheduler's clock."""
-    return Overview(FORMAT, now, [run_row(h, now) for h in reversed(inbox.runs.values())])
+    return Overview(FORMAT, now, [_run_row(h, now) for h in reversed(inbox.runs.values())])
 
 
-def run_row(heard: HeardRun, now: float) -> RunRow:
-    """Return how a run is at this Unix time of the scheduler's clock."""
+def _run_row(heard: HeardRun, now: float) -> RunRow:
     run = heard.run
     # All times in the run are those of the submitting process's clock.
     run_now = now - heard.clock_ahead_s if run.ended is None else run.ended

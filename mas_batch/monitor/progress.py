@@ -131,10 +131,8 @@ class Bar:
                 self._console.log(line)
 
     def _started(self, event: RunStarted) -> None:
-        for earlier in event.earlier_runs:
-            self._console.log(
-                f"the job or its corpus changed since run {earlier}: this is a new run"
-            )
+        for run in event.earlier_runs:
+            self._console.log(f"the job or its corpus changed since run {run}: this is a new run")
         if event.partitions_done or event.answers_done:
             self._console.log(
                 f"resuming: {event.partitions_done} of {event.num_partitions} partitions merged, "
@@ -150,21 +148,20 @@ class Bar:
     def _escalated(self, event: Escalated) -> None:
         self._console.log(_escalation(event))
         self._total = self._progress.add_task("escalated", total=event.num_records, rate="")
-        self._agents[event.agent_id] = self._progress.add_task(
-            f"  {event.agent_id}", total=event.num_records, rate=""
-        )
+        self._add_agent(event.agent_id, event.num_records)
 
     def _answered(self, event: PartitionAnswered) -> None:
         self._agent_tokens[event.agent_id] += event.completion_tokens
         self._agent_compute_s[event.agent_id] += event.compute_s
         if event.agent_id not in self._agents:
-            self._agents[event.agent_id] = self._progress.add_task(
-                f"  {event.agent_id}", total=self._num_records, rate=""
-            )
+            self._add_agent(event.agent_id, self._num_records)
         rate = self._agent_tokens[event.agent_id] / max(1e-9, self._agent_compute_s[event.agent_id])
         self._progress.update(
             self._agents[event.agent_id], advance=event.num_records, rate=f"{rate:.0f} tok/s"
         )
+
+    def _add_agent(self, agent_id: str, total: int) -> None:
+        self._agents[agent_id] = self._progress.add_task(f"  {agent_id}", total=total, rate="")
 
 
 def _escalation(event: Escalated) -> str:
@@ -183,7 +180,7 @@ def sentence(event: Event) -> str | None:
             whys = [
                 f"\n[yellow]{a} is asked about every record: {_safe(w)}" for a, w in refused.items()
             ]
-            reused = _counts({**records, "reused answers": sum(answers.values())})
+            reused = _listed({**records, "reused answers": sum(answers.values())})
             return f"since {run}: {reused}{''.join(whys)}"
         case AgentReady(agent_id, worker, load_s):
             return f"{agent_id} ready on {_safe(worker)} ({load_s:.1f} s)"
@@ -198,13 +195,11 @@ def sentence(event: Event) -> str | None:
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
             return f"{method} has learned: {_safe(each)}; {_safe(why)}"
         case AgentsScaled(wanted, backlog):
-            return f"workers wanted: {_counts(wanted)} (partitions to do: {_counts(backlog)})"
-        case AnswerFailed():
-            what = "given up" if event.given_up else "asked again"
-            return (
-                f"[yellow]partition {event.partition}, {event.agent_id} on {_safe(event.worker)}, "
-                f"attempt {event.attempt}: {_safe(event.message)}; {what}"
-            )
+            return f"workers wanted: {_listed(wanted)} (partitions to do: {_listed(backlog)})"
+        case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
+            which = f"partition {partition}, {agent_id} on {_safe(worker)}, attempt {attempt}"
+            what = "given up" if given_up else "asked again"
+            return f"[yellow]{which}: {_safe(message)}; {what}"
     return None
 
 
@@ -213,7 +208,7 @@ def _safe(text: str) -> str:
     return escape_markup(printable(text))
 
 
-def _counts(numbers: Mapping[str, int]) -> str:
+def _listed(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{agent_id} {number}" for agent_id, number in numbers.items())
 
 
@@ -244,13 +239,8 @@ class LogLines:
             case AnswersReused(run, records, answers, refused):
                 whys = "; ".join(f"{agent}: {why}" for agent, why in refused.items())
                 _log("since_last", run=run, reused=sum(answers.values()), refused=whys, **records)
-            case AgentReady():
-                _log(
-                    "agent_ready",
-                    agent=event.agent_id,
-                    worker=event.worker,
-                    load_s=round(event.load_s, 2),
-                )
+            case AgentReady(agent_id, worker, load_s):
+                _log("agent_ready", agent=agent_id, worker=worker, load_s=round(load_s, 2))
             case AgentLost(agent_id, worker, message):
                 _log("agent_lost", agent=agent_id, worker=worker, message=message)
             case AgentDraining(agent_id, worker, message):
@@ -258,25 +248,14 @@ class LogLines:
             case BreakerChanged(agent_id, worker, state, message):
                 _log("breaker", agent=agent_id, worker=worker, state=state, message=message)
             case AgentsScaled(wanted, backlog):
-                _log("agents_scaled", wanted=_counts(wanted), backlog=_counts(backlog))
-            case AnswerFailed():
-                _log(
-                    "answer_failed",
-                    partition=event.partition,
-                    agent=event.agent_id,
-                    worker=event.worker,
-                    attempt=event.attempt,
-                    given_up=event.given_up,
-                    message=event.message,
-                )
+                _log("agents_scaled", wanted=_listed(wanted), backlog=_listed(backlog))
+            case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
+                which = {"partition": partition, "agent": agent_id, "worker": worker}
+                _log("answer_failed", **which, attempt=attempt, given_up=given_up, message=message)
             case Learned(method, weights, why):
                 _log("learned", method=method, why=why, **weights)
-            case Escalated():
-                _log(
-                    "escalated",
-                    agent=event.agent_id,
-                    records=f"{event.num_records}/{event.num_records_of_all}",
-                )
+            case Escalated(agent_id, num_records, num_of_all):
+                _log("escalated", agent=agent_id, records=f"{num_records}/{num_of_all}")
             case RunFinished():
                 _log(
                     "run_finished",

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 
 from mas_batch.job import Agent, Job
-from mas_batch.latency.phases import ANSWERING, LOADING
+from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.latency.simulate import Costs, Simulation, SimulationResult, Worker
 from mas_batch.planning.measurements import Measurements
 from mas_batch.planning.rates import HANDLE_S, RunRates, fit_rates, other_phases, tokens_asked
@@ -108,7 +108,7 @@ class Forecaster:
             later, more_s = second.run(self.survey, replicas, self.escalated)
             result, answering_s = result.followed_by(later), answering_s + more_s
             totals, core_s = totals | second.totals, core_s + second.core_s
-        phases |= {LOADING: result.loaded_s, ANSWERING: answering_s}
+        phases |= {FIRST_MODEL: result.loaded_s, ANSWERING: answering_s}
         cores_s = rates.num_cores * max(1e-9, result.asking_s)
         return Forecast(replicas, phases, result, totals, core_s / cores_s)
 

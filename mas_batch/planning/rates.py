@@ -91,10 +91,9 @@ def fit_rates(
 def with_replicas(job: Job, replicas: Mapping[str, int]) -> Job:
     """Return the job with so many replicas of each agent."""
     agents = tuple(
-        agent.model_copy(update={"count": replicas[agent.name], "max_count": None})
-        for agent in job.agents
+        agent.with_changes(count=replicas[agent.name], max_count=None) for agent in job.agents
     )
-    return job.model_copy(update={"agents": agents})
+    return job.with_changes(agents=agents)
 
 
 def tokens_asked(

@@ -70,7 +70,7 @@ def sizes(job: Job, num_records: int) -> list[Partitioning]:
     own = job.partition
     large = max(1, min(own.max_records, num_records // _PARTITIONS_OF_SAMPLE))
     small = max(1, large // _SMALLER_BY)
-    found = [own.model_copy(update={"max_records": large})]
+    found = [own.with_changes(max_records=large)]
     if small < large:
         tokens = max(1, own.max_tokens // _SMALLER_BY)
         found.append(Partitioning(max_tokens=tokens, max_records=small))
@@ -88,17 +88,15 @@ def _of_sample(
         speculate=False,
     )
     job = with_replicas(job, {agent.name: agent.most for agent in job.agents})
-    return job.model_copy(
-        update={
-            "corpus": Corpus(path=(str(corpus),), id="id", context=context),
-            "routing": routing,
-            "merge": job.merge.model_copy(update={"history": None}),
-            "partition": sizing,
-            "since": None,
-            "output": Output(
-                path=output.url, storage_options=dict(output.options), max_failed_fraction=1.0
-            ),
-        }
+    return job.with_changes(
+        corpus=Corpus(path=(str(corpus),), id="id", context=context),
+        routing=routing,
+        merge=job.merge.with_changes(history=None),
+        partition=sizing,
+        since=None,
+        output=Output(
+            path=output.url, storage_options=dict(output.options), max_failed_fraction=1.0
+        ),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import jinja2
 from markupsafe import Markup
 
@@ -33,6 +35,7 @@ def render(facts: Facts) -> bytes:
     return page.encode(errors="backslashreplace")  # a lone surrogate, out of a file's name, say
 
 
+@cache  # to compile the page takes longer than to fill it in
 def _environment() -> jinja2.Environment:
     loader = jinja2.PackageLoader("mas_batch.report", ".")
     environment = jinja2.Environment(

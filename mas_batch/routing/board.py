@@ -23,9 +23,9 @@ class OpenPartition:
     asked: dict[str, list[str]] = field(default_factory=dict)
     """Agent → replicas that are at it, the original before its copy."""
     copied: set[str] = field(default_factory=set)
-    """Agents whose task somebody has a copy of."""
+    """Agents of whose task another replica has a copy."""
     overtaken: bool = False
-    """Such a copy is another agent's: of the two, whoever is first is enough."""
+    """Such a copy is another agent's: the first of the two answers is enough."""
     failures: Counter[str] = field(default_factory=Counter)
     deaths: Counter[str] = field(default_factory=Counter)
     """Agent → its workers that died while they were at it."""
@@ -133,7 +133,7 @@ class Board:
         for agent_id in state.untried:
             heap = self._wanting[agent_id]
             heappush(heap, state.index)
-            if len(heap) > 64 + 2 * len(self.open):  # an agent that nobody serves never looks
+            if len(heap) > 64 + 2 * len(self.open):  # an agent without a replica never looks
                 heap[:] = {index for index in heap if self.wants(index, agent_id)}
                 heapify(heap)
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import dask
 from distributed import Client, Future
 
+from mas_batch.agents.host import Report
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import answer_partition, merge_partition
 from mas_batch.errors import JobError, OutputError, RunError
@@ -44,9 +44,7 @@ from mas_batch.routing.instructions import (
     Instruction,
     Merge,
     Restart,
-    Work,
 )
-from mas_batch.routing.native import NATIVE_PATIENCE_S, NativeFeed, agents_asked
 from mas_batch.routing.policies import ReplicaView
 from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
 from mas_batch.routing.upkeep import Upkeep
@@ -86,7 +84,6 @@ class DaskRouter:
         emit: called with every event, from the thread that calls `host` and `run`.
         check: called every second from the same thread; an error that it raises ends the run.
         scaler: starts and ends workers within the job's bounds; None: those there are.
-        wait_s: how long an agent may be without any worker before the run fails.
     """
 
     def __init__(
@@ -99,7 +96,6 @@ class DaskRouter:
         *,
         check: Callable[[], None] = lambda: None,
         scaler: Scaler | None = None,
-        wait_s: float = 120.0,
     ) -> None:
         self._client = client
         self._job = job
@@ -109,12 +105,10 @@ class DaskRouter:
         self._check = check
         self._scaler = scaler
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._hosting = Hosting(client, job, run, specs, emit, self._watch, wait_s)
+        self._hosting = Hosting(client, job, run, specs, emit, self._watch)
         self._asked: dict[tuple[int, str, str], _Asked] = {}  # …, worker address
         self._merges: dict[int, _Merging] = {}  # by partition
         self._dispatcher: Dispatcher | None = None
-        self._native: NativeFeed | None = None
-        self._proven: set[str] = set()  # agents that have answered natively
         self._last_check = 0.0
         self._upkeep = Upkeep(client)
         self._last_failure: dict[str, str] = {}
@@ -168,36 +162,10 @@ class DaskRouter:
         """
         self._dispatcher = dispatcher
         self._hosting.listener = self
-        for agent_id in self._proven:
-            dispatcher.trust(agent_id)
         for address, agent_id in sorted(self._hosting.ready.items()):
             self.joined(address, agent_id)
         while not dispatcher.done:
             self._handle_next()
-
-    def run_native(self, work: Iterator[Work]) -> Iterator[Work]:
-        """Let Dask place the partitions, in groups, until all are merged or there is trouble.
-
-        Returns:
-            What is left for `run`.
-
-        Raises:
-            RunError: as `run`.
-        """
-        samples = {agent.name: agent.samples for agent in self._job.agents}
-        agents = agents_asked(samples, self._job.answers_per_record)
-        patience_s = self._job.routing.timeout_s or NATIVE_PATIENCE_S
-        feed = NativeFeed(self._client, self._run, self._specs, agents, patience_s)
-        self._native, self._hosting.listener = feed, self
-        try:
-            while not feed.in_trouble and not set(agents) & self._hosting.unserved:
-                feed.fill(work, self._hosting.ready)
-                if feed.is_empty:
-                    break
-                self._handle_next()
-        finally:
-            self._native, left = None, feed.take_back()
-        return chain(left, work)
 
     def _handle_next(self) -> None:
         """Handle one piece of news, and every now and then look around."""
@@ -215,8 +183,6 @@ class DaskRouter:
                 self._inbox.get_nowait()()
         self._hosting.refresh()
         self._upkeep()
-        if self._native is not None:
-            self._native.look()
         if self._dispatcher is None or self._dispatcher.done:
             self._keep_started()
             return
@@ -272,13 +238,13 @@ class DaskRouter:
         message = event[1]
         address, facts = message["worker"], json.loads(message["facts"])
         match message["task"]:
-            case "load_agent":
+            case Report.LOADED:
                 self._inbox.put(lambda: self._hosting.loaded(address, facts))
-            case "answer_partition":
+            case Report.ANSWERED:
                 self._inbox.put(lambda: self._answered(address, facts))
-            case "answer_progress":
+            case Report.ANSWERING:
                 self._inbox.put(lambda: self._heard(address))
-            case "merge_partition":
+            case Report.MERGED:
                 self._inbox.put(lambda: self._merged(address, facts))
 
     def _watch(self, future: Future, handle: Callable[[Failure], None]) -> None:
@@ -296,15 +262,11 @@ class DaskRouter:
 
     def paused(self, address: str, paused: bool) -> None:
         """A worker takes nothing further, or again."""
-        if self._native is not None and paused:
-            self._native.in_trouble = True
         if self._dispatcher is not None:
             self._act(self._dispatcher.replica_paused(address, paused, time.monotonic()))
 
     def left(self, address: str, *, blamed: bool) -> None:
         """A worker is gone."""
-        if self._native is not None:
-            self._native.in_trouble = True
         if self._dispatcher is not None:
             # A worker that is killed may have committed answers and not got to report them.
             committed = [
@@ -387,13 +349,7 @@ class DaskRouter:
     def _answered(self, address: str, facts: dict[str, Any]) -> None:
         partition, agent_id = facts["partition"], facts["agent_id"]
         asked = self._forget((partition, agent_id, address))
-        sent = asked.sent if asked is not None else None
-        if self._native is not None:
-            self._proven.add(agent_id)
-            sent = self._native.sent(partition)
-        facts |= _seconds(facts.pop("times"), sent)
-        if self._native is not None:
-            self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
+        facts |= _seconds(facts.pop("times"), asked.sent if asked is not None else None)
         if self._dispatcher is None:
             return
         # News also when the task had been abandoned: what is committed counts.
@@ -413,7 +369,7 @@ class DaskRouter:
             return  # it has reported, or it was abandoned
         self._forget(key)
         if isinstance(failure, OutputError):
-            raise failure  # nobody else could write it either
+            raise failure  # no other worker could write it either
         failure = failure or RunError("the task ended without a report")
         self._last_failure[ask.agent_id] = f"{type(failure).__name__}: {failure}"
         instructions = self._dispatcher.failed(
@@ -473,11 +429,6 @@ class DaskRouter:
         times, agreement = facts.pop("times"), facts.pop("agreement", {})
         agreed = {agent: (yes, of) for agent, (yes, of) in agreement.items()}
         facts["worker"] = self._hosting.name(address)
-        if self._native is not None:
-            sent = self._native.sent(partition)
-            if self._native.merged(partition):
-                seconds = _seconds(times, sent)
-                self._emit(PartitionMerged(partition, agreement=agreed, **facts, **seconds))
         if self._dispatcher is None:
             return
         current = self._merges.get(partition)

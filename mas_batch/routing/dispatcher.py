@@ -74,7 +74,7 @@ class Dispatcher:
     # Events
 
     def trust(self, agent_id: str) -> None:
-        """The agent has answered before: natively, or in an earlier execution."""
+        """The agent has answered before, in an earlier execution."""
         self._proven.add(agent_id)
 
     def replica_joined(
@@ -237,7 +237,7 @@ class Dispatcher:
     def backlog(self) -> dict[str, int]:
         """Agent → partitions that it has yet to answer, as far as can be known now.
 
-        Where not all agents are asked, a partition that nobody has yet counts in proportion.
+        Where not all agents are asked, a partition that no agent has yet counts in proportion.
         """
         share = min(1.0, self._rules.answers_per_record / sum(self._samples.values()))
         backlog = dict.fromkeys(self._samples, round(share * self._board.num_unpulled))
@@ -363,7 +363,7 @@ class Dispatcher:
         self._open_more(out)
         self._see_the_end(now)
         self._pool.update_broken(now)
-        waiting: set[int] = set()  # for somebody better who is busy
+        waiting: set[int] = set()  # for a better replica that is busy
         while (state := self._next_to_place(waiting)) is not None:
             if not self._ask(state, self._candidates(state), out, now):
                 waiting.add(state.index)
@@ -387,7 +387,7 @@ class Dispatcher:
             self._pool.set_ending(num_waiting <= len(self._pool), now)
 
     def _next_to_place(self, besides: set[int]) -> OpenPartition | None:
-        """Return the first partition that somebody who is free may take."""
+        """Return the first partition that a free replica may take."""
         firsts = [
             state
             for agent_id in self._samples

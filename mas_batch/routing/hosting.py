@@ -15,7 +15,7 @@ from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import load_agent
-from mas_batch.dask_compat import left_on_purpose, restart_process
+from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
 from mas_batch.errors import ModelError, RunError
 from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
 from mas_batch.job import Job
@@ -42,7 +42,7 @@ class Listener(Protocol):
         ...
 
     def left(self, address: str, *, blamed: bool) -> None:
-        """The worker is gone; not blamed: somebody took it away on purpose."""
+        """The worker is gone; not blamed: it was taken away on purpose."""
         ...
 
 
@@ -80,10 +80,10 @@ class Hosting:
 
     Args:
         client: connected; never closed here.
-        job: says which worker may serve which agent.
+        job: says which worker may serve which agent, and how long one may be without any
+            (`cluster.wait_s`).
         emit: called with every event.
         watch: calls back, in the same thread, when a future has ended.
-        wait_s: how long an agent may be without any worker before the run fails.
     """
 
     def __init__(
@@ -94,7 +94,6 @@ class Hosting:
         specs: Mapping[str, AgentSpec],
         emit: Callable[[Event], None],
         watch: Callable[[Future, Callable[[Failure], None]], None],
-        wait_s: float,
     ) -> None:
         self._client = client
         self._job = job
@@ -102,7 +101,7 @@ class Hosting:
         self._specs = specs
         self._emit = emit
         self._watch = watch
-        self._wait_s = wait_s
+        self._wait_s = job.cluster.wait_s
         self._names: dict[str, str] = {}  # worker address → worker name
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
         self._loading: dict[str, Future] = {}
@@ -144,7 +143,7 @@ class Hosting:
         return self._specs.keys() - set(self.ready.values())
 
     def check_loaded(self, unserved: set[str]) -> None:
-        """Give up on agents whose model nobody can load; wait for those whose worker left.
+        """Give up on agents whose model no worker can load; wait for those whose worker left.
 
         Raises:
             ModelError: no worker of such an agent could load its model.
@@ -158,10 +157,10 @@ class Hosting:
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
-        """Note who is missing now; whose model is being loaded is not.
+        """Note which agents have no worker now; one whose model is being loaded has.
 
         Raises:
-            RunError: somebody has been for too long.
+            RunError: an agent has had none for too long.
         """
         missing = unserved - {self._hosts[address] for address in self._loading}
         now = time.monotonic()
@@ -260,7 +259,7 @@ class Hosting:
             logger.warning("worker %s could not be restarted: %s", address, error)
 
     def retire(self, addresses: Iterable[str]) -> list[str]:
-        """Ask these idle workers nothing further; returns their names, for whoever ends them."""
+        """Ask these idle workers nothing further; returns their names, for the scaler."""
         names = []
         for address in addresses:
             self._retiring.add(address)
@@ -328,14 +327,10 @@ class Hosting:
 def cluster_workers(client: Client) -> list[WorkerInfo]:
     """List the workers of the cluster with what they declare.
 
-    Not by `Client.scheduler_info`: that returns an attribute which the client's own periodic
-    callback replaces by one without workers, and now and then it does so in between.
-
     Raises:
         OSError: the scheduler did not answer.
     """
-    workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
     return [
         WorkerInfo(address, str(info["name"]), info["resources"], info["status"], info["last_seen"])
-        for address, info in workers.items()
+        for address, info in workers_of(client).items()
     ]

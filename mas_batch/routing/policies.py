@@ -127,7 +127,7 @@ class Random:
 
 
 class LeastLoaded:
-    """The replica with the fewest partitions, then tokens, in flight, whoever it serves."""
+    """The replica with the fewest partitions, then tokens, in flight, of whichever agent."""
 
     name = "least-loaded"
     rule = "the fewest partitions in flight, then the fewest tokens, then the fewest turns"

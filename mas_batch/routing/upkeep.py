@@ -1,18 +1,36 @@
-"""What a long run must tidy up on Dask's scheduler, which forgets nothing of what it sees."""
+"""What a long run must tidy up on Dask's scheduler, which forgets nothing of what it sees.
+
+Every `Client.submit` adds an entry to the span that it belongs to, and a span lives as long as the
+scheduler: hundreds of bytes per partition, for ever (seen in distributed 2026.8). The entries serve
+reports on collections; a run's all say "Future". A scheduler may be a user's own, so only the spans
+of runs are tidied, whichever process works on them.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from contextlib import AbstractContextManager
 
-from dask.utils import key_split
-from distributed import Client
+from distributed import Client, span
+
+from mas_batch.dask_compat import forget_collections
 
 logger = logging.getLogger(__name__)
 
 EVERY_S = 60.0
-_KEPT = 100
+KEPT = 100
+_TAG = "mas-batch "
+
+
+def run_span(name: str) -> AbstractContextManager[str]:
+    """Have what is submitted belong to one span of the run.
+
+    Dask makes a new default span, for ever, whenever nothing is left to do of a kind for a moment.
+    Its dashboard can tell runs apart by the span.
+    """
+    opened: AbstractContextManager[str] = span(_TAG + name)
+    return opened
 
 
 class Upkeep:
@@ -28,24 +46,6 @@ class Upkeep:
             return
         self._last = time.monotonic()
         try:
-            self._client.run_on_scheduler(forget_collections)
+            self._client.run_on_scheduler(forget_collections, tag=_TAG, kept=KEPT)
         except Exception as error:  # a scheduler of another version, or one that is just lost
             logger.debug("the scheduler was not tidied up: %s", error)
-
-
-def forget_collections(dask_scheduler: Any) -> int:
-    """Shorten the spans' lists of submitted collections; returns how many entries went.
-
-    Every `Client.submit` adds an entry to the span that it belongs to, and a span lives as long
-    as the scheduler: hundreds of bytes per partition, for ever (seen in distributed 2026.8).
-    The entries serve reports on collections; ours all say "Future". Dask's cache of the last
-    100,000 keys' prefixes is emptied too: it would take 50,000 partitions to fill.
-    """
-    key_split.cache_clear()
-    spans = dask_scheduler.extensions.get("spans")
-    forgotten = 0
-    for span in spans.spans.values() if spans is not None else ():
-        collections = (span.metadata or {}).get("collections", [])
-        forgotten += max(0, len(collections) - _KEPT)
-        del collections[:-_KEPT]
-    return forgotten

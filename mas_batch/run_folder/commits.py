@@ -1,4 +1,4 @@
-"""What is committed of a run while it is answered and merged, and what is left to do."""
+"""Which answers and merges of a run are committed; commits of results, failures and review."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from mas_batch.records import FAILURES
 from mas_batch.run_folder.names import (
     PASSES,
-    part,
+    partition_stem,
     results_name,
     review_name,
 )
@@ -23,19 +23,21 @@ from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ranges import Bitmap
 from mas_batch.run_folder.storage import Store, parquet_bytes
 
-_PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet")  # as `part` writes them
+_PARTITION_FILE = re.compile(
+    r"part-([0-9]{6}|[1-9][0-9]{6,})\.parquet"
+)  # as `partition_stem` writes them
 _FAILURES = b"mas_batch.failures"
 _AGENTS = b"mas_batch.agents"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Committed:
-    """What earlier executions of the run left behind: a byte per partition and folder."""
+    """What earlier executions of the run have committed: a byte per partition and folder."""
 
     merged: Bitmap
-    """Partition → its results are there."""
+    """Partition → whether its results are committed."""
     answered: Mapping[str, Bitmap]
-    """Agent → partition → its answers are there."""
+    """Agent → partition → whether its answers are committed."""
 
     @property
     def num_merged(self) -> int:
@@ -44,11 +46,11 @@ class Committed:
 
     @property
     def num_answers_to_open(self) -> int:
-        """How many answers, of one agent to one partition, wait for a merge."""
+        """Number of pairs of agent and partition that are answered but not merged yet."""
         return sum(int(np.count_nonzero(parts & ~self.merged)) for parts in self.answered.values())
 
     def agents(self, partition: int) -> frozenset[str]:
-        """Agents whose answers to the partition are there."""
+        """Agents whose answers to the partition are committed."""
         return frozenset(agent for agent, parts in self.answered.items() if parts[partition])
 
 
@@ -58,15 +60,17 @@ def committed(
     """List what is committed; one listing per folder.
 
     Args:
-        merged: where the merges are; None: in the run itself.
+        merged: the folder in which merges are committed; None: the run itself.
     """
     size = plan.num_partitions
-    answered = {agent: _bitmap(_names(run, f"answers/agent={agent}"), size) for agent in agents}
-    return Committed(_bitmap(_names(merged or run, "results"), size), answered)
+    answered = {
+        agent: _partitions_of(_list_names(run, f"answers/agent={agent}"), size) for agent in agents
+    }
+    return Committed(_partitions_of(_list_names(merged or run, "results"), size), answered)
 
 
-def _names(run: Store, folder: str) -> Iterator[str]:
-    """Stream the names in a folder; a local one is not held in memory, nor is each file asked."""
+def _list_names(run: Store, folder: str) -> Iterator[str]:
+    """Yield the names in a folder; a local listing is streamed, without a stat of each file."""
     if not run.is_local:
         yield from run.list(folder)
         return
@@ -80,11 +84,11 @@ def _names(run: Store, folder: str) -> Iterator[str]:
         yield from run.list(folder)  # raises the error that people can act on
 
 
-def _bitmap(names: Iterable[str], size: int) -> Bitmap:
-    """Mark the partitions of file names; what else a filesystem keeps there is passed over."""
+def _partitions_of(names: Iterable[str], size: int) -> Bitmap:
+    """Mark the partitions that have a file; other names in the folder are ignored."""
     members = np.zeros(size, np.bool_)
     for name in names:
-        match = _PART.fullmatch(name)
+        match = _PARTITION_FILE.fullmatch(name)
         if match and int(match[1]) < size:
             members[int(match[1])] = True
     return members
@@ -96,17 +100,17 @@ def commit_results(
     """Commit a partition's results and failures as one step; returns their row counts.
 
     The results file names its failures file, whose own name is a hash of its content: if two
-    copies of the merge saw different answers, the winner's pair stays together. It names the
-    agents too: answers that are committed later are not part of what is merged.
+    copies of the merge saw different answers, the winner's pair stays together. It also names the
+    agents whose answers were merged: answers that are committed later do not count.
 
     Args:
-        agents: whose answers were merged; agent names have no comma.
+        agents: agents whose answers were merged; agent names have no comma.
     """
     name = None
     if failures.num_rows:
         content = parquet_bytes(failures)
         digest = hashlib.blake2b(content, digest_size=6).hexdigest()
-        name = f"failures/{part(partition)}-{digest}.parquet"
+        name = f"failures/{partition_stem(partition)}-{digest}.parquet"
         run.commit(name, content)
     metadata = {_FAILURES: (name or "").encode(), _AGENTS: ",".join(sorted(agents)).encode()}
     if run.commit_table(results_name(partition), merged.replace_schema_metadata(metadata)):
@@ -117,14 +121,14 @@ def commit_results(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Merged:
-    """What is committed of a partition's merge."""
+    """The committed merge of a partition."""
 
     results: pa.Table
     failures: pa.Table
     failures_name: str | None
     """The failures file, if there is one."""
     agents: tuple[str, ...] | None
-    """Whose answers were merged, sorted; None: an earlier version did not say."""
+    """Agents whose answers were merged, sorted; None: an earlier version did not say."""
 
 
 def read_results(run: Store, partition: int) -> Merged:
@@ -133,23 +137,23 @@ def read_results(run: Store, partition: int) -> Merged:
     name = ((merged.schema.metadata or {}).get(_FAILURES) or b"").decode() or None
     failures = run.read_table(name) if name else FAILURES.empty_table()
     plain = merged.replace_schema_metadata(None)
-    return Merged(plain, failures, name, _agents_in(merged.schema))
+    return Merged(plain, failures, name, _agents_in_metadata(merged.schema))
 
 
 def merged_agents(run: Store, partition: int) -> tuple[str, ...] | None:
     """Read only `Merged.agents`."""
-    return _agents_in(run.read_schema(results_name(partition)))
+    return _agents_in_metadata(run.read_schema(results_name(partition)))
 
 
-def _agents_in(schema: pa.Schema) -> tuple[str, ...] | None:
+def _agents_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
     named = (schema.metadata or {}).get(_AGENTS)
     return None if named is None else tuple(filter(None, named.decode().split(",")))
 
 
 def commit_review(run: Store, partition: int, merged: pa.Table) -> int:
-    """Commit what people should look at, if anything; returns how many records.
+    """Commit the doubtful results to `review/`, if there are any; returns how many there are.
 
-    These are the results in a tie or below the job's confidence, with all their candidates.
+    Doubtful are ties and results below the job's confidence; they are kept with all candidates.
     """
     doubtful = merged.filter(pc.or_(merged["tie"], merged["abstain"]))
     if doubtful.num_rows:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mas_batch.errors import RunError
 from mas_batch.job import Job
-from mas_batch.run_folder.manifest import without_credentials_in
+from mas_batch.run_folder.manifest import read_job_mapping, without_credentials_in
 from mas_batch.run_folder.names import MERGE_SECTION, MERGES
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
@@ -32,7 +31,7 @@ def job_facts(run: Run) -> dict[str, Any]:
             raise RunError(f"{run.store.location('job.yaml')}: not there; the run is not whole")
         if run.store.exists(MERGE_SECTION):
             section = {"merge": json.loads(run.store.read_bytes(MERGE_SECTION))}
-    job = yaml.safe_load(whole.read_bytes("job.yaml"))
+    job = read_job_mapping(whole)
     facts: dict[str, Any] = without_credentials_in({**job, **section})
     return facts
 

@@ -1,12 +1,13 @@
 """One submitter per run, and per job: a lock that a killed owner does not leave locked.
 
-    locks/000001.json        who holds the run; created only if absent, so that one of many wins
+    locks/000001.json        the owner; created only if absent, so that one of several wins
     locks/000001.beat.json   the owner's heartbeat: a counter, and at the end the mark `released`
 
-The owner of the highest generation holds the run until it has released it. Whoever finds it dead
-creates the next generation. A process of the same user on the same boot of the same host is looked
-up; any other is told by its heartbeat, watched for a while on the newcomer's own clock, so that
-clocks need not agree. Host names must differ among the machines that share a store.
+The owner of the highest generation holds the run until it has released it. A process that finds the
+owner dead creates the next generation. An owner of the same user on the same boot of the same host
+is looked up by its process id; any other owner is judged by its heartbeat, which the newcomer
+watches for a while by its own clock, so that clocks need not agree. Host names must differ among
+the machines that share a store.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FOLDER = "locks"
 
 _LOCK = re.compile(r"(\d{6})\.json")
 _HELD: set[str] = set()
-"""Tokens of the locks that this process holds: being alive does not say that for itself."""
+"""Tokens of the locks that this process holds: that it is alive does not say that it holds one."""
 
 _JOBS = ".locks"
 """Folder beside the runs that holds the locks of jobs; no job's name begins with a dot."""
@@ -47,17 +48,17 @@ class RunLock:
     """Holds a run for this process while its `with` block lasts.
 
     Args:
-        store: the run's folder; or any other, which then stands for `what`.
+        store: the run's folder, or the folder of whatever else the lock is for (`what`).
         beat_s: seconds between two heartbeats.
-        patience_s: seconds for which the heartbeat of an owner that cannot be looked up must
-            rest before its lock is taken over, and for which this process may fail to write its
-            own. Well above every submitter's `beat_s`.
-        what: what is held, for messages.
-        within: a wider lock that this process holds too; `check` looks at both.
+        patience_s: seconds without a heartbeat after which the lock of an owner that cannot be
+            looked up is taken over; and seconds for which this process may fail to write its own
+            heartbeat. Must be well above every submitter's `beat_s`.
+        what: a noun for what is held, for messages.
+        within: a wider lock that this process holds too; `check` checks both.
 
     Raises:
-        RunLockedError: on entering, another process is at work on the run.
-        OutputError: on entering, the lock cannot be written.
+        RunLockedError: on entering, if another process works on the run.
+        OutputError: on entering, if the lock cannot be written.
     """
 
     def __init__(
@@ -106,24 +107,24 @@ class RunLock:
         """Make sure that this process still holds the run; cheap enough for every turn of a loop.
 
         Raises:
-            RunLockedError: another process has taken it over, or the lock was removed.
-            OutputError: the heartbeat could not be written for `patience_s`: others may soon
-                take this process for dead.
+            RunLockedError: another process has taken the run over, or the lock was removed.
+            OutputError: the heartbeat could not be written for `patience_s`: other processes may
+                soon take this one for dead.
         """
         if self._within is not None:
             self._within.check()
-        if self._rested_s > self._patience_s:
-            self._beat()  # this process was stopped, or the filesystem fails: how is it now?
+        if self._since_beat_s > self._patience_s:
+            self._beat()  # this process was stopped, or the filesystem failed: try again now
         if self._lost is not None:
             raise RunLockedError(self._lost)
-        if self._error is not None and self._rested_s > self._patience_s:
+        if self._error is not None and self._since_beat_s > self._patience_s:
             raise OutputError(
-                f"the heartbeat of the {self._what}'s lock fails for {self._rested_s:.0f} s: "
+                f"the heartbeat of the {self._what}'s lock fails for {self._since_beat_s:.0f} s: "
                 f"{self._error}"
             ) from self._error
 
     def remove_run(self) -> None:
-        """Remove the run's whole folder; the lock goes last and ends with it.
+        """Remove the run's whole folder, the lock last.
 
         Raises:
             RunLockedError: another process has taken the run over; nothing is removed.
@@ -135,45 +136,46 @@ class RunLock:
             self._store.remove_folder(name)
         self._store.remove_folder("")
 
-    # Taking it
+    # Taking the lock
 
     def _acquire(self) -> None:
-        """Create the generation after the highest, if that one's owner is done or dead."""
-        last = self._newest()
-        if last is not None and not self._is_over(last):
-            raise self._refusal(last)
+        """Create the generation after the highest, if its owner has released it or is dead."""
+        last = self._newest_owner()
+        if last is not None and not self._is_released_or_dead(last):
+            raise self._locked_error(last)
         self._own = Owner.this_process(last.generation + 1 if last else 1)
         _HELD.add(self._own.token)
         name = _lock_name(self._own.generation)
         content = json.dumps(asdict(self._own), indent=1, ensure_ascii=False)
         is_created = self._store.commit(name, content.encode())
-        # Since this process looked, others may have taken that generation, left it again and
-        # removed its files, or removed the run and begun it anew: then it owns nothing.
-        newest = self._newest()
-        before = self._read(last.generation) if last else None
+        # Meanwhile other processes may have taken that generation, released it and removed its
+        # files, or removed the run and begun it anew: then this process does not hold the lock.
+        newest = self._newest_owner()
+        before = self._read_owner(last.generation) if last else None
         if newest is None or newest.token != self._own.token or before != last:
             if is_created:
                 self._store.remove(name)
-            raise self._refusal(newest)
+            raise self._locked_error(newest)
         if last is not None:
             self._remove_before(self._own.generation)
 
-    def _is_over(self, last: Owner) -> bool:
+    def _is_released_or_dead(self, last: Owner) -> bool:
         """Say whether the owner has released its lock, or can do no more work."""
         beat = self._read_beat(last)
         if beat is not None and beat["released"]:
             return True
         if last.is_same_process(self._own):
-            return last.token not in _HELD  # it could not write the mark: a full disk, say
+            return last.token not in _HELD  # `released` could not be written: a full disk, say
         is_dead = last.is_dead(self._own)
-        is_over = self._rests(last, beat) if is_dead is None else is_dead
-        if is_over:
-            logger.info("%s has left this %s without a word; going on", last, self._what)
-        return is_over
+        is_dead_or_silent = self._has_stopped(last, beat) if is_dead is None else is_dead
+        if is_dead_or_silent:
+            message = "%s has left this %s without releasing its lock; taking it over"
+            logger.info(message, last, self._what)
+        return is_dead_or_silent
 
-    def _rests(self, last: Owner, beat: dict[str, Any] | None) -> bool:
-        """Watch a heartbeat; say whether it rests or was the last one."""
-        logger.info("watching for %g s whether there is life in %s", self._patience_s, last)
+    def _has_stopped(self, last: Owner, beat: dict[str, Any] | None) -> bool:
+        """Watch a heartbeat for `patience_s`; say whether it has stopped or says `released`."""
+        logger.info("watching for %g s whether %s is alive", self._patience_s, last)
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             time.sleep(min(1.0, self._beat_s))
@@ -182,30 +184,30 @@ class RunLock:
                 return now is not None and bool(now["released"])
         return True
 
-    def _refusal(self, owner: Owner | None) -> RunLockedError:
+    def _locked_error(self, owner: Owner | None) -> RunLockedError:
         who = "another process" if owner is None else str(owner)
         return RunLockedError(
             f"{self._store.location('')}: {who} works on this {self._what}; "
             "wait until it is done, or end it: then the same command resumes"
         )
 
-    # Its files
+    # The lock's files
 
-    def _newest(self) -> Owner | None:
+    def _newest_owner(self) -> Owner | None:
         """Return the owner of the highest generation, whether or not it has released it."""
-        for _ in range(2):  # what was listed may be gone by now: whoever removed it has a newer one
+        for _ in range(2):  # a listed file may be gone: its remover has created a newer generation
             matches = (_LOCK.fullmatch(name) for name in self._store.list(FOLDER))
             for number in sorted((int(match[1]) for match in matches if match), reverse=True):
-                if (owner := self._read(number)) is not None:
+                if (owner := self._read_owner(number)) is not None:
                     return owner
         return None
 
-    def _read(self, generation: int) -> Owner | None:
+    def _read_owner(self, generation: int) -> Owner | None:
         facts = self._read_json(_lock_name(generation), Owner.__dataclass_fields__)
         return None if facts is None else Owner(**facts)
 
     def _read_beat(self, owner: Owner) -> dict[str, Any] | None:
-        """Return the owner's last heartbeat; None: it has not written one yet."""
+        """Return the owner's last heartbeat; None: it has not written any yet."""
         beat = self._read_json(_beat_name(owner.generation), ("token", "count", "released"))
         return beat if beat is not None and beat["token"] == owner.token else None
 
@@ -229,10 +231,10 @@ class RunLock:
             if number.isdigit() and int(number) < generation:
                 self._store.remove(f"{FOLDER}/{name}")
 
-    # Keeping and leaving it
+    # Holding and releasing the lock
 
     @property
-    def _rested_s(self) -> float:
+    def _since_beat_s(self) -> float:
         return time.monotonic() - self._last_beat
 
     def _keep_beating(self) -> None:
@@ -240,23 +242,23 @@ class RunLock:
             self._beat()
 
     def _beat(self, *, released: bool = False) -> None:
-        """Look whether the lock is still ours and say so; what is wrong is told by `check`."""
+        """Write the heartbeat if this process still holds the lock; `check` reports problems."""
         with self._beating:
             try:
-                looked = time.monotonic()  # the process may be stopped between any two lines
-                self._lost = self._lost or self._what_happened()
+                began = time.monotonic()  # the process may be stopped between any two lines
+                self._lost = self._lost or self._why_lost()
                 if self._lost is None:
                     self._count += 1
                     beat = {"token": self._own.token, "count": self._count, "released": released}
                     self._store.replace(_beat_name(self._own.generation), json.dumps(beat).encode())
-                    self._last_beat, self._error = looked, None
+                    self._last_beat, self._error = began, None
             except RunError as error:
                 self._error = error
                 logger.debug("no heartbeat: %s", error)
 
-    def _what_happened(self) -> str | None:
-        """Say who has the lock if it is not this process; None: it is."""
-        newest = self._newest()
+    def _why_lost(self) -> str | None:
+        """Say how this process lost the lock; None: it holds the lock."""
+        newest = self._newest_owner()
         if newest is not None and newest.token == self._own.token:
             return None
         if newest is None:

@@ -1,4 +1,4 @@
-"""What a run says of itself: its job, its engines, and at the end what of it is valid."""
+"""What a run's folder says about the run: its job, its engines, and in the end its manifest."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from mas_batch.safe_text import without_credentials
 
 
 def write_job(run: Store, job: Job) -> None:
-    """Keep the effective job in the run; storage options may hold secrets and stay out."""
+    """Write the effective job to the run, without storage options, which may hold secrets."""
     secret = {"corpus": {"storage_options"}, "output": {"storage_options"}}
     kept = job.model_dump(mode="json", exclude=secret)
     for agent in kept["agents"]:
-        agent["options"].pop("extra_body", None)  # what endpoints want there may be a key
+        agent["options"].pop("extra_body", None)  # some endpoints expect a key there
     content = yaml.safe_dump(without_credentials_in(kept), sort_keys=False, allow_unicode=True)
     run.replace("job.yaml", content.encode())
 
 
-def without_credentials_in(value: Any) -> Any:
-    """Take the credentials out of the URLs in plain data.
+def read_job_mapping(run: Store) -> dict[str, Any]:
+    """Return job.yaml as plain data, without keys that only earlier versions had."""
+    job: dict[str, Any] = yaml.safe_load(run.read_bytes("job.yaml"))
+    job["routing"].pop("mode", None)  # it never changed a result
+    return job
 
-    Before it is YAML, which breaks long lines where it likes. Not out of prompts: they are no URLs.
+
+def without_credentials_in(value: Any) -> Any:
+    """Return plain data without the credentials in its URLs; prompts stay as they are.
+
+    Call it before the data is YAML, which may break a URL over two lines.
     """
     if isinstance(value, str):
         return without_credentials(value)
@@ -45,10 +52,10 @@ def without_credentials_in(value: Any) -> Any:
 
 
 def check_invariant(plan: Plan, num_results: int, num_failures: int) -> None:
-    """Rows in = rows in results + rows in failures.
+    """Check that rows in = rows in results + rows in failures.
 
     Raises:
-        RunError: they differ; nothing is published.
+        RunError: they differ; nothing must be published.
     """
     if plan.num_records != num_results + num_failures:
         raise RunError(
@@ -58,12 +65,12 @@ def check_invariant(plan: Plan, num_results: int, num_failures: int) -> None:
 
 
 def write_engines(run: Store, facts: Mapping[str, Any]) -> None:
-    """Keep what the engines say of themselves; a later execution may find nothing left to ask."""
+    """Write what the engines say of themselves; a later execution may not load any of them."""
     run.replace("engines.json", json.dumps(facts, ensure_ascii=False, indent=1).encode())
 
 
 def read_engines(run: Store) -> dict[str, Any]:
-    """Return what the engines said of themselves when they were last loaded."""
+    """Return agent → what its engine said of itself when it was last loaded."""
     if not run.exists("engines.json"):
         return {}
     facts: dict[str, Any] = json.loads(run.read_bytes("engines.json"))
@@ -83,8 +90,8 @@ def manifest_files(
     name holds a hash: `failures` is names, in corpus order.
 
     Args:
-        answers: agent → the partitions in whose merge its answers are.
-        failures: partition → its failures file, of those that have one.
+        answers: agent → ranges of the partitions whose merge has its answers.
+        failures: partition → its failures file; only partitions that have one.
         review: partitions that have a review file.
     """
     reviewed = np.zeros(plan.num_partitions, np.bool_)
@@ -98,7 +105,7 @@ def manifest_files(
 
 
 def write_manifest(run: Store, manifest: Mapping[str, Any]) -> None:
-    """Publish the manifest: from now on readers see the run as complete."""
+    """Publish the manifest: from then on readers see the run as complete."""
     run.replace("manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 

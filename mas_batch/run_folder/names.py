@@ -12,16 +12,17 @@
         learned.json                          what the merge learned from the whole corpus
         escalation.json                       which records one more agent was asked about
         merges/<name>/                        the answers merged again: results, failures, manifest,
-                                              and merge.json, how
+                                              and merge.json, which says how
         engines.json                          what each agent's engine says of itself
         since.json                            what is reused of an earlier run; see `incremental`
-        reused/                               its answers, until a partition's others are there
+        reused/                               reused answers to part of a partition, until the
+                                              agent has answered the rest
         events/<time>-0000.jsonl              every routing decision and every outcome
         evaluation/                           what `mas-batch evaluate` has found
         journal/                              while a record that kills its worker is searched for
-        first-pass/                           while answers come, if the merge needs all of them
-        manifest.json                         what is valid, counts, versions; published last
-        report.html                           all of it for people; see `report`
+        first-pass/                           provisional merges, if a merge needs the whole corpus
+        manifest.json                         valid files, counts, versions; published last
+        report.html                           the run for people; see `report`
 
 The folder's name is a hash of everything that determines the results, so that resuming is
 a matter of which files exist: the same job finds its own files, a changed one never does.
@@ -42,13 +43,13 @@ FORMAT = 3
 """
 
 FIRST_PASS = "first-pass"
-"""Folder of merges that serve until the whole corpus is answered."""
+"""Folder of provisional merges, used until the whole corpus is answered."""
 
 SECOND_PASS = "second-pass"
-"""Folder of merges that only say which partitions' escalated records are answered."""
+"""Folder of merges that only mark the partitions whose escalated records are answered."""
 
 MERGES = "merges"
-"""Folder of merges that were made afterwards, each a folder with a manifest."""
+"""Folder of merges that were made after the run, each a folder with a manifest."""
 
 MERGE_SECTION = "merge.json"
 """File of such a merge: the effective `merge` section that it is made by."""
@@ -57,46 +58,47 @@ EVALUATION = "evaluation"
 """Folder of what `mas-batch evaluate` has found; see `evaluation.write`."""
 
 REUSED = "reused"
-"""Folder of an earlier run's answers, by partition and agent, until all others are there too."""
+"""Folder of an earlier run's answers to part of a partition, until the agent answers the rest."""
 
 JOURNAL = "journal"
-"""Folder of what `agents.quarantine` notes in one execution: the next may have better machines."""
+"""Folder of the journal of `agents.quarantine`. It is removed before each execution asks: the
+machines of the next one may be better."""
 
 LEDGER_FOLDER = "ledger"
 """Folder of the files of the run's ledger; see `latency.ledger`."""
 
 PASSES = (JOURNAL, REUSED, FIRST_PASS, SECOND_PASS)
-"""Folders that serve one execution or until the run is published."""
+"""Folders that are removed when the run is published."""
 
 
-def part(partition: int) -> str:
+def partition_stem(partition: int) -> str:
     """Return the stem of a partition's files."""
     return f"part-{partition:06d}"
 
 
 def staged_name(partition: int) -> str:
-    """Return where the partition's records are."""
-    return f"partitions/{part(partition)}.parquet"
+    """Return the name of the partition's staged records."""
+    return f"partitions/{partition_stem(partition)}.parquet"
 
 
 def answers_name(partition: int, agent_id: str) -> str:
-    """Return where the agent's answers to the partition are."""
-    return f"answers/agent={agent_id}/{part(partition)}.parquet"
+    """Return the name of the agent's answers to the partition."""
+    return f"answers/agent={agent_id}/{partition_stem(partition)}.parquet"
 
 
 def reused_name(partition: int, agent_id: str) -> str:
-    """Return where those of the agent's answers are that an earlier run has, if not all."""
-    return f"{REUSED}/agent={agent_id}/{part(partition)}.parquet"
+    """Return the name of the agent's reused answers to part of the partition."""
+    return f"{REUSED}/agent={agent_id}/{partition_stem(partition)}.parquet"
 
 
 def results_name(partition: int) -> str:
-    """Return where the partition's results are."""
-    return f"results/{part(partition)}.parquet"
+    """Return the name of the partition's results."""
+    return f"results/{partition_stem(partition)}.parquet"
 
 
 def review_name(partition: int) -> str:
-    """Return where those of the partition's results are that people should look at."""
-    return f"review/{part(partition)}.parquet"
+    """Return the name of the partition's doubtful results, which people should look at."""
+    return f"review/{partition_stem(partition)}.parquet"
 
 
 def run_name(job: Job, corpus: str, taught: Sequence[str | None]) -> str:
@@ -104,14 +106,14 @@ def run_name(job: Job, corpus: str, taught: Sequence[str | None]) -> str:
 
     Args:
         corpus: fingerprint of the corpus's files.
-        taught: of every agent, in the job's order, the fingerprint of the examples that it
-            learns from; None for one without.
+        taught: the fingerprint of the examples that each agent learns from, in the job's order;
+            None for an agent without examples.
     """
     return f"{job.name}-{fingerprint([FORMAT, job.identity(), corpus, taught])}"
 
 
 def earlier_runs(output: Store, job_name: str, current: str) -> list[str]:
-    """List other runs of a job of that name: what changed made a new one."""
+    """List the other runs of a job of that name: another job file, or another corpus."""
     prefix_length = len(current) - len(job_name) - 1
     return sorted(
         name

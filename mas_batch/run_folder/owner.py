@@ -1,4 +1,4 @@
-"""Which process holds a run's lock, and whether it is still there."""
+"""Which process holds a run's lock, and whether it still runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 
 _SAME_START_S = 2.0
-"""A process id is not given again that fast, and the kernel counts seconds since its boot."""
+"""Starts this close are one process: ids are not reused that fast, and the kernel counts seconds
+since its boot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,18 +21,18 @@ class Owner:
 
     generation: int
     token: str
-    """Random: tells it from another owner of that number in a run that was removed meanwhile."""
+    """Random; differs from that of an owner of the same generation in a run removed meanwhile."""
     host: str
     boot_id: str | None
     """Changes when the host is booted; None where the system has none."""
     pid_namespace: str | None
-    """Containers of one host may share its name, but they number their processes anew."""
+    """Containers may share their host's name, but each numbers its own processes."""
     pid: int
     started_s: float
     """When the process started: seconds since boot where there is a `boot_id`, else since 1970."""
     user: str
     since: str
-    """When it took the lock, by its own clock; for people."""
+    """When the process took the lock, by its own clock; for people."""
 
     @classmethod
     def this_process(cls, generation: int) -> Owner:
@@ -54,8 +55,8 @@ class Owner:
         """Say whether the process has ended, as `newcomer` can tell from where it runs.
 
         Returns:
-            None if it cannot: the process is on another host, in another container, or of another
-            user, whose processes a system may hide.
+            None if `newcomer` cannot tell: the process is on another host, in another container,
+            or of another user, whose processes a system may hide.
         """
         if self.host != newcomer.host:
             return None
@@ -66,7 +67,7 @@ class Owner:
         try:
             process = psutil.Process(self.pid)
             is_another = abs(_started_s(process, self.boot_id) - self.started_s) > _SAME_START_S
-            # A zombie has ended; only its parent has not asked yet how.
+            # A zombie has ended; its parent has only not read its exit status yet.
             return is_another or process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         except psutil.NoSuchProcess:
             return True
@@ -94,6 +95,6 @@ def _pid_namespace() -> str | None:
 
 
 def _started_s(process: psutil.Process, boot_id: str | None) -> float:
-    """Return when a process started, so that setting the clock changes nothing."""
+    """Return when a process started, where possible independent of changes of the clock."""
     created: float = process.create_time()
     return created if boot_id is None else created - psutil.boot_time()

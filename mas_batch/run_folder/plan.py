@@ -65,7 +65,7 @@ def stage(run: Store, corpus: CorpusReader, partitions: Iterable[Partition]) -> 
     Agents read their partition from here: a compressed or remote corpus is read once, by
     one reader, and a file that changes under a resumed run changes nothing.
     """
-    run.remove_folder("partitions")  # of a staging that was cut short
+    run.remove_folder("partitions")  # of a staging that was killed
     columns = {name: array("q") for name in PLAN.names}
     for partition in partitions:
         known = corpus.passthrough_schema() if corpus.has_schema else None

@@ -18,7 +18,7 @@ Ranges: TypeAlias = Sequence[Sequence[int]]
 
 
 def join_ranges(parts: Iterable[Ranges]) -> list[list[int]]:
-    """Return the union of ranges `[first, stop)` that do not overlap: ascending, none touching."""
+    """Return the union of non-overlapping ranges `[first, stop)`, ascending, neighbours joined."""
     joined: list[list[int]] = []
     for first, stop in sorted(map(tuple, chain.from_iterable(parts))):
         if joined and joined[-1][1] == first:

@@ -34,7 +34,7 @@ _EMPTY = {
 
 _FILES_PER_GROUP = 64
 _DASK_PARTITIONS = 1000
-"""Up to so many, a Dask partition is one file."""
+"""Up to so many files, a Dask partition is one file."""
 
 
 class Run:
@@ -65,8 +65,8 @@ class Run:
     def arrow(self, table: str = "results") -> pa.Table:
         """Read a whole table: `results`, `review`, `failures`, `answers` or `agents`.
 
-        One file is open at a time; its rows are in chunks of 64 files, of which each file by
-        itself would be a chunk of every column.
+        One file is open at a time. A chunk of the table is 64 files; else every file would be a
+        chunk of every column.
         """
         groups = _in_groups(self.files(table), _FILES_PER_GROUP)
         tables = [_read_files(names, self.store) for names in groups]
@@ -79,7 +79,7 @@ class Run:
     def dask(self, table: str = "results") -> Any:
         """Open a table as a Dask DataFrame.
 
-        A Dask partition is one file for up to 1,000 files; of more it is several, at most 64.
+        With up to 1,000 files a Dask partition is one file; with more it is several, at most 64.
         """
         import dask.dataframe as dd
 
@@ -112,7 +112,7 @@ class Run:
         return read_ledger(self.store)
 
     def merges(self) -> list[str]:
-        """Name the merges that were made afterwards of this run's answers."""
+        """Return the names of the merges that were made of this run's answers afterwards."""
         return sorted(
             name
             for name in self.store.list(MERGES)
@@ -120,7 +120,7 @@ class Run:
         )
 
     def merge(self, name: str) -> Run:
-        """Open one of `merges`: its results and failures, beside this run's answers.
+        """Open one of `merges`, which has results and failures of its own.
 
         Raises:
             RunError: there is no such merge.
@@ -146,12 +146,13 @@ def _read_pandas(names: Sequence[str], store: Store) -> Any:
 
 
 def _answers_names(ranges: Mapping[str, Sequence[Sequence[int]]]) -> Iterator[str]:
-    """Yield partition by partition, its agents in the manifest's order."""
+    """Yield the files partition by partition, agents in the manifest's order."""
 
-    def of(position: int, agent: str) -> Iterator[tuple[int, int, str]]:
+    def answered_by(agent: str, position: int) -> Iterator[tuple[int, int, str]]:
         return ((partition, position, agent) for partition in from_ranges(ranges[agent]))
 
-    for partition, _, agent in heapq.merge(*(of(i, agent) for i, agent in enumerate(ranges))):
+    by_agent = (answered_by(agent, position) for position, agent in enumerate(ranges))
+    for partition, _, agent in heapq.merge(*by_agent):
         yield answers_name(partition, agent)
 
 
@@ -176,7 +177,7 @@ def open_run(path: str, storage_options: Mapping[str, Any] | None = None) -> Run
 
 
 def read_ledger(store: Store) -> pa.Table:
-    """Read all rows of a run's executions; none for a run of an earlier version."""
+    """Read the rows of all executions of a run; a run of an earlier version has none."""
     names = sorted(name for name in store.list(LEDGER_FOLDER) if name.endswith(".parquet"))
     tables = [store.read_table(f"{LEDGER_FOLDER}/{name}") for name in names]
     return pa.concat_tables(tables) if tables else LEDGER.empty_table()

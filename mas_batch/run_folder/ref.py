@@ -1,4 +1,4 @@
-"""What every task of a run needs to know of it."""
+"""What every task on a worker needs to know of its run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mas_batch.run_folder.storage import Store
 
 @dataclass(frozen=True, slots=True)
 class RunRef:
-    """What every task of a run needs to know of it."""
+    """What every task on a worker needs to know of its run."""
 
     store: Store
     topic: str
@@ -23,21 +23,21 @@ class RunRef:
     task: Task
     merge: MergeSpec
     stopping: StoppingRule | None
-    """Adaptive: when a record needs no further answer; None: every agent asked answers all."""
+    """Adaptive: when a record needs no further answer; None: an asked agent answers all records."""
     passthrough: pa.Schema
     keep_text: bool
     into: str = ""
     """Folder of the run in which merges are committed: a first pass, or a merge made afterwards;
-    empty: they are the run's results."""
+    empty: the merges are the run's results."""
     passes: tuple[str, ...] = ()
     """Folders of the run with earlier merges: only answers that went into one of them are merged.
-    What came later is passed over, or the outcome would depend on when. Empty: there are none."""
+    Answers committed later are ignored, else results would depend on timing. Empty: no folders."""
     escalation: Escalation | None = None
-    """Which records its agent is asked about; all other agents are asked about every one."""
+    """Which records are escalated to its agent; all other agents are asked about every record."""
     reuses: bool = False
-    """Answers of an earlier run are there, in `reused/`: only the others are asked for."""
+    """Whether `reused/` may hold answers of an earlier run: workers ask only for the others."""
 
     @property
     def merged(self) -> Store:
-        """Where merges are committed."""
+        """The folder in which merges are committed."""
         return self.store.child(self.into) if self.into else self.store

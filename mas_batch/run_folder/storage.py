@@ -1,8 +1,8 @@
 """Files of a run on any filesystem, each written at most once.
 
 Dask executes a task at least once: a killed or paused worker's task runs again, and both
-copies may finish. Exactly-once therefore comes from here: `commit` creates a name only if
-it is absent, the first copy wins, and every later one learns that it lost.
+copies may finish. `commit` makes that exactly once: it creates a name only if it is absent, the
+first copy wins, and every later copy learns that it lost.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Store:
     """A folder on a filesystem; names inside it are relative, with `/`. Cheap to pickle."""
 
     url: str
-    """May hold credentials: for people, take `location`."""
+    """May hold credentials: show people `location` instead."""
     options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Not in `repr`: Dask logs the arguments of failed tasks, and these may be secrets."""
 
@@ -48,16 +48,18 @@ class Store:
         try:
             filesystem, root = fsspec.core.url_to_fs(self.url, **self.options)
         except ImportError as error:
-            message = f"{without_credentials(self.url)!r}: {self._words(error)}"
-            raise JobError(message, key="output.path") from self._cause(error)
+            message = f"{without_credentials(self.url)!r}: {self._error_text(error)}"
+            raise JobError(message, key="output.path") from self._safe_cause(error)
         except ValueError as error:
             message = f"{without_credentials(self.url)!r} is not a path or URL that fsspec knows"
-            raise JobError(f"{message}: {self._words(error)}", key="output.path") from self._cause(
-                error
-            )
+            raise JobError(
+                f"{message}: {self._error_text(error)}", key="output.path"
+            ) from self._safe_cause(error)
         except OSError as error:  # some filesystems connect at once
-            message = f"{without_credentials(self.url)} cannot be reached: {self._words(error)}"
-            raise RunError(message) from self._cause(error)
+            message = (
+                f"{without_credentials(self.url)} cannot be reached: {self._error_text(error)}"
+            )
+            raise RunError(message) from self._safe_cause(error)
         return filesystem, root.rstrip("/")
 
     @property
@@ -89,7 +91,7 @@ class Store:
         """
         filesystem, _ = self._filesystem
         filesystem.invalidate_cache()
-        with self._naming(name, "looked up"):
+        with self._translated_errors(name, "looked up"):
             try:
                 # Not fsspec's `exists`: on some filesystems any error at all means "no" to it.
                 filesystem.info(self.path(name))
@@ -104,20 +106,26 @@ class Store:
             FileNotFoundError: it is not there.
             RunError: it cannot be read (forbidden, damaged, unreachable).
         """
-        with self._naming(name, "read"):
+        with self._translated_errors(name, "read"):
             content: bytes = self._filesystem[0].cat_file(self.path(name))
         return content
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the Parquet file `name`, or some of its columns; raises what `read_bytes` raises."""
         content = self.read_bytes(name)
-        # Half the time of `pq.read_table`, whose datasets and threads pay for large files only.
-        with self._naming(name, "read"), pq.ParquetFile(pa.BufferReader(content)) as file:
+        # Half the time of `pq.read_table`, whose datasets and threads help with large files only.
+        with (
+            self._translated_errors(name, "read"),
+            pq.ParquetFile(pa.BufferReader(content)) as file,
+        ):
             return file.read(columns=columns, use_threads=False)
 
     def read_schema(self, name: str) -> pa.Schema:
         """Read only the footer of the Parquet file `name`; raises what `read_bytes` raises."""
-        with self._naming(name, "read"), self._filesystem[0].open(self.path(name), "rb") as file:
+        with (
+            self._translated_errors(name, "read"),
+            self._filesystem[0].open(self.path(name), "rb") as file,
+        ):
             return pq.read_schema(file)
 
     def list(self, folder: str) -> set[str]:
@@ -129,7 +137,7 @@ class Store:
         filesystem, _ = self._filesystem
         filesystem.invalidate_cache()
         path = self.path(folder)
-        with self._naming(folder, "listed"):
+        with self._translated_errors(folder, "listed"):
             try:
                 entries = filesystem.ls(path, detail=False)
             except FileNotFoundError:
@@ -148,7 +156,7 @@ class Store:
         Raises:
             OutputError: the filesystem refused to write (read-only, full, forbidden).
         """
-        with self._naming(name, "written", OutputError):
+        with self._translated_errors(name, "written", OutputError):
             if self.is_local:
                 return self._commit_local(name, content)
             return self._commit_object(name, content)
@@ -163,7 +171,7 @@ class Store:
         Raises:
             OutputError: the filesystem refused to write (read-only, full, forbidden).
         """
-        with self._naming(name, "written", OutputError):
+        with self._translated_errors(name, "written", OutputError):
             if self.is_local:
                 self._replace_local(name, content)
             else:
@@ -175,7 +183,7 @@ class Store:
         Raises:
             OutputError: the filesystem refused to remove it.
         """
-        with self._naming(name, "removed", OutputError), suppress(FileNotFoundError):
+        with self._translated_errors(name, "removed", OutputError), suppress(FileNotFoundError):
             self._filesystem[0].rm_file(self.path(name))
 
     def remove_folder(self, folder: str) -> None:
@@ -187,8 +195,8 @@ class Store:
     def remove_orphans(self) -> int:
         """Remove temporary files that killed writers left behind; returns how many.
 
-        Call it when all is committed: a writer that is still at work loses its file, and its
-        commit, which could only come too late, fails.
+        Call it when everything is committed: a writer that still works loses its temporary file,
+        and its commit, which would lose anyway, fails.
         """
         if not self.is_local:
             return 0  # object stores write whole objects or nothing
@@ -198,11 +206,16 @@ class Store:
         return len(orphans)
 
     @contextmanager
-    def _naming(self, name: str, done: str, kind: type[RunError] = RunError) -> Iterator[None]:
-        """Turn a filesystem's errors into ones that name the file and what was not done to it.
+    def _translated_errors(
+        self, name: str, done: str, kind: type[RunError] = RunError
+    ) -> Iterator[None]:
+        """Turn a filesystem's errors into errors that name the file and what failed.
+
+        Args:
+            done: what was to be done to the file, as a participle for the message.
 
         Raises:
-            FileNotFoundError: what was to be read is not there.
+            FileNotFoundError: the file to be read is not there.
         """
         try:
             yield
@@ -212,18 +225,18 @@ class Store:
             location = self.location(name)
             if isinstance(error, FileNotFoundError) and kind is not OutputError:
                 absent = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
-                raise absent from self._cause(error)
-            message = f"{location} cannot be {done}: {self._words(error)}"
-            raise kind(message) from self._cause(error)
+                raise absent from self._safe_cause(error)
+            message = f"{location} cannot be {done}: {self._error_text(error)}"
+            raise kind(message) from self._safe_cause(error)
 
-    def _words(self, error: Exception) -> str:
-        """Return what an error says, in one line and without pieces of the URL's credentials."""
+    def _error_text(self, error: Exception) -> str:
+        """Return an error's message in one line and without pieces of the URL's credentials."""
         known = isinstance(error, OSError) and error.strerror
         words = " ".join((known or f"{type(error).__name__}: {error}").split())
         return without_pieces(words, self.url)
 
-    def _cause(self, error: Exception) -> Exception | None:
-        """Return what to chain: not an error that shows the URL's credentials in its traceback."""
+    def _safe_cause(self, error: Exception) -> Exception | None:
+        """Return the error to chain; None if its traceback would show the URL's credentials."""
         return None if has_credentials(self.url) else error
 
     def _orphans(self) -> Iterator[Path]:

@@ -1,1 +1,1 @@
-"""The job's agents, resident and asked about single texts: `AgentPool`."""
+"""`AgentPool`: a job's agents stay resident and are asked about single texts."""

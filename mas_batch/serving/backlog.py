@@ -1,18 +1,28 @@
-"""What waits for one agent: new parts as batches, and one by one what has failed elsewhere."""
+"""The parts that wait for an agent: new ones as batches, failed or late ones again, one by one.
+
+Pure: knows neither clock nor network. Batching is continuous: a free replica takes what waits, and
+while all replicas are busy the next batch grows by itself. A fixed window would make a lone
+question wait for others that may never come; `max_wait_s` is for engines on which a fuller batch
+is worth the wait.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Hashable, Iterator
+from itertools import islice
+from typing import Generic, TypeVar
 
-from mas_batch.serving.microbatch import MicroBatcher
 from mas_batch.serving.parts import AgentPart
+
+Item = TypeVar("Item", bound=Hashable)
 
 
 class Backlog:
-    """Parts in the order in which they are to be taken.
+    """The parts that wait for one agent, in the order in which its replicas take them.
 
-    What is asked again is taken alone: if it killed a worker, it shall not take its neighbours
-    along; and by a replica that it has not failed at.
+    A part that is asked again is taken alone, so that a part which kills workers harms no other
+    part, and by a replica at which it has not failed.
     """
 
     def __init__(self, max_batch: int, max_wait_s: float) -> None:
@@ -30,20 +40,20 @@ class Backlog:
         self._new.add(part, now)
 
     def add_again(self, part: AgentPart) -> bool:
-        """Let a part wait for another replica; returns whether it did not wait for one already."""
+        """Let a part wait for another replica; returns False if it waits for one already."""
         if part in self._again:
             return False
         self._again.append(part)
         return True
 
     def discard(self, part: AgentPart) -> None:
-        """Forget the part, if it waits."""
+        """Remove the part, if it waits."""
         self._new.discard(part)
         if part in self._again:
             self._again.remove(part)
 
     def take(self, replica_id: str, now: float) -> list[AgentPart]:
-        """Return what the replica shall be asked; empty: nothing, or not yet."""
+        """Remove and return the parts that the replica is to be asked next; empty: none yet."""
         for part in self._again:
             if replica_id not in part.tried:
                 self._again.remove(part)
@@ -51,7 +61,7 @@ class Backlog:
         return self._new.take(now)
 
     def take_hopeless(self, replicas: Collection[str]) -> list[AgentPart]:
-        """Return what has been at all these replicas, and let it wait no more."""
+        """Remove and return the parts that have been at all of these replicas."""
         hopeless = [part for part in self._again if replicas and part.tried.issuperset(replicas)]
         for part in hopeless:
             self._again.remove(part)
@@ -59,10 +69,63 @@ class Backlog:
 
     @property
     def is_for_some_only(self) -> bool:
-        """Whether a replica may find nothing here that another can take."""
+        """Whether some parts wait that only some replicas may take."""
         return bool(self._again)
 
     @property
     def due(self) -> float:
         """See `MicroBatcher.due`."""
         return self._new.due
+
+
+class MicroBatcher(Generic[Item]):
+    """Items in the order in which they came; every item is taken once, or discarded.
+
+    Args:
+        max_batch: the most items that are taken together.
+        max_wait_s: how long the oldest item may wait, with a replica free, for a batch to fill;
+            0: not at all.
+    """
+
+    def __init__(self, max_batch: int, max_wait_s: float = 0.0) -> None:
+        self._max_batch = max_batch
+        self._max_wait_s = max_wait_s
+        self._since: dict[Item, float] = {}  # a dict keeps the order and finds items fast
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._since)
+
+    def add(self, item: Item, now: float) -> None:
+        """Let the item wait.
+
+        Raises:
+            ValueError: the item waits already.
+        """
+        if item in self._since:
+            raise ValueError(f"{item!r} waits already")
+        self._since[item] = now
+
+    def discard(self, item: Item) -> bool:
+        """Remove the item; returns whether it was still waiting."""
+        return self._since.pop(item, None) is not None
+
+    def take(self, now: float) -> list[Item]:
+        """Remove and return the next batch for a free replica; empty: none is due yet."""
+        if now < self.due:
+            return []
+        batch = list(islice(self._since, self._max_batch))
+        for item in batch:
+            del self._since[item]
+        return batch
+
+    @property
+    def due(self) -> float:
+        """The time from which on `take` returns a batch, if no further item comes; inf: never."""
+        if not self._since:
+            return math.inf
+        if len(self._since) >= self._max_batch:
+            return -math.inf
+        return next(iter(self._since.values())) + self._max_wait_s

@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _MIN_SILENCE_S = 60.0
-"""However short a question's time is: a worker is not restarted because people are impatient."""
+"""Silence after which a worker is restarted, at least, however short a question's timeout is."""
 
 Answers = Literal["first"] | int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much at once, and for how long; see `AgentPool`.
+    """Limits on sizes and times; see `AgentPool`.
 
     Raises:
-        ValueError: one is out of its range.
+        ValueError: a limit is out of its range.
     """
 
     max_batch: int
@@ -64,7 +64,7 @@ class Limits:
 
 
 class PoolCore:
-    """What the faces of a pool share. Threads may share it.
+    """What `AgentPool` and `SyncAgentPool` share. Threads may share it.
 
     Raises:
         JobError: the job cannot be asked about single texts, or an argument is wrong.
@@ -80,20 +80,20 @@ class PoolCore:
         *,
         hedge: bool,
     ) -> None:
-        self._job = _servable(job)
+        self._job = _check_servable(job)
         self._samples = {agent.name: agent.samples for agent in job.agents}
         self._answers = answers
         self._limits = limits
         self._hedge = hedge
-        self._asking(None, None, None)  # what is wrong shall show before a model is loaded
+        self._asking_rules(None, None, None)  # raises for a wrong argument before a model is loaded
         spec = pool_spec(job, learned_from)
         topic = f"mas-batch-pool-{job.name}-{uuid.uuid4().hex[:8]}"
         store = Store(job.output.path, job.output.storage_options)
         run = RunRef(store, topic, job.task, spec, None, pa.schema([]), keep_text=False)
-        self._residence = Residence(job, run, _usable(job, client))
+        self._residence = Residence(job, run, _client_to_use(job, client))
         queues = AgentQueues(
             job.agents,
-            _rules(job, limits.timeout_s),
+            _queue_rules(job, limits.timeout_s),
             self._residence.call,
             self._residence.suspect,
             max_batch=limits.max_batch,
@@ -103,24 +103,28 @@ class PoolCore:
         self._is_open = self._is_abandoned = False
 
     def open(self) -> None:
-        """Load the models, and wait for that.
+        """Load the models, and wait until they are loaded.
 
         Raises:
             JobError: an agent has no capable worker.
             ModelError: no worker of an agent could load its model.
             RunError: the cluster cannot be reached.
-            PoolClosedError: it was open before.
+            PoolClosedError: the pool was open before.
         """
         self._residence.open(self._desk)
         self._is_open = not self._is_abandoned
 
     def abandon(self) -> None:
-        """Do not wait any longer for it to open."""
+        """Give up opening the pool, without waiting for `open` to end."""
         self._is_abandoned = True
-        self._residence.leave()
+        self._residence.begin_close()
 
     def close(self, *, drain: bool) -> None:
-        """Take no more questions, answer the pending ones or (not `drain`) end them, free all."""
+        """Take no more questions, and free the models.
+
+        Args:
+            drain: whether pending questions are answered first; else they end with an error.
+        """
         if not self._is_open:
             return
         try:
@@ -132,7 +136,7 @@ class PoolCore:
             self._residence.close()
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Promise[T]:
-        """Run it on the client's event loop, where everything of the pool runs.
+        """Start the coroutine on the client's event loop, on which the whole pool runs.
 
         Raises:
             PoolClosedError: the pool is not open, or its client was closed.
@@ -142,7 +146,7 @@ class PoolCore:
             raise PoolClosedError("the pool is not open; use it as a context manager")
         try:
             return asyncio.run_coroutine_threadsafe(work, self._residence.loop)
-        except RuntimeError as error:  # the loop of a client that is closed is closed too
+        except RuntimeError as error:  # closing a client closes its loop
             work.close()
             raise PoolClosedError("the pool's client was closed") from error
 
@@ -155,46 +159,49 @@ class PoolCore:
         timeout_s: float | None,
     ) -> Promise[Reply]:
         """Begin to ask; see `AgentPool.ask`."""
-        asking = self._asking(agents, answers, timeout_s)
+        asking = self._asking_rules(agents, answers, timeout_s)
         return self.begin(self._desk.ask(make_record(text, context), asking))
 
     def questions(
         self, texts: Iterable[str], contexts: Iterable[str | None] | None
     ) -> Promise[list[Reply | MasBatchError]]:
-        """Begin to ask about many; see `AgentPool.ask_many`."""
+        """Begin to ask about many texts; see `AgentPool.ask_many`."""
         texts = list(texts)
         contexts = repeat(None, len(texts)) if contexts is None else contexts
-        pairs, asking = list(zip(texts, contexts, strict=True)), self._asking(None, None, None)
+        pairs, asking = (
+            list(zip(texts, contexts, strict=True)),
+            self._asking_rules(None, None, None),
+        )
 
-        async def one(text: str, context: str | None) -> Reply | MasBatchError:
+        async def ask_one(text: str, context: str | None) -> Reply | MasBatchError:
             try:
                 record = make_record(text, context)
                 return await self._desk.ask(record, asking, wait_for_room=True)
             except MasBatchError as error:
                 return error
 
-        async def every() -> list[Reply | MasBatchError]:
-            return await asyncio.gather(*(one(*pair) for pair in pairs))
+        async def ask_all() -> list[Reply | MasBatchError]:
+            return await asyncio.gather(*(ask_one(*pair) for pair in pairs))
 
-        return self.begin(every())
+        return self.begin(ask_all())
 
     def stats(self) -> PoolStats:
         """Return what has been measured since the pool was opened."""
 
-        async def measured() -> PoolStats:
+        async def stats() -> PoolStats:
             return self._desk.stats()
 
-        return self.begin(measured()).result() if self._is_open else self._desk.stats()
+        return self.begin(stats()).result() if self._is_open else self._desk.stats()
 
-    def _asking(
+    def _asking_rules(
         self, agents: Sequence[str] | None, answers: Answers, timeout_s: float | None
     ) -> AskingRules:
-        """Resolve what is asked of whom.
+        """Resolve the arguments to the rules by which a question is asked.
 
         Raises:
             JobError, ValueError: an argument is wrong.
         """
-        samples = self._chosen(agents)
+        samples = self._samples_of(agents)
         answers = self._answers if answers is None else answers
         asking = AskingRules(
             samples=samples,
@@ -206,14 +213,14 @@ class PoolCore:
             new_tokens=self._job.task.max_new_tokens,
         )
         if answers is not None:
-            return replace(asking, wanted=_num_wanted(answers, asking.wanted))
+            return replace(asking, wanted=_check_num_wanted(answers, asking.wanted))
         if agents is not None:
             return asking
         adaptive = self._job.routing.adaptive
         wanted = adaptive.first if adaptive else self._job.answers_per_record
         return replace(asking, wanted=wanted, stopping=stopping_rule(self._job))
 
-    def _chosen(self, agents: Sequence[str] | None) -> dict[str, int]:
+    def _samples_of(self, agents: Sequence[str] | None) -> dict[str, int]:
         if agents is None:
             return self._samples
         unknown = [name for name in agents if name not in self._samples]
@@ -225,10 +232,10 @@ class PoolCore:
 
 
 def check_timeout(timeout_s: float) -> float:
-    """Return it.
+    """Return the timeout.
 
     Raises:
-        ValueError: it is no time.
+        ValueError: it is not above 0.
     """
     if not timeout_s > 0:
         raise ValueError(f"timeout_s: {timeout_s} is not allowed; allowed: above 0")
@@ -236,11 +243,15 @@ def check_timeout(timeout_s: float) -> float:
 
 
 def pool_spec(job: Job, learned_from: str | None) -> MergeSpec:
-    """Return how single texts are merged; what needs a corpus comes from a run of the job.
+    """Return how single texts are merged; a merge that learns from a corpus takes it from a run.
+
+    Args:
+        learned_from: folder of a published run of the job; None: a merge that needs a corpus is
+            replaced by its first pass.
 
     Raises:
-        JobError: the run has learned nothing, or not of these agents.
-        RunError: there is no complete run there.
+        JobError: the run has learned nothing, or nothing of one of these agents.
+        RunError: `learned_from` is no complete run.
     """
     spec = merge_spec(job)
     learning = spec.learning
@@ -268,7 +279,7 @@ def pool_spec(job: Job, learned_from: str | None) -> MergeSpec:
     return lesson.spec
 
 
-def _servable(job: Job) -> Job:
+def _check_servable(job: Job) -> Job:
     if job.routing.escalate is not None:
         message = "which records are the least confident is known of a corpus only; remove it"
         raise JobError(f"a pool does not escalate: {message}", key="routing.escalate")
@@ -276,14 +287,14 @@ def _servable(job: Job) -> Job:
     return job
 
 
-def _usable(job: Job, client: Client | None) -> Client | None:
-    """Return the client to use; None: the job says which."""
+def _client_to_use(job: Job, client: Client | None) -> Client | None:
+    """Return the client to use; None: the job's `cluster` section decides."""
     if client is not None and client.asynchronous:
         raise ValueError("client: an asynchronous one is not allowed; allowed: Client(address)")
     return cluster.current_client() if cluster.is_embedded(job.cluster, client) else client
 
 
-def _num_wanted(answers: Answers, possible: int) -> int:
+def _check_num_wanted(answers: Answers, possible: int) -> int:
     wanted = 1 if answers == "first" else answers
     if not isinstance(wanted, int) or not 1 <= wanted <= possible:
         allowed = f"'first', or 1 to {possible}, which is what these agents can give"
@@ -291,11 +302,11 @@ def _num_wanted(answers: Answers, possible: int) -> int:
     return wanted
 
 
-def _rules(job: Job, timeout_s: float) -> Rules:
-    """Return what the queues keep to; a worker is restarted when it has been silent for long."""
+def _queue_rules(job: Job, timeout_s: float) -> Rules:
+    """Return the queues' rules; a worker that is silent for `timeout_s` is restarted."""
     return Rules(
         answers_per_record=job.answers_per_record,
-        window=1,  # what a replica has been sent it has begun; all else can be withdrawn
+        window=1,  # a replica has begun whatever it was sent; all other parts can be withdrawn
         weights=job.routing.weights,
         accuracies=job.merge.accuracies,
         timeout_s=job.routing.timeout_s or max(timeout_s, _MIN_SILENCE_S),

@@ -1,4 +1,4 @@
-"""Answers single questions: asks agents, stops when it is enough, merges. Knows no Dask.
+"""Answers single questions: asks agents, stops when the answers are enough, merges. Knows no Dask.
 
 Everything runs on one event loop, but for the merges, which have a thread of their own.
 """
@@ -21,22 +21,21 @@ from mas_batch.errors import (
 from mas_batch.partition import estimate_tokens
 from mas_batch.records import Record
 from mas_batch.routing.policies import PartitionView, Policy
-from mas_batch.serving.k_of_n import Quorum
 from mas_batch.serving.measure import Meter, PoolStats
 from mas_batch.serving.parts import AgentPart
-from mas_batch.serving.question import AskingRules, Question
+from mas_batch.serving.question import AskingRules, Question, Quorum
 from mas_batch.serving.queues import AgentQueues
 from mas_batch.serving.reply import Reply, encoder_of, merged, rows_of
 
 
 class Desk:
-    """Asks, waits, merges, for many at a time.
+    """Asks agents about many questions at a time, waits for their answers, and merges them.
 
     Args:
-        queues: the agents' replicas.
-        policy: chooses whom to ask next about a question.
+        queues: the agents' queues and replicas.
+        policy: chooses the agent that is asked next about a question.
         spec: how answers are merged.
-        max_pending: questions at a time.
+        max_pending: the most questions at a time.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Desk:
         """Return the merged answer to the record.
 
         Raises:
-            PoolBusyError: too many are pending; never with `wait_for_room`.
+            PoolBusyError: too many questions are pending; never with `wait_for_room`.
             PoolClosedError: the pool is closing, or its cluster was lost.
             AnswerTimeoutError: no agent has answered in time.
             NoAnswerError: every agent failed.
@@ -97,7 +96,7 @@ class Desk:
         self._pending[question] = task
         try:
             await self._gather_in_time(question, asking)
-            self._withdraw(question)  # before the merge: no loser shall begin meanwhile
+            self._withdraw(question)  # before the merge: no further agent shall begin meanwhile
             return await self._merge(question)
         except asyncio.CancelledError:
             if self._closed:
@@ -111,32 +110,32 @@ class Desk:
             self._withdraw(question)
 
     def tick(self) -> None:
-        """Look around; call it every second."""
+        """Let replicas that failed be tried again when it is time; call it every second."""
         self._queues.tick()
 
     def joined(self, address: str, agent_id: str, paused: bool) -> None:
-        """A worker holds the agent's model."""
+        """Note that a worker holds the agent's model."""
         self._queues.joined(address, agent_id, paused=paused)
-        self._wake()
+        self._wake_questions()
 
     def paused(self, address: str, paused: bool) -> None:
-        """A worker is to be asked nothing further, or again."""
+        """Note that a worker is paused, and takes no further batch, or works again."""
         self._queues.paused(address, paused)
-        self._wake()
+        self._wake_questions()
 
     def left(self, address: str) -> None:
-        """A worker is gone."""
+        """Note that a worker is gone."""
         self._queues.left(address)
-        self._wake()
+        self._wake_questions()
 
     def fail(self, why: str) -> None:
-        """End every question now, and take no more."""
+        """End every question with `PoolClosedError` of this message, and take no more."""
         self._closed, self._drains = why, False
         for task in self._pending.values():
             task.cancel()
 
     async def close(self, *, drain: bool) -> None:
-        """Take no more questions; with `drain` answer those that are pending, else end them."""
+        """Take no more questions; with `drain` answer the pending ones, else end them."""
         self._drains = drain and not self._closed
         self._closed = self._closed or "the pool is closed"
         if not drain:
@@ -164,22 +163,22 @@ class Desk:
     # Asking
 
     async def _gather_in_time(self, question: Question, asking: AskingRules) -> None:
-        """Gather what comes in time; some answers are better than none.
+        """Gather the answers that come in time, even if they are not enough.
 
         Raises:
-            AnswerTimeoutError: none came.
+            AnswerTimeoutError: no answer came.
         """
         try:
             async with asyncio.timeout(asking.timeout_s):
                 await self._gather(question, asking)
         except TimeoutError:
             if not question.quorum.num_answers:
-                agents = ", ".join(question.parts) or "nobody"
+                agents = ", ".join(question.parts) or "no agent"
                 message = f"no answer within {asking.timeout_s:g} s; asked: {agents}"
                 raise AnswerTimeoutError(message) from None
 
     async def _gather(self, question: Question, asking: AskingRules) -> None:
-        """Ask until there are answers enough, or nobody is left to ask."""
+        """Ask agents until there are answers enough, or no agent is left to ask."""
         quorum = question.quorum
         while True:
             if asking.stopping is not None and quorum.is_complete:
@@ -200,13 +199,17 @@ class Desk:
         return [agent for agent in quorum.open if not self._queues.is_served(agent)]
 
     def _choose(self, question: Question) -> str | None:
-        """Choose whom to ask next, by the job's policy; nobody can be asked: the first, later."""
+        """Choose the agent to ask next, by the job's policy; None: wait for an answer first.
+
+        If no agent can be asked now and no answer is awaited, it is the first one, whose queue
+        holds the part until it can.
+        """
         unasked = question.quorum.unasked
         views = [view for agent in unasked for view in self._queues.views(agent)]
         if not views:
             return None if question.quorum.open else unasked[0]
         partition = PartitionView(question.number, question.tokens, len(question.parts))
-        # With nobody to wait for, every policy chooses.
+        # A policy that would rather wait for another replica returns None; this does not wait.
         chosen = self._policy.choose(partition, views)
         return chosen.agent_id if chosen is not None else views[0].agent_id
 
@@ -221,10 +224,10 @@ class Desk:
         for part in question.parts.values():
             self._queues.withdraw(part)
 
-    # What is late
+    # Late answers
 
     def _late_in_s(self, question: Question) -> float | None:
-        """Return when the next part will be late; None: none, or nobody can tell."""
+        """Return in how many seconds the next part is late; None: no part, or it is not known."""
         dues = [
             due
             for agent in question.quorum.open
@@ -239,7 +242,7 @@ class Desk:
         return None if late_s is None else part.asked + part.patience * late_s
 
     def _hedge(self, question: Question) -> None:
-        """Ask once more for what is late: another agent, else another replica of the same."""
+        """For every late part ask another agent, or else another replica of the same agent."""
         for agent in question.quorum.open:
             part = question.parts[agent]
             due = self._late_at(part)
@@ -252,7 +255,7 @@ class Desk:
             part.patience *= 2
             self._num_hedged += part.hedged
 
-    # What comes of it
+    # Deciding and merging
 
     async def _is_decided(self, question: Question, rule: StoppingRule) -> bool:
         answers, spec = question.answers, self._spec
@@ -260,7 +263,7 @@ class Desk:
 
         def decide() -> bool:
             encode = encoder_of(spec, answers)
-            # A failed answer counts as one that has come: its agent is not asked again.
+            # A failed answer counts as an answer that has come: its agent is not asked again.
             missing = [{"reason": each.reason} for each in failed if each is not None]
             return is_decided([*rows_of(answers), *missing], spec, rule, encode)
 
@@ -286,8 +289,8 @@ class Desk:
         if self._closed:
             raise PoolClosedError(self._closed)
 
-    def _wake(self) -> None:
-        """Let every question look again whom it can ask."""
+    def _wake_questions(self) -> None:
+        """Let every pending question check again which agents it can ask."""
         for question in self._pending:
             question.news.set()
 

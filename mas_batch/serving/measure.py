@@ -1,4 +1,4 @@
-"""How long things take and how full batches are, in bounded memory."""
+"""Measurements of a pool, in bounded memory: how long answers take and how full batches are."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mas_batch.aggregate.reductions import Partial, add_up
 from mas_batch.latency.sketch import sketch, summary
 
 RECENT = 256
-"""Seconds that a `Meter` keeps one by one."""
+"""Measurements that a `Meter` keeps one by one."""
 
 _LATE = 0.95
 _LATE_EVIDENCE = 20
-"""Seconds that must be known before any can be called late."""
+"""Measurements that a `Meter` needs before it says what is late."""
 _LATE_EVERY = 16
-"""Seconds after which it is found out anew what is late."""
+"""Measurements after which it computes anew what is late."""
 
 
 class Meter:
-    """Seconds of one kind: all of them as a sketch, the recent ones as they are."""
+    """Measurements in seconds of one kind: all as a sketch, the recent ones as they are."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RECENT)
@@ -32,7 +32,7 @@ class Meter:
         self._until_late = _LATE_EVIDENCE
 
     def note(self, seconds: float) -> None:
-        """Count the seconds."""
+        """Add a measurement."""
         self._recent.append(seconds)
         self._unsketched.append(seconds)
         self._until_late -= 1
@@ -40,19 +40,19 @@ class Meter:
             self._until_late = _LATE_EVERY
             self._late_s = float(np.quantile(self._recent, _LATE))
         if len(self._unsketched) == RECENT:
-            self._fold()
+            self._fold_into_sketch()
 
     def summary(self) -> dict[str, float]:
-        """Return count, mean and quantiles since the beginning; empty if there are none."""
-        self._fold()
+        """Return count, mean and quantiles since the beginning; empty without measurements."""
+        self._fold_into_sketch()
         return summary(self._sketch) if self._sketch else {}
 
     @property
     def late_s(self) -> float | None:
-        """What 95 % of the recent seconds were below; None while too few are known."""
+        """The 95 % quantile of the recent measurements; None while there are too few."""
         return self._late_s
 
-    def _fold(self) -> None:
+    def _fold_into_sketch(self) -> None:
         if self._unsketched:
             news = sketch(np.array(self._unsketched))
             self._sketch = add_up([self._sketch, news])
@@ -68,14 +68,14 @@ class AgentStats:
     waiting: int
     """Questions that no replica has taken yet."""
     in_flight: int
-    """Questions that its replicas are at."""
+    """Questions that its replicas work on."""
     num_answered: int
-    """Questions that it gave a valid answer to."""
+    """Questions to which it gave a valid answer."""
     num_failed: int
     latency: Mapping[str, float]
-    """From asking it to hearing its answer: count, mean_s, p50_s, p95_s, p99_s, max_s."""
+    """From asking the agent to hearing its answer: count, mean_s, p50_s, p95_s, p99_s, max_s."""
     batch_sizes: Mapping[int, int]
-    """Questions in a batch → how often."""
+    """Number of questions in a batch → number of such batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,11 @@ class PoolStats:
     """Questions that are not answered yet."""
     num_replied: int
     num_failed: int
-    """Questions without an answer: no agent gave one, or none in time."""
+    """Questions without an answer: no agent gave one, or no agent in time."""
     num_busy: int
     """Questions that were refused because too many were pending."""
     num_hedged: int
-    """Parts of questions that were asked once more because the first was late."""
+    """Parts for which another agent or replica was asked because the answer was late."""
     latency: Mapping[str, Mapping[str, float]]
     """`queue`, `compute`, `transfer`, `processing`, `total` → count, mean_s, p50_s, …, max_s."""
     agents: Mapping[str, AgentStats]
@@ -98,7 +98,7 @@ class PoolStats:
 
 @dataclass(slots=True)
 class AgentMeter:
-    """What `AgentStats` is made of."""
+    """Counts the measurements of `AgentStats`."""
 
     num_answered: int = 0
     num_failed: int = 0
@@ -106,7 +106,7 @@ class AgentMeter:
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
     def stats(self, num_replicas: int, waiting: int, in_flight: int) -> AgentStats:
-        """Return it all together with the agent's present state."""
+        """Return the measurements together with the agent's present state."""
         return AgentStats(
             num_replicas,
             waiting,

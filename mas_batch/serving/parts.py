@@ -1,4 +1,4 @@
-"""A part in answering a question: what one agent is asked, and what comes of it."""
+"""An agent's part in answering a question: what the agent is asked, and the outcome."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from mas_batch.serving.reply import Failure
 if TYPE_CHECKING:
     from mas_batch.agents.texts import Answered
 
-_WORTH_ANOTHER_REPLICA = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)  # a death is counted apart
+_WORTH_ANOTHER_REPLICA = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)
+"""Without WORKER_DIED: deaths are counted in `AgentPart.num_deaths`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a part: answers, or why there are none; times by the loop's clock."""
+    """The outcome of a part: answers, or why there are none; times by the loop's clock."""
 
     answers: tuple[Answer, ...] = ()
     failure: Failure | None = None
     sent: float = 0.0
     heard: float = 0.0
     waited_s: float = 0.0
-    """At the worker, for the model's thread."""
+    """Waiting at the worker for the model's thread."""
     times: TaskTimes = field(default_factory=TaskTimes)
-    """Of the batch that it was in."""
+    """Times of the batch that the part was in."""
 
     @property
     def engine_failure(self) -> Reason | None:
-        """The reason, if it says that the engine is broken: worth another replica."""
+        """The reason of a failure of the engine, for which another replica is worth a try."""
         if self.answers or self.failure is None:
             return None
         reason = Reason(self.failure.reason)
@@ -46,35 +47,42 @@ class AgentPart:
     record: Record
     agent_id: str
     tokens: int
-    """Estimated, with the answer's."""
+    """Estimated, with the answer's tokens."""
     asked: float
-    """When, by the loop's clock."""
+    """When the agent was asked, by the loop's clock."""
     on_settled: Callable[[AgentPart], None]
     outcome: Outcome | None = None
     hedged: bool = False
-    """Somebody else has been asked because it was late."""
+    """Whether another agent or replica has been asked because this answer was late."""
     patience: float = 1.0
-    """In units of what is late for its agent; grows while there is nobody else to ask."""
+    """How often the agent's `late_s` must pass until the answer is late; it doubles each time."""
     tried: set[str] = field(default_factory=set)
-    """Replicas that it was sent to."""
+    """Replicas to which the part was sent."""
     at: set[str] = field(default_factory=set)
-    """Replicas that are at it now."""
+    """Replicas that work on the part now."""
     num_deaths: int = 0
+    """Workers that died while they worked on the part."""
 
     def leave(self, replica_id: str) -> bool:
-        """Note that the replica is not at it any more; returns whether it needs another."""
+        """Note that the replica works on it no longer; returns whether it needs another one."""
         self.at.discard(replica_id)
         return not self.at and self.outcome is None
 
     def failure(self, reason: Reason, message: str) -> Failure:
-        """Return the failure of the agent at this part."""
+        """Return the agent's failure to answer this part."""
         return Failure(self.agent_id, reason, message)
 
 
 def outcome_of(
     part: AgentPart, answers: Sequence[Answer], answered: Answered, sent: float, heard: float
 ) -> Outcome:
-    """Return the part's outcome by its agent's answers, one per sample, in what was answered."""
+    """Return the part's outcome.
+
+    Args:
+        answers: the agent's answers to the part, one per sample.
+        answered: what the worker said of the batch that the part was in.
+        sent, heard: when the batch was sent and its answers came, by the loop's clock.
+    """
     valid = tuple(answer for answer in answers if answer.reason is None)
     failures = (part.failure(a.reason, a.message) for a in answers if a.reason is not None)
     failure = next(failures, None)

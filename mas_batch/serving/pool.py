@@ -1,4 +1,4 @@
-"""The job's agents for single texts: resident, asked at once, merged as a batch run merges."""
+"""`AgentPool`: a job's agents stay resident, answer single texts, and are merged as in a run."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class AgentPool:
             reply = await pool.ask("Where is my parcel?", context=order)
 
     Prompts, parsers, engines, merge and confidence are those of a batch run of the same job; its
-    corpus and output are not touched. Opening takes as long as the models take to load; leaving
-    answers what is pending, unless an exception leaves.
+    corpus and output are not touched. Opening takes as long as the models take to load. Leaving
+    the `async with` block answers the pending questions first, unless an exception left it.
 
     Args:
-        job: `routing.policy` chooses whom to ask where not all are asked.
+        job: its `routing.policy` chooses the agents where not all of them are asked.
         client: as in `mas_batch.run`; a synchronous one.
         answers: None: the job's `answers_per_record` (and `adaptive`), of as few agents as give
             them. k: all agents are asked, the first k answers are merged. "first": k = 1.
         learned_from: folder of a published run of this job, for merges that learn from a whole
             corpus (`reliability`, learned weights). None: they merge as in their first pass.
         max_batch: the most texts that a replica is asked about at once.
-        max_wait_s: how long a text may wait, with a replica free, for others to join it.
-        max_pending: questions at a time; more are refused.
-        timeout_s: of a question, from asking to the last answer.
-        hedge: ask once more, another agent or replica, when an answer is later than 95 % were.
+        max_wait_s: how long a text may wait, with a replica free, for others to join its batch.
+        max_pending: the most questions at a time; further ones are refused.
+        timeout_s: time of a question, from asking to the last answer.
+        hedge: ask another agent or replica too when an answer is later than 95 % of those before.
 
     Raises:
         JobError: the job cannot be asked about single texts, or an argument does not go with it.
@@ -85,21 +85,21 @@ class AgentPool:
     ) -> Reply:
         """Ask the agents about a text and return their merged answer.
 
-        At the deadline what is there is merged; the late are among the reply's `failures`.
-        Cancelling the call frees its place, and what no replica has begun is not begun.
+        At the deadline the answers that are there are merged; late agents are among the reply's
+        `failures`. Cancelling the call frees its place; no replica begins work on it any more.
 
         Args:
             context: background, as the job's `corpus.context` column would hold.
-            agents: only these; with `answers` None all of them.
-            answers, timeout_s: in place of the pool's.
+            agents: ask only these; if `answers` is None, all of them.
+            answers, timeout_s: replace the pool's.
 
         Raises:
-            RecordError: a corpus could not hold such a text either: it is empty, say.
+            RecordError: the text would be unusable in a corpus too: it is empty, for example.
             PoolBusyError: too many questions are pending.
             PoolClosedError: the pool is not open, or its cluster was lost.
             AnswerTimeoutError: there was no answer in time.
             NoAnswerError: every agent failed.
-            JobError: no agent has such a name, or so many answers cannot be had.
+            JobError: no agent has such a name, or the agents cannot give so many answers.
         """
         promise = self._core.question(text, context, agents, answers, timeout_s)
         return await asyncio.wrap_future(promise)
@@ -107,9 +107,9 @@ class AgentPool:
     async def ask_many(
         self, texts: Iterable[str], contexts: Iterable[str | None] | None = None
     ) -> list[Reply | MasBatchError]:
-        """Ask about many texts; returns in their order the replies, or why there is none.
+        """Ask about many texts; returns a reply or an error for each, in the texts' order.
 
-        They wait for room in the pool instead of being refused; each has its time from then on.
+        Texts wait for room in the pool instead of being refused; each one's timeout begins then.
 
         Raises:
             PoolClosedError: the pool is not open.
@@ -157,7 +157,7 @@ class SyncAgentPool:
         try:
             return promise.result()
         finally:
-            promise.cancel()  # whoever is interrupted wants no answer any more
+            promise.cancel()  # an interrupted caller wants no answer
 
     def ask_many(
         self, texts: Iterable[str], contexts: Iterable[str | None] | None = None

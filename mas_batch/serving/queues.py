@@ -1,8 +1,8 @@
-"""Which replica takes what waits for its agent, and what happens when it fails. Knows no Dask.
+"""The agents' queues: which replica takes which parts, and what follows a failure. Knows no Dask.
 
-One queue per agent, and a replica takes a batch of it when it is free: nothing is bound to a
-replica before, so nothing waits at a slow one while another is idle, and what waits can be
-withdrawn. Everything runs on one event loop.
+There is one queue per agent, and a replica takes a batch of it when it is free. A part is not bound
+to a replica before, so it never waits at a slow replica while another is idle, and a waiting part
+can be withdrawn. Everything runs on one event loop.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
     from mas_batch.agents.texts import Answered
 
 _MAX_DEATHS = 2
-"""Workers that die at the same text before it is to blame; the first may have died by chance."""
+"""Workers that must die at one text until the text is blamed; the first may die by chance."""
 
-_ANY = PartitionView(0, 1)  # replicas of one agent are compared by how fast they are
+_ANY = PartitionView(0, 1)  # replicas of one agent are compared by their speed alone
 
 Call = Callable[[str, str, Sequence[Record]], Awaitable["Answered"]]
-"""(replica, agent, records) → their answers. OSError: the replica is dead or out of reach."""
+"""(replica, agent, records) → the answers. OSError: the replica is dead or out of reach."""
 
 
 class AgentQueues:
-    """The agents' replicas and what waits for them.
+    """The agents' replicas and the parts that wait for them.
 
     Args:
-        agents: who may be asked.
-        rules: the job's, with a window of 1: what a replica has been sent, it has begun.
+        agents: the agents that may be asked.
+        rules: the job's, with a window of 1: a replica has begun whatever it was sent.
         call: asks a replica.
-        suspect: called with a replica that did not answer as it should and whether it hangs;
-            it gets nothing further until it has `joined` again.
+        suspect: called with (replica, whether it hangs) when a replica did not answer as it
+            should; the replica is asked nothing further until it has `joined` again.
         max_batch, max_wait_s: see `MicroBatcher`.
     """
 
@@ -73,34 +73,34 @@ class AgentQueues:
         self._fastest = Throughput()
         self._numbers = count()
 
-    # Replicas, as the cluster tells
+    # News of replicas from the cluster
 
     def joined(self, address: str, agent_id: str, *, paused: bool) -> None:
-        """A worker holds the agent's model."""
+        """Note that a worker holds the agent's model."""
         self._pool.add(address, agent_id, self._now(), paused=paused)
-        self._serve(agent_id)
+        self._send_waiting(agent_id)
 
     def paused(self, address: str, paused: bool) -> None:
-        """A worker is to be asked nothing further, or again."""
+        """Note that a worker is paused, and takes no further batch, or works again."""
         replica = self._pool.get(address)
         if replica is not None:
             replica.paused = paused
             self._pool.update(replica, self._now())
-            self._serve(replica.agent_id)
+            self._send_waiting(replica.agent_id)
 
     def left(self, address: str) -> None:
-        """A worker is gone, and with it whatever it was at."""
+        """Note that a worker is gone; its parts are asked again."""
         replica = self._pool.remove(address)
         if replica is not None:
             if send := self._sends.get(address):
                 send.cancel()
-            self._serve(replica.agent_id)
+            self._send_waiting(replica.agent_id)
 
     def tick(self) -> None:
-        """Look whether replicas that failed may be tried again; call it every second."""
+        """Let replicas that failed be tried again when it is time; call it every second."""
         self._pool.update_broken(self._now())
         for agent_id in self._backlogs:
-            self._serve(agent_id)
+            self._send_waiting(agent_id)
 
     def is_served(self, agent_id: str) -> bool:
         """Whether a replica of the agent is at work or can be asked."""
@@ -109,35 +109,35 @@ class AgentQueues:
         )
 
     def views(self, agent_id: str) -> Iterator[ReplicaView]:
-        """Yield what a policy may know of the agent's replicas: questions, not partitions."""
+        """Yield the agent's replicas as a policy sees them; `in_flight` counts questions here."""
         replicas = self._pool.of(agent_id)
         waiting = len(self._backlogs[agent_id]) / max(1, len(replicas))
         for replica in replicas.values():
             if not replica.paused and replica.breaker.state is BreakerState.CLOSED:
-                in_flight = math.ceil(self._num_at(replica) + waiting)
+                in_flight = math.ceil(self._num_in_flight(replica) + waiting)
                 yield replace(self._pool.view(replica), in_flight=in_flight)
 
     # Parts of questions
 
     def submit(self, part: AgentPart) -> None:
-        """Let the part wait for a replica; `on_settled` is called when something has come of it."""
+        """Let the part wait for a replica; its `on_settled` is called when it has an outcome."""
         self._backlogs[part.agent_id].add(part, self._now())
-        self._serve(part.agent_id)
+        self._send_waiting(part.agent_id)
 
     def hedge(self, part: AgentPart) -> bool:
-        """Ask another replica too, if one that works is there; returns whether it will be."""
+        """Ask another replica too, if a healthy one is there; returns whether it will be asked."""
         others = self._pool.has_healthy(part.agent_id, besides=part.tried)
         if not (others and part.at and self._backlogs[part.agent_id].add_again(part)):
             return False
-        self._serve(part.agent_id)
+        self._send_waiting(part.agent_id)
         return True
 
     def withdraw(self, part: AgentPart) -> None:
-        """The part is not needed any more; whoever is at it finishes, and nobody hears."""
+        """Drop a part that is no longer needed; a replica that works on it finishes unheard."""
         self._settle(part, Outcome(), counts=False)
 
     def late_s(self, agent_id: str) -> float | None:
-        """Return after how long the agent's answer is late; None: too few are known."""
+        """Return after how many seconds the agent's answer is late; None: too few are known."""
         return self._meters[agent_id].latency.late_s
 
     def stats(self) -> dict[str, AgentStats]:
@@ -146,32 +146,32 @@ class AgentQueues:
             name: meter.stats(
                 num_replicas=sum(1 for _ in self.views(name)),
                 waiting=len(self._backlogs[name]),
-                in_flight=sum(map(self._num_at, self._pool.of(name).values())),
+                in_flight=sum(map(self._num_in_flight, self._pool.of(name).values())),
             )
             for name, meter in self._meters.items()
         }
 
     def close(self) -> None:
-        """Ask nobody any more."""
+        """Ask no replica any more, and cancel the calls under way."""
         for timer in self._timers.values():
             timer.cancel()
         for send in self._sends.values():
             send.cancel()
 
-    def _num_at(self, replica: Replica) -> int:
+    def _num_in_flight(self, replica: Replica) -> int:
         return len(self._at_work.get(replica.replica_id, ()))
 
     # Sending
 
-    def _serve(self, agent_id: str) -> None:
-        """Give the agent's free replicas what waits."""
-        self._give_up(agent_id)
+    def _send_waiting(self, agent_id: str) -> None:
+        """Send the agent's waiting parts to its free replicas."""
+        self._settle_hopeless(agent_id)
         backlog, free = self._backlogs[agent_id], dict(self._pool.free(agent_id))
         while free:
             views = tuple(map(self._pool.view, free.values()))
             replica = free.pop(self._fastest.choose(_ANY, views).replica_id)
             if batch := backlog.take(replica.replica_id, self._now()):
-                self._start(replica, batch)
+                self._begin_send(replica, batch)
             elif not backlog.is_for_some_only:
                 break
         self._wake_when_due(agent_id)
@@ -182,9 +182,9 @@ class AgentQueues:
             timer.cancel()
         if self._now() < due < math.inf:
             loop = asyncio.get_running_loop()
-            self._timers[agent_id] = loop.call_at(due, self._serve, agent_id)
+            self._timers[agent_id] = loop.call_at(due, self._send_waiting, agent_id)
 
-    def _start(self, replica: Replica, parts: list[AgentPart]) -> None:
+    def _begin_send(self, replica: Replica, parts: list[AgentPart]) -> None:
         address = replica.replica_id
         number = next(self._numbers)
         replica.send(number, sum(part.tokens for part in parts), self._now())
@@ -197,9 +197,9 @@ class AgentQueues:
         self._sends[address] = asyncio.create_task(self._send(replica, number, parts))
 
     async def _send(self, replica: Replica, number: int, parts: Sequence[AgentPart]) -> None:
-        """Ask the replica and settle the parts, or see to it that somebody else does."""
+        """Ask the replica; settle the parts, or let them wait for another replica."""
         sent, address = self._now(), replica.replica_id
-        # A text that several ask about at the same time is read once.
+        # A text that several callers ask about at the same time is sent once.
         records = {part.record.record_id: part.record for part in parts}
         works = False
         limit = asyncio.timeout(replica.max_silent_s(self._rules.timeout_s))
@@ -214,7 +214,7 @@ class AgentQueues:
             self._died(address, parts, f"its worker {why}: {error}" if str(error) else why)
         except asyncio.CancelledError:
             if self._pool.get(address) is replica:
-                raise  # it is we who leave
+                raise  # `close` has cancelled this call
             self._died(address, parts, "its worker left the cluster")
         except Exception as error:
             message = str(error) if isinstance(error, MasBatchError) else repr(error)
@@ -228,14 +228,14 @@ class AgentQueues:
             replica.failed(number, self._now())
         if self._pool.get(address) is replica:
             self._pool.update(replica, self._now())
-        self._serve(replica.agent_id)
+        self._send_waiting(replica.agent_id)
 
-    # What comes of it
+    # Outcomes
 
     def _answered(
         self, address: str, parts: Sequence[AgentPart], answered: Answered, sent: float
     ) -> bool:
-        """Settle the parts by their answers; returns whether the engine seems to work."""
+        """Settle the parts by their answers; returns whether the engine answered any of them."""
         heard, works = self._now(), False
         by_record: defaultdict[str, list[Answer]] = defaultdict(list)
         for answer in answered.answers:
@@ -253,20 +253,20 @@ class AgentQueues:
     def _failed(
         self, address: str, parts: Sequence[AgentPart], reason: Reason, message: str
     ) -> None:
-        """Ask a replica that has not failed at it, if there is one, else settle."""
+        """Let each part wait for a healthy replica that has not tried it, else settle it."""
         for part in parts:
             if not part.leave(address):
-                continue  # a copy is still under way, or nobody waits
+                continue  # another replica still works on it, or it is settled
             if self._pool.has_healthy(part.agent_id, besides=part.tried):
                 self._backlogs[part.agent_id].add_again(part)
             else:
                 self._fail(part, reason, message)
 
     def _died(self, address: str, parts: Sequence[AgentPart], message: str) -> None:
-        """Ask again, each part alone: if one of them is to blame, not with its neighbours."""
+        """Ask again, each part alone, in case one of them killed the worker."""
         for part in parts:
             part.num_deaths += 1
-            part.tried.discard(address)  # it may only be the connection that is lost
+            part.tried.discard(address)  # perhaps only the connection was lost
             if not part.leave(address):
                 continue
             if part.num_deaths < _MAX_DEATHS:
@@ -274,11 +274,11 @@ class AgentQueues:
             else:
                 self._fail(part, Reason.WORKER_DIED, f"twice: {message}")
 
-    def _give_up(self, agent_id: str) -> None:
-        """Settle what has failed at every replica that is left, or waits where all are failing."""
+    def _settle_hopeless(self, agent_id: str) -> None:
+        """Settle parts that have failed at every replica, and all if every replica is failing."""
         backlog = self._backlogs[agent_id]
         for part in backlog.take_hopeless(self._pool.of(agent_id).keys()):
-            if not part.at:  # else it was a copy, and there is nobody for it
+            if not part.at:  # else a replica still works on it, and only its copy is dropped
                 self._fail(part, Reason.AGENT_FAILED, "it failed at every worker of the agent")
         if self._pool.is_failing(agent_id) and not self.is_served(agent_id):
             for part in backlog:
@@ -289,7 +289,7 @@ class AgentQueues:
 
     def _settle(self, part: AgentPart, outcome: Outcome, *, counts: bool = True) -> None:
         if part.outcome is not None:
-            return  # its copy was faster, or the question is answered without it
+            return  # a copy of the part was faster, or the question is answered without it
         part.outcome = outcome
         self._backlogs[part.agent_id].discard(part)
         if counts:

@@ -1,4 +1,4 @@
-"""What comes back for a text: a batch run's verdict, and what it took. Knows no Dask."""
+"""The reply to a text: the merged answer as in a run's results, and its times. Knows no Dask."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mas_batch.records import ANSWERS, Answer, Record
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """One distinct answer and who backs it."""
+    """One distinct answer and the agents that gave it."""
 
     answer: str
     weight: float
     agents: tuple[str, ...]
-    """`agent`, or `agent#sample` for its further samples."""
+    """`agent`, or `agent#sample` for an agent's further samples."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An agent that gave no answer that counts."""
+    """An agent without a valid answer."""
 
     agent_id: str
     reason: str
@@ -41,20 +41,20 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class ReplyTimes:
-    """Where the seconds of a reply went, along the answer that was waited for last.
+    """Where the seconds of a reply went, along the answer that came last.
 
-    T = T_compute + T_transfer + T_processing, of which `queue_s` is a part: `total_s` is the sum
-    of all four.
+    T = T_compute + T_transfer + T_processing. `queue_s`, which a run's ledger counts as a part of
+    T_processing, is on its own here; `total_s` is the sum of all four.
     """
 
     queue_s: float
-    """Waiting: for a replica, in its worker, and for agents that failed or were late before."""
+    """Waiting for a replica, in its worker, and for agents that failed or were late before."""
     compute_s: float
     """The model's time on the batch that the text was in."""
     transfer_s: float
     """To the worker and back."""
     processing_s: float
-    """Tokenising, batching, parsing on the worker; merging here."""
+    """Tokenising, batching, parsing on the worker; merging in the asking process."""
 
     @property
     def total_s(self) -> float:
@@ -78,7 +78,7 @@ class Reply:
     support: tuple[Support, ...]
     """Every distinct answer, best first."""
     agents: tuple[str, ...]
-    """Whose answers were merged, in the order in which they came."""
+    """Agents whose answers were merged, in the order in which they came."""
     failures: tuple[Failure, ...]
     latency: ReplyTimes
 
@@ -87,12 +87,12 @@ def make_record(text: object, context: str | None) -> Record:
     """Return the text as a record; equal texts with equal contexts are the same record.
 
     Raises:
-        RecordError: it is a text that a corpus may not hold either.
+        RecordError: the text would be unusable in a corpus too.
     """
     if (problem := problem_of(text)) is not None:
         raise RecordError(problem[0], f"the text {problem[1]}")
     assert isinstance(text, str)
-    # Half a surrogate in the context must not end in a traceback: JSON escapes it.
+    # JSON escapes a lone surrogate in the context, which could not be encoded otherwise.
     content = json.dumps([text, context]).encode()
     return Record(hashlib.blake2b(content, digest_size=16).hexdigest(), text, context)
 
@@ -109,7 +109,7 @@ def merged(
     agents: Sequence[str],
     spec: MergeSpec,
 ) -> Reply:
-    """Merge at least one valid answer; the latency is still to be put in."""
+    """Merge at least one valid answer; the reply's latency is all zeros, for the caller to fill."""
     rows = rows_of(answers)
     verdict = verdict_of(ballots_of(rows, spec), spec, encoder_of(spec, answers))
     row = result_row(verdict, spec, record.text if spec.covers_text else None)

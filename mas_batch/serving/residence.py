@@ -1,8 +1,8 @@
-"""The agents' life on a cluster while a pool is open, in a thread of its own.
+"""Hosting of a pool's agents on a cluster while the pool is open, in a thread of its own.
 
 `routing.hosting` decides which worker serves which agent, loads models, and notices workers that
-come, pause, leave or hang, as for a batch run. Its calls block, so they have this thread; what it
-finds goes to the listener on the client's event loop.
+come, pause, leave or hang, as for a batch run. Its calls block, so they run in this thread; the
+listener hears of changes on the client's event loop.
 """
 
 from __future__ import annotations
@@ -37,18 +37,17 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _REACH_S = 3.0
 """Within so long a worker that can be reached directly answers."""
-_LOST_S = 120.0
 
 
 class ReplicaListener(Protocol):
-    """What is told; every call is made on the client's event loop."""
+    """Is called when a pool's workers change; every call is made on the client's event loop."""
 
     def joined(self, address: str, agent_id: str, paused: bool) -> None:
         """A worker holds the agent's model."""
         ...
 
     def paused(self, address: str, paused: bool) -> None:
-        """A worker is to be asked nothing further, or again."""
+        """A worker is paused, and takes no further batch, or works again."""
         ...
 
     def left(self, address: str) -> None:
@@ -64,17 +63,17 @@ class ReplicaListener(Protocol):
         ...
 
 
-def _log(event: Event) -> None:
-    """A pool has no event log: what its workers do is in the process's own."""
+def _log_event(event: Event) -> None:
+    """Write an event to the process's log: a pool has no event log."""
     level = logging.WARNING if isinstance(event, AgentLost | AgentDraining) else logging.INFO
     logger.log(level, "%s", event)
 
 
 class Residence:
-    """Holds a job's agents on a cluster; `open` and `close` block, the rest does not.
+    """Hosts a job's agents on a cluster; `open` and `close` block, the other methods do not.
 
     Args:
-        run: names the topic; its store is never touched.
+        run: gives the topic; its store is never touched.
         client: the user's own, or None as in `pipeline.run`.
     """
 
@@ -88,18 +87,18 @@ class Residence:
         self._suspects: set[str] = set()  # addresses
         self._last_look = 0.0
         self._proxied: set[str] = set()  # addresses that are reached through the scheduler only
-        self._thread = threading.Thread(target=self._live, daemon=True, name="mas-batch-pool")
+        self._thread = threading.Thread(target=self._run_thread, daemon=True, name="mas-batch-pool")
 
-    # Any thread
+    # Called from any thread
 
     def open(self, listener: ReplicaListener) -> None:
-        """Connect, and load every agent's model; from then on the listener is told.
+        """Connect, load every agent's model, and call the listener from then on.
 
         Raises:
             JobError: an agent has no capable worker.
             ModelError: no worker of an agent could load its model.
             RunError: the cluster cannot be reached.
-            PoolClosedError: it was open before.
+            PoolClosedError: the pool was open before.
         """
         if self._opened.done():
             raise PoolClosedError("a pool is opened once; make another")
@@ -107,30 +106,30 @@ class Residence:
         self._thread.start()
         self._opened.result()
 
-    def leave(self) -> None:
+    def begin_close(self) -> None:
         """Begin to close, without waiting."""
         self._closing.set()
         self._inbox.put(lambda: None)
 
     def close(self) -> None:
-        """Free the models; an embedded cluster ends, a client of the user's stays as it is."""
-        self.leave()
+        """Free the models; an embedded cluster ends, the user's own client stays as it is."""
+        self.begin_close()
         self._thread.join()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The client's event loop; once it is open."""
+        """The client's event loop; not before `open` has returned."""
         loop: asyncio.AbstractEventLoop = self._client.loop.asyncio_loop
         return loop
 
-    # The client's event loop
+    # Called on the client's event loop
 
     async def call(self, address: str, agent_id: str, records: Sequence[Record]) -> Answered:
         """Ask the worker's agent about the records.
 
         Raises:
             OSError: the worker is dead or out of reach.
-            MasBatchError: it could not answer; the worker lives.
+            MasBatchError: the agent could not answer; the worker lives.
         """
         op = texts_op(self._run.topic)
         texts = [(record.record_id, record.text, record.context) for record in records]
@@ -139,28 +138,28 @@ class Residence:
         if isinstance(reply, MasBatchError):
             raise reply
         if not isinstance(reply, Answered):
-            raise OSError(f"worker {address} does not host the pool's agents any more")
+            raise OSError(f"worker {address} no longer hosts the pool's agents")
         return reply
 
     def suspect(self, address: str, hangs: bool) -> None:
-        """Look after a worker that was out of reach, or end the process of one that hangs."""
+        """Check a worker that was out of reach, or restart one that hangs."""
         self._inbox.put(lambda: self._look_after(address, hangs))
 
-    # The thread of its own
+    # Called in the thread of its own
 
-    def _live(self) -> None:
+    def _run_thread(self) -> None:
         try:
             with ExitStack() as stack:
-                self._move_in(stack)
+                self._connect_and_load(stack)
                 self._opened.set_result(None)
-                self._stay()
+                self._host_until_closed()
         except BaseException as error:
             if not self._opened.done():
                 self._opened.set_exception(error)
             else:
                 logger.warning("the pool did not close well: %s", error)
 
-    def _move_in(self, stack: ExitStack) -> None:
+    def _connect_and_load(self, stack: ExitStack) -> None:
         job, topic = self._job, self._run.topic
         embedded = cluster.is_embedded(job.cluster, self._given)
         specs = agent_specs(job, embedded=embedded, num_cores=CPU_COUNT)
@@ -169,7 +168,7 @@ class Residence:
         cluster.register(client, TextHost(topic, job.task, specs))
         if not embedded:
             stack.callback(cluster.unregister, client, texts_op(topic))
-        self._hosting = Hosting(client, job, self._run, specs, _log, self._watch, _LOST_S)
+        self._hosting = Hosting(client, job, self._run, specs, _log_event, self._watch)
         self._hosting.listener = self
         client.subscribe_topic(topic, self._on_report)
         stack.callback(self._if_running, client.unsubscribe_topic, topic)
@@ -181,13 +180,13 @@ class Residence:
             if self._closing.is_set():
                 raise PoolClosedError("the pool was left before it was open")
 
-    def _stay(self) -> None:
+    def _host_until_closed(self) -> None:
         try:
             while not self._closing.is_set():
                 self._handle_next()
-        except Exception as error:  # the scheduler is lost, say; the loop is needed until `close`
+        except Exception as error:  # the scheduler is lost, say; `close` still needs the loop
             logger.warning("the pool's cluster is lost: %s", error)
-            self._tell(self._listener.fail, f"the pool's cluster is lost: {error}")
+            self._notify(self._listener.fail, f"the pool's cluster is lost: {error}")
             self._closing.wait()
 
     def _if_running(self, call: Callable[[str], object], name: str) -> None:
@@ -195,7 +194,7 @@ class Residence:
             call(name)
 
     def _handle_next(self) -> None:
-        """Handle one piece of news, and every second look around."""
+        """Handle one call from the inbox, and refresh the state of all workers every second."""
         with suppress(queue.Empty):
             self._inbox.get(timeout=_LOOK_EVERY_S)()
         if time.monotonic() - self._last_look > _LOOK_EVERY_S:
@@ -203,8 +202,8 @@ class Residence:
             suspects, self._suspects = self._suspects, set()
             self._hosting.refresh()
             for address in suspects & self._hosting.ready.keys():
-                self.joined(address, self._hosting.ready[address])  # it lives
-            self._tell(self._listener.tick)
+                self.joined(address, self._hosting.ready[address])  # the worker lives
+            self._notify(self._listener.tick)
 
     def _look_after(self, address: str, hangs: bool) -> None:
         if not hangs:
@@ -213,7 +212,7 @@ class Residence:
             self._hosting.restart(address, "its agent does not answer")
 
     def _on_report(self, event: Any) -> None:
-        """Take the report of a load; see `agents.host.report`."""
+        """Handle a worker's report that it has loaded a model; see `agents.host.report`."""
         message = event[1]
         address, facts = message["worker"], json.loads(message["facts"])
         self._inbox.put(lambda: self._hosting.loaded(address, facts))
@@ -222,26 +221,26 @@ class Residence:
         """Call `handle` from the inbox when the task has ended, with its exception if it failed."""
         watch(future, handle, self._inbox.put)
 
-    # What hosting tells
+    # Called by `Hosting`
 
     def joined(self, address: str, agent_id: str) -> None:
-        """A worker holds an agent's model."""
-        if self._is_near(address):
+        """Note that a worker holds an agent's model."""
+        if self._is_directly_reachable(address):
             self._proxied.discard(address)
         else:
             self._proxied.add(address)
-        self._tell(self._listener.joined, address, agent_id, self._hosting.is_paused(address))
+        self._notify(self._listener.joined, address, agent_id, self._hosting.is_paused(address))
 
     def paused(self, address: str, paused: bool) -> None:
-        """A worker takes nothing further, or again."""
-        self._tell(self._listener.paused, address, paused)
+        """Note that a worker is paused, and takes no further batch, or works again."""
+        self._notify(self._listener.paused, address, paused)
 
     def left(self, address: str, *, blamed: bool) -> None:
-        """A worker is gone."""
-        self._tell(self._listener.left, address)
+        """Note that a worker is gone."""
+        self._notify(self._listener.left, address)
 
-    def _is_near(self, address: str) -> bool:
-        """Tell whether the worker can be reached without going through the scheduler."""
+    def _is_directly_reachable(self, address: str) -> bool:
+        """Say whether the worker can be reached without going through the scheduler."""
 
         async def knock() -> None:
             await self._client.rpc(address).identity()
@@ -252,5 +251,5 @@ class Residence:
             return False
         return True
 
-    def _tell(self, what: Callable[..., None], *args: object) -> None:
-        self.loop.call_soon_threadsafe(what, *args)
+    def _notify(self, call: Callable[..., None], *args: object) -> None:
+        self.loop.call_soon_threadsafe(call, *args)

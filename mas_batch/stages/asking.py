@@ -1,8 +1,8 @@
-"""Asks agents about whatever is not committed yet: a plan, a router and a dispatcher."""
+"""Asks agents for the answers that are not committed yet, by a router and a dispatcher."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distributed import Client
@@ -12,7 +12,7 @@ from mas_batch.agents.spec import AgentSpec
 from mas_batch.events import RunStarted
 from mas_batch.execution import Execution
 from mas_batch.job import Job
-from mas_batch.latency.phases import ANSWERING, LOADING
+from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.routing.dask import DaskRouter
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Work
@@ -31,49 +31,44 @@ from mas_batch.stages.whole_corpus import AllAnswers
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Asks agents about everything that is not committed yet."""
+    """Asks agents for all answers that are not committed yet."""
 
     execution: Execution
     job: Job
     specs: dict[str, AgentSpec]
-    """Of the agents that may be asked; an earlier run has the answers of all others."""
+    """Agents that may be asked, by name; an earlier run has all answers of the others."""
     plan: Plan
     memory: Memory | None
     """What earlier runs have learned of the agents, if the job keeps it."""
 
     def all_answers(self, ref: RunRef, agents: tuple[str, ...]) -> AllAnswers:
         """Return all answers of these agents, for what is to be found in them."""
-        execution = self.execution
-        return AllAnswers(execution.connection.client, ref, self.plan, agents, execution.log)
+        execution, wait_s = self.execution, self.job.cluster.wait_s
+        client = execution.connection.client
+        return AllAnswers(client, ref, self.plan, agents, execution.log, wait_s)
 
     def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
-        """Ask these agents about every record, as the job's routing says."""
+        """Ask these agents about the corpus, as the job's routing says."""
         done = committed(ref.store, self.plan, agents, ref.merged)
         client = self.execution.connection.client
         self.execution.log(
-            _started(client, self.job, ref.store, self.plan, done, self.execution.name)
+            _run_started(client, self.job, ref.store, self.plan, done, self.execution.name)
         )
         if self.specs.keys().isdisjoint(agents):  # an earlier run has answered everything
             self.execution.phases.begin(ANSWERING)
             self.all_answers(ref, tuple(agents)).reduce(merge_known, MERGED)
             return
         known = self.memory.accuracies() if self.memory else {}
-        self._route(self._job_of(agents), ref, done, known)
+        self._route(self.job.with_agents(agents), ref, done, known)
 
     def escalate(self, ref: RunRef) -> None:
-        """Ask the last agent about the records that were chosen for it."""
+        """Ask the escalation's agent about the records that were chosen for it."""
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
         done = committed(ref.store, self.plan, [agent_id], ref.merged)
-        plain = {"answers_per_record": None, "adaptive": None, "escalate": None, "mode": "window"}
-        routing = self.job.routing.model_copy(update=plain)
-        job = self._job_of([agent_id]).model_copy(update={"routing": routing})
-        self._route(job, ref, done, {})
-
-    def _job_of(self, agents: Collection[str], job: Job | None = None) -> Job:
-        job = job or self.job
-        chosen = tuple(agent for agent in job.agents if agent.name in agents)
-        return job.model_copy(update={"agents": chosen})
+        job = self.job.with_agents([agent_id])
+        routing = job.routing.with_changes(answers_per_record=None, adaptive=None)
+        self._route(job.with_changes(routing=routing), ref, done, {})
 
     def _route(self, job: Job, ref: RunRef, done: Committed, known: Mapping[str, float]) -> None:
         if done.num_merged == self.plan.num_partitions:
@@ -82,45 +77,43 @@ class Asking:
         specs = {a.name: self.specs[a.name] for a in job.agents if a.name in self.specs}
         with DaskRouter(
             self.execution.connection.client,
-            self._job_of(specs, job),
+            job.with_agents(specs),
             ref,
             specs,
             self.execution.log,
             check=self.execution.lock.check,
             scaler=self.execution.connection.scaler,
         ) as router:
-            self.execution.phases.begin(LOADING)
+            self.execution.phases.begin(FIRST_MODEL)
             router.host()
             self.execution.phases.begin(ANSWERING)
-            self._keep_engines(ref.store, router)
-            work = _work(self.plan, done)
-            if job.routing.mode == "native" and not ref.reuses:  # it would ask all of everything
-                work = router.run_native(work)
+            self._write_engine_facts(ref.store, router)
             dispatcher = Dispatcher(
                 {agent.name: agent.samples for agent in job.agents},
                 rules_of(job, known),
                 POLICIES[job.routing.policy](),
-                work,
+                _unmerged(self.plan, done),
                 self.plan.num_partitions - done.num_merged,
             )
             for agent_id in done.answered:
-                # It works, as far as earlier executions know; an earlier run does not count.
+                # The agent worked in an earlier execution of this run; an earlier run is no proof.
                 if done.answered[agent_id].any() and not ref.reuses:
                     dispatcher.trust(agent_id)
             router.run(dispatcher)
-            self._keep_engines(ref.store, router)  # also of those that came later
+            # Again: more agents may have become ready meanwhile.
+            self._write_engine_facts(ref.store, router)
 
-    def _keep_engines(self, store: Store, router: DaskRouter) -> None:
+    def _write_engine_facts(self, store: Store, router: DaskRouter) -> None:
         write_engines(store, read_engines(store) | router.engine_facts)
 
 
-def _work(plan: Plan, done: Committed) -> Iterator[Work]:
+def _unmerged(plan: Plan, done: Committed) -> Iterator[Work]:
     for index, num_records, tokens in plan.sizes():
         if not done.merged[index]:
             yield Work(index, tokens, num_records, done.agents(index))
 
 
-def _started(
+def _run_started(
     client: Client, job: Job, store: Store, plan: Plan, done: Committed, name: str
 ) -> RunStarted:
     output = Store(job.output.path, job.output.storage_options)
@@ -132,7 +125,7 @@ def _started(
         records_done=plan.num_records_in(done.merged),
         answers_done=done.num_answers_to_open,
         answers_per_record=job.answers_per_record,
-        # Of a job that goes on from its last run there is one for every night.
+        # A job with `since` has an earlier run for every night.
         earlier_runs=() if job.since else tuple(earlier_runs(output, job.name, name)),
         dashboard_link=client.dashboard_link if job.cluster.dashboard_address else None,
     )

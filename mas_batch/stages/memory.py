@@ -2,11 +2,11 @@
 
     <merge.history>/<task>/<run>.json
 
-One file per run, so that a run which is resumed or repeated is counted once. The task's name
-is a hash of all that an agent's reliability depends on: the kind, the languages, the labels,
-the prompts. An agent is known by its model, its own way of being asked and the examples that it
-learned from, not by its name: agents that differ in the name alone are one, and what is learned of
-them is added up.
+One file per run, so that a run which is resumed or repeated is counted once. The task's folder is
+named by a hash of all that an agent's reliability depends on: the kind, the languages, the labels,
+the prompts. An agent is identified by its model, its prompts, sampling and options, and the
+examples that it learned from, not by its name: agents that differ only in their names count as one
+agent, and what is learned of them is added up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mas_batch.run_folder.storage import Store
 
 
 class Memory:
-    """Reads what earlier runs have learned, and keeps what this one has.
+    """Reads what earlier runs have learned, and writes what this run has learned.
 
     Args:
         job: with `merge.history`.
@@ -33,20 +33,20 @@ class Memory:
 
     Raises:
         JobError: an agent's examples are not there.
-        RunError: a file there cannot be read, or is none of ours.
+        RunError: a file there cannot be read, or was not written by this class.
     """
 
     def __init__(self, job: Job, spec: MergeSpec) -> None:
         assert job.merge.history is not None
         self._labels = spec.labels
         self._identities = {agent.name: _identity(agent) for agent in job.agents}
-        self._store = Store(job.merge.history, job.output.storage_options).child(_task(job))
+        self._store = Store(job.merge.history, job.output.storage_options).child(_task_folder(job))
 
     def prior(self, besides: str = "") -> History | None:
         """Add up the earlier runs; None if there are none.
 
         Args:
-            besides: a run that does not count: this one, when it is repeated.
+            besides: a run to leave out: this run itself, when it is repeated.
         """
         runs = [
             self._read(name)
@@ -54,14 +54,14 @@ class Memory:
             if name.endswith(".json") and name != f"{besides}.json"
         ]
         found = {
-            name: _sum([run[identity] for run in runs if identity in run])
+            name: _add_up([run[identity] for run in runs if identity in run])
             for name, identity in self._identities.items()
             if any(identity in run for run in runs)
         }
         return History(found, self._labels) if found else None
 
     def accuracies(self) -> dict[str, float]:
-        """Return how often each agent was right, of those that are known."""
+        """Return agent → how often it was right, for the agents that earlier runs know."""
         prior = self.prior()
         if prior is None:
             return {}
@@ -70,22 +70,22 @@ class Memory:
         }
 
     def keep(self, run: str, reliability: Reliability) -> None:
-        """Keep what the run has learned; nothing where it could learn nothing."""
+        """Write what the run has learned; nothing if it has learned nothing."""
         learned = reliability.history()
         alike: defaultdict[str, list[AgentHistory]] = defaultdict(list)
         for name, agent in learned.agents.items():
             alike[self._identities[name]].append(agent)
-        agents = {identity: asdict(_sum(parts)) for identity, parts in alike.items()}
+        agents = {identity: asdict(_add_up(parts)) for identity, parts in alike.items()}
         if agents:
             content = {"labels": learned.labels, "agents": agents}
             encoded = json.dumps(content, ensure_ascii=False, indent=1).encode()
             self._store.replace(f"{run}.json", encoded)
 
     def _read(self, name: str) -> dict[str, AgentHistory]:
-        """Return one run's agents by their identity."""
+        """Return agent's identity → what one run has learned of it."""
         try:
             raw: dict[str, Any] = json.loads(self._store.read_bytes(name))
-            return {identity: _agent(value) for identity, value in raw["agents"].items()}
+            return {identity: _history_of(value) for identity, value in raw["agents"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self._store.location(name)} is not what a run has learned: "
@@ -93,7 +93,7 @@ class Memory:
             ) from error
 
 
-def _task(job: Job) -> str:
+def _task_folder(job: Job) -> str:
     task = job.task
     return f"{task.kind}-{fingerprint(task.model_dump(mode='json'))}"
 
@@ -108,13 +108,13 @@ def _identity(agent: Agent) -> str:
     return fingerprint(asked)
 
 
-def _agent(value: dict[str, Any]) -> AgentHistory:
+def _history_of(value: dict[str, Any]) -> AgentHistory:
     confusion = value["confusion"]
     rows = None if confusion is None else tuple(tuple(map(float, row)) for row in confusion)
     return AgentHistory(float(value["correct"]), float(value["total"]), rows)
 
 
-def _sum(parts: list[AgentHistory]) -> AgentHistory:
+def _add_up(parts: list[AgentHistory]) -> AgentHistory:
     known = [part.confusion for part in parts if part.confusion is not None]
     confusion = tuple(
         tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*known, strict=True)

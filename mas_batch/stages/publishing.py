@@ -1,4 +1,4 @@
-"""The last step of a run and of a merge: what came of it, in a manifest."""
+"""The last step of a run or a merge: check its counts, and publish its manifest."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def publish(
     partial: Any,
     facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Check the invariant, write the agents table and the manifest; returns that.
+    """Check the invariant, write the agents table and the manifest; returns the manifest.
 
-    What only served on the way is removed last: until the manifest is there, an execution that
-    is killed needs it to go on. One that is killed in between leaves it to `remove_rest`.
+    Provisional merges and the journal are removed last: until the manifest is there, a killed
+    execution needs them to go on. An execution killed in between leaves them to `remove_leftovers`.
 
     Args:
-        name: of the run, or of a merge that was made afterwards.
-        partial: of `agents.statistics.COMMITTED`.
-        facts: further ones for the manifest.
+        name: the name of the run, or of a merge that was made afterwards.
+        partial: a partial of `agents.statistics.COMMITTED`.
+        facts: further facts for the manifest.
 
     Raises:
         RunError: records were lost or doubled; nothing is published.
@@ -86,20 +86,20 @@ def publish(
     }
     if not run.into:  # a merge made afterwards has no ledger of its own
         manifest["latency"] = summarize(read_ledger(store), statistics["latency"])
-    store.remove_orphans()  # all is committed: a temporary file is a killed or beaten writer's
+    store.remove_orphans()  # all is committed: any temporary file is of a killed or late writer
     write_manifest(store, manifest)
     remove_passes(store)
     return manifest
 
 
-def remove_rest(store: Store) -> None:
-    """Remove what an execution that was killed after it had published left in the run.
+def remove_leftovers(store: Store) -> None:
+    """Remove the provisional merges that an execution left which was killed after publishing.
 
-    The run is complete with it or without: where it cannot be removed, it stays and is logged.
+    The run is complete with or without them: if they cannot be removed, that is only logged.
     """
     try:
         if has_passes(store):
-            with RunLock(store):  # not beside the process that published, if it is still at it
+            with RunLock(store):  # not while the process that published still removes them
                 remove_passes(store)
     except (MasBatchError, OSError) as error:
         logger.warning("%s: its provisional merges are not removed: %s", store.location(""), error)

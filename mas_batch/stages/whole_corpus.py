@@ -1,7 +1,7 @@
 """What a merge needs to know of the whole corpus, found when all records are answered.
 
-Every step commits what it found to the run and takes what is there already, so an execution
-that was killed in between goes on with the same figures.
+Every step commits its finding to the run, or takes the one that is committed already, so that an
+execution which follows a killed one goes on with the same figures.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ PARTITIONS_PER_LEAF = 16
 """Partitions that one leaf of a tree reads, at least."""
 
 MAX_LEAVES = 1024
-"""Of a tree: the scheduler keeps some kB of each until it is done."""
+"""Leaves of a tree, at most: the scheduler keeps some kB of each until it is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class AllAnswers:
-    """All answers of a run, as trees of tasks on workers read them."""
+    """All answers of a run, which trees of tasks on the workers read."""
 
     client: Client
     run: RunRef
     plan: Plan
     agents: tuple[str, ...]
-    """Whose answers are merged; not all need to have answered everything."""
+    """Agents whose answers are merged; not every agent need have answered every partition."""
     emit: Callable[[Event], None]
+    wait_s: float
+    """How long the cluster may be without any worker."""
 
     def reduce(self, leaf: Callable[..., Any], reduction: Reduction) -> Any:
         """Run `leaf(run, partitions, agents)` over the corpus and combine its partials."""
@@ -56,18 +58,19 @@ class AllAnswers:
             (self.run, indices[first : first + per_leaf], self.agents)
             for first in indices[::per_leaf]
         )
-        partial = tree_reduce(self.client, leaf, groups, reduction)
+        partial = tree_reduce(self.client, leaf, groups, reduction, wait_s=self.wait_s)
         return reduction.combine([]) if partial is None else partial
 
     def statistics(self, *, merge: bool) -> Any:
-        """Count what is committed; with `merge`, merge first what is not merged yet."""
+        """Count what is committed; with `merge`, first merge the partitions that are not merged."""
         return self.reduce(merge_and_count if merge else partition_statistics, COMMITTED)
 
 
 def learned(answers: AllAnswers, name: str, prior: History | None = None) -> AllAnswers:
-    """Return the answers with what their merge learns of them all; kept in the run as `name`.
+    """Learn what the merge needs from all answers; return them with the merge so completed.
 
-    A method that learns nothing is returned as it is.
+    What is learned is committed to the run as `name`. Where the merge needs nothing of the corpus,
+    the answers are returned as they are.
 
     Args:
         prior: for methods that keep a history: what earlier runs have learned.
@@ -88,7 +91,7 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
 
 
 def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
-    """Decide which records one more agent is asked about; kept in the run as escalation.json."""
+    """Decide which records are escalated; the decision is committed as escalation.json."""
 
     def find() -> str:
         counts = answers.reduce(confidence_counts, CONFIDENCES)
@@ -113,7 +116,7 @@ def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read_or_commit(store: Store, name: str, find: Callable[[], str]) -> str:
-    """Return what is committed under the name, else find it and commit it; the first wins."""
+    """Return what is committed under the name; if nothing is, call `find` and commit its result."""
     if not store.exists(name):
         store.commit(name, find().encode())
     return store.read_bytes(name).decode()

@@ -28,11 +28,11 @@ class Fitted:
     """A record that was over the model's context, made to fit."""
 
     parts: tuple[Part, ...]
-    """The text, one request each."""
+    """The parts of the text, one request each."""
     context: str | None
-    """The background shown with every part."""
+    """The background that is shown with every part."""
     num_parts: int
-    """How many parts the text, or its context, was cut into."""
+    """Number of parts into which the text, or its context, was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +181,10 @@ def number(value: float) -> str:
 
 
 def content(reply: str, expected: str) -> str:
-    """Return what a reply says, without the thinking aloud that some models put before it.
+    """Return a reply without the `<think>` block that some models put before their answer.
 
     Raises:
-        RecordError: `empty_answer`, when nothing is left.
+        RecordError: `empty_answer`, if nothing is left.
     """
     text = _THINKING.sub("", reply, count=1).strip()
     if not text:
@@ -193,13 +193,13 @@ def content(reply: str, expected: str) -> str:
 
 
 def plain_answer(reply: str, noun: str, expected: str) -> Parsed:
-    """Parse free text: drop a lead-in that names itself a `noun`, and quotes around the whole.
+    """Parse free text: drop a lead-in that announces a `noun`, and quotes around the whole text.
 
     `Summary: …` and `Here is a short summary of the text: …` are lead-ins; a sentence that
     only mentions a summary is not.
 
     Raises:
-        RecordError: `empty_answer`, when nothing is left.
+        RecordError: `empty_answer`, if nothing is left.
     """
     lead_in = (
         rf"[*#_\s]*(?:here(?:'s|’s|\s+is)\s+(?:the|an?|my|your)\s+(?:[\w-]+\s+){{0,3}}?"
@@ -223,7 +223,7 @@ def excerpt(reply: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Drop quotes around the whole; quotes that also occur inside may belong to two quotations."""
+    """Drop quotes around the whole text; with more of them inside it may be two quotations."""
     text = text.strip()
     inner = text[1:-1]
     if len(text) < 2 or text[0] + text[-1] not in _QUOTES:

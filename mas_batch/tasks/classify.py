@@ -63,7 +63,7 @@ class Classify(Task):
         return Parsed(label, label=label)
 
     def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Take the label of most parts; of equals the one that comes first in the text."""
+        """Take the label of most parts; of equally frequent labels the first in the text."""
         (label, _), *_ = Counter(answer.text for answer in answers).most_common(1)
         return Parsed(label, label=label)
 

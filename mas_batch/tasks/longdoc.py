@@ -1,7 +1,8 @@
-"""How the answers to a document's parts become one: which go into one prompt, and with what.
+"""How the answers to a document's parts become one: which of them go into one prompt.
 
 Pure: `agents.answering` asks. Merging by a model is not associative, so pieces keep the
-document's order, and which of them meet depends on the document and the prompt's room alone.
+document's order, and which pieces are merged with each other depends only on the document and on
+the room in the prompt.
 """
 
 from __future__ import annotations
@@ -23,34 +24,34 @@ class Hierarchical:
     prompt: str
     """Template of the user turn; `{text}` is what `merge_text` makes of the pieces."""
     num_evidence: int
-    """Sentences of the source carried along with a piece, at most."""
+    """The most sentences of the source that go with a piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extractive:
-    """The most central sentences stand for the whole: nothing is asked again."""
+    """The most central sentences are the answer to the whole: the agent is not asked again."""
 
     num_evidence: int
-    """Sentences of the source that stand for election beside a part's answer, at most."""
+    """The most sentences of a part's source that are candidates beside those of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The answer to a stretch of consecutive parts, with what the source itself says there."""
+    """The answer to a stretch of consecutive parts, with sentences of the source."""
 
     text: str
     evidence: tuple[str, ...]
-    """Sentences of the source, most central of their stretch, in its order."""
+    """The most central sentences of the stretch's source, in its order."""
     first: int
     """Number of the stretch's first part, from 1."""
     last: int
     """Number of its last part."""
     cut: bool = False
-    """Whether `max_new_tokens` ended the answer, and with it perhaps a sentence."""
+    """Whether `max_new_tokens` ended the answer, perhaps within a sentence."""
 
 
 def evidence(text: str, fits: Fits, limit: int) -> tuple[str, ...]:
-    """Return the most central sentences of a part, in its order, that together fit.
+    """Return the most central sentences of a part that fit together, in the part's order.
 
     Merging summaries of summaries amplifies what a model makes up, unless sentences of the
     source are carried along: Chang et al., "BooookScore", 2024; Ou and Lapata, "Context-aware
@@ -60,10 +61,10 @@ def evidence(text: str, fits: Fits, limit: int) -> tuple[str, ...]:
 
 
 def merged(group: Sequence[Piece], text: str, fits: Fits, limit: int) -> Piece:
-    """Put the answer that a group was merged to in its place.
+    """Return the piece that replaces a group, whose merged answer is `text`.
 
-    Its evidence is chosen anew from the group's, so that a piece takes no more room at a
-    higher level than at a lower one.
+    Its evidence is chosen anew from the group's evidence, so that a piece takes no more room at
+    a higher level than at a lower one.
     """
     quotes = [quote for piece in group for quote in piece.evidence]
     return Piece(text, _chosen(quotes, fits, limit), group[0].first, group[-1].last)
@@ -74,32 +75,32 @@ def pack(
 ) -> list[tuple[Piece, ...]]:
     """Cut one level into groups of neighbours, each as large as fits, from the first piece on.
 
-    Evidence gives way to progress: where not one pair fits, the last sentence of every piece's
-    evidence is dropped, and again. With none left there may be groups of one only: then the
-    pieces cannot be merged.
+    Where not one pair fits, the last sentence of every piece's evidence is dropped, until a pair
+    fits. If none fits without any evidence, all groups have one piece: the pieces cannot be
+    merged.
 
     Args:
-        pieces: all of a document's, in its order.
-        fits: whether a group's prompt leaves room for the answer; should hold for the
-            beginnings of what it holds for. Asked O(log of the fan-in) times per group.
+        pieces: all pieces of a document, in its order.
+        fits: whether a group's prompt leaves room for the answer; if it holds for a group, it
+            should hold for the group's beginnings. Called O(log of the fan-in) times per group.
     """
     for most in range(max(len(piece.evidence) for piece in pieces), -1, -1):
         shorter = [replace(piece, evidence=piece.evidence[:most]) for piece in pieces]
         groups = _pack(shorter, fits)
         if len(groups) < len(pieces):
             break
-    whole = {piece.first: piece for piece in pieces}  # a lone piece goes up unchanged
+    whole = {piece.first: piece for piece in pieces}  # a lone piece keeps all its evidence
     return [group if len(group) > 1 else (whole[group[0].first],) for group in groups]
 
 
 def describe(num_evidence: int) -> str:
-    """Say in words, to a model, what `merge_text` shows it."""
+    """Describe to a model, in words, what `merge_text` shows it."""
     quotes = "; lines after > are quoted from it" if num_evidence else ""
     return f"summaries of consecutive parts of one document, in order{quotes}"
 
 
 def merge_text(group: Sequence[Piece]) -> str:
-    """Write a group as the text of a prompt: each answer, then what its source says."""
+    """Write a group as the text of a prompt: each answer, followed by its evidence."""
     return "\n\n".join(
         "\n".join([piece.text, *(f"> {quote}" for quote in piece.evidence)]) for piece in group
     )
@@ -108,8 +109,8 @@ def merge_text(group: Sequence[Piece]) -> str:
 def extract(pieces: Sequence[Piece], fits: Fits) -> str:
     """Choose the most central sentences of all answers and their evidence, in document order.
 
-    The last sentence of a cut answer is passed over unless it is all there is. Where no
-    sentence fits, the shortest stands alone: an answer is not empty.
+    The last sentence of a cut answer is left out unless it is the only one. If no sentence fits,
+    the shortest is returned: an answer must not be empty.
     """
     pool: list[str] = []
     for piece in pieces:
@@ -132,7 +133,7 @@ def _pack(
 
 
 def _fan_in(pieces: Sequence[Piece], fits: Callable[[Sequence[Piece]], bool]) -> int:
-    """Count the pieces from the first on that fit together; a lone one always does."""
+    """Count the pieces from the first on that fit together; a lone piece always fits."""
     bound = 2
     # Doubling brackets the group, so that a long document is never tokenised to its end.
     while bound < len(pieces) and fits(pieces[:bound]):

@@ -15,7 +15,7 @@ from mas_batch.tasks.base import Fitted, Task, plain_answer
 from mas_batch.tasks.splitting import Part, largest, split
 
 PASSAGE_CHARS = 400
-"""A too long context is chosen from in passages of at most so many characters."""
+"""The most characters of a passage; of a context that is too long some passages are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class Reply(Task):
     ) -> Fitted:
         """Keep the passages of the context that say most about the question.
 
-        A question is never cut: half a question has no answer. Passages count the distinct
-        words that they share with it, each divided by the number of passages it occurs in;
-        of equals the earlier is kept. The kept ones stand in their own order.
+        A question is never cut: half a question has no answer. A passage scores the distinct
+        words that it shares with the question, each divided by the number of passages in which
+        it occurs; of equal scores the earlier passage is kept. The kept passages keep their order.
         """
         if context is None or not fits(text, ""):
             raise RecordError(Reason.TOO_LONG, "the question alone is over the model's context")
@@ -52,7 +52,7 @@ class Reply(Task):
         return Fitted((Part(text),), kept, len(passages))
 
     def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Return the answer: a question is asked in one part only."""
+        """Return the only answer: a question is never cut into parts."""
         (answer,) = answers
         return answer
 
@@ -65,7 +65,7 @@ def _rank(question: str, passages: Sequence[str]) -> list[int]:
     asked = _words(question)
     shared = [asked & _words(passage) for passage in passages]
     occurs_in = Counter(word for words in shared for word in words)
-    # fsum: the order in which a set gives its words must not decide.
+    # fsum: the result must not depend on the order of a set's words.
     scores = [math.fsum(1 / occurs_in[word] for word in words) for words in shared]
     return sorted(range(len(passages)), key=lambda i: (-scores[i], i))
 

@@ -34,8 +34,8 @@ class Score(Task):
     def parse(self, reply: str) -> Parsed:
         """Take the first number: `7`, `7.5`, `7,5`, `7/10`, `7 out of 10`.
 
-        A mention of the range itself (`from 0 to 10`, `0-10`) is passed over. A number on
-        another scale (`4/5` where 10 is the maximum) is refused rather than rescaled.
+        A mention of the range itself (`from 0 to 10`, `0-10`) is ignored. A number on another
+        scale (`4/5` where 10 is the maximum) is refused rather than rescaled.
         """
         low, high = number(self.spec.minimum), number(self.spec.maximum)
         expected = f"a number from {low} to {high}"

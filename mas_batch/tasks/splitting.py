@@ -1,4 +1,4 @@
-"""Cut a text that is over a model's context into parts that fit, without losing a character."""
+"""Cut a text that is too long for a model's context into parts that fit, losing no character."""
 
 # ruff: noqa: RUF001 - punctuation of other scripts is meant
 
@@ -19,11 +19,11 @@ class Part:
 
     text: str
     separator_after: str = ""
-    """What stood between it and the next part: whitespace, or nothing."""
+    """What is between this part and the next one in the text: whitespace, or nothing."""
 
 
 class _Break(NamedTuple):
-    """A place to cut: a part may end at `end`, the next then starts at `resume`."""
+    """A place to cut: a part may end at `end`; the next part then starts at `resume`."""
 
     end: int
     resume: int
@@ -33,23 +33,23 @@ class _Break(NamedTuple):
 _GAP = re.compile(r"[。！？｡]+[」』】）”’»]*(?P<space>\s*)|\s+")
 _SENTENCE_END = re.compile(r"[.!?…‽؟۔।॥።。！？｡][\"'”’»)\]」』】）]*\Z")
 _MAX_CLOSERS = 8
-"""Characters before a gap that are looked at; more closing quotes than that end no sentence."""
+"""Characters before a gap that are searched for the end of a sentence and its closing quotes."""
 
 
 def split(text: str, fits: Callable[[str], bool]) -> list[Part]:
     """Cut `text` into the longest parts that fit, at the most natural places.
 
-    A part ends at the last end of a sentence or line that fits, or at the end of a paragraph
-    in the second half of that; where not even one sentence fits, at the end of a word; where
-    no word fits, inside it. Parts joined with their separators are `text` again. A part never
-    begins with whitespace, but for the first of a text that does.
+    A part ends at the last end of a sentence or line that fits, or at the end of a paragraph in
+    the second half of that stretch. If not even one sentence fits, it ends after a word; if no
+    word fits, inside a word. Parts joined with their separators are `text` again. A part never
+    begins with whitespace, except the first part of a text that does.
 
-    `fits` may be costly (it tokenises) and should hold for the prefixes of what it holds for;
-    where it does not quite, parts may be shorter than possible, never too long. It is asked
-    about O(log words) strings per part, each at most about twice a part's length.
+    `fits` may be costly (it tokenises). If it holds for a string, it should hold for the string's
+    prefixes; where it does not, parts may be shorter than possible, but never too long. It is
+    called with O(log words) strings per part, each at most about twice as long as a part.
 
     Raises:
-        RecordError: `too_long`, when not even one character fits.
+        RecordError: `too_long`, if not even one character fits.
     """
     if fits(text):
         return [Part(text)]
@@ -73,7 +73,7 @@ def sentences(text: str) -> list[str]:
 
 
 def largest(limit: int, holds: Callable[[int], bool]) -> int:
-    """Return the largest n in 1..limit for which `holds(n)` was seen, 0 if none, by bisection."""
+    """Return the largest n in 1..limit for which bisection finds `holds(n)` true, 0 if none."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -124,7 +124,7 @@ def _after(breaks: Sequence[_Break], position: int) -> int:
 def _breaks(text: str) -> tuple[list[_Break], list[_Break], list[_Break]]:
     """List the places to cut after paragraphs, after sentences and after words.
 
-    Each list holds the ones before it, and the end of the text.
+    Each list also has the places of the list before it, and the end of the text.
     """
     paragraphs: list[_Break] = []
     sentences: list[_Break] = []

@@ -36,10 +36,10 @@ class Summarize(Task):
         return plain_answer(reply, "summary", "a summary")
 
     def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
-        """Merge level by level unless the job wants it otherwise (see `Task`).
+        """Merge level by level unless `task.long_documents` says otherwise (see `Task`).
 
-        A prompt of the agent's or the job's own is kept, with its demands on language, length
-        and style; it is shown the summaries, and told what they are, in place of the text.
+        A prompt of the agent or the job is kept, with its demands on language, length and style;
+        in place of the text it holds the summaries and a note that says what they are.
         """
         if self.spec.long_documents == "join":
             return None

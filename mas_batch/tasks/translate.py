@@ -31,6 +31,6 @@ class Translate(Task):
         return plain_answer(reply, "translation", f"a translation to {self.spec.language}")
 
     def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Join with the source's own separators: paragraphs stay paragraphs."""
+        """Join the parts with the source's separators, so that paragraphs stay paragraphs."""
         pairs = zip(answers, parts, strict=True)
         return Parsed("".join(answer.text + part.separator_after for answer, part in pairs).strip())

@@ -7,7 +7,6 @@ Introduction to Information Retrieval (2008), chapters 12 and 13.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -18,12 +17,16 @@ from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
-from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, most_likely
+from mas_batch.engines.classical.predicting import (
+    PredictingEngine,
+    Prediction,
+    Predictor,
+    most_likely,
+    words,
+)
 from mas_batch.engines.options import read_options
 from mas_batch.errors import JobError
 from mas_batch.models import ModelFiles
-
-_WORD = re.compile(r"\w+")
 
 
 class Options(ExampleOptions):
@@ -35,7 +38,7 @@ class Options(ExampleOptions):
     """How likely a label is before a word is read: as often as in the examples, or all alike."""
 
 
-class NaiveBayes:
+class NaiveBayes(Predictor):
     """P(label | words) ∝ P(label) · Π P(word | label); words that no example has are passed over.
 
     Only counts above zero are kept, word by word, so memory grows with the examples, not with
@@ -64,13 +67,6 @@ class NaiveBayes:
         """Return the likeliest label of each text and the log of its posterior."""
         owners = np.arange(len(self._labels))
         return [most_likely(self._scores(text), owners, self._labels) for text in texts]
-
-    def count_tokens(self, text: str) -> int:
-        """Count the words."""
-        return len(words(text))
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _scores(self, text: str) -> NDArray[np.float64]:
         """Return log P(label, words) of every label, up to one constant."""
@@ -101,11 +97,6 @@ def _count_words(
     if not counts:
         raise JobError("the examples have no words", key="agents.options.text")
     return dict(counts), totals
-
-
-def words(text: str) -> list[str]:
-    """Return the runs of letters, digits and underscores, without case."""
-    return _WORD.findall(text.casefold())
 
 
 def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:

@@ -9,8 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.classical.bayes import words
-from mas_batch.engines.classical.predicting import PredictingEngine, Prediction
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, Predictor, words
 from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.models import ModelFiles
 
@@ -24,7 +23,7 @@ class Options(EngineOptions):
     """Label → its words, apart by spaces; whole words count, without case."""
 
 
-class Keywords:
+class Keywords(Predictor):
     """Counts words; a text that has none of any label gets no answer."""
 
     def __init__(self, options: Options) -> None:
@@ -33,13 +32,6 @@ class Keywords:
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Return the label with most occurrences; of equals the earlier in the job."""
         return [Prediction(self._pick(text)) for text in texts]
-
-    def count_tokens(self, text: str) -> int:
-        """Count the words."""
-        return len(words(text))
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _pick(self, text: str) -> str:
         counts = Counter(words(text))

@@ -19,7 +19,12 @@ from pydantic import Field
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
 from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
-from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, most_likely
+from mas_batch.engines.classical.predicting import (
+    PredictingEngine,
+    Prediction,
+    Predictor,
+    most_likely,
+)
 from mas_batch.engines.encoder import Encoder
 from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.errors import JobError
@@ -72,12 +77,10 @@ class Similarity(HalvesOptions):
     method: Literal["similarity"]
 
 
-METHODS: dict[str, type[Knn | Centroid | ZeroShot | Similarity]] = {
-    "knn": Knn,
-    "centroid": Centroid,
-    "zero-shot": ZeroShot,
-    "similarity": Similarity,
-}
+Method = Knn | Centroid | ZeroShot | Similarity
+METHODS: dict[str, type[Method]] = {
+    "knn": Knn, "centroid": Centroid, "zero-shot": ZeroShot, "similarity": Similarity,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,43 +95,51 @@ class Prototypes:
     """Distinct, sorted."""
 
 
-class Nearest:
-    """Each text is answered by the `k` prototypes nearest to it (None: by all)."""
+class _EncodingPredictor(Predictor):
+    """Reads texts with an encoder, after `prefix`."""
 
-    def __init__(
-        self, encoder: Encoder, prototypes: Prototypes, options: Voting, k: int | None
-    ) -> None:
+    def __init__(self, encoder: Encoder, prefix: str = "") -> None:
         self._encoder = encoder
-        self._prototypes = prototypes
-        self._options = options
-        self._k = k
-
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
-        """Return the answer with the largest share of exp(cosine / temperature), and its log."""
-        vectors = self._encoder.encode([self._options.prefix + text for text in texts])
-        # Rounded to what the encoder promises, so that equal examples tie whatever the batch is.
-        cosines = np.round(vectors.astype(np.float64) @ self._prototypes.vectors.T, 5)
-        return [self._answer(row) for row in cosines]
+        self._prefix = prefix
 
     def count_tokens(self, text: str) -> int:
         """Count the encoder's tokens."""
-        return self._encoder.count_tokens(self._options.prefix + text)
+        return self._encoder.count_tokens(self._prefix + text)
 
     def close(self) -> None:
         """Free the encoder."""
         self._encoder.close()
 
+
+class Nearest(_EncodingPredictor):
+    """Each text is answered by the `k` prototypes nearest to it (None: by all)."""
+
+    def __init__(
+        self, encoder: Encoder, prototypes: Prototypes, options: Voting, k: int | None
+    ) -> None:
+        super().__init__(encoder, options.prefix)
+        self._prototypes = prototypes
+        self._temperature = options.temperature
+        self._k = k
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Return the answer with the largest share of exp(cosine / temperature), and its log."""
+        vectors = self._encoder.encode([self._prefix + text for text in texts])
+        # Rounded to what the encoder promises, so that equal examples tie whatever the batch is.
+        cosines = np.round(vectors.astype(np.float64) @ self._prototypes.vectors.T, 5)
+        return [self._answer(row) for row in cosines]
+
     def _answer(self, cosines: NDArray[np.float64]) -> Prediction:
         nearest = np.argsort(-cosines, kind="stable")[: self._k]
-        scores = cosines[nearest] / self._options.temperature
+        scores = cosines[nearest] / self._temperature
         return most_likely(scores, self._prototypes.owners[nearest], self._prototypes.answers)
 
 
-class HalvesSimilarity:
+class HalvesSimilarity(_EncodingPredictor):
     """Scores how near the two halves of a text are."""
 
     def __init__(self, encoder: Encoder, options: Similarity) -> None:
-        self._encoder = encoder
+        super().__init__(encoder)
         self._options = options
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
@@ -141,14 +152,6 @@ class HalvesSimilarity:
         vectors = self._encoder.encode([*firsts, *seconds]).astype(np.float64)
         cosines = np.einsum("ij,ij->i", vectors[: len(texts)], vectors[len(texts) :])
         return [scaled(float(cosine), self._options) for cosine in cosines]
-
-    def count_tokens(self, text: str) -> int:
-        """Count the encoder's tokens."""
-        return self._encoder.count_tokens(text)
-
-    def close(self) -> None:
-        """Free the encoder."""
-        self._encoder.close()
 
 
 def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
@@ -188,7 +191,7 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
     return PredictingEngine(predictor, facts, config, reads_context=reads_context)
 
 
-def _options(given: Mapping[str, Any]) -> Knn | Centroid | ZeroShot | Similarity:
+def _options(given: Mapping[str, Any]) -> Method:
     method = given.get("method", "knn")
     if method not in METHODS:
         raise JobError(

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.classical.bayes import words
 from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
-from mas_batch.engines.classical.predicting import PredictingEngine, Prediction
+from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, Predictor, words
 from mas_batch.engines.options import read_options
 from mas_batch.models import ModelFiles
 
 
-class Overlap:
+class Overlap(Predictor):
     """Counts words."""
 
     def __init__(self, options: HalvesOptions) -> None:
@@ -29,13 +28,6 @@ class Overlap:
             EngineError: a text is not two halves.
         """
         return [self._score(text) for text in texts]
-
-    def count_tokens(self, text: str) -> int:
-        """Count the words."""
-        return len(words(text))
-
-    def close(self) -> None:
-        """Nothing to free."""
 
     def _score(self, text: str) -> Prediction:
         first, second = (set(words(half)) for half in halves(text, self._options))

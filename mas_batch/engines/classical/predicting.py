@@ -7,10 +7,12 @@ is ever cut into parts.
 
 from __future__ import annotations
 
+import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,13 @@ from mas_batch.errors import EngineRefusedError
 NO_LIMIT = 2**31 - 1
 """Tokens of context, where a text may have any length."""
 
+_WORD = re.compile(r"\w+")
+
+
+def words(text: str) -> list[str]:
+    """Return the runs of letters, digits and underscores, without case."""
+    return _WORD.findall(text.casefold())
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -39,20 +48,19 @@ class Prediction:
     """Of the answer among all those that could have been given; None where there is no such."""
 
 
-class Predictor(Protocol):
-    """Picks an answer for each text."""
+class Predictor(ABC):
+    """Picks an answer for each text; one that reads no words counts its own tokens."""
 
+    @abstractmethod
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """Return one answer per text; none may depend on the other texts."""
-        ...
 
     def count_tokens(self, text: str) -> int:
         """Count what is read of a text."""
-        ...
+        return len(words(text))
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Free what is held."""
-        ...
 
 
 class PredictingEngine:
@@ -118,13 +126,13 @@ class PredictingEngine:
 
 
 def _completion(prediction: Prediction, length: int, compute_s: float, limit: int) -> Completion:
-    words = prediction.text.split()
-    whole = len(words) <= limit
+    said = prediction.text.split()
+    whole = len(said) <= limit
     return Completion(
-        text=prediction.text if whole else " ".join(words[:limit]),
+        text=prediction.text if whole else " ".join(said[:limit]),
         token_ids=(),
         sum_logprob=prediction.log_probability,
-        num_tokens=min(len(words), limit),
+        num_tokens=min(len(said), limit),
         finish_reason="stop" if whole else "length",
         prompt_tokens=length,
         compute_s=compute_s,

@@ -2,72 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mas_batch.engines.decoding import Choose, Decoded, extend
 from mas_batch.engines.marian.network import Network, State
 
 
-@dataclass(slots=True)
-class Hypothesis:
-    """One translation as it grows."""
+class _Translations:
+    """One translation per group of a state, as `extend` wants them."""
 
-    tokens: list[int]
-    sum_logprob: float = 0.0
-    ended: bool = False
-    """By the end token; otherwise max_new_tokens cut it."""
+    def __init__(self, network: Network, state: State) -> None:
+        self._network, self._state = network, state
+        self._position = 0
 
+    def step(self, tokens: Tensor | None) -> Tensor:
+        last = None if tokens is None else tokens[:, None]
+        logprobs, self._state = self._network.step(self._state, last, self._position)
+        self._position += 1
+        return logprobs[:, 0]
 
-Choose = Callable[[Tensor, list[int], int], Tensor]
-"""(log-probabilities (n, vocabulary), the n rows' numbers, position) to token ids (n,)."""
+    def keep(self, rows: Tensor) -> None:
+        self._state = self._state.select(rows)
 
 
 def decode(
     network: Network, state: State, max_new_tokens: int, eos_id: int, choose: Choose
-) -> list[Hypothesis]:
-    """Extend every group's one row by the tokens that `choose` picks, until all have ended.
+) -> list[Decoded]:
+    """Extend every group's one row by the tokens that `choose` picks, until all have ended."""
 
-    Rows that have ended leave the batch: the rest of the work is for the others only.
-    """
-    done = [Hypothesis([]) for _ in range(len(state.mask))]
-    rows = list(range(len(done)))
-    tokens = None
-    for position in range(max_new_tokens):
-        logprobs, state = network.step(state, tokens, position)
-        tokens = choose(logprobs[:, 0], rows, position)[:, None]
-        chosen = logprobs[:, 0].gather(1, tokens)
-        for row, token, logprob in zip(rows, tokens.tolist(), chosen.tolist(), strict=True):
-            done[row].tokens.append(token[0])
-            done[row].sum_logprob += logprob[0]
-            done[row].ended = token[0] == eos_id
-        if any(done[row].ended for row in rows):
-            kept = [i for i, row in enumerate(rows) if not done[row].ended]
-            if not kept:
-                break
-            rows = [rows[i] for i in kept]
-            index = torch.tensor(kept, device=tokens.device)
-            tokens, state = tokens[index], state.select(index)
-    return done
+    def scored(logprobs: Tensor, rows: Sequence[int], position: int) -> tuple[Tensor, Tensor]:
+        tokens = choose(logprobs, rows, position)
+        return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+    translations = _Translations(network, state)
+    return extend(translations, translations.step(None), scored, {eos_id}, max_new_tokens)
 
 
-def greedy(logprobs: Tensor, rows: list[int], position: int) -> Tensor:
-    """Choose the likeliest tokens; a `Choose`."""
-    return logprobs.argmax(-1)
-
-
-def beam_search(
-    network: Network, state: State, max_new_tokens: int, eos_id: int
-) -> list[Hypothesis]:
+def beam_search(network: Network, state: State, max_new_tokens: int, eos_id: int) -> list[Decoded]:
     """Return each group's hypothesis of the highest mean log-probability.
 
     As in Marian, a hypothesis that ends leaves a beam narrower by one; a group whose hypotheses
     have all ended leaves the batch.
     """
     groups, width, _ = state.cells[0].shape
-    found: list[list[Hypothesis]] = [[] for _ in range(groups)]
+    found: list[list[Decoded]] = [[] for _ in range(groups)]
     alive = list(range(groups))
     scores = state.cells[0].new_full((groups, width), -torch.inf)
     scores[:, 0] = 0.0  # all rows are equal before the first step: one stands for them
@@ -82,7 +63,7 @@ def beam_search(
         stopped = tokens == eos_id if position + 1 < max_new_tokens else scores.isfinite()
         for i, row in (stopped & scores.isfinite()).nonzero().tolist():
             ids = history[i, row].tolist()
-            found[alive[i]].append(Hypothesis(ids, float(scores[i, row]), ids[-1] == eos_id))
+            found[alive[i]].append(Decoded(ids, float(scores[i, row]), ids[-1] == eos_id))
         scores = scores.masked_fill(stopped, -torch.inf)
         kept = scores.isfinite().any(1).nonzero().squeeze(1)
         if len(kept) < len(alive):

@@ -24,12 +24,12 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
-from mas_batch.engines.marian.decoding import Hypothesis, beam_search, decode, greedy
+from mas_batch.engines.decoding import Decoded, completions, greedy
+from mas_batch.engines.marian.decoding import beam_search, decode
 from mas_batch.engines.marian.format import read_marian
 from mas_batch.engines.marian.network import Network, State
 from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.engines.sampling import Sampler
-from mas_batch.engines.timing import BatchTime, batch_time
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device, wait_for
 from mas_batch.errors import EngineError, JobError, ModelError
 from mas_batch.models import ModelFiles
@@ -45,18 +45,15 @@ class Options(EngineOptions):
     max_context_tokens: Annotated[int, Field(ge=2)] = MAX_CONTEXT_TOKENS
 
 
-def load(model: ModelFiles, config: EngineConfig) -> MarianEngine:
-    """Load a directory of `*.intgemm.alphas.bin` and `vocab*.spm`.
+class MarianEngine:
+    """The engine `marian`: sentences in, translations out; prompts are not read.
+
+    It loads a directory of `*.intgemm.alphas.bin` and `vocab*.spm`.
 
     Raises:
         JobError: an option, dtype or device that this engine does not know.
         ModelError: a file is missing or damaged, or the model is of another architecture.
     """
-    return MarianEngine(model, config)
-
-
-class MarianEngine:
-    """The engine `marian`: sentences in, translations out; prompts are not read."""
 
     takes_messages = False
     only_translates = True
@@ -72,9 +69,7 @@ class MarianEngine:
                 f"engine marian computes in float32, not {config.dtype!r}; allowed: auto, float32",
                 key="agents.dtype",
             )
-        device = torch_device(config.device, ("cuda", "cpu"))
-        if config.threads > 0:
-            torch.set_num_threads(config.threads)
+        device = torch_device(config, ("cuda", "cpu"))
         vocabulary = _only_file(model, "vocab*.spm")
         file = read_marian(_only_file(model, "*.intgemm.alphas.bin"))
         self._pieces = _read_pieces(vocabulary)
@@ -95,20 +90,18 @@ class MarianEngine:
             return []
         start = time.perf_counter()
         sources: list[list[int]] = [tokenized_prompt(self, request).tokens for request in requests]
-        self._check(max(map(len, sources)), sampling)
+        longest = max(map(len, sources))
+        if longest + sampling.max_new_tokens > self.max_context_tokens:
+            raise EngineError(
+                f"{longest} source tokens + {sampling.max_new_tokens} new are over the context "
+                f"of {self.max_context_tokens}"
+            )
+        sampling.check()
         seeds = [request.seed for request in requests]
         with torch.inference_mode():
             found, prefill_s = run_freeing(lambda: self._decode(seeds, sources, sampling))
-        spent = batch_time(
-            time.perf_counter() - start,
-            prefill_s,
-            [len(source) for source in sources],
-            [[len(h.tokens) for h in hypotheses] for hypotheses in found],
-        )
-        return [
-            [self._completion(hypothesis, len(source), spent) for hypothesis in hypotheses]
-            for source, hypotheses in zip(sources, found, strict=True)
-        ]
+        total_s = time.perf_counter() - start
+        return completions(sources, found, self._read, total_s=total_s, prefill_s=prefill_s)
 
     def describe(self) -> Mapping[str, Any]:
         """Facts for the manifest."""
@@ -129,17 +122,9 @@ class MarianEngine:
         vars(self).pop("_network", None)
         free_caches()
 
-    def _check(self, longest: int, sampling: Sampling) -> None:
-        if longest + sampling.max_new_tokens > self.max_context_tokens:
-            raise EngineError(
-                f"{longest} source tokens + {sampling.max_new_tokens} new are over the context "
-                f"of {self.max_context_tokens}"
-            )
-        sampling.check()
-
     def _decode(
         self, seeds: Sequence[int], sources: Sequence[Sequence[int]], sampling: Sampling
-    ) -> tuple[list[list[Hypothesis]], float]:
+    ) -> tuple[list[list[Decoded]], float]:
         """Return the hypotheses per source, and the seconds of encoding the sources."""
         network = self._network
         start = time.perf_counter()
@@ -150,7 +135,7 @@ class MarianEngine:
 
     def _extend(
         self, state: State, seeds: Sequence[int], num_sources: int, sampling: Sampling
-    ) -> list[list[Hypothesis]]:
+    ) -> list[list[Decoded]]:
         network, length, eos_id = self._network, sampling.max_new_tokens, self._pieces.eos_id()
         if sampling.num_beams > 1:
             return [[best] for best in beam_search(network, state, length, eos_id)]
@@ -165,18 +150,12 @@ class MarianEngine:
         flat = decode(network, state.select(groups), length, eos_id, choose)
         return [flat[i : i + n] for i in range(0, len(flat), n)]
 
-    def _completion(self, h: Hypothesis, num_source: int, spent: BatchTime) -> Completion:
-        compute_s, prefill_s = spent.share(num_source, len(h.tokens))
-        return Completion(
-            text=self._pieces.decode(h.tokens[:-1] if h.ended else h.tokens),
-            token_ids=tuple(h.tokens),
-            sum_logprob=h.sum_logprob,
-            num_tokens=len(h.tokens),
-            finish_reason="stop" if h.ended else "length",
-            prompt_tokens=num_source,
-            compute_s=compute_s,
-            prefill_s=prefill_s,
-        )
+    def _read(self, decoded: Decoded) -> tuple[str, list[int]]:
+        kept = decoded.tokens[:-1] if decoded.ended else decoded.tokens
+        return self._pieces.decode(kept), decoded.tokens
+
+
+load = MarianEngine
 
 
 def _only_file(model: ModelFiles, pattern: str) -> Path:

@@ -74,10 +74,7 @@ def _converted(model: ModelFiles, gguf: Path, dtype: str) -> Path:
 def _convert(gguf: Path, dtype: str, target: Path) -> None:
     folder, name = str(gguf.parent), gguf.name
     dense = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=name,
-        quantization_config=dequantized(),
-        dtype=getattr(torch, dtype),
+        folder, gguf_file=name, quantization_config=dequantized(), dtype=getattr(torch, dtype)
     )
     dense.save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)

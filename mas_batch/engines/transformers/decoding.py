@@ -8,16 +8,13 @@ per row is wanted. Beam search is left to it.
 Rounding differs with a batch's shape, by about 1e-5 in float32 logits: only between tokens that
 are nearer to each other can the batch decide.
 
-Names: a row is one sequence being decoded; `logits` are float32 [rows, vocabulary] of the next
-token.
+Names: as in `engines.decoding`; `logits` are float32 [rows, vocabulary] of the next token.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,25 +23,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mas_batch.engines.base import Sampling
+from mas_batch.engines.decoding import Choose, Decoded, ScoredChoose, extend, greedy
 from mas_batch.engines.sampling import Sampler
 from mas_batch.engines.torch_device import wait_for
-from mas_batch.engines.transformers.streams import SpecialTokens, Stream, open_stream, pad_rows
+from mas_batch.engines.transformers.streams import SpecialTokens, open_stream, pad_rows
 from mas_batch.engines.transformers.transformers_compat import accepted
-from mas_batch.errors import EngineError
-
-Choose = Callable[[Tensor, Sequence[int], int], Tensor]
-"""(logits, the rows' numbers, step) → token per row."""
-
-
-@dataclass(slots=True)
-class Decoded:
-    """One row's tokens so far."""
-
-    tokens: list[int] = field(default_factory=list)
-    """As generated, the end token included."""
-    sum_logprob: float = 0.0
-    """Natural logarithm of their probability at temperature 1, nothing banned."""
-    ended: bool = False
 
 
 def decode(
@@ -65,7 +48,7 @@ def decode(
     copies = sampling.num_samples
     if sampling.num_beams > 1:
         return [[best] for best in _beam_search(model, prompts, special, sampling)], None
-    choose = _greedy if sampling.temperature == 0 else Sampler(sampling, _streams(seeds, copies))
+    choose = greedy if sampling.temperature == 0 else Sampler(sampling, _streams(seeds, copies))
     stream = open_stream(model, special, sampling.max_new_tokens)
     start = time.perf_counter()
     logits = stream.start(prompts)
@@ -75,62 +58,26 @@ def decode(
         rows = torch.arange(len(prompts), device=logits.device).repeat_interleave(copies)
         stream.keep(rows)
         logits = logits[rows]
-    flat = _run(stream, logits, choose, special, sampling.max_new_tokens)
+    scored = _with_logprobs(choose, special)
+    flat = extend(stream, logits, scored, special.end, sampling.max_new_tokens)
     return [flat[i : i + copies] for i in range(0, len(flat), copies)], prefill_s
 
 
-def _run(
-    stream: Stream, logits: Tensor, choose: Choose, special: SpecialTokens, max_new_tokens: int
-) -> list[Decoded]:
-    """Choose and feed back tokens; a row leaves the batch as it ends."""
-    done = [Decoded() for _ in range(len(logits))]
-    active = list(range(len(logits)))
-    for step in range(max_new_tokens):
-        forced = special.forced_first if step == 0 else None
-        tokens, logprobs = _choose(logits, choose, special, forced, active, step)
-        for i, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
-            if not math.isfinite(logprob):
-                raise EngineError(
-                    f"the model's logits at step {step} are not finite; float16 overflows in some "
-                    "models, where bfloat16 or float32 does not"
-                )
-            done[i].tokens.append(token)
-            done[i].sum_logprob += logprob
-            done[i].ended = token in special.end
-        left = [k for k, i in enumerate(active) if not done[i].ended]
-        if not left or step + 1 == max_new_tokens:
-            break
-        if len(left) < len(active):
-            rows = torch.tensor(left, device=tokens.device)
-            stream.keep(rows)
-            tokens = tokens[rows]
-            active = [active[k] for k in left]
-        logits = stream.step(tokens)
-    return done
+def _with_logprobs(choose: Choose, special: SpecialTokens) -> ScoredChoose:
+    """Choose among what is not banned; the log-probability is as if nothing was."""
 
+    def scored(logits: Tensor, active: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
+        if step == 0 and special.forced_first is not None:
+            forced = torch.full((len(logits),), special.forced_first, device=logits.device)
+            return forced, logits.new_zeros(len(logits))
+        total = logits.logsumexp(-1)
+        if special.banned:
+            logits = logits.clone()
+            logits[:, list(special.banned)] = -torch.inf
+        tokens = choose(logits, active, step)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - total
 
-def _choose(
-    logits: Tensor,
-    choose: Choose,
-    special: SpecialTokens,
-    forced: int | None,
-    active: Sequence[int],
-    step: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the rows' next tokens and the tokens' log-probabilities."""
-    if forced is not None:
-        tokens = torch.full((len(logits),), forced, device=logits.device)
-        return tokens, logits.new_zeros(len(logits))
-    total = logits.logsumexp(-1)
-    if special.banned:
-        logits = logits.clone()
-        logits[:, list(special.banned)] = -torch.inf
-    tokens = choose(logits, active, step)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - total
-
-
-def _greedy(logits: Tensor, active: Sequence[int], step: int) -> Tensor:
-    return logits.argmax(-1)
+    return scored
 
 
 def _streams(seeds: Sequence[int], num_samples: int) -> list[np.random.SeedSequence]:
@@ -140,9 +87,6 @@ def _streams(seeds: Sequence[int], num_samples: int) -> list[np.random.SeedSeque
         for seed in seeds
         for sample in range(num_samples)
     ]
-
-
-# --- Beam search
 
 
 def _beam_search(

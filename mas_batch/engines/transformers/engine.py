@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -23,8 +24,8 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
+from mas_batch.engines.decoding import Decoded, completions
 from mas_batch.engines.options import read_options
-from mas_batch.engines.timing import BatchTime, batch_time
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
 from mas_batch.engines.transformers.checkpoints import (
     Options,
@@ -32,7 +33,7 @@ from mas_batch.engines.transformers.checkpoints import (
     load_model,
     load_tokenizer,
 )
-from mas_batch.engines.transformers.decoding import Decoded, decode
+from mas_batch.engines.transformers.decoding import decode
 from mas_batch.engines.transformers.streams import SpecialTokens
 from mas_batch.engines.transformers.transformers_compat import model_length
 from mas_batch.errors import EngineError, JobError
@@ -89,16 +90,8 @@ class TransformersEngine:
             found, prefill_s = run_freeing(
                 lambda: decode(self._model, prompts, self._special, sampling, seeds)
             )
-        spent = batch_time(
-            time.perf_counter() - start,
-            prefill_s,
-            [len(prompt) for prompt in prompts],
-            [[len(decoded.tokens) for decoded in row] for row in found],
-        )
-        return [
-            [self._completion(len(prompt), decoded, spent) for decoded in row]
-            for prompt, row in zip(prompts, found, strict=True)
-        ]
+        total_s = time.perf_counter() - start
+        return completions(prompts, found, self._read, total_s=total_s, prefill_s=prefill_s)
 
     def describe(self) -> Mapping[str, Any]:
         """Facts for the manifest."""
@@ -141,19 +134,9 @@ class TransformersEngine:
             ) from error
         return text, False  # the template has written them
 
-    def _completion(self, prompt_tokens: int, decoded: Decoded, spent: BatchTime) -> Completion:
-        compute_s, prefill_s = spent.share(prompt_tokens, len(decoded.tokens))
+    def _read(self, decoded: Decoded) -> tuple[str, list[int]]:
         kept = decoded.tokens[:-1] if decoded.ended else decoded.tokens
-        return Completion(
-            text=self._tokenizer.decode(kept, skip_special_tokens=True).strip(),
-            token_ids=tuple(kept),
-            sum_logprob=decoded.sum_logprob,
-            num_tokens=len(decoded.tokens),
-            finish_reason="stop" if decoded.ended else "length",
-            prompt_tokens=prompt_tokens,
-            compute_s=compute_s,
-            prefill_s=prefill_s,
-        )
+        return self._tokenizer.decode(kept, skip_special_tokens=True).strip(), kept
 
 
 def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
@@ -164,22 +147,17 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
         ModelError: no safetensors, no tokenizer, or an architecture that cannot be decoded.
     """
     options = read_options(Options, config.options, "transformers")
-    device = torch_device(config.device, ("cuda", "mps", "cpu"))
+    device = torch_device(config, ("cuda", "mps", "cpu"))
     if config.dtype not in DTYPES:
         raise JobError(f"{config.dtype!r}; allowed: {', '.join(DTYPES)}", key="agents.dtype")
     dtype = config.dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # greedy answers then don't depend on the batch; bfloat16 is slow
-    if config.threads > 0:
-        torch.set_num_threads(config.threads)
     transformers_logging.disable_progress_bar()
     path = checkpoint(model, dtype)
     tokenizer = load_tokenizer(path, model)
     loaded = load_model(path, model, options, dtype).to(device).eval()
     return TransformersEngine(loaded, tokenizer, model, config, options)
-
-
-# --- Facts about a loaded model
 
 
 def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialTokens:
@@ -193,32 +171,29 @@ def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialToke
     # What is left here would be filled into every later call of `generate`: a checkpoint's
     # repetition penalty, minimum length, forced end…
     model.generation_config = transformers.GenerationConfig()
+    special = SpecialTokens(frozenset(ends), pad, banned=tuple(sorted(banned)))
     if not model.config.is_encoder_decoder:
-        return SpecialTokens(frozenset(ends), pad, banned=tuple(sorted(banned)))
+        return special
     start = given.decoder_start_token_id
-    return SpecialTokens(
-        frozenset(ends),
-        pad,
+    return replace(
+        special,
         decoder_start=given.bos_token_id if start is None else start,
         forced_first=_language(tokenizer, options) or given.forced_bos_token_id,
-        banned=tuple(sorted(banned)),
     )
 
 
 def _language(tokenizer: Any, options: Options) -> int | None:
     """Set the source's language in the tokenizer; return the target's token."""
+    ids: dict[str, int] = {}
     for key in ("source_lang", "target_lang"):
-        code = getattr(options, key)
-        if code is not None and tokenizer.convert_tokens_to_ids(code) in (
-            None,
-            tokenizer.unk_token_id,
-        ):
+        if (code := getattr(options, key)) is None:
+            continue
+        ids[key] = tokenizer.convert_tokens_to_ids(code)
+        if ids[key] in (None, tokenizer.unk_token_id):
             raise JobError(f"{code!r} is no token of this model", key=f"agents.options.{key}")
     if options.source_lang is not None:
         tokenizer.src_lang = options.source_lang
-    if options.target_lang is None:
-        return None
-    return int(tokenizer.convert_tokens_to_ids(options.target_lang))
+    return ids.get("target_lang")
 
 
 def _context_limit(config: Any, tokenizer: Any, options: Options, files: ModelFiles) -> int:

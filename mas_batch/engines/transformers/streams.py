@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
+from mas_batch.engines.decoding import Rows
 from mas_batch.engines.transformers.transformers_compat import (
     accepted,
     cache_argument,
@@ -40,17 +41,11 @@ class SpecialTokens:
     """Never chosen: Marian models rank their padding token first."""
 
 
-class Stream(Protocol):
-    """One batch of sequences as they grow, a row each."""
+class Stream(Rows, Protocol):
+    """Rows that begin with prompts."""
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts, one row each; return the logits of the first tokens."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token per row; return the logits of the next."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order; a row named twice is doubled."""
 
 
 def open_stream(model: Any, special: SpecialTokens, max_new_tokens: int) -> Stream:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from bokeh.core.properties import without_property_validation
 from bokeh.models import ColumnDataSource
 
-from mas_batch.monitor.dashboard.inboxes import inbox_of
+from mas_batch.monitor.dashboard.inboxes import INBOXES
+from mas_batch.monitor.inbox import Inbox
 from mas_batch.monitor.overview import Overview, RunRow, overview
 
 _EVERY_MS = 500
@@ -29,10 +29,11 @@ class RunPlot:
     """Shows one run; by itself, the newest one."""
 
     root: Any
+    columns: ClassVar[tuple[str, ...]]
+    """Of `source`."""
 
-    def __init__(self, scheduler: Any, columns: Iterable[str], **kwargs: Any) -> None:
+    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
         self.scheduler = scheduler
-        self.columns = tuple(columns)
         self.source = ColumnDataSource({name: [] for name in self.columns})
         self.root = self.build(**kwargs)
 
@@ -66,4 +67,4 @@ def add_to(doc: Any, component: Component) -> None:
 
 def current(scheduler: Any) -> Overview:
     """Return how the scheduler's runs are now."""
-    return overview(inbox_of(scheduler), time.time())
+    return overview(INBOXES.get(scheduler, Inbox()), time.time())

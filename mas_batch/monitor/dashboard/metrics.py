@@ -18,9 +18,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from mas_batch.errors import Reason
-from mas_batch.monitor.dashboard.inboxes import all_inboxes
+from mas_batch.monitor.dashboard.inboxes import INBOXES
 from mas_batch.monitor.fleet import LiveAgent, ReplicaState
 from mas_batch.monitor.inbox import HeardRun, Inbox
+from mas_batch.monitor.live import LiveRun
 from mas_batch.monitor.overview import (
     PARTITION_STATES,
     PURPOSES,
@@ -30,6 +31,7 @@ from mas_batch.monitor.overview import (
 )
 
 STATUSES = ("starting", "answering", "escalating", "finished", "failed", "silent")
+_PARTS = ("compute", "transfer", "processing")
 
 
 class AgentsCollector(Collector):
@@ -41,7 +43,7 @@ class AgentsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics; none in a process without an inbox."""
-        if inboxes := all_inboxes():
+        if inboxes := list(INBOXES.values()):
             yield from families(inboxes, time.time())
 
 
@@ -57,193 +59,149 @@ def families(inboxes: Sequence[Inbox], now: float) -> Iterator[Metric]:
     Args:
         now: Unix time on the scheduler's clock.
     """
-    by_name = {name: heard for inbox in inboxes for name, heard in inbox.runs.items()}
-    heard_runs = list(by_name.values())
-    last_success = {job: at for inbox in inboxes for job, at in inbox.last_success.items()}
-    yield from _progress(heard_runs, now)
-    yield from _answers(heard_runs)
-    yield from _replicas(heard_runs)
-    yield _gauge(
-        "last_success_timestamp_seconds",
-        "When a run of the job was last finished, as Unix time",
-        ["job_name"],
-        (((name,), at) for name, at in last_success.items()),
-    )
+    heard_runs = {name: heard for inbox in inboxes for name, heard in inbox.runs.items()}
+    for kind, name, text, labels, read in _OF_RUNS:
+        samples: Samples = {
+            (run, *values): value
+            for run, heard in heard_runs.items()
+            for values, value in read(heard, now).items()
+        }
+        yield _family(kind, name, text, ["run", *labels], samples)
+    for kind, name, text, labels, read_agent in _OF_AGENTS:
+        samples = {
+            (run, agent_id, *values): value
+            for run, heard in heard_runs.items()
+            for agent_id, agent in heard.run.agents.items()
+            for values, value in read_agent(agent, heard.run).items()
+        }
+        yield _family(kind, name, text, ["run", "agent", *labels], samples)
+    samples = {(job,): at for inbox in inboxes for job, at in inbox.last_success.items()}
+    text = "When a run of the job was last finished, as Unix time"
+    yield _family(GaugeMetricFamily, "last_success_timestamp_seconds", text, ["job_name"], samples)
 
 
-Samples = Iterable[tuple[tuple[str, ...], float]]
-"""(values of the labels, value)."""
+Samples = dict[tuple[str, ...], float]
+"""Values of the labels → value."""
 
 
-def _gauge(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
-    return _filled(GaugeMetricFamily(f"mas_batch_{name}", text, labels=labels), samples)
-
-
-def _counter(name: str, text: str, labels: list[str], samples: Samples) -> Metric:
-    return _filled(CounterMetricFamily(f"mas_batch_{name}", text, labels=labels), samples)
-
-
-def _filled(family: Any, samples: Samples) -> Metric:
-    for values, value in samples:
+def _family(kind: Any, name: str, text: str, labels: list[str], samples: Samples) -> Metric:
+    family = kind(f"mas_batch_{name}", text, labels=labels)
+    for values, value in samples.items():
         family.add_metric(values, value)
     metric: Metric = family
     return metric
 
 
-def _progress(heard_runs: list[HeardRun], now: float) -> Iterator[Metric]:
-    runs = [heard.run for heard in heard_runs]
-    yield _gauge(
-        "run_records", "Records of the corpus", ["run"], (((r.name,), r.num_records) for r in runs)
-    )
-    yield _gauge(
-        "run_progress_ratio",
-        "Share of the partitions that are merged",
-        ["run"],
-        (((run.name,), progress(run)) for run in runs),
-    )
-    yield _gauge(
-        "run_status",
-        "1 for the status that the run has, 0 for the others",
-        ["run", "status"],
-        (((h.run.name, s), float(h.status(now) == s)) for h in heard_runs for s in STATUSES),
-    )
-    yield _gauge(
-        "run_heard_timestamp_seconds",
+def _by(words: Iterable[str], counts: Iterable[float]) -> Samples:
+    return {(word,): count for word, count in zip(words, counts, strict=True)}
+
+
+def _by_state(agent: LiveAgent, run: LiveRun) -> Samples:
+    count = Counter(replica.shown_state for replica in replicas_of(run, agent.agent_id))
+    return {(str(state),): count[state] for state in ReplicaState}
+
+
+def _in_flight(agent: LiveAgent, run: LiveRun) -> Samples:
+    return {(): sum(replica.in_flight for replica in replicas_of(run, agent.agent_id))}
+
+
+def _window(agent: LiveAgent, run: LiveRun) -> Samples:
+    return {(): run.window * sum(map(is_serving, replicas_of(run, agent.agent_id)))}
+
+
+_OF_RUNS: list[tuple[type, str, str, list[str], Callable[[HeardRun, float], Samples]]] = [
+    (
+        GaugeMetricFamily, "run_records", "Records of the corpus",
+        [], lambda heard, now: {(): heard.run.num_records},
+    ),
+    (
+        GaugeMetricFamily, "run_progress_ratio", "Share of the partitions that are merged",
+        [], lambda heard, now: {(): progress(heard.run)},
+    ),
+    (
+        GaugeMetricFamily, "run_status", "1 for the status that the run has, 0 for the others",
+        ["status"], lambda heard, now: {(s,): float(heard.status(now) == s) for s in STATUSES},
+    ),
+    (
+        GaugeMetricFamily, "run_heard_timestamp_seconds",
         "When the submitting process last said something, as Unix time",
-        ["run"],
-        (((heard.run.name,), heard.heard) for heard in heard_runs),
-    )
-    yield _gauge(
-        "partitions",
-        "Partitions by state; those that wait are the queue",
-        ["run", "state"],
-        (
-            ((run.name, state), count)
-            for run in runs
-            for state, count in zip(PARTITION_STATES, run.states, strict=True)
-        ),
-    )
-    yield _counter(
-        "records_merged",
+        [], lambda heard, now: {(): heard.heard},
+    ),
+    (
+        GaugeMetricFamily, "partitions", "Partitions by state; those that wait are the queue",
+        ["state"], lambda heard, now: _by(PARTITION_STATES, heard.run.states),
+    ),
+    (
+        CounterMetricFamily, "records_merged",
         "Records that this execution has merged, failed ones included",
-        ["run"],
-        (((run.name,), run.num_results + run.num_failures) for run in runs),
-    )
-    yield _counter(
-        "records_failed",
+        [], lambda heard, now: {(): heard.run.num_results + heard.run.num_failures},
+    ),
+    (
+        CounterMetricFamily, "records_failed",
         "Records that this execution found no answer to, by reason",
-        ["run", "reason"],
-        (((r.name, reason), r.reasons.get(reason, 0)) for r in runs for reason in Reason),
-    )
-    yield _counter(
-        "records_undecided",
+        ["reason"], lambda heard, now: {(r,): heard.run.reasons.get(r, 0) for r in Reason},
+    ),
+    (
+        CounterMetricFamily, "records_undecided",
         "Times that one more agent was asked about a record",
-        ["run"],
-        (((run.name,), run.num_undecided) for run in runs),
-    )
-
-
-def _answers(heard_runs: list[HeardRun]) -> Iterator[Metric]:
-    pairs = [(heard.run.name, agent) for heard in heard_runs for agent in heard.run.agents.values()]
-    for name, text, count in _COUNTED:
-        samples = (((run, agent.agent_id), count(agent)) for run, agent in pairs)
-        yield _counter(name, text, ["run", "agent"], samples)
-    yield _counter(
-        "tokens",
-        "Tokens read and generated",
-        ["run", "agent", "kind"],
-        (
-            ((run, agent.agent_id, kind), getattr(agent, f"{kind}_tokens"))
-            for run, agent in pairs
-            for kind in ("prompt", "completion")
-        ),
-    )
-    yield _counter(
-        "agent_seconds",
-        "Seconds spent on answers, by part of the latency model T = T_c + T_t + T_p",
-        ["run", "agent", "part"],
-        (
-            ((run, agent.agent_id, part), getattr(agent, f"{part}_s"))
-            for run, agent in pairs
-            for part in ("compute", "transfer", "processing")
-        ),
-    )
-    yield _counter(
-        "partitions_asked",
-        "Times that an agent was asked about a partition, by purpose",
-        ["run", "agent", "purpose"],
-        (
-            ((run, agent.agent_id, purpose), agent.asked.get(purpose, 0))
-            for run, agent in pairs
-            for purpose in PURPOSES
-        ),
-    )
-    yield _gauge(
-        "agent_agreement_ratio",
-        "Share of the agent's answers that say what was merged",
-        ["run", "agent"],
-        (
-            ((run, agent.agent_id), agent.num_agreed / agent.num_compared)
-            for run, agent in pairs
-            if agent.num_compared
-        ),
-    )
-
-
-_COUNTED: list[tuple[str, str, Callable[[LiveAgent], float]]] = [
-    ("answers", "Answers given", lambda agent: agent.num_answers),
-    ("answers_failed", "Answers with a reason instead of a text", lambda agent: agent.num_failed),
+        [], lambda heard, now: {(): heard.run.num_undecided},
+    ),
+]  # fmt: skip
+_OF_AGENTS: list[tuple[type, str, str, list[str], Callable[[LiveAgent, LiveRun], Samples]]] = [
     (
-        "tries_failed",
-        "Tries on a partition that came to nothing",
-        lambda agent: agent.num_failed_tries,
+        CounterMetricFamily, "answers", "Answers given",
+        [], lambda agent, run: {(): agent.num_answers},
     ),
     (
-        "partitions_given_up",
+        CounterMetricFamily, "answers_failed", "Answers with a reason instead of a text",
+        [], lambda agent, run: {(): agent.num_failed},
+    ),
+    (
+        CounterMetricFamily, "tries_failed", "Tries on a partition that came to nothing",
+        [], lambda agent, run: {(): agent.num_failed_tries},
+    ),
+    (
+        CounterMetricFamily, "partitions_given_up",
         "Partitions that an agent is not asked about again",
-        lambda agent: agent.num_given_up,
+        [], lambda agent, run: {(): agent.num_given_up},
     ),
-]
-
-
-def _replicas(heard_runs: list[HeardRun]) -> Iterator[Metric]:
-    fleets = [
-        (run, agent_id, replicas_of(run, agent_id))
-        for run in (heard.run for heard in heard_runs)
-        for agent_id in run.agents
-    ]
-    yield _gauge(
-        "replicas",
+    (
+        CounterMetricFamily, "tokens", "Tokens read and generated",
+        ["kind"],
+        lambda a, run: _by(("prompt", "completion"), (a.prompt_tokens, a.completion_tokens)),
+    ),
+    (
+        CounterMetricFamily, "agent_seconds",
+        "Seconds spent on answers, by part of the latency model T = T_c + T_t + T_p",
+        ["part"],
+        lambda a, run: _by(_PARTS, (a.compute_s, a.transfer_s, a.processing_s)),
+    ),
+    (
+        CounterMetricFamily, "partitions_asked",
+        "Times that an agent was asked about a partition, by purpose",
+        ["purpose"], lambda agent, run: {(p,): agent.asked.get(p, 0) for p in PURPOSES},
+    ),
+    (
+        GaugeMetricFamily, "agent_agreement_ratio",
+        "Share of the agent's answers that say what was merged",
+        [], lambda a, run: {(): a.num_agreed / a.num_compared} if a.num_compared else {},
+    ),
+    (
+        GaugeMetricFamily, "replicas",
         "Workers that serve an agent, by state; of those that are lost, the last twenty",
-        ["run", "agent", "state"],
-        (
-            ((run.name, agent_id, str(state)), count[state])
-            for run, agent_id, replicas in fleets
-            for count in [Counter(replica.shown_state for replica in replicas)]
-            for state in ReplicaState
-        ),
-    )
-    yield _gauge(
-        "replicas_wanted",
+        ["state"], _by_state,
+    ),
+    (
+        GaugeMetricFamily, "replicas_wanted",
         "Workers that the job asks for; more may serve an agent",
-        ["run", "agent"],
-        (((run.name, a), run.agents[a].num_wanted) for run, a, _ in fleets),
-    )
-    yield _gauge(
-        "in_flight_partitions",
-        "Partitions at the agent's workers",
-        ["run", "agent"],
-        (
-            ((run.name, agent), sum(r.in_flight for r in replicas))
-            for run, agent, replicas in fleets
-        ),
-    )
-    yield _gauge(
-        "window_partitions",
-        "Partitions that may be at the agent's workers",
-        ["run", "agent"],
-        (
-            ((run.name, agent_id), run.window * sum(is_serving(r) for r in replicas))
-            for run, agent_id, replicas in fleets
-        ),
-    )
+        [], lambda agent, run: {(): agent.num_wanted},
+    ),
+    (
+        GaugeMetricFamily, "in_flight_partitions", "Partitions at the agent's workers",
+        [], _in_flight,
+    ),
+    (
+        GaugeMetricFamily, "window_partitions", "Partitions that may be at the agent's workers",
+        [], _window,
+    ),
+]  # fmt: skip

@@ -20,7 +20,13 @@ from mas_batch.dask_compat import (
     use_dasks_theme,
 )
 from mas_batch.monitor.dashboard.base import RunPlot, add_to, current
-from mas_batch.monitor.dashboard.plots import LatencyPlot, PartitionsPlot, RatesPlot, RoutingPlot
+from mas_batch.monitor.dashboard.plots import (
+    LatencyPlot,
+    PartitionsPlot,
+    RatesPlot,
+    RoutingPlot,
+    TokenRatesPlot,
+)
 from mas_batch.monitor.dashboard.tables import AgentsTable, ReplicasTable
 from mas_batch.monitor.overview import RunRow
 
@@ -36,21 +42,19 @@ class AgentsPage:
         self._summary = Div(sizing_mode="stretch_width", align="center")
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
         agents, replicas = AgentsTable(scheduler, **wide), ReplicasTable(scheduler, **wide)
-        charts = [
+        charts: list[RunPlot] = [
             PartitionsPlot(scheduler, height=240, **wide),
             RatesPlot(scheduler, height=240, **wide),
-            RatesPlot(scheduler, name="tokens_per_s", height=240, **wide),
-        ]
-        means = [
+            TokenRatesPlot(scheduler, height=240, **wide),
             LatencyPlot(scheduler, height=240, **wide),
             RoutingPlot(scheduler, height=240, **wide),
         ]
-        self._plots = [agents, *charts, *means, replicas]
+        self._plots = [agents, *charts, replicas]
         self.root = column(
             row(self._select, self._summary, **wide),
             agents.root,
-            row([chart.root for chart in charts], **wide),
-            row([mean.root for mean in means], **wide),
+            row([chart.root for chart in charts[:3]], **wide),
+            row([chart.root for chart in charts[3:]], **wide),
             replicas.root,
             **wide,
         )

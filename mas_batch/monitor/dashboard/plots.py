@@ -15,11 +15,18 @@ _PARTS = ("compute", "transfer", "processing")
 _PART_COLOURS = ("#2171b5", "#fd8d3c", "#9ecae1")
 
 
-class PartitionsPlot(RunPlot):
+class HistoryPlot(RunPlot):
+    """Something over the whole run."""
+
+    def data(self, run: RunRow) -> dict[str, list[Any]]:
+        """Return columns of the history."""
+        return {name: [getattr(point, name) for point in run.history] for name in self.columns}
+
+
+class PartitionsPlot(HistoryPlot):
     """Partitions by state, over the whole run."""
 
-    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
-        super().__init__(scheduler, ["at_s", *PARTITION_STATES], **kwargs)
+    columns = ("at_s", *PARTITION_STATES)
 
     def build(self, **kwargs: Any) -> Any:
         """Return a stack of areas, what is merged at the bottom."""
@@ -34,38 +41,35 @@ class PartitionsPlot(RunPlot):
         plot.legend[0].items.reverse()  # in the order of the stack
         return _with_legend(plot)
 
-    def data(self, run: RunRow) -> dict[str, list[Any]]:
-        """Return the history's states."""
-        return {name: [getattr(p, name) for p in run.history] for name in self.columns}
 
+class RatesPlot(HistoryPlot):
+    """Records merged per second, over the whole run."""
 
-class RatesPlot(RunPlot):
-    """Records merged and tokens generated per second, over the whole run."""
-
-    def __init__(self, scheduler: Any, name: str = "records_per_s", **kwargs: Any) -> None:
-        self._name = name
-        super().__init__(scheduler, ["at_s", name], **kwargs)
+    columns = ("at_s", "records_per_s")
+    title = "Records per second"
 
     def build(self, **kwargs: Any) -> Any:
         """Return a line."""
-        title = {"records_per_s": "Records per second", "tokens_per_s": "Tokens per second"}
-        plot = _figure(title[self._name], "seconds", **kwargs)
-        plot.line(x="at_s", y=self._name, line_width=2, color="#2171b5", source=self.source)
-        hover = HoverTool(tooltips=[("at", "@at_s s"), ("per second", f"@{self._name}{{0,0.0}}")])
+        rate = self.columns[1]
+        plot = _figure(self.title, "seconds", **kwargs)
+        plot.line(x="at_s", y=rate, line_width=2, color="#2171b5", source=self.source)
+        hover = HoverTool(tooltips=[("at", "@at_s s"), ("per second", f"@{rate}{{0,0.0}}")])
         hover.mode = "vline"
         plot.add_tools(hover)
         return plot
 
-    def data(self, run: RunRow) -> dict[str, list[Any]]:
-        """Return the history's rates."""
-        return {name: [getattr(p, name) for p in run.history] for name in self.columns}
+
+class TokenRatesPlot(RatesPlot):
+    """Tokens generated per second, over the whole run."""
+
+    columns = ("at_s", "tokens_per_s")
+    title = "Tokens per second"
 
 
 class LatencyPlot(RunPlot):
     """Seconds per record and agent, by part."""
 
-    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
-        super().__init__(scheduler, ["agent", *_PARTS], **kwargs)
+    columns = ("agent", *_PARTS)
 
     def build(self, **kwargs: Any) -> Any:
         """Return stacked bars, one per agent."""
@@ -94,8 +98,7 @@ class LatencyPlot(RunPlot):
 class RoutingPlot(RunPlot):
     """How often each agent was asked, and for what."""
 
-    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
-        super().__init__(scheduler, ["agent", "purpose", "count", "shade"], **kwargs)
+    columns = ("agent", "purpose", "count", "shade")
 
     def build(self, **kwargs: Any) -> Any:
         """Return a matrix of counts."""
@@ -107,16 +110,10 @@ class RoutingPlot(RunPlot):
             **kwargs,
         )
         place = {"x": "purpose", "y": "agent", "source": self.source}
-        plot.rect(
-            width=0.96, height=0.9, fill_color="#6baed6", line_color=None, alpha="shade", **place
-        )
-        plot.text(
-            text="count",
-            text_align="center",
-            text_baseline="middle",
-            text_font_size="12px",
-            **place,
-        )
+        fill = {"fill_color": "#6baed6", "line_color": None, "alpha": "shade"}
+        plot.rect(width=0.96, height=0.9, **fill, **place)
+        centred = {"text_align": "center", "text_baseline": "middle", "text_font_size": "12px"}
+        plot.text(text="count", **centred, **place)
         plot.grid.visible = False
         return plot
 

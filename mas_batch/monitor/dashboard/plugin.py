@@ -7,7 +7,8 @@ import time
 from distributed import Scheduler, SchedulerPlugin
 
 from mas_batch.dask_compat import add_remote_call
-from mas_batch.monitor.dashboard.inboxes import add_inbox, inbox_of, remove_inbox
+from mas_batch.monitor.dashboard.inboxes import INBOXES
+from mas_batch.monitor.inbox import Inbox
 
 NAME = "mas-batch-dashboard"
 HANDLER = "mas_batch_feed"
@@ -26,15 +27,15 @@ class AgentsDashboard(SchedulerPlugin):  # type: ignore[misc]
         from mas_batch.monitor.dashboard import metrics, page
 
         self._scheduler = scheduler
-        add_inbox(scheduler)
+        INBOXES[scheduler] = Inbox()
         add_remote_call(scheduler, HANDLER, self.receive)
         page.install(scheduler)
         metrics.install()
 
     async def close(self) -> None:
         """Serve no metrics of a scheduler that is closed."""
-        remove_inbox(self._scheduler)
+        INBOXES.pop(self._scheduler, None)
 
     def receive(self, version: str, data: bytes) -> None:
         """Take a snapshot of a run; see `Inbox.receive`."""
-        inbox_of(self._scheduler).receive(version, data, time.time())
+        INBOXES.get(self._scheduler, Inbox()).receive(version, data, time.time())

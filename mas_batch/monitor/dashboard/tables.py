@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -31,39 +32,6 @@ STATE_COLOURS = {
 _ROW_PX = 25
 
 
-class AgentsTable(RunPlot):
-    """One row per agent."""
-
-    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
-        super().__init__(scheduler, _AGENT_COLUMNS, **kwargs)
-
-    def build(self, **kwargs: Any) -> Any:
-        """Return the table."""
-        return _table(self.source, _AGENT_COLUMNS, **kwargs)
-
-    def data(self, run: RunRow) -> dict[str, list[Any]]:
-        """Return a row per agent."""
-        rows = [
-            {
-                "agent": agent.agent,
-                "capabilities": ", ".join(agent.capabilities),
-                "model": agent.model,
-                "device": agent.device or agent.engine,
-                "replicas": ", ".join(f"{n} {state}" for state, n in agent.replicas.items()),
-                "load": f"{agent.in_flight} / {agent.window}",
-                "records": agent.records,
-                "records_per_s": agent.records_per_s,
-                "tokens_per_s": agent.tokens_per_s,
-                "failed_answers": agent.failed_answers,
-                "failed_tries": agent.failed_tries,
-                "agreement": None if agent.agreement is None else 100 * agent.agreement,
-            }
-            for agent in run.agents
-        ]
-        self.root.height = _ROW_PX * (len(rows) + 1) + 5
-        return {name: [row[name] for row in rows] for name in _AGENT_COLUMNS}
-
-
 _Columns = dict[str, tuple[str, int, Callable[[], Any]]]
 """Name → (title, width, its formatter: one per page, or Bokeh would not have a second viewer)."""
 
@@ -85,40 +53,8 @@ _AGENT_COLUMNS: _Columns = {
 }
 
 
-class ReplicasTable(RunPlot):
-    """One row per worker."""
-
-    def __init__(self, scheduler: Any, **kwargs: Any) -> None:
-        super().__init__(scheduler, [*_REPLICA_COLUMNS, "colour"], **kwargs)
-
-    def build(self, **kwargs: Any) -> Any:
-        """Return the table."""
-        return _table(self.source, _REPLICA_COLUMNS, **kwargs)
-
-    def data(self, run: RunRow) -> dict[str, list[Any]]:
-        """Return a row per worker."""
-        rows = [
-            {
-                "worker": replica.worker,
-                "agent": replica.agent,
-                "state": replica.state,
-                "colour": STATE_COLOURS[replica.state],
-                "since_s": int(replica.since_s),
-                "load": f"{replica.in_flight} / {replica.window}",
-                "asked": replica.asked,
-                "answered": replica.answered,
-                "failed": replica.failed,
-                "message": replica.message,
-            }
-            for replica in run.replicas
-        ]
-        self.root.height = min(400, _ROW_PX * (len(rows) + 1) + 5)
-        return {name: [row[name] for row in rows] for name in self.columns}
-
-
 _STATE = partial(
-    HTMLTemplateFormatter,
-    template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>',
+    HTMLTemplateFormatter, template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>'
 )
 _REPLICA_COLUMNS: _Columns = {
     "worker": ("worker", 150, StringFormatter),
@@ -131,6 +67,56 @@ _REPLICA_COLUMNS: _Columns = {
     "failed": ("failed", 60, _COUNT),
     "message": ("why", 400, StringFormatter),
 }
+
+
+class AgentsTable(RunPlot):
+    """One row per agent."""
+
+    columns = tuple(_AGENT_COLUMNS)
+
+    def build(self, **kwargs: Any) -> Any:
+        """Return the table."""
+        return _table(self.source, _AGENT_COLUMNS, **kwargs)
+
+    def data(self, run: RunRow) -> dict[str, list[Any]]:
+        """Return a row per agent."""
+        rows = [
+            asdict(agent)
+            | {
+                "capabilities": ", ".join(agent.capabilities),
+                "device": agent.device or agent.engine,
+                "replicas": ", ".join(f"{n} {state}" for state, n in agent.replicas.items()),
+                "load": f"{agent.in_flight} / {agent.window}",
+                "agreement": None if agent.agreement is None else 100 * agent.agreement,
+            }
+            for agent in run.agents
+        ]
+        self.root.height = _ROW_PX * (len(rows) + 1) + 5
+        return {name: [row[name] for row in rows] for name in self.columns}
+
+
+class ReplicasTable(RunPlot):
+    """One row per worker."""
+
+    columns = (*_REPLICA_COLUMNS, "colour")
+
+    def build(self, **kwargs: Any) -> Any:
+        """Return the table."""
+        return _table(self.source, _REPLICA_COLUMNS, **kwargs)
+
+    def data(self, run: RunRow) -> dict[str, list[Any]]:
+        """Return a row per worker."""
+        rows = [
+            asdict(replica)
+            | {
+                "colour": STATE_COLOURS[replica.state],
+                "since_s": int(replica.since_s),
+                "load": f"{replica.in_flight} / {replica.window}",
+            }
+            for replica in run.replicas
+        ]
+        self.root.height = min(400, _ROW_PX * (len(rows) + 1) + 5)
+        return {name: [row[name] for row in rows] for name in self.columns}
 
 
 def _table(source: ColumnDataSource, columns: _Columns, **kwargs: Any) -> DataTable:
