@@ -143,8 +143,8 @@ class _RunLedger:
         of_partition = tasks["partition"].map(usable).fillna(0.0)
         estimated = self._estimated_tokens[partitions]
         tokens = np.maximum(0.0, estimated - of_partition * self.job.task.max_new_tokens)
-        share = tasks["num_records"] / np.maximum(1.0, of_partition)
-        tasks["text_tokens"] = tokens * np.minimum(1.0, share)
+        share = tasks["num_records"] / of_partition.clip(lower=1.0)
+        tasks["text_tokens"] = tokens * share.clip(upper=1.0)
 
     def _add_seconds(self) -> None:
         """Add each task's seconds on a machine that it has to itself, and which are the first."""
