@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 from distributed import Client
@@ -29,17 +30,11 @@ from mas_batch.partition import partition
 from mas_batch.planning import parse_deadline, parse_replicas, plan
 from mas_batch.planning import service_time as service_time_module
 from mas_batch.planning.forecast import MAX_SIMULATED, Forecaster
-from mas_batch.planning.measurements import AgentMeasurements, Measurements
+from mas_batch.planning.measurements import AgentMeasurements, Measurements, waiting_s
 from mas_batch.planning.planner import WORST_ERROR, predict
 from mas_batch.planning.rates import other_phases
 from mas_batch.planning.sampling import sizes
-from mas_batch.planning.service_time import (
-    Tasks,
-    fit,
-    nonnegative_least_squares,
-    waits,
-    work_done,
-)
+from mas_batch.planning.service_time import fit, nonnegative_least_squares, work_done
 from mas_batch.planning.survey import EvenlySpacedSample, Survey, survey
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Rules, Work
@@ -49,10 +44,9 @@ MakeJob = Callable[..., Job]
 SECONDS = st.floats(0.01, 100.0)
 
 
-def tasks_of(rows: list[tuple[float, float, float]], first: int = 0) -> Tasks:
-    table = np.array(rows, float).reshape(-1, 3)
-    is_first = np.arange(len(rows)) < first
-    return Tasks(table[:, 0], table[:, 1], table[:, 2], is_first)
+def tasks_of(rows: Any, first: int = 0) -> pd.DataFrame:
+    tasks = pd.DataFrame(rows, columns=["num_records", "text_tokens", "seconds"], dtype=float)
+    return tasks.assign(is_first=np.arange(len(tasks)) < first)
 
 
 # --- Fits
@@ -66,11 +60,11 @@ def test_a_fit_finds_the_coefficients_under_noise(
     records = rng.integers(1, 64, 300).astype(float)
     tokens = records * rng.uniform(5, 100, 300)
     exact = own + record * records + token * tokens
-    none = np.zeros(300, np.bool_)
-    found = fit(Tasks(records, tokens, exact, none), 16)
+    found = fit(tasks_of(np.column_stack([records, tokens, exact])), 16)
     known = (found.per_task_s, found.per_record_s, found.per_token_s)
     assert known == pytest.approx((own, record, token), rel=1e-3, abs=1e-3)
-    noisy = fit(Tasks(records, tokens, exact * rng.uniform(0.9, 1.1, 300), none), 16)
+    noise = rng.uniform(0.9, 1.1, 300)
+    noisy = fit(tasks_of(np.column_stack([records, tokens, exact * noise])), 16)
     for n in (8, 32, 64):
         assert noisy.seconds(n, 50 * n) == pytest.approx(
             own + record * n + token * 50 * n, rel=0.05
@@ -136,8 +130,10 @@ def test_what_needs_no_core_is_not_slowed() -> None:
 
 
 def test_waiting_for_a_busy_worker_is_no_lag() -> None:
-    sent, heard = np.array([0.0, 0.1, 5.0]), np.array([1.2, 2.3, 6.5])
-    assert waits(sent, heard, np.array([1.0, 1.0, 1.0])) == pytest.approx([0.2, 0.1, 0.5])
+    sent, heard = [0.0, 0.1, 5.0, 0.0], [1.2, 2.3, 6.5, 4.0]
+    answers = pd.DataFrame({"at_s": sent, "end_s": heard, "own_s": 1.0, "worker": [*"aaab"]})
+    found = waiting_s(answers.iloc[::-1])
+    assert found.sort_index().tolist() == pytest.approx([0.2, 0.1, 0.5, 3.0])
 
 
 # --- The simulator
@@ -260,9 +256,10 @@ def measurements_of(seconds_per_record: dict[str, float], cores: float = 0.0) ->
     }
     agents = {
         name: AgentMeasurements(
-            tasks=rows,
-            prompt_tokens=rows.text_tokens + 3 * rows.num_records,
-            completion_tokens=7 * rows.num_records,
+            tasks=rows.assign(
+                prompt_tokens=rows["text_tokens"] + 3 * rows["num_records"],
+                completion_tokens=7 * rows["num_records"],
+            ),
             parts_s={"compute": 3.0, "transfer": 1.0, "process": 0.0},
             load_s=0.5,
             threads=1,

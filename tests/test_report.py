@@ -301,8 +301,7 @@ def test_a_run_of_an_earlier_version_has_a_report_too(tmp_path: Path) -> None:
     assert facts.time is None
     assert facts.totals.wall_s is None
     (agent,) = facts.agents
-    assert agent.latency is not None
-    assert agent.latency.p50_s == pytest.approx(2.0, rel=0.01)
+    assert agent.latency is None
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ _AGENT_FIGURES: dict[str, Callable[[AgentFacts], float | None]] = {
 
 
 def _agents(a: Run, b: Run) -> dict[str, tuple[Figure, ...]]:
-    of_a, of_b = ({each.agent_id: each for each in agents_of(run, {})} for run in (a, b))
+    of_a, of_b = ({each.agent_id: each for each in agents_of(run)} for run in (a, b))
     return {
         name: tuple(
             Figure(figure, *(of(side[name]) if name in side else None for side in (of_a, of_b)))

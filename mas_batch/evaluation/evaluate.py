@@ -134,7 +134,7 @@ def evaluate(
         notes=(*metrics.notes, *_notes(own, metrics, judged)),
         agreement=pairwise_agreement(evidence, own.answer_kind, seed),
         confidences=_confidences(evidence, metrics, seed),
-        costs=agents_of(run, {}),
+        costs=agents_of(run),
         scaling=scaling([run, *compare]) if compare else (),
     )
 

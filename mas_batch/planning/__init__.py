@@ -10,7 +10,7 @@ forecast.py      simulates the run with the project's dispatcher: seconds, token
 bottleneck.py    what a run waits for most, in words
 planner.py       predicts a job's run, other numbers of replicas, and which meet a deadline
 prediction.py    what a plan says: plain values
-terminal.py      the command's options, and a plan as a table and as JSON
+command.py       the command's options, and a plan as a table and as JSON
 """
 
 from mas_batch.planning.command import parse_deadline, parse_replicas, print_plan, to_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 
@@ -167,7 +167,7 @@ class _Pass:
             self._dispatcher(),
             list(self._workers(replicas)),
             self._costs(),
-            samples={agent.name: agent.samples for agent in self.agents},
+            samples=self._samples,
             undecided=self._undecided,
             may_start=self._may_start,
             on_merged=merged.append,
@@ -183,8 +183,12 @@ class _Pass:
             Work(index, max(1, round(tokens + records * per_record)), max(1, round(records)))
             for index, (records, tokens) in enumerate(zip(self._records, self._tokens, strict=True))
         ]
-        samples = {agent.name: agent.samples for agent in self.agents}
-        return Dispatcher(samples, self.rules, POLICIES[self.job.routing.policy](), work, len(work))
+        policy = POLICIES[self.job.routing.policy]()
+        return Dispatcher(self._samples, self.rules, policy, work, len(work))
+
+    @property
+    def _samples(self) -> dict[str, int]:
+        return {agent.name: agent.samples for agent in self.agents}
 
     def _workers(self, replicas: Mapping[str, int]) -> Iterable[Worker]:
         for agent in self.agents:
@@ -241,9 +245,8 @@ class _Pass:
 
     def _may_start(self, served: set[str]) -> bool:
         """As `routing.dask.DaskRouter`: wait for models until the loaded ones can answer enough."""
-        samples = {agent.name: agent.samples for agent in self.agents}
-        there = sum(samples[name] for name in served)
-        return served == samples.keys() or there >= self.rules.answers_per_record
+        there = sum(self._samples[name] for name in served)
+        return served == self._samples.keys() or there >= self.rules.answers_per_record
 
     def _longest_s(self) -> float:
         records, tokens = self._records.max(), self._tokens.max()
@@ -251,11 +254,8 @@ class _Pass:
 
     def _scale_totals(self, times: float) -> None:
         """Count for the whole corpus what was simulated of a part of it."""
-        for asked in self.totals.values():
-            asked.num_tasks *= times
-            asked.num_records *= times
-            asked.text_tokens *= times
-            asked.own_s *= times
+        for agent_id, asked in self.totals.items():
+            self.totals[agent_id] = AgentTotals(*(times * total for total in astuple(asked)))
 
 
 def _answering_s(result: SimulationResult, merged: list[float], num_partitions: int) -> float:

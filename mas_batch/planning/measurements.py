@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pandas as pd
 from dask.system import CPU_COUNT
 
 from mas_batch.agents.spec import AgentSpec, agent_specs
@@ -16,7 +14,7 @@ from mas_batch.cluster import is_embedded
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ALL, PUBLISHING
-from mas_batch.planning.service_time import Floats, Tasks, waits, work_done
+from mas_batch.planning.service_time import work_done
 from mas_batch.planning.survey import evenly_spaced
 from mas_batch.registries import ENGINES
 from mas_batch.run_folder.kept_job import read_job
@@ -31,11 +29,9 @@ _MAX_ROWS = 2000
 class AgentMeasurements:
     """What was measured of one agent."""
 
-    tasks: Tasks
-    """At most 2,000, evenly spaced over the runs."""
-    prompt_tokens: Floats
-    """Of each of these tasks."""
-    completion_tokens: Floats
+    tasks: pd.DataFrame
+    """At most 2,000, evenly spaced over the runs; columns as `service_time.fit` takes them, and
+    `prompt_tokens` and `completion_tokens`."""
     parts_s: Mapping[str, float]
     """compute, transfer, process → seconds of all tasks."""
     load_s: float
@@ -55,7 +51,8 @@ class Measurements:
     source: str
     """Names the runs, for people."""
     agents: Mapping[str, AgentMeasurements]
-    merges: Tasks
+    merges: pd.DataFrame
+    """Columns as `service_time.fit` takes them."""
     phases: tuple[tuple[int, Mapping[str, float]], ...]
     """Of each whole execution: partitions, and phase → seconds."""
     send_s: float
@@ -79,51 +76,42 @@ def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Mea
     """
     ledgers = [_RunLedger(run, embedded=embedded) for run in runs]
     agents = {agent.name: _measure_agent(agent, ledgers, source) for agent in job.agents}
-    merges = _concat([ledger.tasks_of("merge") for ledger in ledgers])
-    lags = np.concatenate([ledger.lags() for ledger in ledgers])
+    waits = pd.concat([waiting_s(ledger.rows_of("answer")) for ledger in ledgers])
     return Measurements(
         source=source,
         agents=agents,
-        merges=merges.take(evenly_spaced(len(merges), _MAX_ROWS)),
+        merges=_evenly_spaced_rows(pd.concat([ledger.rows_of("merge") for ledger in ledgers])),
         phases=tuple(phases for ledger in ledgers for phases in ledger.phases()),
-        send_s=float(np.median(lags)) if len(lags) else 0.0,
+        send_s=float(waits.median()) if len(waits) else 0.0,
         num_workers=max(sum(agent.most for agent in ledger.job.agents) for ledger in ledgers),
-        largest_records=int(max(ledger.largest for ledger in ledgers)),
+        largest_records=int(max(ledger.tasks["num_records"].max() for ledger in ledgers)),
     )
 
 
 class _RunLedger:
-    """One run's ledger as columns, with the size of each of its tasks."""
+    """One run's ledger, with the size of each of its tasks and what it took by itself."""
 
     def __init__(self, run: Run, *, embedded: bool) -> None:
-        ledger = run.ledger()
+        ledger: pd.DataFrame = run.ledger().to_pandas()
         plan = read_plan(run.store)
-        if not ledger.num_rows or plan is None:
+        if ledger.empty or plan is None:
             location = run.store.location("")
             raise RunError(f"{location} has no ledger: it was made by an earlier version")
         self.run, self.job = run, read_job(run)
         self._embedded = embedded and is_embedded(self.job.cluster, None)
         self.specs = agent_specs(self.job, embedded=self._embedded, num_cores=CPU_COUNT)
-        self.num_partitions = plan.num_partitions
-        is_task = pc.is_in(ledger["stage"], pa.array(["answer", "merge", "load"]))
-        tasks = ledger.filter(is_task)
-        self._phases = ledger.filter(pc.invert(is_task))
-        self._columns = {name: _column(tasks, name) for name in tasks.schema.names}
-        self._stage, self._agent = self._columns["stage"], self._columns["agent_id"]
-        self._records, self._tokens = self._sizes(plan.table)
-        self._work_s = self._work()
+        is_task = ledger["stage"].isin(["answer", "merge", "load"])
+        self._phases, self.tasks = ledger[~is_task], ledger[is_task].copy()
+        self._estimated_tokens = plan.table["estimated_tokens"].to_numpy()
+        numbers = self.tasks.select_dtypes("number").columns
+        self.tasks[numbers] = self.tasks[numbers].fillna(0.0)
+        self._add_sizes()
+        self._add_seconds()
 
-    @property
-    def largest(self) -> float:
-        """Usable records of the largest partition that was asked about."""
-        return float(self._records.max(initial=0))
-
-    def cores(self, agent_id: str | None) -> float:
+    def cores(self, agent_id: str) -> float:
         """Return how many of the shared machine's cores a replica of the agent keeps busy."""
         if not self._embedded:
             return 0.0
-        if agent_id is None:
-            return 1.0  # a merge
         facts = self.run.manifest["engines"].get(agent_id, {})
         engine = str(facts.get("engine"))
         elsewhere = engine in ENGINES and ENGINES[engine].computes_elsewhere
@@ -135,90 +123,63 @@ class _RunLedger:
         found = self.specs.get(agent.name)
         return found if found is not None and found.agent.model == agent.model else None
 
-    def rows_of(self, stage: str, agent_id: str | None = None) -> Any:
-        """Return a mask of the tasks."""
-        mask = self._stage == stage
-        return mask if agent_id is None else mask & (self._agent == agent_id)
-
-    def column(self, name: str, rows: Any) -> Floats:
-        """Return a column of these tasks."""
-        found: Floats = self._columns[name][rows]
-        return found
-
-    def tasks_of(self, stage: str, agent_id: str | None = None) -> Tasks:
-        """Return the tasks for a fit."""
-        rows = self.rows_of(stage, agent_id)
-        workers = self._columns["worker"][rows]
-        first = np.zeros(len(workers), np.bool_)
-        if stage == "answer":
-            order = np.argsort(self._ends()[rows], kind="stable")
-            _, where = np.unique(workers[order].astype(str), return_index=True)
-            first[order[where]] = True
-        return Tasks(self._records[rows], self._tokens[rows], self._work_s[rows], first)
-
-    def loads_s(self, agent_id: str) -> Floats:
-        """Return what loading the agent's model took each time, had it the machine to itself."""
-        found: Floats = self._work_s[self.rows_of("load", agent_id)]
-        return found
-
-    def lags(self) -> Floats:
-        """Return how long each question waited, but for its worker to be free."""
-        answers = self.rows_of("answer")
-        sent, heard, own = self._columns["at_s"], self._ends(), self._own()
-        found = []
-        for worker in set(self._columns["worker"][answers]):
-            rows = np.flatnonzero(answers & (self._columns["worker"] == worker))
-            rows = rows[np.argsort(heard[rows], kind="stable")]
-            found.append(waits(sent[rows], heard[rows], own[rows]))
-        return np.concatenate(found) if found else np.zeros(0)
+    def rows_of(self, stage: str, agent_id: str | None = None) -> pd.DataFrame:
+        """Return the tasks of a stage, of one agent or all."""
+        rows = self.tasks[self.tasks["stage"] == stage]
+        return rows if agent_id is None else rows[rows["agent_id"] == agent_id]
 
     def phases(self) -> Iterator[tuple[int, Mapping[str, float]]]:
         """Yield the phases of each execution that went from the start to the end."""
-        for execution in pc.unique(self._phases["execution"]).to_pylist():
-            own = self._phases.filter(pc.equal(self._phases["execution"], execution))
-            rows = own.select(["stage", "wall_s"]).to_pylist()
-            found = {
-                name: sum(row["wall_s"] for row in rows if row["stage"] == name) for name in ALL
-            }
+        for _, rows in self._phases.groupby("execution", sort=False):
+            seconds = rows.groupby("stage")["wall_s"].sum()
+            found = {name: float(seconds.get(name, 0.0)) for name in ALL}
             if found[PUBLISHING] > 0:
-                yield self.num_partitions, found
+                yield len(self._estimated_tokens), found
 
-    def _ends(self) -> Floats:
-        return np.asarray(self._columns["at_s"] + self._columns["wall_s"])
+    def _add_sizes(self) -> None:
+        """Add the estimated tokens of each task's texts, in proportion to its records."""
+        tasks, partitions = self.tasks, self.tasks["partition"].astype(int)
+        usable = self.rows_of("answer").groupby("partition")["num_records"].max()
+        of_partition = tasks["partition"].map(usable).fillna(0.0)
+        estimated = self._estimated_tokens[partitions]
+        tokens = np.maximum(0.0, estimated - of_partition * self.job.task.max_new_tokens)
+        share = tasks["num_records"] / of_partition.clip(lower=1.0)
+        tasks["text_tokens"] = tokens * share.clip(upper=1.0)
 
-    def _own(self) -> Floats:
-        parts = (self._columns[f"{part}_s"] for part in ("read", "write", "compute", "process"))
-        return np.asarray(sum(np.nan_to_num(part) for part in parts))
+    def _add_seconds(self) -> None:
+        """Add each task's seconds on a machine that it has to itself, and which are the first."""
+        tasks = self.tasks
+        tasks["end_s"] = tasks["at_s"] + tasks["wall_s"]
+        tasks["own_s"] = sum(tasks[f"{part}_s"] for part in ("read", "write", "compute", "process"))
+        of_agents = {name: self.cores(name) for name in tasks["agent_id"].dropna().unique()}
+        cores = tasks["agent_id"].map(of_agents).fillna(1.0 if self._embedded else 0.0)  # merges
+        for _, rows in tasks.groupby("execution"):
+            ends, own = rows["end_s"].to_numpy(), rows["own_s"].to_numpy()
+            work_s = work_done(ends - own, ends, cores[rows.index].to_numpy(), CPU_COUNT)
+            tasks.loc[rows.index, "seconds"] = work_s
+        first = self.rows_of("answer").groupby(["agent_id", "worker"])["end_s"].idxmin()
+        tasks["is_first"] = tasks.index.isin(first)
 
-    def _work(self) -> Floats:
-        """Return each task's seconds had it had the machine to itself."""
-        ends, own = self._ends(), self._own()
-        cores = np.array([self.cores(agent_id) for agent_id in self._agent])
-        work_s = np.zeros(len(own))
-        for execution in set(self._columns["execution"]):
-            rows = self._columns["execution"] == execution
-            work_s[rows] = work_done((ends - own)[rows], ends[rows], cores[rows], CPU_COUNT)
-        return work_s
 
-    def _sizes(self, plan: pa.Table) -> tuple[Floats, Floats]:
-        """Return each task's records, and the estimated tokens of their texts."""
-        partitions = np.nan_to_num(self._columns["partition"]).astype(int)
-        records = np.nan_to_num(self._columns["num_records"])
-        usable = np.zeros(self.num_partitions)
-        answers = self._stage == "answer"
-        np.maximum.at(usable, partitions[answers], records[answers])
-        estimated = plan["estimated_tokens"].to_numpy()
-        tokens = np.maximum(0.0, estimated - usable * self.job.task.max_new_tokens)
-        share = records / np.maximum(1.0, usable[partitions])
-        return records, np.asarray(tokens[partitions] * np.minimum(1.0, share))
+def waiting_s(answers: pd.DataFrame) -> pd.Series[float]:
+    """Return how long each task waited without its worker being busy with another.
+
+    Args:
+        answers: with `worker`; `at_s` and `end_s`, when it was sent and heard of; and `own_s`, the
+            seconds that it took by itself.
+    """
+    answers = answers.sort_values("end_s", kind="stable")
+    before = answers.groupby("worker")["end_s"].shift().fillna(-np.inf)
+    began = np.maximum(answers["at_s"], before)
+    return (answers["end_s"] - began - answers["own_s"]).clip(lower=0.0)
 
 
 def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> AgentMeasurements:
     """Put together what the runs tell of one agent."""
     useful = [
-        (ledger, ledger.rows_of("answer", agent.name))
+        ledger
         for ledger in ledgers
-        if ledger.spec(agent) is not None and ledger.rows_of("answer", agent.name).any()
+        if ledger.spec(agent) is not None and len(ledger.rows_of("answer", agent.name))
     ]
     if not useful:
         there = sorted({f"{a.name} ({_short(a.model)})" for k in ledgers for a in k.job.agents})
@@ -227,30 +188,24 @@ def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> 
             f"agents there: {', '.join(there)}",
             key=f"agents.{agent.name}",
         )
-
-    def column(name: str) -> Floats:
-        return np.concatenate([np.nan_to_num(each.column(name, rows)) for each, rows in useful])
-
-    last = useful[-1][0]
-    spec = last.spec(agent)
+    spec = useful[-1].spec(agent)
     assert spec is not None
-    num_asked = (column("num_records") * agent.samples).sum()
-    failed = 1 - float(column("num_answers").sum() / num_asked) if num_asked else 0.0
-    tasks = _concat([each.tasks_of("answer", agent.name) for each, _ in useful])
-    kept = evenly_spaced(len(tasks), _MAX_ROWS)
+    tasks = pd.concat([ledger.rows_of("answer", agent.name) for ledger in useful])
+    loads = pd.concat([ledger.rows_of("load", agent.name) for ledger in useful])
+    total = tasks.sum(numeric_only=True)
+    num_asked = total["num_records"] * agent.samples
+    failed = 1 - float(total["num_answers"] / num_asked) if num_asked else 0.0
     return AgentMeasurements(
-        tasks=tasks.take(kept),
-        prompt_tokens=column("prompt_tokens")[kept],
-        completion_tokens=column("completion_tokens")[kept],
+        tasks=_evenly_spaced_rows(tasks),
         parts_s={
-            "compute": float(column("compute_s").sum()),
-            "transfer": float((column("read_s") + column("write_s")).sum()),
-            "process": float(column("process_s").sum()),
+            "compute": float(total["compute_s"]),
+            "transfer": float(total["read_s"] + total["write_s"]),
+            "process": float(total["process_s"]),
         },
-        load_s=float(np.mean(np.concatenate([e.loads_s(agent.name) for e, _ in useful]))),
+        load_s=float(loads["seconds"].mean()),
         threads=spec.threads,
-        cores=last.cores(agent.name),
-        peak_memory_bytes=int(column("peak_memory_bytes").max()) or None,
+        cores=useful[-1].cores(agent.name),
+        peak_memory_bytes=int(tasks["peak_memory_bytes"].max()) or None,
         failed_fraction=min(1.0, max(0.0, failed)),
     )
 
@@ -259,18 +214,5 @@ def _short(model: str) -> str:
     return model.partition("#")[0]
 
 
-def _column(table: pa.Table, name: str) -> Any:
-    """Return numbers as floats, null as NaN, everything else as objects."""
-    column = table[name]
-    if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
-        return column.cast(pa.float64()).to_numpy()
-    return np.array(column.to_pylist(), dtype=object)
-
-
-def _concat(parts: Sequence[Tasks]) -> Tasks:
-    return Tasks(
-        np.concatenate([part.num_records for part in parts]),
-        np.concatenate([part.text_tokens for part in parts]),
-        np.concatenate([part.seconds for part in parts]),
-        np.concatenate([part.is_first for part in parts]),
-    )
+def _evenly_spaced_rows(tasks: pd.DataFrame) -> pd.DataFrame:
+    return tasks.iloc[evenly_spaced(len(tasks), _MAX_ROWS)]

@@ -100,13 +100,12 @@ def tokens_asked(
     known: AgentMeasurements, num_records: float, text_tokens: float
 ) -> tuple[int, int]:
     """Return (prompt tokens, completion tokens) of an agent asked about so much."""
-    tasks = known.tasks
-    columns = np.stack([tasks.num_records, tasks.text_tokens], axis=1)
-    weights = 1 / np.maximum(1.0, tasks.text_tokens + tasks.num_records)
+    columns = known.tasks[["num_records", "text_tokens"]].to_numpy(float)
+    weights = 1 / np.maximum(1.0, columns.sum(axis=1))
     asked = np.array([num_records, text_tokens])
     prompt, completion = (
-        float(nonnegative_least_squares(columns, counts, weights) @ asked)
-        for counts in (known.prompt_tokens, known.completion_tokens)
+        nonnegative_least_squares(columns, known.tasks[counts].to_numpy(float), weights) @ asked
+        for counts in ("prompt_tokens", "completion_tokens")
     )
     return round(prompt), round(completion)
 

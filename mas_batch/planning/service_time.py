@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from mas_batch.errors import RunError
@@ -30,28 +30,6 @@ _MIN_SETTLED = 4
 """With fewer later tasks of its workers, a fit uses their first tasks as well."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tasks:
-    """Measured tasks of one kind, a row each."""
-
-    num_records: Floats
-    text_tokens: Floats
-    """Estimated tokens of their texts, without what is to be generated."""
-    seconds: Floats
-    """Of each, on a machine that it has to itself."""
-    is_first: NDArray[np.bool_]
-    """Whether it was its worker's first: that one warms caches and allocators up."""
-
-    def __len__(self) -> int:
-        return len(self.seconds)
-
-    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> Tasks:
-        """Return the tasks of these rows."""
-        return Tasks(
-            self.num_records[rows], self.text_tokens[rows], self.seconds[rows], self.is_first[rows]
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class ServiceTime:
     """Seconds of a task = per_task_s + per_record_s · records + per_token_s · text tokens."""
@@ -68,15 +46,10 @@ class ServiceTime:
 
     def scaled(self, factor: float) -> ServiceTime:
         """Return the same for a machine on which everything takes `factor` times as long."""
-        return ServiceTime(
-            self.per_task_s * factor,
-            self.per_record_s * factor,
-            self.per_token_s * factor,
-            self.first_s * factor,
-        )
+        return ServiceTime(*(seconds * factor for seconds in astuple(self)))
 
 
-def fit(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
+def fit(tasks: pd.DataFrame, tokens_per_record: float) -> ServiceTime:
     """Learn what a task takes, by weighted least squares without negative coefficients.
 
     The variance is taken to grow with the task's size, so that where all tasks are alike the fit is
@@ -86,48 +59,40 @@ def fit(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
     times.
 
     Args:
-        tasks: at least one.
+        tasks: measured, a row each and at least one: `num_records`; `text_tokens`, estimated and
+            without what is to be generated; `seconds` on a machine that it has to itself;
+            `is_first`, whether it was its worker's first: that one warms caches up.
         tokens_per_record: what a record counts beside its text where both have one coefficient.
     """
-    settled, first = tasks.take(~tasks.is_first), tasks.take(tasks.is_first)
+    settled, first = tasks[~tasks["is_first"]], tasks[tasks["is_first"]]
     if len(settled) < _MIN_SETTLED:
         return _fit_best_model(tasks, tokens_per_record)
     found = _fit_best_model(settled, tokens_per_record)
     if not len(first):
         return found
-    sizes = zip(first.num_records, first.text_tokens, strict=True)
-    longer_s = first.seconds - [found.seconds(*size) for size in sizes]
-    return replace(found, first_s=max(0.0, float(np.mean(longer_s))))
+    usual_s = found.seconds(first["num_records"].mean(), first["text_tokens"].mean())
+    return replace(found, first_s=max(0.0, first["seconds"].mean() - usual_s))
 
 
-def _fit_best_model(tasks: Tasks, tokens_per_record: float) -> ServiceTime:
-    columns = np.stack([np.ones(len(tasks)), tasks.num_records, tasks.text_tokens], axis=1)
+def _fit_best_model(tasks: pd.DataFrame, tokens_per_record: float) -> ServiceTime:
+    sizes = tasks[["num_records", "text_tokens"]].to_numpy(float)
+    columns = np.column_stack([np.ones(len(tasks)), sizes])
     # What each coefficient of a model stands for: (per task, per record, per token).
     task, record, token = np.eye(3)
     size = np.array([0.0, tokens_per_record, 1.0])
     weights = 1 / np.maximum(1.0, columns @ size)
-    lost, best = _best_of(columns, tasks.seconds, weights, [(size,), (record, token)])
-    models = [(task, size), (task, record, token)]
-    lost_with_task, best_with_task = _best_of(columns, tasks.seconds, weights, models)
-    if lost_with_task < lost - _CLEARLY:
-        best = best_with_task
-    return ServiceTime(*best.tolist())
-
-
-def _best_of(
-    columns: Floats, seconds: Floats, weights: Floats, models: Sequence[Sequence[Floats]]
-) -> tuple[float, Floats]:
-    """Return the information lost and the coefficients of the best model, simpler ones first."""
+    seconds = tasks["seconds"].to_numpy(float)
     least, best = float("inf"), np.zeros(3)
-    for model in map(np.array, models):
-        own_columns = columns @ model.T
+    for model in ((size,), (record, token), (task, size), (task, record, token)):
+        own_columns = columns @ np.stack(model).T
         found = nonnegative_least_squares(own_columns, seconds, weights)
         squared_error = float(weights @ (seconds - own_columns @ found) ** 2)
         error = max(squared_error, _EXACT * float(weights @ seconds**2), 1e-300)
         lost = _information_lost(error, len(seconds), int((found > 0).sum()))
+        lost += _CLEARLY if model[0] is task else 0.0
         if lost < least - _TIE:
-            least, best = lost, found @ model
-    return least, best
+            least, best = lost, found @ np.stack(model)
+    return ServiceTime(*best.tolist())
 
 
 def _information_lost(squared_error: float, num_rows: int, num_coefficients: int) -> float:
@@ -167,14 +132,3 @@ def work_done(starts: Floats, ends: Floats, cores: Floats, num_cores: float) -> 
     progress = np.concatenate([[0.0], np.cumsum(speed * np.diff(times))])
     shared = np.interp(ends, times, progress) - np.interp(starts, times, progress)
     return np.where(cores > 0, shared, ends - starts)
-
-
-def waits(sent: Floats, heard: Floats, own: Floats) -> Floats:
-    """Return how long each of one worker's tasks waited without the worker being busy.
-
-    Args:
-        sent, heard: when, in the order in which they were heard of.
-        own: seconds that each took by itself.
-    """
-    before = np.concatenate([[-np.inf], heard[:-1]])
-    return np.asarray(np.maximum(0.0, heard - np.maximum(sent, before) - own))

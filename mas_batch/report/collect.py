@@ -20,7 +20,7 @@ from mas_batch.report.facts import (
     Spread,
     Totals,
 )
-from mas_batch.report.scan import scan_answers, scan_failures, scan_results
+from mas_batch.report.scan import failed_answers, scan_failures, scan_results
 from mas_batch.report.timing import spreads, time_facts
 from mas_batch.report.walk import stride
 from mas_batch.run_folder.kept_job import job_facts
@@ -47,7 +47,6 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
     job = job_facts(run)
     every = 1 if whole else stride(run)
     results = scan_results(run, every, keep_text=job["output"].get("keep_text", True))
-    answers = scan_answers(run, every)
     agents = sorted(agent["agent_id"] for agent in manifest["agents"])
     histogram = manifest["counts"].get("confidence_histogram") or []
     return Facts(
@@ -61,7 +60,7 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         totals=totals(run),
         quality=_evaluation(run),
         time=time_facts(run),
-        agents=agents_of(run, answers.latency)[:MAX_AGENTS],
+        agents=agents_of(run)[:MAX_AGENTS],
         num_agents_left_out=len(agents[MAX_AGENTS:]),
         agreement=_agreement(agents, results.pairs),
         reliability=_reliability(manifest["merge"].get("reliability")),
@@ -69,7 +68,7 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         confidence_kind=results.confidence_kind,
         doubtful=results.doubtful,
         failures=scan_failures(run),
-        failed_answers=answers.failed,
+        failed_answers=failed_answers(run, every),
         scope=results.scope,
         job=_job_text(job),
         models=tuple(model(agent, manifest) for agent in agents[:MAX_AGENTS]),
@@ -118,13 +117,9 @@ def totals(run: Run) -> Totals:
     )
 
 
-def agents_of(run: Run, measured: Mapping[str, Any]) -> tuple[AgentFacts, ...]:
-    """Return the run's agents, in order of their names.
-
-    Args:
-        measured: see `spreads`.
-    """
-    by_agent = spreads(run, measured)
+def agents_of(run: Run) -> tuple[AgentFacts, ...]:
+    """Return the run's agents, in order of their names, from its manifest alone."""
+    by_agent = spreads(run)
     ordered = sorted(run.manifest["agents"], key=lambda counts: str(counts["agent_id"]))
     return tuple(_agent(c, run.manifest, by_agent.get(c["agent_id"])) for c in ordered)
 

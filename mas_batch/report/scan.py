@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.latency.sketch import RECORD_LATENCY
 from mas_batch.records import STANDARD_ERROR
 from mas_batch.report.agreeing_pairs import PAIRS
 from mas_batch.report.record_facts import (
@@ -56,15 +55,6 @@ class ResultsScan:
     confidence_kind: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class AnswersScan:
-    """What one pass over the answers finds."""
-
-    latency: Mapping[str, Any]
-    """See `RECORD_LATENCY`."""
-    failed: tuple[FailedAnswers, ...]
-
-
 def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
     """Read every so many partitions of the results; one is in memory at a time.
 
@@ -82,17 +72,15 @@ def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
     return ResultsScan(Scope(every, num_records), records, PAIRS.finalize(pairs), kind)
 
 
-def scan_answers(run: Run, every: int) -> AnswersScan:
-    """Read every so many partitions of the answers; one is in memory at a time."""
-    failed: Counter[tuple[str, str]] = Counter()
-    latency = RECORD_LATENCY.combine([])
+def failed_answers(run: Run, every: int) -> tuple[FailedAnswers, ...]:
+    """Count by agent and reason in every so many partitions; one is in memory at a time."""
+    found: Counter[tuple[str, str]] = Counter()
     for table in tables(run, "answers", every):
-        latency = RECORD_LATENCY.combine([latency, RECORD_LATENCY.chunk(table)])
-        failed.update(_failed(table))
-    return AnswersScan(
-        RECORD_LATENCY.finalize(latency),
-        tuple(FailedAnswers(*key, n) for key, n in failed.most_common(MAX_FAILED_ANSWERS)),
-    )
+        failed = table.filter(pc.is_valid(table["reason"]))
+        found.update(
+            zip(*(failed[name].to_pylist() for name in ("agent_id", "reason")), strict=True)
+        )
+    return tuple(FailedAnswers(*key, num) for key, num in found.most_common(MAX_FAILED_ANSWERS))
 
 
 def scan_failures(run: Run) -> tuple[FailureGroup, ...]:
@@ -153,12 +141,6 @@ def _candidate(candidate: Mapping[str, Any]) -> CandidateFacts:
         tuple(agents[:MAX_BACKERS]),
         max(0, len(agents) - MAX_BACKERS),
     )
-
-
-def _failed(answers: pa.Table) -> Counter[tuple[str, str]]:
-    failed = answers.filter(pc.is_valid(answers["reason"]))
-    columns = (failed[name].to_pylist() for name in ("agent_id", "reason"))
-    return Counter(zip(*columns, strict=True))
 
 
 def _failure(row: Mapping[str, Any]) -> FailureExample:

@@ -42,17 +42,13 @@ def time_facts(run: Run) -> TimeFacts | None:
     )
 
 
-def spreads(run: Run, measured: Mapping[str, Any]) -> dict[str, Spread]:
-    """Return each agent's seconds per answer.
-
-    Args:
-        measured: of `RECORD_LATENCY`, for runs whose manifest does not say.
-    """
+def spreads(run: Run) -> dict[str, Spread]:
+    """Return each agent's seconds per answer, as far as the manifest has them."""
     facts = run.manifest.get("latency") or {}
     found: dict[str, dict[str, Any]] = {}
     for row in facts.get("per_record") or []:
         found.setdefault(row["agent_id"], {})[row["part"]] = row
-    return {agent: _spread(parts) for agent, parts in (found or measured).items()}
+    return {agent: _spread(parts) for agent, parts in found.items()}
 
 
 def _spread(parts: Mapping[str, Mapping[str, float]]) -> Spread:
