@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_batch.aggregate.extractive import NEAR_DUPLICATE, centrality, select
+from mas_batch.aggregate.extractive import NEAR_DUPLICATE, _centrality, _unit_vectors, select
 
 WORDS = ["rain", "falls", "on", "the", "town", "river", "rose", "9", "été", "雨", "?"]
 SENTENCES = st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=8), max_size=12).map(
@@ -23,6 +23,10 @@ STORM = [
     "The railway and the harbour are closed by the storm until Monday.",
     "Bakers worked through the night.",
 ]
+
+
+def centrality(sentences: Sequence[str]) -> list[float]:
+    return _centrality(_unit_vectors(sentences))
 
 
 def at_most_words(limit: int) -> Callable[[str], bool]:

@@ -25,20 +25,6 @@ def terms(text: str) -> list[str]:
     return _TERM.findall(text.casefold())
 
 
-def centrality(sentences: Sequence[str]) -> list[float]:
-    """Score each sentence by the sum of its tf-idf cosines to all, itself included.
-
-    This is continuous LexRank without damping: the matrix of cosines is symmetric, so its
-    random walk's stationary distribution is the degree and needs no iteration. A sum of
-    cosines is one dot product with the sum of all vectors: O(terms) time and memory, the
-    matrix is never made. A sentence without a letter or digit scores 0.
-
-    Source: Erkan and Radev, "LexRank: graph-based lexical centrality as salience in text
-    summarization", 2004. Inverse document frequencies are of these sentences, ln((1 + n) / df).
-    """
-    return _centrality(_unit_vectors(sentences))
-
-
 def select(
     sentences: Sequence[str], fits: Callable[[str], bool], limit: int | None = None
 ) -> list[int]:
@@ -70,6 +56,16 @@ def select(
 
 
 def _centrality(vectors: Sequence[_Vector]) -> list[float]:
+    """Score each sentence by the sum of its tf-idf cosines to all sentences, itself included.
+
+    This is continuous LexRank without damping: the matrix of cosines is symmetric, so its
+    random walk's stationary distribution is the degree and needs no iteration. A sum of
+    cosines is one dot product with the sum of all vectors: O(terms) time and memory, the
+    matrix is never made. A sentence without a letter or digit scores 0.
+
+    Source: Erkan and Radev, "LexRank: graph-based lexical centrality as salience in text
+    summarization", 2004. Inverse document frequencies are of these sentences, ln((1 + n) / df).
+    """
     total: dict[str, float] = {}
     for vector in vectors:
         for term, weight in vector.items():

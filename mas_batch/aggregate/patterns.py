@@ -96,23 +96,6 @@ def pattern_of(
     return ";".join(",".join(map(str, given)) for given in fields.values())
 
 
-def count_patterns(
-    replies: Mapping[str, Sequence[Ballot]], agents: Sequence[str], labels: Sequence[str] | None
-) -> dict[str, int]:
-    """Count the patterns of records, given as record id → its ballots.
-
-    Raises:
-        RunError: a ballot is of an unknown agent or of none of the labels; names the record.
-    """
-    counts: Counter[str] = Counter()
-    for record_id, ballots in replies.items():
-        try:
-            counts.update([pattern_of(ballots, agents, labels)] if ballots else ())
-        except RunError as error:
-            raise RunError(f"record {record_id!r}: {error}") from None
-    return dict(sorted(counts.items()))
-
-
 def count_answers(
     answers: pa.Table,
     agents: Sequence[str],
@@ -120,7 +103,7 @@ def count_answers(
     column: str = "label",
     key_of: Callable[[Any], str] = str,
 ) -> dict[str, int]:
-    """Count the patterns of an answers table: `count_patterns` without a loop over records.
+    """Count the patterns of an answers table (`pattern_of`), without a loop over its records.
 
     Python code runs once per distinct answer and once per distinct pattern.
 
