@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from distributed import Client
 from mas_batch.aggregate.merge_spec import MergeSpec
 from mas_batch.cluster import local_workers
 from mas_batch.errors import JobError, RunError
-from mas_batch.events import Event
+from mas_batch.events import Emit
 from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
 from mas_batch.merging import merge_spec
@@ -37,7 +37,7 @@ def merge_again(
     *,
     name: str | None = None,
     client: Client | None = None,
-    emit: Callable[[Event], None] = lambda event: None,
+    emit: Emit = lambda event: None,
 ) -> Run:
     """Merge all answers of a published run as the changed `merge` section says.
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
-from mas_batch.events import Event, PhaseEnded
+from mas_batch.events import Emit, PhaseEnded
 
 READING = "reading corpus"
 STARTING = "starting"
@@ -31,10 +30,10 @@ class Phases:
         self.start = start
         self._name = name
         self._began = start
-        self._emit: Callable[[Event], None] | None = None
+        self._emit: Emit | None = None
         self._ended: list[PhaseEnded] = []
 
-    def emit_to(self, emit: Callable[[Event], None]) -> None:
+    def emit_to(self, emit: Emit) -> None:
         """Emit the phases that have ended so far, and from now on each phase as it ends."""
         self._emit = emit
         for event in self._ended:

@@ -17,7 +17,7 @@ from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_ne
 from mas_batch.agents.work import load_agent
 from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
 from mas_batch.errors import ModelError, RunError
-from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Event
+from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Emit
 from mas_batch.job import Job
 from mas_batch.run_folder.ref import RunRef
 
@@ -92,7 +92,7 @@ class Hosting:
         job: Job,
         run: RunRef,
         specs: Mapping[str, AgentSpec],
-        emit: Callable[[Event], None],
+        emit: Emit,
         watch: Callable[[Future, Callable[[Failure], None]], None],
     ) -> None:
         self._client = client

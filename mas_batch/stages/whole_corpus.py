@@ -23,7 +23,7 @@ from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choos
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.reliability import History
 from mas_batch.aggregate.tree import tree_reduce
-from mas_batch.events import Escalated, Event, Learned
+from mas_batch.events import Emit, Escalated, Learned
 from mas_batch.job import Escalate
 from mas_batch.run_folder.manifest import read_engines
 from mas_batch.run_folder.plan import Plan
@@ -46,7 +46,7 @@ class AllAnswers:
     plan: Plan
     agents: tuple[str, ...]
     """Agents whose answers are merged; not every agent need have answered every partition."""
-    emit: Callable[[Event], None]
+    emit: Emit
     wait_s: float
     """How long the cluster may be without any worker."""
 
