@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.merge import merge_answers
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.records import ANSWERS, RECORD_FIELDS
 

@@ -23,12 +23,13 @@ import pyarrow as pa
 from crowdkit.aggregation import DawidSkene, MajorityVote
 from sacrebleu.metrics import CHRF
 
+from mas_batch.aggregate.ballots import Ballot, Verdict
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.patterns import count_answers
 from mas_batch.aggregate.posterior_vote import by_reliability
 from mas_batch.aggregate.reliability import Posterior, posteriors
-from mas_batch.aggregate.vote import Ballot, Verdict, vote, weighted_log_odds
+from mas_batch.aggregate.vote import vote, weighted_log_odds
 from mas_batch.records import ANSWERS
 
 ACCURACIES = {"a0": 0.90, "a1": 0.75, "a2": 0.65, "a3": 0.60, "a4": 0.50}

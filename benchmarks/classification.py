@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.patterns import count_patterns
 from mas_batch.aggregate.posterior_vote import by_reliability
-from mas_batch.aggregate.vote import Ballot, vote, weighted_log_odds
+from mas_batch.aggregate.vote import vote, weighted_log_odds
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.classical.bayes import NaiveBayes
 from mas_batch.engines.classical.bayes import Options as BayesOptions

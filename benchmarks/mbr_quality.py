@@ -25,13 +25,13 @@ from statistics import mean
 import sacrebleu
 
 import mas_batch
+from mas_batch.aggregate.ballots import Ballot, Verdict
 from mas_batch.aggregate.best import best
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.consensus import SHARPNESS, add, loo_partial, weights
 from mas_batch.aggregate.mbr import minimum_bayes_risk
 from mas_batch.aggregate.normalise import nfc
 from mas_batch.aggregate.rover import rover
-from mas_batch.aggregate.vote import Ballot, Verdict
 
 ROOT = Path(__file__).parent.parent
 TRANSLATOR = (

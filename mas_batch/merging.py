@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mas_batch.aggregate.escalation import check_method
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, check_rule
 from mas_batch.job import Job
 from mas_batch.tasks import make_task

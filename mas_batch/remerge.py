@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed import Client
 
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.cluster import local_workers
 from mas_batch.errors import JobError, RunError
 from mas_batch.events import Emit

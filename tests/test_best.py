@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.best import best, mean_logprob
-from mas_batch.aggregate.vote import Ballot
 
 
 def ballot(

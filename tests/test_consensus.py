@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.consensus import SUPPORT, UtilitySums, add, loo_partial, weights
 from mas_batch.aggregate.mbr import minimum_bayes_risk
-from mas_batch.aggregate.vote import Ballot
 
 TEXTS = st.text(alphabet="ab ", max_size=8)
 RECORDS = st.lists(

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.mbr import minimum_bayes_risk
 from mas_batch.aggregate.normalise import nfc
 from mas_batch.aggregate.rouge import rouge_l_matrix
 from mas_batch.aggregate.utilities import UTILITIES, Utility
-from mas_batch.aggregate.vote import Ballot
 
 # Few letters, so that n-grams repeat and are shared; and everything else, so that nothing breaks.
 FEW = st.text(alphabet="ab \u3000é", max_size=30)

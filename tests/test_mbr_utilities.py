@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.mbr import minimum_bayes_risk
 from mas_batch.aggregate.utilities import cosine_utility, embedding_utility
-from mas_batch.aggregate.vote import Ballot
 
 TEST, FEST = "this is a test", "this is a fest"
 PRODUCTION = "Producția de zahăr primă va fi exprimată în ceea ce privește zahărul alb;"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.normalise import deduplicate, normalise_text
 from mas_batch.aggregate.patterns import (
     MISSING,
@@ -19,7 +20,6 @@ from mas_batch.aggregate.patterns import (
     parse_patterns,
     pattern_of,
 )
-from mas_batch.aggregate.vote import Ballot
 from mas_batch.errors import Reason, RunError
 from mas_batch.records import ANSWERS
 

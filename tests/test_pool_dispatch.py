@@ -10,7 +10,7 @@ from distributed import get_client
 
 from mas_batch import AgentPool
 from mas_batch.agents.texts import Answered
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule
 from mas_batch.errors import AnswerTimeoutError, EngineError, NoAnswerError, PoolClosedError, Reason
 from mas_batch.job import Agent, Job

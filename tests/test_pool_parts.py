@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from mas_batch.aggregate.merge import merge_answers
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import Reason, RecordError
 from mas_batch.records import ANSWERS, RECORD_FIELDS, Answer, Record
 from mas_batch.serving.backlog import MicroBatcher

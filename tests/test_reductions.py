@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.merge import merge_answers
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.errors import Reason
 from mas_batch.records import ANSWERS, RECORD_FIELDS

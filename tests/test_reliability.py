@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mas_batch.aggregate import open_set
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.families import exponents
 from mas_batch.aggregate.intervals import wilson_interval
 from mas_batch.aggregate.learning import learn
@@ -25,7 +26,6 @@ from mas_batch.aggregate.reliability import (
     posterior,
     posteriors,
 )
-from mas_batch.aggregate.vote import Ballot
 from tests.simulated_answers import (
     Simulation,
     copied,

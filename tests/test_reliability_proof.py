@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mas_batch.aggregate.ballots import Ballot, Verdict
 from mas_batch.aggregate.dawid_skene import (
     ClosedSetModel,
     PseudoCounts,
@@ -19,7 +20,7 @@ from mas_batch.aggregate.dawid_skene import (
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.patterns import parse_patterns
 from mas_batch.aggregate.reliability import posteriors
-from mas_batch.aggregate.vote import Ballot, Verdict, vote, weighted_log_odds
+from mas_batch.aggregate.vote import vote, weighted_log_odds
 from tests.simulated_answers import (
     NUM_LABELS,
     Simulation,

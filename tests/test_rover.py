@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.normalise import nfc_bytes
 from mas_batch.aggregate.rover import rover
-from mas_batch.aggregate.vote import Ballot
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "bb", "é"]), min_size=1, max_size=6).map(" ".join)
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mas_batch.aggregate.merge import merge_answers
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, check_rule, undecided
 from mas_batch.errors import JobError, Reason, RunError
 from mas_batch.records import ANSWERS, RECORD_FIELDS

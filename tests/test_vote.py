@@ -10,17 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mas_batch.aggregate.ballots import UNITS, Ballot, Verdict, log_odds
 from mas_batch.aggregate.normalise import nfc, normalise_text
-from mas_batch.aggregate.vote import (
-    UNITS,
-    Ballot,
-    Verdict,
-    log_odds,
-    mean,
-    vote,
-    weighted_linear,
-    weighted_log_odds,
-)
+from mas_batch.aggregate.vote import mean, vote, weighted_linear, weighted_log_odds
 
 # crowd-kit's own test table: worker → answers to t1…t5 ("-": none).
 TOY = {"w1": "nyyyy", "w2": "yynyn", "w3": "-ynyn", "w4": "ynyyn", "w5": "nnnyn"}

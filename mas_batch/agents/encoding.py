@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import Encode
+from mas_batch.aggregate.method import Encode, MergeSpec
 from mas_batch.aggregate.normalise import nfc
 from mas_batch.engines.base import EngineConfig
 from mas_batch.models import fetch

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from mas_batch.aggregate.method import EVERY_COLUMN, Method, Shared
-from mas_batch.aggregate.vote import (
+from mas_batch.aggregate.ballots import (
     UNITS,
     Ballot,
     Candidate,
@@ -19,9 +17,7 @@ from mas_batch.aggregate.vote import (
     to_units,
     verdict,
 )
-
-if TYPE_CHECKING:
-    from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import EVERY_COLUMN, MergeSpec, Method, Shared
 
 
 def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from mas_batch.aggregate.ballots import ACCURACY_RANGE, UNITS, Ballot
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.utilities import Utility, symmetric_units
-from mas_batch.aggregate.vote import ACCURACY_RANGE, UNITS, Ballot
 
 MICRO_UNITS = 10**6
 """A utility of 1 in the integers that a corpus adds up."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mas_batch.aggregate.ballots import log_odds
 from mas_batch.aggregate.dawid_skene import ClosedSetModel, fit_dawid_skene, fit_one_coin
 from mas_batch.aggregate.families import (
     MIN_FAMILIES,
@@ -26,7 +27,6 @@ from mas_batch.aggregate.intervals import informative_answers, wilson_interval
 from mas_batch.aggregate.open_set import evidence, fit_open_set
 from mas_batch.aggregate.patterns import Floats, Integers, PatternTable, parse_patterns
 from mas_batch.aggregate.reliability import AgentReliability, History, Reliability
-from mas_batch.aggregate.vote import log_odds
 
 MIN_AGENTS = 3
 """Two agents' agreement does not tell which of them is right when they differ."""

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from mas_batch.aggregate.method import Method, Shared, Stopping
-from mas_batch.aggregate.partials import SUPPORT_LEARNING, utility_of
-from mas_batch.aggregate.utilities import Utility, symmetric_units
-from mas_batch.aggregate.vote import (
+from mas_batch.aggregate.ballots import (
     UNITS,
     Ballot,
     Verdict,
@@ -19,9 +15,9 @@ from mas_batch.aggregate.vote import (
     to_units,
     verdict,
 )
-
-if TYPE_CHECKING:
-    from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec, Method, Shared, Stopping
+from mas_batch.aggregate.partials import SUPPORT_LEARNING, utility_of
+from mas_batch.aggregate.utilities import Utility, symmetric_units
 
 
 def minimum_bayes_risk(

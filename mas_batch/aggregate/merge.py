@@ -11,12 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from mas_batch.aggregate.ballots import Candidate, Verdict
 from mas_batch.aggregate.coverage import fragment_coverage
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import Encode
+from mas_batch.aggregate.method import Encode, MergeSpec
 from mas_batch.aggregate.normalise import deduplicate
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
-from mas_batch.aggregate.vote import Candidate, Verdict
 from mas_batch.errors import Reason, RunError
 from mas_batch.records import FAILURES, RECORD_FIELDS, RESULT_FIELDS, STANDARD_ERROR
 

@@ -12,8 +12,7 @@ import pyarrow as pa
 from mas_batch.aggregate.consensus import SUPPORT, loo_partial
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.merge import replies_by_record
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import Encode, Learning, Lesson
+from mas_batch.aggregate.method import Encode, Learning, Lesson, MergeSpec
 from mas_batch.aggregate.normalise import deduplicate
 from mas_batch.aggregate.patterns import add_patterns, count_answers
 from mas_batch.aggregate.reductions import Partial, Reduction

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.vote import Ballot
+from mas_batch.aggregate.ballots import Ballot
 from mas_batch.errors import RunError
 
 MISSING = -1

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from mas_batch.aggregate.method import Method, Shared
-from mas_batch.aggregate.partials import RELIABILITY_LEARNING
-from mas_batch.aggregate.patterns import candidates_of, pattern_of
-from mas_batch.aggregate.reliability import Posterior, Reliability, posterior
-from mas_batch.aggregate.vote import (
+from mas_batch.aggregate.ballots import (
     UNITS,
     Ballot,
     Verdict,
@@ -21,10 +16,11 @@ from mas_batch.aggregate.vote import (
     to_units,
     verdict,
 )
+from mas_batch.aggregate.method import MergeSpec, Method, Shared
+from mas_batch.aggregate.partials import RELIABILITY_LEARNING
+from mas_batch.aggregate.patterns import candidates_of, pattern_of
+from mas_batch.aggregate.reliability import Posterior, Reliability, posterior
 from mas_batch.errors import RunError
-
-if TYPE_CHECKING:
-    from mas_batch.aggregate.merge_spec import MergeSpec
 
 
 def by_reliability(

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mas_batch.aggregate.method import Method
-from mas_batch.aggregate.vote import (
+from mas_batch.aggregate.ballots import (
     Ballot,
     Candidate,
     Verdict,
@@ -17,6 +16,7 @@ from mas_batch.aggregate.vote import (
     to_units,
     verdict,
 )
+from mas_batch.aggregate.method import Method
 
 Slot = list[str]
 """One place of the word transition network: each aligned text's word there, "" for none."""

@@ -13,11 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mas_batch.aggregate.ballots import Ballot, Candidate
 from mas_batch.aggregate.merge import replies_by_record
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import Encode, Method, Stopping, methods_that
+from mas_batch.aggregate.method import Encode, MergeSpec, Method, Stopping, methods_that
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
-from mas_batch.aggregate.vote import Ballot, Candidate
 from mas_batch.errors import JobError
 
 # Weights are rounded to 1e-9: one agent of accuracy .9 must count as 90 % sure.

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mas_batch.aggregate.ballots import UNITS
 from mas_batch.aggregate.bleu import bleu_matrix
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.rouge import rouge_l_matrix
-from mas_batch.aggregate.vote import UNITS
 
 Utility = Callable[[Sequence[str]], npt.NDArray[np.float64]]
 """N texts → [N, N] in [0, 1]: how well text i would do were text j the right one."""

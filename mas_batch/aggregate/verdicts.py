@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import Encode, Shared
-from mas_batch.aggregate.vote import Ballot, Verdict
+from mas_batch.aggregate.ballots import Ballot, Verdict
+from mas_batch.aggregate.method import Encode, MergeSpec, Shared
 
 
 def ballots_of(rows: Sequence[Mapping[str, Any]], spec: MergeSpec) -> list[Ballot]:

@@ -1,108 +1,28 @@
 """Several answers to one record become one: majority, weighted majority, mean.
 
-Everything here is exact or rounded in one fixed way, so that the outcome depends on which
-answers there are and on nothing else: weights are integers in `UNITS`, sums are of integers
-or by `math.fsum`, and ties are broken by rule.
+Everything here is exact or rounded in one fixed way; see `aggregate.ballots`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from mas_batch.aggregate.method import EVERY_COLUMN, Method, Shared, Stopping
-from mas_batch.aggregate.normalise import nfc_bytes
+from mas_batch.aggregate.ballots import (
+    UNITS,
+    Ballot,
+    Verdict,
+    clip_accuracy,
+    entropy,
+    gather,
+    log_odds,
+    rank_candidates,
+    to_units,
+    verdict,
+)
+from mas_batch.aggregate.method import EVERY_COLUMN, MergeSpec, Method, Shared, Stopping
 from mas_batch.errors import JobError
 from mas_batch.records import STANDARD_ERROR
-
-if TYPE_CHECKING:
-    from mas_batch.aggregate.merge_spec import MergeSpec
-
-UNITS = 10**9
-"""A weight of 1 in the integers that scores are added and compared in."""
-
-ACCURACY_RANGE = (0.01, 0.99)
-"""Accuracies are clipped to it: no agent is certain, and log-odds stay finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ballot:
-    """One valid answer to a record."""
-
-    agent_id: str
-    family_id: str
-    sample_id: int
-    key: str
-    """Answers agree when their keys are equal."""
-    shown: str
-    """The answer as given."""
-    value: float | None = None
-    finish_reason: str | None = None
-    num_parts: int | None = None
-    logprob_sum: float | None = None
-    """Nats, over the answer's tokens; None where the engine does not say."""
-    num_logprobs: int | None = None
-    """Tokens that the sum is over."""
-
-    @property
-    def order(self) -> tuple[str, int]:
-        """Place among the ballots of a record, in whatever order they came."""
-        return (self.agent_id, self.sample_id)
-
-    @property
-    def voter(self) -> str:
-        """Name in the support: the agent, with the sample's number after its first."""
-        return f"{self.agent_id}#{self.sample_id}" if self.sample_id else self.agent_id
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """The answers that agree, as one."""
-
-    answer: str
-    """Their most frequent form; among equals the one of smallest NFC bytes."""
-    score: int
-    """What candidates are compared by; its unit is the method's."""
-    weight: float
-    """The score in natural units, as shown in the support."""
-    max_weight: int
-    """Highest weight of one backer, in `UNITS`."""
-    backers: tuple[Ballot, ...]
-    """Ordered by agent and sample; never empty."""
-
-    @property
-    def rank(self) -> tuple[int, int, int, bytes, str]:
-        """Sort key, best first: score, number of model families, highest weight, bytes."""
-        families = len({ballot.family_id for ballot in self.backers})
-        return (-self.score, -families, -self.max_weight, nfc_bytes(self.answer), self.answer)
-
-    @property
-    def chosen(self) -> Ballot:
-        """The first backer whose words are the shown ones."""
-        return next(ballot for ballot in self.backers if ballot.shown == self.answer)
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The merged answer to one record, and how far to trust it."""
-
-    answer: str
-    value: float | None
-    confidence: float | None
-    confidence_kind: str
-    margin: float | None
-    """Best minus second, in the confidence's unit; a missing second counts as 0."""
-    entropy: float
-    """Nats, over the shares of the support."""
-    support: tuple[Candidate, ...]
-    """Best first."""
-    tie: bool
-    """The best two have equal scores; the rule decided."""
-    chosen: Ballot
-    """The answer that is published, or for a mean the one closest to it."""
 
 
 def vote(ballots: Sequence[Ballot]) -> Verdict:
@@ -178,69 +98,10 @@ def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
         confidence=_standard_error(values, weights, centre),
         confidence_kind=STANDARD_ERROR,
         margin=None,
-        entropy=_entropy(shares),
+        entropy=entropy(shares),
         support=tuple(support),
         tie=False,
         chosen=ballots[closest],
-    )
-
-
-def clip_accuracy(accuracy: float) -> float:
-    """Keep an accuracy within `ACCURACY_RANGE`."""
-    low, high = ACCURACY_RANGE
-    return min(max(accuracy, low), high)
-
-
-def log_odds(accuracy: float, num_wrong: int) -> float:
-    """Return ln(m·p / (1 - p)) for the clipped accuracy p and m wrong alternatives."""
-    p = clip_accuracy(accuracy)
-    return math.log(num_wrong * p / (1 - p))
-
-
-def to_units(weight: float) -> int:
-    """Return the weight as an integer number of `UNITS`."""
-    return round(weight * UNITS)
-
-
-def gather(ballots: Iterable[Ballot], weights: Iterable[int]) -> list[Candidate]:
-    """Put the ballots that agree together; a candidate's score is the sum of its weights."""
-    groups: dict[str, list[tuple[Ballot, int]]] = {}
-    for ballot, weight in zip(ballots, weights, strict=True):
-        groups.setdefault(ballot.key, []).append((ballot, weight))
-    candidates = []
-    for group in groups.values():
-        score = sum(weight for _, weight in group)
-        backers = sorted((ballot for ballot, _ in group), key=lambda ballot: ballot.order)
-        highest = max(weight for _, weight in group)
-        shown = _most_frequent(ballot.shown for ballot in backers)
-        candidates.append(Candidate(shown, score, score / UNITS, highest, tuple(backers)))
-    return candidates
-
-
-def rank_candidates(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Sort best first by the tie rule; no two candidates rank equal."""
-    return sorted(candidates, key=lambda candidate: candidate.rank)
-
-
-def verdict(
-    support: Sequence[Candidate],
-    shares: Sequence[float],
-    confidence: float,
-    kind: str,
-    margin: float,
-) -> Verdict:
-    """Publish the first of the support; `shares` are the support's, adding up to 1."""
-    best = support[0]
-    return Verdict(
-        answer=best.answer,
-        value=best.chosen.value,
-        confidence=confidence,
-        confidence_kind=kind,
-        margin=margin,
-        entropy=_entropy(shares),
-        support=tuple(support),
-        tie=len(support) > 1 and support[1].score == best.score,
-        chosen=best.chosen,
     )
 
 
@@ -250,11 +111,6 @@ def _by_share(ballots: Sequence[Ballot], weights: Sequence[int], kind: str) -> V
     margin = (scores[0] - sum(scores[1:2])) / sum(scores)
     shares = _shares(scores)
     return verdict(support, shares, shares[0], kind, margin)
-
-
-def _most_frequent(forms: Iterable[str]) -> str:
-    counts = Counter(forms)
-    return min(counts, key=lambda form: (-counts[form], nfc_bytes(form), form))
 
 
 def _shares(scores: Sequence[int]) -> list[float]:
@@ -267,10 +123,6 @@ def _softmax(scores: Sequence[float]) -> list[float]:
     powers = [math.exp(score - highest) for score in scores]
     total = math.fsum(powers)
     return [power / total for power in powers]
-
-
-def _entropy(shares: Iterable[float]) -> float:
-    return -math.fsum(share * math.log(share) for share in shares if share > 0) + 0.0
 
 
 def _weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -291,12 +143,6 @@ def _standard_error(
     spread = math.fsum(w * (x - centre) * (x - centre) for w, x in pairs)
     variance = spread / (total - squares / total)
     return math.sqrt(variance * squares) / total
-
-
-def shares_of(weights: Sequence[float]) -> list[float]:
-    """Scale to a sum of 1; of weights that are all 0 everybody has the same share."""
-    total = math.fsum(weights)
-    return [weight / total if total else 1 / len(weights) for weight in weights]
 
 
 def _by_accuracy(ballots: Sequence[Ballot], spec: MergeSpec, shared: Shared) -> Verdict:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import RunError
 from mas_batch.evaluation.agreement import AgentPair, pairwise_agreement
 from mas_batch.evaluation.confidence import ConfidenceQuality, judge_confidence

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from mas_batch.aggregate.merge import replies_by_record
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.systems import Confidences, Evidence, EvidenceBuilder

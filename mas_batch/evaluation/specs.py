@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import METHODS
+from mas_batch.aggregate.method import METHODS, MergeSpec
 from mas_batch.aggregate.utilities import EMBEDDING
 from mas_batch.errors import JobError, RunError
 from mas_batch.evaluation.gather import answers_by_partition, plan_of

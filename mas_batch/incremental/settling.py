@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.job import Job
 from mas_batch.records import ANSWERS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from mas_batch.aggregate.escalation import Escalation
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule
 from mas_batch.job import Task
 from mas_batch.run_folder.storage import Store

@@ -15,7 +15,7 @@ import pyarrow as pa
 from distributed import Client
 
 from mas_batch import cluster
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import JobError, MasBatchError, PoolClosedError
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec, stopping_rule

@@ -11,8 +11,7 @@ import pyarrow as pa
 
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.aggregate.merge import result_row
-from mas_batch.aggregate.merge_spec import MergeSpec
-from mas_batch.aggregate.method import Encode
+from mas_batch.aggregate.method import Encode, MergeSpec
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
 from mas_batch.corpus import problem_of
 from mas_batch.errors import RecordError

@@ -16,7 +16,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.reliability import AgentHistory, History, Reliability
 from mas_batch.engines.classical import examples
 from mas_batch.errors import RunError

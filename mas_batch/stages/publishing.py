@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from mas_batch.agents.statistics import COMMITTED
-from mas_batch.aggregate.merge_spec import MergeSpec
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import MasBatchError
 from mas_batch.latency.summary import summarize
 from mas_batch.run_folder.commits import has_passes, remove_passes
