@@ -222,11 +222,12 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
                 "host": "127.0.0.1",
                 "dashboard": address is not None,
                 "dashboard_address": _free_address(address or "127.0.0.1:0"),
-                **_preloads(),
+                **_preloads("scheduler", "mas_batch.monitor.preload"),
                 **comms,
             },
         }
-        possible = {n: {"cls": Nanny, "options": {**each, **comms}} for n, each in options.items()}
+        common = {**comms, **_preloads("worker", "mas_batch.agents.preload")}
+        possible = {n: {"cls": Nanny, "options": {**each, **common}} for n, each in options.items()}
         started = [replica_name(a.name, number) for a in job.agents for number in range(a.count)]
         workers = {name: possible[name] for name in started}
         with (
@@ -339,14 +340,14 @@ def _wait_for_capable_workers(client: Client, job: Job) -> None:
             return
 
 
-def _preloads() -> dict[str, list[Any]]:
-    """Add the page /agents to Dask's configured preloads, which a scheduler's own replace."""
-    names = dask.config.get("distributed.scheduler.preload")
+def _preloads(process: str, module: str) -> dict[str, list[Any]]:
+    """Add a module to Dask's configured preloads of a kind of process, which options replace."""
+    names = dask.config.get(f"distributed.{process}.preload")
     names = [names] if isinstance(names, str) else list(names)
-    argv = list(dask.config.get("distributed.scheduler.preload-argv"))
+    argv = list(dask.config.get(f"distributed.{process}.preload-argv"))
     if not argv or isinstance(argv[0], str):  # then Dask passes the same ones to each
         argv = [argv] * len(names)
-    return {"preload": [*names, "mas_batch.monitor.preload"], "preload_argv": [*argv, []]}
+    return {"preload": [*names, module], "preload_argv": [*argv, []]}
 
 
 def _keep_freed_memory() -> dict[str, object]:

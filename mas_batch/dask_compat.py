@@ -7,6 +7,7 @@ before our users do. Nothing large is imported before a function needs it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -64,6 +65,20 @@ def _is_farewell(event: object) -> bool:
         case {"action": "worker-status-change", "status": "closing_gracefully" | "closing"}:
             return True  # the second is all that one sees of a worker that a SpecCluster ends
     return False
+
+
+def hush_lost_heartbeats() -> None:
+    """Have the worker in this process not log that a heartbeat has found no scheduler.
+
+    Uses the text of a message of the logger `distributed.worker`. A worker whose cluster ends while
+    it sends a heartbeat logs it with a traceback, which without this stands around our one line
+    that says what was wrong. Of a scheduler that is really lost the client tells.
+    """
+    logging.getLogger("distributed.worker").addFilter(_is_no_lost_heartbeat)
+
+
+def _is_no_lost_heartbeat(record: logging.LogRecord) -> bool:
+    return record.msg != "Failed to communicate with scheduler during heartbeat."
 
 
 def add_handler(worker: Worker, name: str, handler: Callable[..., Awaitable[Any]]) -> None:
