@@ -73,6 +73,7 @@ def assert_complete(run: str, reference: dict[str, str]) -> None:
 REFERENCE = {f"r{i:02d}": f"record {i} has a" for i in range(NUM_RECORDS)}
 
 
+@pytest.mark.nightly  # `test_chaos` does the same to a run of `make test`
 def test_a_worker_killed_in_the_middle_costs_nothing(job_file: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with process("mas_batch.submit", str(job_file), "--show", "0", log=log) as child:
@@ -124,6 +125,7 @@ def test_a_terminated_run_ends_its_workers_and_says_how_to_go_on(
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.nightly  # as above
 def test_a_record_that_kills_its_worker_every_time_is_given_up(
     tmp_path: Path, job_file: Path
 ) -> None:
