@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
-# Four at a time on two cores: half of what the tests do is wait for processes. The models are small.
-TOGETHER := --numprocesses 4 --dist loadgroup
+# Three at a time on two cores: half of what the tests do is wait for processes. The models are small.
+TOGETHER := --numprocesses 3 --dist loadgroup
 TESTS  := $(TOGETHER) -m "not nightly"
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 

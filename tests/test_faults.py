@@ -81,7 +81,7 @@ def test_a_terminated_run_ends_its_workers_and_says_how_to_go_on(
         child.terminate()
         assert child.wait(PATIENCE_S) == 1, log.read_text()
     assert "the same command resumes" in log.read_text()
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    wait_until(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()])
 
 
 def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_path: Path) -> None:
