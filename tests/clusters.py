@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from distributed import Scheduler, SpecCluster
+from distributed import Client, Scheduler, SpecCluster, Worker
+
+from mas_batch import pipeline
+from mas_batch.job_file import load_job
 
 
 @contextmanager
@@ -25,3 +29,21 @@ def cluster_of(workers: Mapping[str, Mapping[str, Any]], **scheduler: Any) -> It
         silence_logs=logging.ERROR,
     ) as cluster:
         yield cluster
+
+
+@contextmanager
+def summarizers(count: int = 3) -> Iterator[Client]:
+    """Yield a client of workers in this process that can summarize."""
+    options = {"nthreads": 3, "resources": {"summarize": 1.0}}
+    workers = {
+        f"w-{i}": {"cls": Worker, "options": {"name": f"w-{i}", **options}} for i in range(count)
+    }
+    with cluster_of(workers) as cluster, Client(cluster) as client:
+        client.wait_for_workers(count)
+        yield client
+
+
+def run_in_process(job_file: Path, *overrides: str) -> pipeline.Summary:
+    """Run a job to its end on threads: a run that nothing happens to needs no processes."""
+    with summarizers() as client:
+        return pipeline.run(load_job(str(job_file), overrides), client=client)

@@ -33,7 +33,7 @@ from tests.chaos import (
     started,
     workers_of,
 )
-from tests.clusters import cluster_of
+from tests.clusters import cluster_of, run_in_process
 from tests.waiting import PATIENCE_S
 
 pytestmark = [pytest.mark.faults, pytest.mark.chaos]
@@ -57,7 +57,10 @@ def tell(record_property: Callable[[str, Any], None]) -> Tell:
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run that nothing happens to."""
-    return Arena(tmp_path_factory.mktemp("reference")).submit()
+    arena = Arena(tmp_path_factory.mktemp("reference"))
+    options = (f"agents.{name}.options.seconds_per_batch=0" for name in ("a", "b"))
+    run_in_process(arena.folder / "job.yaml", *options)
+    return arena.opened()
 
 
 @pytest.fixture
@@ -104,6 +107,7 @@ def test_a_worker_killed_at_a_random_moment(arena: Arena, reference: Run, tell: 
         arena.wait_for_merges(arena.rng.randint(1, 8), child)
         os.kill(arena.rng.choice(sorted(workers_of(child.pid))), signal.SIGKILL)
         assert child.wait(PATIENCE_S) == 0, arena.log.read_text()
+    assert "event=agent_lost" in arena.log.read_text()
     tell(compare("SIGKILL at a random moment", 1, arena.opened(), reference))
 
 
@@ -130,7 +134,7 @@ def test_a_worker_stopped_for_good(arena: Arena, reference: Run, tell: Tell) -> 
 def test_the_submitting_process_killed_again_and_again(
     arena: Arena, reference: Run, tell: Tell, chaos_rounds: int
 ) -> None:
-    injected = 0
+    injected, kept = 0, dict[Path, int]()
     for number in range(20 if chaos_rounds > 1 else 3):
         with arena.submitted(*SLOW) as child:
             done = arena.num_merged()
@@ -143,7 +147,13 @@ def test_the_submitting_process_killed_again_and_again(
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             injected += 1
+            if not number:
+                assert 1 <= arena.num_merged() < NUM_RECORDS // 3
+                assert not list(arena.folder.glob("runs/*/manifest.json"))
+            assert {path: path.stat().st_ino for path in kept} == kept, "work was done again"
+            kept = {p: p.stat().st_ino for p in arena.folder.glob("runs/*/*/**/part-*.parquet")}
     run = arena.submit(*SLOW)
+    assert {path: path.stat().st_ino for path in kept} == kept, "committed work was done again"
     tell(compare("submitting process killed", injected, run, reference))
     assert injected >= 3
 

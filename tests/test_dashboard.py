@@ -252,7 +252,7 @@ def scheduler_process(folder: Path, preload: str) -> Iterator[str]:
         yield str(file)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_S)
 
 
 def test_a_scheduler_with_an_older_package_is_fed_nothing_and_the_run_goes_on(

@@ -16,6 +16,7 @@ from tornado.web import RequestHandler
 
 from mas_batch import dask_compat
 from tests.clusters import cluster_of
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def client() -> Iterator[Client]:
 
 def fetch(cluster: SpecCluster, path: str) -> str:
     url = f"http://127.0.0.1:{cluster.scheduler.http_server.port}/{path}"
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as reply:
         return str(reply.read().decode())
 
 

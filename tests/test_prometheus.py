@@ -60,7 +60,7 @@ class Prometheus:
 
     def close(self) -> None:
         self._process.terminate()
-        self._process.wait(30)
+        self._process.wait(PATIENCE_S)
         self._log.close()
 
     def get(self, path: str, **parameters: str) -> Any:

@@ -30,6 +30,7 @@ from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.run_folder.storage import Store
 from mas_batch.tasks import make_task
+from tests.waiting import PATIENCE_S
 
 TASK = make_task(job.Task(kind="summarize"))
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, num_samples=2)
@@ -87,7 +88,7 @@ class Job:
             with self.asked_file.open("a") as file:
                 file.write(f"{record.record_id}\n")
             if first_together is not None and record == self.records[0]:
-                first_together.wait(60)
+                first_together.wait(PATIENCE_S)
             return inner(records)
 
         answers = answer_carefully(self.records, ask, Journal(self.store, 7, "agent"), PROFILE)

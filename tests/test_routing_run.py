@@ -35,6 +35,7 @@ from mas_batch.run_folder.storage import Store
 from mas_batch.show import answers_saved
 from tests.clusters import cluster_of
 from tests.test_run import Recorder
+from tests.waiting import PATIENCE_S
 
 MakeJob = Callable[..., Job]
 LABELS = ["x", "y", "z"]
@@ -224,7 +225,7 @@ def test_an_agent_that_cannot_load_is_done_without_where_others_are_enough(
             lost.set()
 
     def answer_when_lost(*args: Any) -> Any:
-        assert lost.wait(60), "workers are in this process"
+        assert lost.wait(PATIENCE_S), "workers are in this process"
         return answer(*args)
 
     monkeypatch.setattr(work, "answer_records", answer_when_lost)
@@ -266,7 +267,7 @@ def test_a_worker_without_a_nanny_that_hangs_is_cut_off(
     def hang_once(*args: Any) -> Any:
         if not asked:
             asked.append(threading.current_thread().name)
-            release.wait(60)
+            release.wait(PATIENCE_S)
         return answer_records(*args)
 
     release = threading.Event()

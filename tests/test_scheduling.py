@@ -25,6 +25,7 @@ from mas_batch import cli
 from mas_batch.agents.spec import WorkerInfo, match_workers
 from mas_batch.errors import ExitCode
 from mas_batch.job_file import check_job
+from tests.clusters import summarizers
 from tests.recipes import BIN, DEPLOY, PATH, ROOT, block, tool, write_job
 from tests.waiting import PATIENCE_S, wait_until
 
@@ -388,12 +389,14 @@ def test_the_orchestrators_function_maps_exit_codes(
     exec(block("Airflow, Prefect and other orchestrators", "python"), names)
     submit, wrong = names["submit"], names["JobIsWrong"]
     job = str(write_job(tmp_path))
-    assert submit(job)["counts"]["results"] == 12
-    assert submit(job)["already_complete"], "a retry of what is done does nothing"
+    with summarizers(1) as client:
+        here = ("--scheduler", client.scheduler.address)
+        assert submit(job, *here)["counts"]["results"] == 12
+        assert submit(job, *here)["already_complete"], "a retry of what is done does nothing"
+        fault = ("--set", "agents.plain.options={faults: {record 1: error}}")
+        with pytest.raises(wrong, match="engine_error"):
+            submit(job, *fault, *here)
     with pytest.raises(wrong, match="see the log"):
         submit(job, "--set", "routing.policy=fast")
-    fault = ("--set", "agents.plain.options={faults: {record 1: error}}")
-    with pytest.raises(wrong, match="engine_error"):
-        submit(job, *fault)
     with pytest.raises(RuntimeError, match="exit code 1; a retry resumes"):
         submit(job, "--set", "name=other", "--scheduler", "tcp://127.0.0.1:1")
