@@ -243,7 +243,7 @@ def _take_over_if_wanted(present: Present, lock: RunLock) -> Since | None:
 
 
 def _job_of_agents_to_ask(job: Job, since: Since | None) -> Job | None:
-    """Return the job with those agents only that may have to be asked; None: there are none."""
+    """Return the job with only the agents that may have to be asked; None: there are none."""
     if since is None:
         return job
     return job.with_agents(since.to_ask) if since.to_ask else None

@@ -43,8 +43,8 @@ class Registry(Mapping[str, Value], Generic[Value]):
         """Return the value of that name.
 
         Raises:
-            UnknownNameError: there is none; the message names what is allowed.
-            JobError: another package's cannot be imported.
+            UnknownNameError: the name is not registered; the message names what is allowed.
+            JobError: another package's value cannot be imported.
         """
         if name not in self._loaded:
             self._loaded[name] = self._load(self.check(name))

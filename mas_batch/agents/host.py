@@ -115,7 +115,7 @@ def report(topic: str, what: Report, facts: Mapping[str, Any]) -> None:
 
 
 def report_timed(topic: str, what: Report, facts: Mapping[str, Any], times: TaskTimes) -> None:
-    """Tell what a task did and what it spent, which Dask's Fine Performance Metrics show too."""
+    """Report what a task did and its times, which Dask's Fine Performance Metrics show too."""
     known = {"prefill": times.prefill_s, "decode": times.decode_s}
     if times.prefill_s is None:
         known = {"compute": times.compute_s}

@@ -91,7 +91,7 @@ def _files_changed(source: str, engine: Mapping[str, Any], is_embedded: bool) ->
     spec = parse_source(source)
     is_local = spec.scheme == "path" or Path(source).exists()
     if spec.scheme == "pypi" or not spec.has_files:
-        return None  # a version's files are final; an endpoint shows none
+        return None  # a version's files never change; an endpoint shows no files
     if not is_local and _COMMIT.fullmatch(spec.version):
         return None
     if not is_local and not is_embedded:

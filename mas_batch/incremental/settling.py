@@ -77,7 +77,7 @@ class Settling:
         if self.rule is None:
             return Choice(chosen, is_settled=True)
         if done or self.merge.needs_encoder:
-            return Choice(chosen, is_settled=False)  # the workers have what it takes to look
+            return Choice(chosen, is_settled=False)  # a worker checks these records
         return self._choose_until_decided(records, known, chosen, self.rule)
 
     def _choose_until_decided(

@@ -54,7 +54,7 @@ def parse_source(source: str) -> ModelSource:
     """Parse a model's name by its syntax alone.
 
     Raises:
-        JobError: it is none that is known; the message names what is allowed.
+        JobError: the name is of no known form; the message names what is allowed.
     """
     kind, _, rest = source.partition(":")
     if kind == "pypi":

@@ -126,7 +126,7 @@ def merged(
 
 
 def encoder_of(spec: MergeSpec, answers: Sequence[Answer]) -> Encode | None:
-    """Return the vectors that the merge needs, if it needs any: the model is held here."""
+    """Return the encoder that the merge needs, None if it needs none; its model is held here."""
     if not spec.needs_encoder:
         return None
     return encoder_for(spec, pa.Table.from_pylist(rows_of(answers), schema=ANSWERS))

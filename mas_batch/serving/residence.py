@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _REACH_S = 3.0
-"""Within so long a worker that can be reached directly answers."""
+"""A worker that can be reached directly answers within so many seconds."""
 
 
 class ReplicaListener(Protocol):

@@ -42,7 +42,7 @@ class Asking:
     """What earlier runs have learned of the agents, if the job keeps it."""
 
     def all_answers(self, ref: RunRef, agents: tuple[str, ...]) -> AllAnswers:
-        """Return all answers of these agents, for what is to be found in them."""
+        """Return all answers of these agents, to be counted or merged."""
         execution, wait_s = self.execution, self.job.cluster.wait_s
         client = execution.connection.client
         return AllAnswers(client, ref, self.plan, agents, execution.log, wait_s)

@@ -109,7 +109,7 @@ def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
 
 
 def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield each agent's model family; an agent that was never loaded is its own."""
+    """Yield (agent, its model's family); an agent that was never loaded is a family of its own."""
     engines = read_engines(store)
     for agent in agents:
         yield agent, engines.get(agent, {}).get("family_id", agent)

@@ -47,7 +47,7 @@ class Task(ABC):
     default_merge: ClassVar[str]
     """The merge method of jobs that name none."""
     default_utility: ClassVar[str] = "chrf"
-    """What `mbr` compares texts with where the job does not say."""
+    """The utility with which `mbr` compares texts if the job does not say."""
     goal: ClassVar[str] = "ROUGE-L"
     """The metric of texts that decides which agent is best."""
     is_translation: ClassVar[bool] = False
@@ -59,16 +59,16 @@ class Task(ABC):
     system_template: ClassVar[str]
     user_template: ClassVar[str]
     long_documents: ClassVar[tuple[str, ...]] = ()
-    """What `task.long_documents` may be; empty: there is no choice."""
+    """Allowed values of `task.long_documents`; empty: the key is not allowed."""
     options: ClassVar[Mapping[str, bool | int | float | str]] = MappingProxyType({})
     """What `task.options` may hold, with the defaults; a value is of its default's type."""
 
     @classmethod
     def check(cls, spec: job.Task) -> None:
-        """Refuse what the job says of the task and this kind cannot follow.
+        """Refuse keys of the job's task that this kind cannot follow.
 
         Raises:
-            JobError: naming the key.
+            JobError: a key is refused; the message names it.
         """
         if cls.takes_labels != (spec.labels is not None):
             takers = (name for name, kind in registries.TASKS.items() if kind.takes_labels)
@@ -103,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Make one answer of the answers to the parts, in the parts' order."""
+        """Join the answers to the parts, which are in the parts' order, to one answer."""
 
     def messages(
         self, text: str, context: str | None, *, prompt: str | None, system: str | None
@@ -130,12 +130,12 @@ class Task(ABC):
         Raises:
             RecordError: `too_long`, when it cannot be.
         """
-        # Whitespace around a text means nothing to any task, but could be a part of its own.
+        # Whitespace around a text matters to no task, but could become a part of its own.
         parts = split(text.strip(), lambda part: fits(part, context))
         return Fitted(tuple(parts), context, len(parts))
 
     def merging(self, prompt: str | None) -> Hierarchical | Extractive | None:
-        """Say how the answers to the parts of a text become one; None: `join` does it.
+        """Say how the answers to the parts of a text become one; None: by `join`.
 
         Args:
             prompt: the agent's own template of the user turn, if it has one.
@@ -236,6 +236,6 @@ def _first(*templates: str | None) -> str:
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:
-    # Nothing else in braces is ours: prompts hold JSON.
+    # Anything else in braces stays as it is: prompts may hold JSON.
     ours = re.compile(rf"\{{({'|'.join(fields)})\}}")
     return ours.sub(lambda match: fields[match[1]], template)
