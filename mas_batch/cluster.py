@@ -326,14 +326,14 @@ def _ended(call: Callable[..., object], *args: object, within_s: float) -> bool:
 
 def _wait_for_capable_workers(client: Client, job: Job) -> None:
     deadline = time.monotonic() + job.cluster.wait_s
-    told = ""
+    logged = ""
     while True:
         try:
             match_workers(cluster_workers(client), job)
         except JobError as error:
             if time.monotonic() >= deadline:
                 raise
-            if told != (told := str(error)):  # a scheduled cluster may take an hour to come
+            if logged != (logged := str(error)):  # a scheduled cluster may take an hour to come
                 logger.info("waiting for workers: %s", error)
             time.sleep(0.5)
         else:

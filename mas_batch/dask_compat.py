@@ -52,7 +52,7 @@ def restart_process(client: Client, address: str, timeout_s: float) -> None:
 def left_on_purpose(client: Client, address: str) -> bool:
     """Whether the scheduler took the worker off on purpose: retired, scaled down.
 
-    Told by the events of the topic that the scheduler names after the worker, whose actions are
+    Read from the events of the topic that the scheduler names after the worker, whose actions are
     not documented. Without it a worker that was scaled down is blamed for what it was at.
     """
     return any(_is_farewell(event) for _, event in client.get_events(address))

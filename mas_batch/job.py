@@ -84,7 +84,9 @@ def slug(name: str) -> str:
     if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise ValueError(f"{name!r} is not allowed: it names a folder; allowed: {allowed}")
     if len(name.encode()) > _MAX_NAME_BYTES:  # a run's name is longer by its fingerprint
-        raise ValueError(f"it names a folder: at most {_MAX_NAME_BYTES} bytes are allowed")
+        raise ValueError(
+            f"{name!r} is too long: it names a folder; at most {_MAX_NAME_BYTES} bytes are allowed"
+        )
     return name
 
 

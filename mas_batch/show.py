@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mas_batch import report
 from mas_batch.errors import Reason
-from mas_batch.incremental.told import since_facts, since_lines
+from mas_batch.incremental.since_facts import since_facts, since_lines
 from mas_batch.job import Job
 from mas_batch.monitor.progress import Throughput
 from mas_batch.pipeline import Preview, Summary

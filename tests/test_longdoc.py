@@ -24,8 +24,8 @@ from mas_batch.tasks.longdoc import (
     Piece,
     evidence,
     extract,
+    merge_group,
     merge_text,
-    merged,
     pack,
 )
 from mas_batch.tasks.splitting import sentences
@@ -71,7 +71,7 @@ def test_levels_end_in_one_piece_or_where_no_two_neighbours_fit(sizes, room):
         if len(groups) == len(pieces):
             break
         pieces = [
-            merged(group, "w", short(9), 0) if len(group) > 1 else group[0] for group in groups
+            merge_group(group, "w", short(9), 0) if len(group) > 1 else group[0] for group in groups
         ]
     stuck = not any(fits(pieces[i : i + 2]) for i in range(len(pieces) - 1))
     assert len(pieces) == 1 or stuck
@@ -146,7 +146,7 @@ def test_a_merged_piece_covers_its_group_and_carries_no_more_than_one_of_them():
         Piece("a", ("The dam failed at noon.", "A cat sat."), 3, 4),
         Piece("b", ("The dam failed because of the rain.",), 5, 5),
     ]
-    assert merged(group, "Both.", short(99), 2) == Piece(
+    assert merge_group(group, "Both.", short(99), 2) == Piece(
         "Both.", ("The dam failed at noon.", "The dam failed because of the rain."), 3, 5
     )
 

@@ -19,7 +19,7 @@ from mas_batch.records import ANSWERS, RECORD_FIELDS, Answer, Record
 from mas_batch.serving.backlog import MicroBatcher
 from mas_batch.serving.measure import RECENT, Meter
 from mas_batch.serving.question import Quorum
-from mas_batch.serving.reply import make_record, merged, rows_of
+from mas_batch.serving.reply import make_record, merged_reply, rows_of
 
 
 class Batching(RuleBasedStateMachine):
@@ -212,7 +212,7 @@ def test_a_text_is_merged_as_a_record_of_a_run(
         [{"record_id": "r", "text": "the text"}], schema=pa.schema(RECORD_FIELDS)
     )
     (row,) = merge_answers(records, table, spec)[0].to_pylist()
-    reply = merged(record, answers, [], ["a"], spec)
+    reply = merged_reply(record, answers, [], ["a"], spec)
     for name in ("answer", "value", "method", "confidence", "confidence_kind", "margin", "tie"):
         assert getattr(reply, name) == row[name], name
     assert reply.abstain == row["abstain"]

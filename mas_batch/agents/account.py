@@ -36,8 +36,8 @@ def _sum_if_all_known(values: Sequence[float | None]) -> float | None:
     return sum(known) if len(known) == len(values) else None
 
 
-def said(answer: Answer, parsed: Parsed) -> Answer:
-    """End the answer with what the agent said."""
+def succeeded(answer: Answer, parsed: Parsed) -> Answer:
+    """End the answer with a parsed reply."""
     return replace(answer, text=parsed.text, label=parsed.label, value=parsed.value)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
 
-from mas_batch.agents.account import add, failed, given_up, said
+from mas_batch.agents.account import add, failed, given_up, succeeded
 from mas_batch.engines.base import Completion, Engine, Message, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import complete
 from mas_batch.errors import Reason, RecordError, RunError
@@ -20,8 +20,8 @@ from mas_batch.tasks.longdoc import (
     Piece,
     evidence,
     extract,
+    merge_group,
     merge_text,
-    merged,
     pack,
 )
 from mas_batch.tasks.splitting import Part
@@ -236,7 +236,7 @@ class _Asker:
                 continue
             if merging is None:
                 joined = parsed[0] if len(parsed) == 1 else self.task.join(parsed, fitted.parts)
-                yield said(answer, joined)
+                yield succeeded(answer, joined)
                 continue
             answered = enumerate(zip(parsed, quotes, completions, strict=True), 1)
             pieces = tuple(
@@ -244,7 +244,7 @@ class _Asker:
                 for i, (p, quoted, completion) in answered
             )
             if isinstance(merging, Extractive):
-                yield said(answer, Parsed(extract(pieces, self._is_short)))
+                yield succeeded(answer, Parsed(extract(pieces, self._is_short)))
             else:
                 yield _Draft(answer, fitted.context, pieces, merging)
 
@@ -263,14 +263,14 @@ class _Asker:
                     continue
                 stretch = f"merging parts {group[0].first} to {group[-1].last}"
                 text = self._parse(completion, stretch).text
-                pieces.append(merged(group, text, self._is_short, draft.merging.num_evidence))
+                pieces.append(merge_group(group, text, self._is_short, draft.merging.num_evidence))
         except RecordError as error:
             return failed(answer, error)
         if len(pieces) > 1:
             return replace(draft, answer=answer, pieces=tuple(pieces))
         # Which summaries were cut on the way does not show in the last one.
         answer = replace(answer, finish_reason=given[-1].finish_reason)
-        return said(answer, Parsed(pieces[0].text))
+        return succeeded(answer, Parsed(pieces[0].text))
 
     def _is_short(self, text: str) -> bool:
         """Tell whether a text has no more tokens than an answer may have."""

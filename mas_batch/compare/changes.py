@@ -12,7 +12,7 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key whose values differ; one that only one side has is told whole."""
+    """A key whose values differ; one that only one side has is kept whole."""
 
     key: str
     """Path in the mapping, joined by dots; an agent goes by its name."""

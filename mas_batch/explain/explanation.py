@@ -171,7 +171,7 @@ def _without_event(
     stories: list[Story], answered_by: Collection[str], is_merged: bool
 ) -> list[str]:
     """Describe what is committed though no event tells of it."""
-    told = set(stories[-1].answered)
+    has_event = set(stories[-1].answered)
     overtaken = {  # an overtaken try may have committed its answers later
         step.agent_id
         for story in stories
@@ -182,7 +182,7 @@ def _without_event(
         f"answers of {agent_id} are committed, but no event tells of them: they came late, or "
         "the event was lost with a process that was killed"
         for agent_id in answered_by
-        if agent_id not in told | overtaken
+        if agent_id not in has_event | overtaken
     ]
     if is_merged and not any(story.is_merged for story in stories):
         found.append(

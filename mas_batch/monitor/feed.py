@@ -60,7 +60,7 @@ class Feed:
         self._error: str | None = None
         self._num_sent = 0
         self._last_heard: float | None = None
-        """When the scheduler last answered; None: it has to be told again."""
+        """When the scheduler last answered; None: it must be sent the whole state again."""
         self._given_up = False
         self._thread = threading.Thread(target=self._work, daemon=True, name="mas-batch-feed")
 

@@ -59,5 +59,5 @@ def _layout(kind: Any) -> Iterator[str]:
 
 
 VERSION = layout_version(Snapshot)
-"""A scheduler takes only snapshots of its own version. No one has to remember to raise it; but a
+"""A scheduler takes only snapshots of its own version. It changes with the layout by itself; but a
 field that changes its meaning and keeps its type must change its name."""

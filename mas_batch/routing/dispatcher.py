@@ -348,7 +348,7 @@ class Dispatcher:
         out.append(Merge(state.index, self._by_rank(state.answered), final=not may_ask_more))
 
     def _died(self, state: OpenPartition, agent_id: str) -> None:
-        """A worker died at it. Asked carefully, each record can be at fault for two of them."""
+        """A worker died at the partition. Asked carefully, a record can be at fault for two."""
         state.deaths[agent_id] += 1
         if state.deaths[agent_id] > self._rules.max_attempts + 2 * state.work.num_records:
             state.given_up.add(agent_id)

@@ -31,7 +31,7 @@ _HEARTBEAT_S = 15.0
 
 
 class Listener(Protocol):
-    """Whoever wants to know which workers can be asked."""
+    """An object that is notified which workers can be asked."""
 
     def joined(self, address: str, agent_id: str) -> None:
         """The worker holds the agent's model."""
@@ -243,7 +243,7 @@ class Hosting:
         """End the process of a worker that hangs; its nanny, if it has one, starts another.
 
         Without a nanny it is only cut off from the cluster, and its place stays empty until
-        whoever started it starts it again.
+        the user or scheduler that started it starts it again.
         """
         self._pause(address, message)
         self._hung.add(address)

@@ -216,7 +216,7 @@ class MostReliable:
     MARGIN = 0.1
     """How much better a busy agent must be to be waited for."""
     EVIDENCE = 20
-    """Answers that must have been compared before anybody is passed over."""
+    """Answers that must have been compared before the policy passes an agent over."""
 
     def choose(
         self, partition: PartitionView, candidates: Sequence[ReplicaView]

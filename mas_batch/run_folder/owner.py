@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 _SAME_START_S = 2.0
-"""Starts this close are one process: ids are not reused that fast, and the kernel counts seconds
-since its boot."""
+"""Starts this close, under one process id, are one process: a start is read to the second, and an
+id is not given again within seconds."""
 
 
 @dataclass(frozen=True, slots=True)

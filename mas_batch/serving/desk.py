@@ -25,7 +25,7 @@ from mas_batch.serving.measure import Meter, PoolStats
 from mas_batch.serving.parts import AgentPart
 from mas_batch.serving.question import AskingRules, Question, Quorum
 from mas_batch.serving.queues import AgentQueues
-from mas_batch.serving.reply import Reply, encoder_of, merged, rows_of
+from mas_batch.serving.reply import Reply, encoder_of, merged_reply, rows_of
 
 
 class Desk:
@@ -279,7 +279,7 @@ class Desk:
         voters = [agent for agent, num_answers in settled.items() if num_answers]
         work = (question.record, question.answers, failures, voters, self._spec)
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(self._merging, merged, *work)
+        reply = await loop.run_in_executor(self._merging, merged_reply, *work)
         latency = question.latency(voters[-1], heard, self._now())
         for part, meter in self._meters.items():
             meter.note(getattr(latency, f"{part}_s"))

@@ -101,7 +101,7 @@ def rows_of(answers: Sequence[Answer]) -> list[dict[str, object]]:
     return [asdict(a) for a in sorted(answers, key=lambda a: (a.agent_id, a.sample_id))]
 
 
-def merged(
+def merged_reply(
     record: Record,
     answers: Sequence[Answer],
     failures: Sequence[Failure],

@@ -60,7 +60,7 @@ def evidence(text: str, fits: Fits, limit: int) -> tuple[str, ...]:
     return _chosen(sentences(text), fits, limit) if limit else ()
 
 
-def merged(group: Sequence[Piece], text: str, fits: Fits, limit: int) -> Piece:
+def merge_group(group: Sequence[Piece], text: str, fits: Fits, limit: int) -> Piece:
     """Return the piece that replaces a group, whose merged answer is `text`.
 
     Its evidence is chosen anew from the group's evidence, so that a piece takes no more room at
