@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.evaluation.agreement import pairwise_agreement
+from mas_batch.aggregate.calibration import Calibration, calibration_error
 from mas_batch.evaluation.calibration import (
-    Calibration,
-    calibration_error,
     cross_fitted,
     reliability_bins,
     risk_coverage,

@@ -14,8 +14,9 @@ from mas_batch.aggregate.ballots import Ballot, Verdict
 from mas_batch.aggregate.dawid_skene import (
     ClosedSetModel,
     PseudoCounts,
+    competence,
     fit_dawid_skene,
-    fit_one_coin,
+    one_coin_of,
 )
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.patterns import parse_patterns
@@ -31,6 +32,9 @@ from tests.simulated_answers import (
     shared_errors,
     with_missing,
 )
+
+fit_one_coin = partial(fit_dawid_skene, strength=1e15, shape=one_coin_of)
+fit_confusions = partial(fit_dawid_skene, strength=0.0, shape=competence)
 
 MIXED = (0.90, 0.75, 0.65, 0.60, 0.50)
 STRONG = (0.85, 0.80, 0.80, 0.75, 0.75)
@@ -122,7 +126,7 @@ def test_the_published_simulation(name: str) -> None:
         columns = (
             by_pattern(merge_by_vote, found),
             by_pattern(merge_by_log_odds, found),
-            by_model(partial(fit_dawid_skene, strength=0.0), found),
+            by_model(fit_confusions, found),
             by_model(fit_one_coin, found),
         )
         rows.append([accuracy(labels, given, simulation.truth) for labels in columns])
@@ -170,7 +174,7 @@ def test_a_hundred_records() -> None:
         60,
         partial(by_pattern, vote),
         partial(by_model, fit_one_coin),
-        partial(by_model, partial(fit_dawid_skene, strength=0.0)),
+        partial(by_model, fit_confusions),
     )
     assert figures == pytest.approx((0.906, 0.936, 0.907), abs=0.01)
 
@@ -181,8 +185,8 @@ def test_a_hundred_records_by_weak_agents() -> None:
         WEAK,
         60,
         partial(by_pattern, vote),
-        partial(by_model, partial(fit_dawid_skene, strength=0.0)),
-        partial(by_model, partial(fit_dawid_skene, strength=20.0)),
+        partial(by_model, fit_confusions),
+        partial(by_model, partial(fit_dawid_skene, strength=20.0, shape=one_coin_of)),
     )
     assert figures == pytest.approx((0.614, 0.505, 0.598), abs=0.01)
 
@@ -192,7 +196,7 @@ TOY = {"w1": "nyyyy", "w2": "yynyn", "w3": "-ynyn", "w4": "ynyyn", "w5": "nnnyn"
 TOY_CODES = {"n": "0", "y": "1", "-": ""}
 
 
-@pytest.mark.parametrize("fit", [partial(fit_dawid_skene, strength=0.0), fit_one_coin])
+@pytest.mark.parametrize("fit", [fit_confusions, fit_one_coin])
 def test_crowd_kits_toy_answers(fit: Callable[..., ClosedSetModel]) -> None:
     given = [";".join(TOY_CODES[row[task]] for row in TOY.values()) for task in range(5)]
     table = parse_patterns(dict.fromkeys(given, 1), len(TOY), 2)
@@ -233,8 +237,12 @@ def test_equal_to_crowd_kit_at_equal_iterations(name: str, missing: float) -> No
 
     def fit(num_iterations: int) -> ClosedSetModel:
         if name == "DawidSkene":
-            return fit_dawid_skene(table, voters, nothing, 0.0, num_iterations, tolerance=-1.0)
-        return fit_one_coin(table, voters, nothing, num_iterations, tolerance=-1.0)
+            return fit_confusions(
+                table, voters, nothing, max_iterations=num_iterations, tolerance=-1.0
+            )
+        return fit_one_coin(
+            table, voters, nothing, max_iterations=num_iterations, tolerance=-1.0
+        )
 
     # crowd-kit's posteriors are those that its last M-step was made from.
     ours = fit(NUM_ITERATIONS - 1).posteriors(table, voters)

@@ -1,9 +1,11 @@
 """Dawid–Skene on counted patterns: who is right how often, learned from closed-set answers.
 
 Sources: Dawid and Skene, "Maximum likelihood estimation of observer error-rates using the EM
-algorithm", 1979; one accuracy per agent ("one-coin"): Zhang, Chen, Zhou and Jordan, "Spectral
-methods meet EM", 2016. With equal patterns taken together, an iteration costs O(P·S·K) for P
-patterns, S slots and K labels, however many records there are.
+algorithm", 1979; Dirichlet priors on classes and confusions: Kim and Ghahramani, "Bayesian
+classifier combination", AISTATS 2012; what the confusions are believed to look like: Hovy et al.,
+"Learning whom to trust with MACE", NAACL 2013, or one accuracy per agent ("one-coin"): Zhang,
+Chen, Zhou and Jordan, "Spectral methods meet EM", 2016. With equal patterns taken together, an
+iteration costs O(P·S·K) for P patterns, S slots and K labels, however many records there are.
 
 Shapes: A agents, K labels; `confusion[a, k, o]` is the probability that agent a answers label
 o where k is right.
@@ -22,6 +24,9 @@ MAX_ITERATIONS = 200
 TOLERANCE = 1e-7
 """EM ends when no posterior moves by more."""
 
+_COMPETENCE_ROUNDS = 30
+"""Of finding θ and ξ; each halves the distance at least where θ is not near 0."""
+
 FLOOR = 1e-10
 """Expected counts and probabilities stay above it, so that logarithms stay finite."""
 
@@ -36,18 +41,22 @@ class PseudoCounts:
     """[A], answers in all."""
     confusion: Floats
     """[A, K, K], answers by true and given label; [A, 0, 0] for an open set."""
+    classes: Floats
+    """[K], records of each label; [0] for an open set."""
 
     @classmethod
     def none(cls, num_agents: int, num_labels: int) -> PseudoCounts:
         """Believe nothing: maximum likelihood."""
         nothing = np.zeros((num_agents, num_labels, num_labels))
-        return cls(np.zeros(num_agents), np.zeros(num_agents), nothing)
+        return cls(np.zeros(num_agents), np.zeros(num_agents), nothing, np.zeros(num_labels))
 
     @classmethod
     def laplace(cls, num_agents: int, num_labels: int) -> PseudoCounts:
-        """Believe that everybody can err: one right and one wrong answer each."""
+        """Believe that everybody can err: one right and one wrong answer each; a record per label.
+        """
         nothing = np.zeros((num_agents, num_labels, num_labels))
-        return cls(np.ones(num_agents), np.full(num_agents, 2.0), nothing)
+        correct, total = np.ones(num_agents), np.full(num_agents, 2.0)
+        return cls(correct, total, nothing, np.ones(num_labels))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,54 +97,76 @@ class ClosedSetModel:
         return expected, attainable
 
 
+Shape = Callable[[Floats, PseudoCounts], Floats]
+"""(Expected answers [A, K, K] by true and given label, beliefs) → what confusions look like."""
+
+
 def fit_dawid_skene(
     table: PatternTable,
     exponents: Floats,
     pseudo: PseudoCounts,
     strength: float,
+    shape: Shape,
     max_iterations: int = MAX_ITERATIONS,
     tolerance: float = TOLERANCE,
 ) -> ClosedSetModel:
-    """Learn one confusion matrix per agent.
+    """Learn one confusion matrix per agent, from the vote's shares on.
 
-    M-step (maximum a posteriori): E_a[k, o] ∝ strength · onecoin(p_a)[k, o] + pseudo[a, k, o]
-    + Σ T_k[y_a = o]. So what little is known of a row stays near the agent's accuracy p_a.
+    M-step (maximum a posteriori): E_a[k, o] ∝ strength · shape[a, k, o] + pseudo[a, k, o]
+    + Σ T_k[y_a = o]. So what little is known of a row stays near what the agent is like. An answer
+    counts as much in the sum as in the E-step: by its exponent.
+
+    Why from the vote only, and not the likeliest of several starts: where agents share errors, the
+    likeliest explanation is one in which a class has gone (benchmarks/README.md, "Real answers").
 
     Args:
-        strength: answers per row that the one-coin matrix is worth; 0: maximum likelihood.
-        max_iterations: E- and M-steps after the first M-step, which follows the majority.
+        strength: answers per row that the shape is worth; 0: maximum likelihood.
+        shape: `competence`, or `one_coin_of`, which for a huge strength is one-coin Dawid–Skene.
+        max_iterations: E- and M-steps after the first M-step, which follows the vote.
     """
+    num_agents, num_labels, _ = pseudo.confusion.shape
 
     def m_step(truth: Floats) -> ClosedSetModel:
-        counts = expected_counts(table, truth, len(pseudo.total))
-        accuracy = _accuracy(counts, pseudo)
-        rows = strength * one_coin(accuracy, truth.shape[1]) + pseudo.confusion + counts
+        counts = expected_counts(table, truth, exponents, num_agents)
+        rows = strength * shape(counts, pseudo) + pseudo.confusion + counts
         rows = np.maximum(rows, FLOOR)
         confusion = rows / rows.sum(axis=2, keepdims=True)
-        return ClosedSetModel(_class_prior(table, truth), accuracy, confusion)
+        classes = (truth * table.counts[:, None]).sum(axis=0) + pseudo.classes
+        return ClosedSetModel(classes / classes.sum(), _accuracy(counts, pseudo), confusion)
 
-    return _em(table, exponents, pseudo, m_step, max_iterations, tolerance)
+    truth = vote_shares(table, exponents, num_labels)
+    model = m_step(truth)
+    for _ in range(max_iterations):
+        before, truth = truth, model.posteriors(table, exponents)
+        model = m_step(truth)
+        if np.abs(truth - before).max(initial=0.0) <= tolerance:
+            break
+    return model
 
 
-def fit_one_coin(
-    table: PatternTable,
-    exponents: Floats,
-    pseudo: PseudoCounts,
-    max_iterations: int = MAX_ITERATIONS,
-    tolerance: float = TOLERANCE,
-) -> ClosedSetModel:
-    """Learn one accuracy per agent; errors are taken as even over the wrong labels.
+def competence(counts: Floats, pseudo: PseudoCounts) -> Floats:
+    """Return confusions of agents that know the answer, or else say what they like to say.
 
-    M-step: p_a = (Σ T[y_a] + pseudo correct) / (answers + pseudo total).
+    An agent that knows with probability θ and otherwise draws from ξ, whatever is right, has
+    E[k, o] = θ·[k = o] + (1 - θ)·ξ[o]: its diagonal is heavy, a yes-man is one with a θ near 0, and
+    nobody is worse than chance. θ and ξ are found by expectation maximisation; a label more
+    each is believed of ξ (MACE, by Hovy et al., 2013).
     """
+    num_agents, num_labels, _ = counts.shape
+    diagonal, given = np.einsum("akk->ak", counts), counts.sum(axis=1)
+    knows, likes = np.full((num_agents, 1), 0.5), np.full((num_agents, num_labels), 1 / num_labels)
+    for _ in range(_COMPETENCE_ROUNDS):
+        known = diagonal * knows / (knows + (1 - knows) * likes)
+        correct = known.sum(axis=1) + pseudo.correct
+        knows = (correct / (given.sum(axis=1) + pseudo.total))[:, None]
+        likes = given - known + 1
+        likes /= likes.sum(axis=1, keepdims=True)
+    return np.asarray(knows[:, :, None] * np.eye(num_labels) + ((1 - knows) * likes)[:, None, :])
 
-    def m_step(truth: Floats) -> ClosedSetModel:
-        counts = expected_counts(table, truth, len(pseudo.total))
-        accuracy = _accuracy(counts, pseudo)
-        confusion = np.clip(one_coin(accuracy, truth.shape[1]), FLOOR, 1 - FLOOR)
-        return ClosedSetModel(_class_prior(table, truth), accuracy, confusion)
 
-    return _em(table, exponents, pseudo, m_step, max_iterations, tolerance)
+def one_coin_of(counts: Floats, pseudo: PseudoCounts) -> Floats:
+    """Return confusions of agents that err evenly, each at its own rate."""
+    return one_coin(_accuracy(counts, pseudo), counts.shape[1])
 
 
 def one_coin(accuracy: Floats, num_labels: int) -> Floats:
@@ -146,40 +177,26 @@ def one_coin(accuracy: Floats, num_labels: int) -> Floats:
     return confusion
 
 
-def expected_counts(table: PatternTable, truth: Floats, num_agents: int) -> Floats:
+def expected_counts(
+    table: PatternTable, truth: Floats, exponents: Floats, num_agents: int
+) -> Floats:
     """Return the expected answers of each agent by true and given label; [A, K, K].
 
     Args:
         truth: [P, K], the posterior of each pattern.
+        exponents: [P, S], what an answer counts.
     """
     num_labels = truth.shape[1]
-    weighted = (truth * table.counts[:, None]).ravel()
+    weighted = truth * table.counts[:, None]
     labels = np.arange(num_labels)
     size = (num_labels + 1) * num_labels
     counts = np.zeros((num_agents, num_labels, num_labels))
     for slot, agent in enumerate(table.agent_of):
         cells = (table.codes[:, slot, None] + 1) * num_labels + labels
-        by_given = np.bincount(cells.ravel(), weighted, size).reshape(-1, num_labels)
+        each = (weighted * exponents[:, slot, None]).ravel()
+        by_given = np.bincount(cells.ravel(), each, size).reshape(-1, num_labels)
         counts[agent] += by_given[1:].T  # row 0: no answer
     return counts
-
-
-def _em(
-    table: PatternTable,
-    exponents: Floats,
-    pseudo: PseudoCounts,
-    m_step: Callable[[Floats], ClosedSetModel],
-    max_iterations: int,
-    tolerance: float,
-) -> ClosedSetModel:
-    truth = vote_shares(table, exponents, pseudo.confusion.shape[1])
-    model = m_step(truth)
-    for _ in range(max_iterations):
-        before, truth = truth, model.posteriors(table, exponents)
-        model = m_step(truth)
-        if np.abs(truth - before).max(initial=0.0) <= tolerance:
-            break
-    return model
 
 
 def vote_shares(table: PatternTable, exponents: Floats, num_labels: int) -> Floats:
@@ -190,10 +207,6 @@ def vote_shares(table: PatternTable, exponents: Floats, num_labels: int) -> Floa
         votes[rows, table.codes[:, slot] + 1] += exponents[:, slot]
     votes = votes[:, 1:]
     return np.asarray(votes / votes.sum(axis=1, keepdims=True))
-
-
-def _class_prior(table: PatternTable, truth: Floats) -> Floats:
-    return np.asarray((truth * table.counts[:, None]).sum(axis=0) / table.counts.sum())
 
 
 def _accuracy(counts: Floats, pseudo: PseudoCounts) -> Floats:

@@ -130,27 +130,33 @@ def pair_agreement(table: PatternTable, num_agents: int) -> PairAgreement:
     return PairAgreement(compared, agreed, compared / np.maximum(pairs, 1))
 
 
-def agreement_above_chance(table: PatternTable, families: Integers, num_labels: int) -> float:
+def agreement_above_chance(
+    table: PatternTable, families: Integers, num_labels: int
+) -> tuple[float, Floats]:
     """Return by how many standard errors closed-set agents agree more often than by chance.
 
-    Chance is what each agent's own frequencies of the labels lead to, as in Cohen's kappa
-    (1960). Agents of one family are not compared, unless there is but one family. Where no two
-    have answered the same record, or all always say the same, it is 0.
+    First of all pairs of agents together, then of each agent with the others; [A]. Chance is what
+    each agent's own frequencies of the labels lead to, as in Cohen's kappa (1960). Agents of one
+    family are not compared, unless there is but one family. Where no two have answered the same
+    record, or all always say the same, it is 0.
     """
     num_agents = len(families)
-    shares = _label_shares(table, num_agents, num_labels)
+    shares = label_shares(table, num_agents, num_labels)
     agreement = pair_agreement(table, num_agents)
     counted = families[:, None] != families[None, :]
     if not counted.any():
         counted = ~np.eye(num_agents, dtype=bool)
     chance = shares @ shares.T
     rate = agreement.agreed / np.maximum(agreement.compared, 1)
-    excess = (agreement.records * (rate - chance))[counted].sum()
-    variance = (agreement.records * chance * (1 - chance))[counted].sum()
-    return float(excess / np.sqrt(variance)) if variance > 0 else 0.0
+    excess = agreement.records * (rate - chance) * counted
+    variance = agreement.records * chance * (1 - chance) * counted
+    sums = [np.concatenate([[x.sum()], x.sum(0) + x.sum(1)]) for x in (excess, variance)]
+    errors = np.divide(sums[0], np.sqrt(sums[1]), out=np.zeros(num_agents + 1), where=sums[1] > 0)
+    return float(errors[0]), errors[1:]
 
 
-def _label_shares(table: PatternTable, num_agents: int, num_labels: int) -> Floats:
+def label_shares(table: PatternTable, num_agents: int, num_labels: int) -> Floats:
+    """Return how often each agent gives each label, as shares of its answers; [A, K]."""
     counts = np.zeros((num_agents, num_labels))
     for slot, agent in enumerate(table.agent_of):
         given = table.codes[:, slot] + 1

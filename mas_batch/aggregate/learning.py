@@ -7,7 +7,7 @@ outcome is rounded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mas_batch.aggregate.ballots import log_odds
-from mas_batch.aggregate.dawid_skene import ClosedSetModel, fit_dawid_skene, fit_one_coin
+from mas_batch.aggregate.dawid_skene import competence, fit_dawid_skene
 from mas_batch.aggregate.families import (
     MIN_FAMILIES,
     FamilyFit,
@@ -25,17 +25,20 @@ from mas_batch.aggregate.families import (
 )
 from mas_batch.aggregate.intervals import informative_answers, wilson_interval
 from mas_batch.aggregate.open_set import evidence, fit_open_set
-from mas_batch.aggregate.patterns import Floats, Integers, PatternTable, parse_patterns
-from mas_batch.aggregate.reliability import AgentReliability, History, Reliability
+from mas_batch.aggregate.patterns import Integers, PatternTable, parse_patterns
+from mas_batch.aggregate.plausibility import reasons_to_doubt
+from mas_batch.aggregate.reliability import (
+    AgentReliability,
+    History,
+    Reliability,
+    temperature_of,
+)
 
 MIN_AGENTS = 3
 """Two agents' agreement does not tell which of them is right when they differ."""
 
-MIN_RECORDS_CONFUSION = 300
-"""With fewer records, one accuracy per agent says all that the data can tell."""
-
 PRIOR_STRENGTH = 10.0
-"""Answers that the one-coin row is worth, in each row of a confusion matrix."""
+"""Answers that what is believed of a row is worth, in each row of a confusion matrix."""
 
 CHANCE_Z = 3.0
 """Standard errors by which agreement must be above chance."""
@@ -65,12 +68,13 @@ def learn(
 ) -> Reliability:
     """Learn from the patterns of a corpus how reliable its agents are.
 
-    - Closed set, from 300 records: Dawid–Skene, maximum a posteriori; below: one-coin.
+    - Closed set: Dawid–Skene, maximum a posteriori.
     - Open set (`labels` is None): one accuracy per agent and the number of wrong answers.
-    - `vote`, that is nothing, where fewer than three agents have answered, or where they do
-      not agree more often than by chance: by over 3 standard errors for a closed set; for an
-      open one the likelihood must pay for its parameters, by the Bayesian information
-      criterion (Schwarz, 1978). Accuracies are then the history's, if there is one.
+    - `vote`, that is nothing, where fewer than three agents have answered, or agree with others
+      more often than by chance: by over 3 standard errors for a closed set; for an open one the
+      likelihood must pay for its parameters, by the Bayesian information criterion (Schwarz,
+      1978). Also where what was learned is hardly true (module `plausibility`). Accuracies are
+      then the history's, if there is one, and `warnings` say why.
 
     Answers of one family (a model, or the samples of one agent) count less the more they
     agree beyond what their accuracies explain: see module `families`.
@@ -95,7 +99,7 @@ def learn(
         return _nothing_learned(voters, history, obstacle)
     if voters.labels is None:
         return _learn_open_set(voters, history)
-    return _learn_closed_set(voters, history, len(voters.labels))
+    return _learn_closed_set(voters, history, voters.labels)
 
 
 def _voters(
@@ -127,34 +131,41 @@ def _obstacle(voters: _Voters) -> str | None:
         return f"answers of {answering} agents, and learning takes {MIN_AGENTS}"
     if voters.labels is None:
         return None
-    above = agreement_above_chance(voters.table, voters.families, len(voters.labels))
+    above, of_agents = agreement_above_chance(voters.table, voters.families, len(voters.labels))
     if above <= CHANCE_Z:
         return (
             f"the agents agree hardly more often than by chance ({above:.1f} standard errors, "
             f"over {CHANCE_Z:g} are needed)"
         )
+    telling = [name for name, z in zip(voters.num_answers, of_agents, strict=True) if z > CHANCE_Z]
+    if len(telling) < MIN_AGENTS:
+        return (
+            f"only {', '.join(map(repr, telling))} agree with others more often than by chance, "
+            f"and learning takes {MIN_AGENTS}"
+        )
     return None
 
 
-def _learn_closed_set(voters: _Voters, history: History, num_labels: int) -> Reliability:
+def _learn_closed_set(voters: _Voters, history: History, labels: Sequence[str]) -> Reliability:
     table, pseudo = voters.table, history.pseudo_counts(voters.num_answers)
-    fit: Callable[[Floats], ClosedSetModel]
-    if table.num_records < MIN_RECORDS_CONFUSION:
-        method, why = "one-coin", f"under {MIN_RECORDS_CONFUSION}: one accuracy per agent"
-        fit = partial(fit_one_coin, table, pseudo=pseudo)
-    else:
-        method, why = "dawid-skene", "enough for one confusion matrix per agent"
-        fit = partial(fit_dawid_skene, table, pseudo=pseudo, strength=PRIOR_STRENGTH)
+    fit = partial(
+        fit_dawid_skene, table, pseudo=pseudo, strength=PRIOR_STRENGTH, shape=competence
+    )
     fitted = fit_with_families(table, voters.families, fit)
-    agents = _agents(voters, history, fitted, num_labels - 1)
-    if method == "dawid-skene":
-        confusions = zip(agents.items(), fitted.model.confusion, strict=True)
-        agents = {
-            name: replace(agent, confusion=tuple(map(_rounded, confusion)))
-            for (name, agent), confusion in confusions
-        }
-    class_prior = _rounded(fitted.model.class_prior)
-    return _reliability(voters, method, why, agents, class_prior=class_prior)
+    names = tuple(voters.num_answers)
+    informative = informative_answers(table, fitted.exponents, fitted.posteriors, len(names))
+    doubts = tuple(reasons_to_doubt(table, fitted, informative, names, labels))
+    if doubts:
+        obstacle = f"what was learned is hardly true: {'; '.join(doubts)}"
+        return _nothing_learned(voters, history, obstacle)
+    agents = _agents(voters, history, fitted, len(labels) - 1)
+    confusions = zip(agents.items(), fitted.model.confusion, strict=True)
+    agents = {
+        name: replace(agent, confusion=tuple(map(_rounded, confusion)))
+        for (name, agent), confusion in confusions
+    }
+    class_prior, why = _rounded(fitted.model.class_prior), "one confusion matrix per agent"
+    return _reliability(voters, "dawid-skene", why, agents, class_prior=class_prior)
 
 
 def _learn_open_set(voters: _Voters, history: History) -> Reliability:
@@ -172,7 +183,8 @@ def _learn_open_set(voters: _Voters, history: History) -> Reliability:
 def _nothing_learned(voters: _Voters, history: History, obstacle: str) -> Reliability:
     num_wrong = len(voters.labels) - 1 if voters.labels else None
     agents = {name: _from_history(voters, history, name, num_wrong) for name in voters.num_answers}
-    return _reliability(voters, "vote", f"merged by vote: {obstacle}", agents)
+    found = _reliability(voters, "vote", f"merged by vote: {obstacle}", agents)
+    return replace(found, warnings=(f"The vote is published, since {obstacle}.",))
 
 
 def _reliability(
@@ -187,7 +199,7 @@ def _reliability(
     num_families = len(set(voters.family_of.values()))
     if method != "vote" and num_families < MIN_FAMILIES:
         why += f"; errors that a model family shares show only with {MIN_FAMILIES} families or more"
-    return Reliability(
+    found = Reliability(
         method=method,
         why=f"{voters.table.num_records} records, {why}.",
         num_records=voters.table.num_records,
@@ -196,6 +208,9 @@ def _reliability(
         num_wrong=num_wrong,
         agents=agents,
     )
+    if method == "vote":
+        return found
+    return replace(found, temperature=_round(temperature_of(found, voters.table)))
 
 
 def _agents(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 from mas_batch.aggregate.ballots import (
-    UNITS,
     Ballot,
     Verdict,
     gather,
@@ -30,8 +29,12 @@ def by_reliability(
 ) -> Verdict:
     """Return the answer of the highest posterior probability, among those that were given.
 
-    What is left of the probability belongs to labels that no agent gave, or to "none of these":
-    it lowers the confidence. The weight that decides ties is the agent's log-odds.
+    Its probability is far too high where agents share errors, which their answers alone do not show
+    (Li, Rubinstein and Cohn, "Exploiting worker correlation for label aggregation in
+    crowdsourcing", ICML 2019, need many workers for it). The confidence is therefore the mean of
+    two figures: the share of the answers that agree, and the posterior, softened until it is on
+    average as sure as that share. What is left of the probability belongs to labels that no
+    agent gave, or to "none of these". The weight that decides ties is the agent's log-odds.
 
     Args:
         known: posteriors by pattern, filled and used; they depend on the pattern alone.
@@ -44,16 +47,19 @@ def by_reliability(
     if pattern not in known:
         known[pattern] = posterior(reliability, pattern)
     codes = candidates_of(ballots, reliability.labels)
-    shares = dict(zip(codes, known[pattern].shares, strict=True))
+    found = known[pattern]
+    shares = dict(zip(codes, found.shares, strict=True))
+    softened = dict(zip(codes, found.softened(reliability.temperature).shares, strict=True))
     weights = _weights(ballots, reliability)
     support = rank_candidates(
-        replace(candidate, score=to_units(share), weight=share)
+        replace(candidate, score=to_units(shares[key]), weight=softened[key])
         for candidate in gather(ballots, weights)
-        for share in [shares[candidate.backers[0].key]]
+        for key in [candidate.backers[0].key]
     )
-    confidence = support[0].weight
-    margin = (support[0].score - sum(c.score for c in support[1:2])) / UNITS
-    kind = "agreement" if reliability.method == "vote" else "posterior"
+    agreement = len(support[0].backers) / len(ballots)
+    confidence = (agreement + support[0].weight) / 2
+    margin = support[0].weight - sum(candidate.weight for candidate in support[1:2])
+    kind = "agreement" if reliability.method == "vote" else "uncalibrated"
     total = math.fsum(candidate.weight for candidate in support)
     rest = [candidate.weight / total if total else 1 / len(support) for candidate in support]
     return verdict(support, rest, confidence, kind, margin)
@@ -75,7 +81,7 @@ RELIABILITY = Method(
     verdict=_by_what_was_learned,
     columns=("text", "label"),
     exact=False,
-    confidence_kinds=("posterior", "agreement"),
+    confidence_kinds=("uncalibrated", "agreement"),
     stopping="it learns from all answers to all records",
     not_escalated=None,
     weights={None: RELIABILITY_LEARNING},

@@ -17,6 +17,9 @@ from mas_batch.aggregate import dawid_skene, open_set
 from mas_batch.aggregate.families import exponents, family_numbers
 from mas_batch.aggregate.patterns import MISSING, Floats, PatternTable, parse_patterns
 
+MAX_TEMPERATURE = 100.0
+"""At which hardly any difference is left between probabilities."""
+
 
 @dataclass(frozen=True, slots=True)
 class AgentHistory:
@@ -92,7 +95,8 @@ class Reliability:
     """What was learned about all agents."""
 
     method: str
-    """`dawid-skene`, `one-coin`, `open-set`, or `vote` where nothing could be learned."""
+    """`dawid-skene`, `open-set`, or `vote` where nothing could be learned; earlier versions also
+    wrote `one-coin`."""
     why: str
     """A sentence for people: why this method."""
     num_records: int
@@ -105,6 +109,11 @@ class Reliability:
     """m, of `open-set`: how many wrong answers an agent chooses from."""
     agents: Mapping[str, AgentReliability]
     """In order of the name."""
+    temperature: float = 1.0
+    """By which posteriors are softened: then they are, on average, as sure as the share of the
+    answers that agree. Agents that share errors look just like agents that are right."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for people: what is wrong with what was learned."""
 
     @property
     def accuracies(self) -> dict[str, float]:
@@ -125,7 +134,7 @@ class Reliability:
         try:
             fields = json.loads(text)
             agents = {name: _agent(value) for name, value in fields.pop("agents").items()}
-            fields |= {name: _tuple(fields[name]) for name in ("labels", "class_prior")}
+            fields |= {name: _tuple(fields.get(name)) for name in ("labels", "class_prior", "warnings")}
             return cls(agents=agents, **fields)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a reliability that was written by to_json: {error}") from error
@@ -161,6 +170,39 @@ class Posterior:
     """By code: of every label, or of every distinct answer (`candidates_of` names them)."""
     none: float
     """That no answer given is right; 0 for a closed set and for `vote`."""
+
+    def softened(self, temperature: float) -> Posterior:
+        """Return the probabilities to the power of 1 / temperature, scaled to a sum of 1."""
+        *shares, none = soften(np.array([[*self.shares, self.none]]), temperature)[0].tolist()
+        return Posterior(tuple(shares), none)
+
+
+def soften(probabilities: Floats, temperature: float) -> Floats:
+    """Return rows to the power of 1 / temperature, each scaled to a sum of 1."""
+    powers = probabilities ** (1 / temperature)
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def temperature_of(reliability: Reliability, table: PatternTable) -> float:
+    """Return by what to soften posteriors so that their mean is the mean share of agreement.
+
+    It is that of the most probable answers among those given; at least 1, since it is to make
+    nothing surer, and at most `MAX_TEMPERATURE`.
+    """
+    probabilities = _probabilities(reliability, table)
+    rows = np.arange(len(table.counts))
+    votes = np.zeros(probabilities.shape)
+    for slot in range(len(table.agent_of)):
+        filled = table.codes[:, slot] != MISSING
+        votes[rows[filled], table.codes[filled, slot]] += 1
+    best = np.where(votes > 0, probabilities, -1.0).argmax(axis=1)
+    agreement = table.counts @ (votes[rows, best] / votes.sum(axis=1))
+    low, high = 0.0, float(np.log(MAX_TEMPERATURE))
+    for _ in range(40):
+        middle = (low + high) / 2
+        sure = table.counts @ soften(probabilities, np.exp(middle))[rows, best]
+        low, high = (middle, high) if sure > agreement else (low, middle)
+    return float(np.exp(high)) if high > 1e-9 else 1.0
 
 
 def posterior(reliability: Reliability, pattern: str) -> Posterior:

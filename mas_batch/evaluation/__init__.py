@@ -1,6 +1,6 @@
 """What a run was worth: quality against references, agreement, confidence, cost, scaling."""
 
-from mas_batch.evaluation.calibration import Calibration
+from mas_batch.aggregate.calibration import Calibration
 from mas_batch.evaluation.evaluate import Evaluation, evaluate
 from mas_batch.evaluation.scoring import Worth
 from mas_batch.evaluation.table import print_evaluation

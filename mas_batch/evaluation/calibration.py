@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import numpy as np
 
-from mas_batch.evaluation.libraries import library
+from mas_batch.aggregate import calibration
+from mas_batch.aggregate.calibration import NUM_BINS, NUM_FOLDS, Calibration, bin_numbers
 from mas_batch.evaluation.systems import Vector
 from mas_batch.quality import Bin
 
-NUM_BINS = 15
-NUM_FOLDS = 5
 MIN_RECORDS = 50
 """Fewer are not calibrated: a fold of ten says nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """A rising map from confidence to how often (or how far) it is right; JSON-able.
-
-    Source: Zadrozny and Elkan, "Transforming classifier scores into accurate multiclass
-    probability estimates", KDD 2002.
-    """
-
-    confidences: tuple[float, ...]
-    """Ascending."""
-    values: tuple[float, ...]
-    """What each of them means; never falling."""
-
-    @classmethod
-    def fit(cls, confidences: Vector, correct: Vector) -> Self:
-        """Fit scikit-learn's isotonic regression: least squares, by pooling adjacent violators.
-
-        Raises:
-            RunError: scikit-learn is not installed.
-        """
-        fitted = library("sklearn.isotonic").IsotonicRegression().fit(confidences, correct)
-        return cls(tuple(fitted.X_thresholds_.tolist()), tuple(fitted.y_thresholds_.tolist()))
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Sequence[float]]) -> Self:
-        """Make it from what `dataclasses.asdict` and JSON made of it."""
-        return cls(tuple(facts["confidences"]), tuple(facts["values"]))
-
-    def apply(self, confidence: Any) -> Any:
-        """Map a confidence, or an array of them; linear between the levels, flat outside."""
-        mapped = np.interp(confidence, self.confidences, self.values)
-        return mapped if np.ndim(confidence) else float(mapped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +36,7 @@ def reliability_bins(confidences: Vector, correct: Vector) -> tuple[Bin, ...]:
     Args:
         correct: in [0, 1]: right or wrong, or a text's score as a soft target.
     """
-    numbers = np.clip(np.ceil(confidences * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    numbers = bin_numbers(confidences)
     counts = np.bincount(numbers, minlength=NUM_BINS)
     sums = (np.bincount(numbers, x, minlength=NUM_BINS) for x in (confidences, correct))
     rows = zip(counts.tolist(), *(column.tolist() for column in sums), strict=True)
@@ -84,23 +47,10 @@ def reliability_bins(confidences: Vector, correct: Vector) -> tuple[Bin, ...]:
     )
 
 
-def calibration_error(confidences: Vector, correct: Vector) -> float:
-    """Return the expected calibration error: Σ n_b/n · |mean confidence - mean correct|.
-
-    Source: Guo et al., "On calibration of modern neural networks", ICML 2017.
-    """
-    bins = reliability_bins(confidences, correct)
-    gaps = (b.num_records * abs(b.mean_confidence - b.mean_correct) for b in bins)
-    return sum(gaps) / len(confidences)
-
-
 def cross_fitted(confidences: Vector, correct: Vector, seed: int) -> Vector:
     """Calibrate every record by a map that was fitted on the other four fifths."""
-    isotonic = library("sklearn.isotonic").IsotonicRegression(out_of_bounds="clip")
-    selection = library("sklearn.model_selection")
     folds = np.random.default_rng(seed).permutation(len(confidences)) % NUM_FOLDS
-    split = selection.PredefinedSplit(folds)
-    return np.asarray(selection.cross_val_predict(isotonic, confidences, correct, cv=split))
+    return calibration.cross_fitted(Calibration.fit, confidences, correct, folds)
 
 
 def risk_coverage(trust: Vector, losses: Vector) -> RiskCoverage:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mas_batch.aggregate.calibration import Calibration, calibration_error
 from mas_batch.evaluation.calibration import (
     MIN_RECORDS,
-    Calibration,
     RiskCoverage,
-    calibration_error,
     cross_fitted,
     reliability_bins,
     risk_coverage,
