@@ -287,6 +287,34 @@ def merge_command(
         show.print_run(Console(), merged, num_shown)
 
 
+@main.command()
+@click.argument("run")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=100, show_default=True,
+    help="Rows; 50 at least, 400 for a good calibration.",
+)  # fmt: skip
+@click.option("--merge", "name", help="Of this merge of the run, instead of the run's own.")
+@click.option(
+    "--output", default="labels.csv", show_default=True, metavar="FILE",
+    help="Ends in .csv, .parquet or .jsonl.",
+)  # fmt: skip
+@_clear_errors
+def label(run: str, count: int, name: str | None, output: str) -> None:
+    """Write the records that are most worth labelling, for merge.calibrate.
+
+    Fill in the column `label`; then: mas-batch merge RUN --set calibrate.labels=FILE
+    """
+    from mas_batch import labelling
+    from mas_batch.run_folder.read import open_run
+
+    opened = open_run(run)
+    rows = labelling.rows_to_label(opened.merge(name) if name else opened, count)
+    labelling.write_rows(rows, output)
+    click.echo(f"{rows.num_rows} rows in {output}: fill in the column `label`, then")
+    shown = f"mas-batch merge {run} --set calibrate.labels={output}"
+    click.echo(printable(without_credentials(shown)))
+
+
 def _tell(event: Event) -> None:
     from mas_batch.monitor.progress import sentence
 

@@ -214,6 +214,8 @@ class Learned(Event):
     """Agent → estimated accuracy, or weight, depending on the method."""
     why: str
     """Explanation for people."""
+    warnings: tuple[str, ...] = ()
+    """Sentences for people: what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -349,6 +349,14 @@ class Routing(_Model):
     """Tries of one agent on one partition before its answers are given up."""
 
 
+class Calibrate(_Model):
+    """Records whose right answer is known: what a confidence is worth is learned from them."""
+
+    labels: Annotated[str, Field(min_length=1)]
+    """File, folder, glob or any fsspec URL, in any format of a corpus, with the columns `record_id`
+    and `label`; a row without a label is passed over. `mas-batch label` writes such a file."""
+
+
 class Merge(_Model):
     """How several answers become one."""
 
@@ -367,6 +375,9 @@ class Merge(_Model):
     history: str | None = None
     """For `reliability`: folder or URL where what was learned is kept between runs and read as a
     prior by the next."""
+    calibrate: Calibrate | None = None
+    """For `vote`, `weighted` and `reliability`: 50 labels and more make a confidence a probability
+    of being right."""
     abstain_below: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Records whose confidence is lower are marked `abstain` and copied to `review/`."""
 
@@ -380,6 +391,14 @@ class Merge(_Model):
             names = ", ".join(name for name, each in METHODS.items() if each.keeps_history)
             raise ValueError(f"history: only `method: {names}` keeps what it has learned")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_calibration(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `calibrate` where there is none: it came later than runs' identities."""
+        fields: dict[str, Any] = dump(self)
+        if self.calibrate is None:
+            fields.pop("calibrate", None)
+        return fields
 
 
 class Partitioning(_Model):
@@ -589,8 +608,9 @@ class Job(_Model):
                 agent.pop(key)
             if agent["parallel"] == Parallel().model_dump(mode="json"):
                 agent.pop("parallel")  # it was not there in the names of earlier runs
-            # Nor this path: the run's name has the fingerprint of what it names.
+            # Nor these paths: the run's name has the fingerprint of what they name.
             agent["options"].pop("examples", None)
+        whole["merge"].pop("calibrate", None)
         return whole
 
 

@@ -211,6 +211,11 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
                 if isinstance(value, list)
                 else _anchor(value, base, key)
             )
+    merge = raw.get("merge")
+    calibrate = merge.get("calibrate") if isinstance(merge, dict) else None
+    if isinstance(calibrate, dict) and "labels" in calibrate:
+        key = "merge.calibrate.labels"
+        calibrate["labels"] = _anchor(calibrate["labels"], base, key)
     agents = raw.get("agents")
     for i, agent in enumerate(agents if isinstance(agents, list) else ()):
         model = agent.get("model") if isinstance(agent, dict) else None

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mas_batch.aggregate.calibration import MIN_LABELS
 from mas_batch.aggregate.escalation import check_method
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule, check_rule
-from mas_batch.job import Job
+from mas_batch.aggregate.verdicts import key_of
+from mas_batch.corpus import CorpusReader
+from mas_batch.errors import JobError
+from mas_batch.job import Corpus, Job
 from mas_batch.tasks import make_task
 
 
@@ -18,12 +25,14 @@ def check_merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
     merge = merge_spec(job)
     if job.routing.escalate is not None:
         check_method(merge.method)
+    if merge.calibrate is not None:
+        read_labels(merge)
     return merge, stopping_rule(job)
 
 
 def merge_spec(job: Job) -> MergeSpec:
     """Fill the job's merge section with the task's defaults."""
-    task = make_task(job.task)
+    task, calibrate = make_task(job.task), job.merge.calibrate
     return MergeSpec(
         method=job.merge.method or task.default_merge,
         utility=job.merge.utility or task.default_utility,
@@ -36,7 +45,66 @@ def merge_spec(job: Job) -> MergeSpec:
         agents=tuple(agent.name for agent in job.agents),
         encoder=job.merge.encoder,
         covers_text=task.covers_text,
+        calibrate=calibrate.labels if calibrate else None,
     )
+
+
+def labels_version(job: Job) -> str | None:
+    """Return what changes when the file of `merge.calibrate` does; None: there is none.
+
+    Raises:
+        JobError: no such file.
+    """
+    calibrate = job.merge.calibrate
+    if calibrate is None:
+        return None
+    with _as_labels():
+        return CorpusReader(_labels_corpus(calibrate.labels)).fingerprint
+
+
+def read_labels(spec: MergeSpec) -> dict[str, str]:
+    """Read the right answers that `merge.calibrate` names: record → key of its answer.
+
+    Raises:
+        JobError: no such file or column, a label that is none of the task's, or too few rows.
+        RunError: the disk or the network fails.
+    """
+    assert spec.calibrate is not None
+    key, found = key_of(spec), dict[str, str]()
+    allowed = {key(label) for label in spec.labels or ()}
+    with _as_labels():
+        for record in CorpusReader(_labels_corpus(spec.calibrate)):
+            label = (record.reference or "").strip()
+            if not label:
+                continue  # not labelled yet
+            if allowed and key(label) not in allowed:
+                raise JobError(
+                    f"{spec.calibrate}: record {record.record_id!r} is labelled {label!r}; "
+                    f"allowed: {', '.join(spec.labels or ())}"
+                )
+            found[record.record_id] = key(label)
+    if len(found) < MIN_LABELS:
+        raise JobError(
+            f"{spec.calibrate} has {len(found)} rows with a label; {MIN_LABELS} are needed",
+            key=_LABELS_KEY,
+        )
+    return found
+
+
+_LABELS_KEY = "merge.calibrate.labels"
+
+
+def _labels_corpus(path: str) -> Corpus:
+    return Corpus(path=(path,), text="record_id", id="record_id", reference="label", keep=())
+
+
+@contextmanager
+def _as_labels() -> Iterator[None]:
+    """Name the key of the labels in place of the corpus' key."""
+    try:
+        yield
+    except JobError as error:
+        raise JobError(error.message, key=_LABELS_KEY) from error
 
 
 def stopping_rule(job: Job) -> StoppingRule | None:

@@ -23,7 +23,7 @@ from mas_batch.execution import execute, new_topic
 from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
-from mas_batch.merging import check_merging
+from mas_batch.merging import check_merging, labels_version
 from mas_batch.monitor.feed import introduce
 from mas_batch.partition import Partition, partition
 from mas_batch.routing.scaling import Scaler
@@ -208,6 +208,8 @@ def preview(job: Job) -> Preview:
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
     """Return the store and the name of this job's run on this corpus."""
     taught = [examples.fingerprint(agent.options) for agent in job.agents]
+    if job.merge.calibrate is not None:
+        taught.append(labels_version(job))
     name = run_name(job, corpus.fingerprint, taught)
     return _output_store(job).child(name), name
 
@@ -269,7 +271,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     phases, name = asking.execution.phases, asking.execution.name
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
-    if ref.merge.learning is None and escalate is None:
+    if not ref.merge.needs_corpus and escalate is None:
         asking.answer(ref, first)
         phases.begin(COUNTING)
         return ref, asking.all_answers(ref, every).statistics(merge=False)

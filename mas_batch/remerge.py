@@ -15,7 +15,7 @@ from mas_batch.errors import JobError, RunError
 from mas_batch.events import Emit
 from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
-from mas_batch.merging import merge_spec
+from mas_batch.merging import labels_version, merge_spec, read_labels
 from mas_batch.run_folder.manifest import read_job_mapping, without_credentials_in
 from mas_batch.run_folder.names import MERGE_SECTION, MERGES
 from mas_batch.run_folder.plan import read_plan
@@ -59,6 +59,8 @@ def merge_again(
     """
     job = _changed_job(run, changes)
     spec = merge_spec(job)
+    if spec.calibrate is not None:
+        read_labels(spec)
     section = _effective_section(job, spec)
     name = name or f"{spec.method}-{fingerprint(section)}"
     try:
@@ -109,6 +111,8 @@ def _effective_section(job: Job, spec: MergeSpec) -> dict[str, Any]:
     """Return the effective merge section as plain data, defaults filled in, without secrets."""
     utility = spec.utility if spec.rules.uses_utility else job.merge.utility
     filled = {**job.merge.model_dump(mode="json"), "method": spec.method, "utility": utility}
+    if job.merge.calibrate is not None:
+        filled["calibrate"]["version"] = labels_version(job)
     plain: dict[str, Any] = without_credentials_in(filled)
     return plain
 

@@ -74,6 +74,7 @@ def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[st
         "completion_tokens_per_s": round(throughput.per_second(throughput.completion_tokens), 3),
         "counts": manifest["counts"],
         "agents": manifest["agents"],
+        "warnings": manifest["merge"].get("warnings", []),
         **({} if job.routing.adaptive is None else {"answers_saved": answers_saved(job, manifest)}),
         **({} if since is None else {"since": since}),
     }
@@ -125,6 +126,8 @@ def print_summary(
 
 def print_run(out: Console, run: Run, num_shown: int) -> None:
     """Print a published run: some records, every agent, failures by reason, where the files are."""
+    for warning in run.manifest["merge"].get("warnings", ()):
+        out.print(Text(printable(warning), style="bold red"))
     if num_shown > 0:
         out.print(_records_table(run, num_shown))
     out.print(_agents_table(run))

@@ -338,7 +338,6 @@ def test_a_run_without_its_plan_is_told_so(make_run: MakeRun) -> None:
     ("module", "kind", "given"),
     [
         ("sklearn.metrics", "classify", ["x", "y"] * 30),
-        ("sklearn.isotonic", "classify", ["x", "y"] * 30),
         ("scipy.stats", "score", ["1", "2"] * 30),
         ("rouge_score", "translate", ["one", "two"]),
     ],

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_batch.evaluation.agreement import pairwise_agreement
 from mas_batch.aggregate.calibration import Calibration, calibration_error
+from mas_batch.evaluation.agreement import pairwise_agreement
 from mas_batch.evaluation.calibration import (
     cross_fitted,
     reliability_bins,

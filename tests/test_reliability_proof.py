@@ -240,9 +240,7 @@ def test_equal_to_crowd_kit_at_equal_iterations(name: str, missing: float) -> No
             return fit_confusions(
                 table, voters, nothing, max_iterations=num_iterations, tolerance=-1.0
             )
-        return fit_one_coin(
-            table, voters, nothing, max_iterations=num_iterations, tolerance=-1.0
-        )
+        return fit_one_coin(table, voters, nothing, max_iterations=num_iterations, tolerance=-1.0)
 
     # crowd-kit's posteriors are those that its last M-step was made from.
     ours = fit(NUM_ITERATIONS - 1).posteriors(table, voters)

@@ -12,9 +12,12 @@ from distributed import Client, Worker
 
 import mas_batch
 from mas_batch import pipeline
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import JobError, RunError
 from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Job
+from mas_batch.labelling import rows_to_label
+from mas_batch.merging import check_merging
 from mas_batch.remerge import merge_again
 from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
 from mas_batch.run_folder.read import Run
@@ -76,7 +79,7 @@ def test_reliability_is_learned_without_labels_and_beats_the_vote(
     assert learned.weights["good"] == max(learned.weights.values())
     assert run.manifest["merge"]["reliability"] == json.loads(run.store.read_bytes("learned.json"))
     assert not run.store.list(FIRST_PASS), "the provisional merges are gone"
-    assert set(run.arrow()["confidence_kind"].to_pylist()) == {"posterior"}
+    assert set(run.arrow()["confidence_kind"].to_pylist()) == {"uncalibrated"}
 
 
 def test_a_resumed_run_learns_the_same(
@@ -216,7 +219,7 @@ def test_what_was_learned_is_a_prior_for_the_next_run(
     files = list((tmp_path / "history").rglob("*.json"))
     assert len(files) == 1
     recorder = Recorder()
-    few = job_of(make_job, merge, corpus={**first.corpus.model_dump(), "limit": 12}, name="few")
+    few = job_of(make_job, merge, corpus={**first.corpus.model_dump(), "limit": 60}, name="few")
     pipeline.run(few, client=four_workers, emit=recorder)
     alone = job_of(
         make_job, {"method": "reliability"}, corpus=few.corpus.model_dump(), name="alone"
@@ -227,5 +230,80 @@ def test_what_was_learned_is_a_prior_for_the_next_run(
     def error(weights: dict[str, float]) -> float:
         return sum(abs(weights[agent] - (1 - rate)) for agent, rate in UNEQUAL.items())
 
-    assert error(informed) < error(uninformed), "twelve records alone tell little"
+    assert error(informed) < error(uninformed), "60 records alone tell little"
     assert len(list((tmp_path / "history").rglob("*.json"))) == 2
+
+
+def labels_file(path: Path, right: dict[str, str], ids: list[str]) -> str:
+    rows = [{"record_id": i, "label": right[i]} for i in ids]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_labels_make_confidences_probabilities(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    run = mas_batch.open_run(
+        pipeline.run(job_of(make_job, {"method": "vote"}), client=four_workers).run
+    )
+    right = right_answers(make_job, four_workers)
+    rows = rows_to_label(run, 100)
+    assert rows.num_rows == 100
+    assert set(rows["label"].to_pylist()) == {""}
+    file = labels_file(tmp_path / "labels.jsonl", right, rows["record_id"].to_pylist())
+    recorder = Recorder()
+    changes = {"method": "reliability", "calibrate": {"labels": file}, "abstain_below": 0.5}
+    merged = merge_again(run, changes, client=four_workers, emit=recorder)
+    table = merged.arrow()
+    assert set(table["confidence_kind"].to_pylist()) == {"calibrated"}
+    facts = merged.manifest["merge"]["calibration"]
+    assert facts == json.loads(merged.store.read_bytes("calibration.json"))
+    assert facts["num_records"] == 100
+    assert "calibrated by 100 labelled records" in recorder.of(Learned)[-1].why
+    mean = sum(table["confidence"].to_pylist()) / table.num_rows
+    assert mean == pytest.approx(accuracy(merged, right), abs=0.08)
+    doubted = [row["confidence"] < 0.5 for row in table.select(["confidence"]).to_pylist()]
+    assert table["abstain"].to_pylist() == doubted, "what is marked follows the calibrated one"
+    labels_file(tmp_path / "labels.jsonl", right, rows["record_id"].to_pylist()[:60])
+    again = merge_again(run, changes, client=four_workers)
+    assert again.manifest["run"] != merged.manifest["run"], "other labels are another merge"
+
+
+def test_a_job_may_be_calibrated_from_the_start(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    right = right_answers(make_job, four_workers)
+    file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
+    job = job_of(make_job, {"method": "vote", "calibrate": {"labels": file}})
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    assert set(run.arrow()["confidence_kind"].to_pylist()) == {"calibrated"}
+    assert not run.store.list(FIRST_PASS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no such file"),
+        ([{"record_id": "r001", "label": "blue"}], "record 'r001' is labelled 'blue'; allowed: "),
+        ([{"id": "r001"}], "record_id"),
+        ([{"record_id": "r001", "label": ""}], "has 0 rows with a label; 50 are needed"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused_before_anybody_is_asked(
+    make_job: MakeJob, tmp_path: Path, rows: list[Any], message: str
+) -> None:
+    file = tmp_path / "labels.jsonl"
+    if rows:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    job = job_of(make_job, {"method": "vote", "calibrate": {"labels": str(file)}})
+    with pytest.raises(JobError, match=message) as error:
+        check_merging(job)
+    assert error.value.key == "merge.calibrate.labels"
+
+
+def test_an_expected_utility_is_not_calibrated() -> None:
+    with pytest.raises(JobError, match="allowed: with merge.method vote, weighted, reliability"):
+        MergeSpec(
+            method="mbr", utility="chrf", accuracies={}, weights=None, abstain_below=0.0,
+            answer_kind="text", num_labels=None, calibrate="labels.csv",
+        )  # fmt: skip

@@ -5,8 +5,9 @@ Only counts travel up a tree. The worker that reads a partition merges its texts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.agents.encoding import encoder_for
@@ -20,7 +21,9 @@ from mas_batch.agents.work import (
     merge_partition,
 )
 from mas_batch.aggregate.escalation import CONFIDENCES
+from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
+from mas_batch.aggregate.verdicts import key_of
 from mas_batch.errors import RunError
 from mas_batch.run_folder.names import results_name, staged_name
 from mas_batch.run_folder.plan import read_records
@@ -39,6 +42,36 @@ def corpus_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str])
         found.append(learning.count(answers, run.merge, agents, encode))
     combined: Partial = learning.reduction.combine(found)
     return combined
+
+
+def labelled_confidences(
+    labels: Mapping[str, str], run: RunRef, partitions: Sequence[int], agents: Sequence[str]
+) -> Partial:
+    """Merge the records whose right answer is known: how sure, and whether right."""
+    key, pairs = key_of(run.merge), []
+    for partition in partitions:
+        records = run.store.read_table(staged_name(partition))
+        records = records.filter(pc.is_in(records["record_id"], pa.array(labels)))
+        if not records.num_rows:
+            continue
+        voters = agents_merged(run, partition, agents)
+        answers = committed_answers(run, partition, voters)
+        answers = answers.filter(pc.is_in(answers["record_id"], records["record_id"]))
+        encode = encoder_for(run.merge, answers)
+        merged, _ = merge_answers(records, answers, run.merge, encode)
+        for row in merged.select(["record_id", "answer", "confidence"]).to_pylist():
+            right = key(row["answer"]) == labels[row["record_id"]]
+            pairs.append([row["record_id"], row["confidence"], right])
+    return {"pairs": pairs}
+
+
+LABELLED = Reduction(
+    "labelled",
+    labelled_confidences,
+    lambda partials: {"pairs": sorted(pair for each in partials for pair in each["pairs"])},
+    dict,
+)
+"""[record, confidence, whether right] of labelled records."""
 
 
 def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:

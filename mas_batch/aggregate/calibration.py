@@ -7,13 +7,23 @@ the mean of both is between them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
 
 from mas_batch.aggregate.patterns import Floats
+
+CALIBRATED = "calibrated"
+"""The `confidence_kind` of a confidence that labels have made a probability of being right."""
+
+MIN_LABELS = 50
+"""With fewer, a fold has ten records and says nothing."""
+
+GOOD_ERROR = 0.05
+"""A map of a higher error is warned of."""
 
 NUM_BINS = 15
 NUM_FOLDS = 5
@@ -110,6 +120,34 @@ class Calibrated:
     """Expected calibration error of records that the map was not fitted on."""
     error_before: float
     """Of the same records' confidences as they were."""
+
+    @property
+    def why(self) -> str:
+        """For people: by what, and how well."""
+        return (
+            f"confidences are calibrated by {self.num_records} labelled records ({self.kind} "
+            f"map): calibration error {self.error:.3f} in cross-validation, "
+            f"{self.error_before:.3f} before"
+        )
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """For people: whether that is not good enough."""
+        if self.error <= GOOD_ERROR:
+            return ()
+        allowed = f"over {GOOD_ERROR}, the error that {self.num_records} records show"
+        return (f"Confidences are off by {self.error:.3f} on average, {allowed}: label more.",)
+
+    def to_json(self) -> str:
+        """Write it down; `from_json` reads it back."""
+        return json.dumps({**asdict(self), "why": self.why}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` has written."""
+        facts = json.loads(text)
+        facts.pop("why")
+        return cls(**{**facts, "calibration": Calibration.from_json(facts["calibration"])})
 
 
 def calibrate(confidences: Floats, correct: Floats) -> Calibrated:

@@ -52,8 +52,7 @@ class PseudoCounts:
 
     @classmethod
     def laplace(cls, num_agents: int, num_labels: int) -> PseudoCounts:
-        """Believe that everybody can err: one right and one wrong answer each; a record per label.
-        """
+        """Believe that everybody can err: one right and one wrong answer each; a record per label."""
         nothing = np.zeros((num_agents, num_labels, num_labels))
         correct, total = np.ones(num_agents), np.full(num_agents, 2.0)
         return cls(correct, total, nothing, np.ones(num_labels))

@@ -148,9 +148,7 @@ def _obstacle(voters: _Voters) -> str | None:
 
 def _learn_closed_set(voters: _Voters, history: History, labels: Sequence[str]) -> Reliability:
     table, pseudo = voters.table, history.pseudo_counts(voters.num_answers)
-    fit = partial(
-        fit_dawid_skene, table, pseudo=pseudo, strength=PRIOR_STRENGTH, shape=competence
-    )
+    fit = partial(fit_dawid_skene, table, pseudo=pseudo, strength=PRIOR_STRENGTH, shape=competence)
     fitted = fit_with_families(table, voters.families, fit)
     names = tuple(voters.num_answers)
     informative = informative_answers(table, fitted.exponents, fitted.posteriors, len(names))

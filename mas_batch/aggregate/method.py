@@ -14,6 +14,7 @@ import pyarrow as pa
 from mas_batch import registries
 from mas_batch.aggregate.answer_kinds import ANSWER_KINDS, AnswerKind
 from mas_batch.aggregate.ballots import Ballot, Verdict
+from mas_batch.aggregate.calibration import Calibrated
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.aggregate.reliability import History, Reliability
 from mas_batch.aggregate.utilities import EMBEDDING, UTILITIES
@@ -100,6 +101,9 @@ class Method:
     """Why one cannot tell the least confident records by its confidence; None: one can."""
     needs_accuracies: bool = False
     """Whether every agent needs one."""
+    calibrates: bool = False
+    """Whether its confidence is of an answer that is right or wrong, so that labels can tell what
+    it is worth."""
     uses_utility: bool = False
     """Whether it compares texts by `merge.utility`."""
     weights: Mapping[str | None, Learning | None] = field(default_factory=lambda: {None: None})
@@ -155,6 +159,10 @@ class MergeSpec:
     coverage is counted."""
     reliability: Reliability | None = None
     """What `reliability` has learned from the whole corpus; the method cannot do without."""
+    calibrate: str | None = None
+    """Where records with known answers are; None: confidences stay as the method gives them."""
+    calibrated: Calibrated | None = None
+    """What those records have taught; None until all are answered."""
 
     def __post_init__(self) -> None:
         rules, kind = self.rules, self.kind
@@ -170,6 +178,12 @@ class MergeSpec:
             raise JobError(
                 f"{self.utility!r} is not allowed; allowed: {', '.join(allowed)}",
                 key="merge.utility",
+            )
+        if self.calibrate is not None and not rules.calibrates:
+            raise JobError(
+                f"{self.method!r} has no confidence that an answer is right; allowed: with "
+                f"merge.method {methods_that(lambda method: method.calibrates)}",
+                key="merge.calibrate",
             )
         if self.num_labels is not None and self.num_labels < 2:
             raise JobError(f"at least two, got {self.num_labels}", key="task.labels")
@@ -209,6 +223,17 @@ class MergeSpec:
     def first_pass(self) -> MergeSpec:
         """How to merge while the corpus is not complete."""
         return self if self.learning is None else self.learning.first_pass(self)
+
+    @property
+    def needs_corpus(self) -> bool:
+        """Whether records can be merged only when all are answered."""
+        return self.learning is not None or self.calibrate is not None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Sentences for people: what is wrong with what was learned of the whole corpus."""
+        learned = self.reliability.warnings if self.reliability is not None else ()
+        return learned + (self.calibrated.warnings if self.calibrated is not None else ())
 
     @property
     def needs_encoder(self) -> bool:

@@ -74,9 +74,12 @@ def _vanished_classes(
 
 
 def _below_chance(
-    table: PatternTable, fitted: FamilyFit[ClosedSetModel], informative: Floats, agents: Sequence[str]
+    table: PatternTable,
+    fitted: FamilyFit[ClosedSetModel],
+    informative: Floats,
+    agents: Sequence[str],
 ) -> Iterator[str]:
-    """Chance: what the agent's own frequencies of the labels would make right, whatever the text."""
+    """Chance is what an agent's own frequencies of the labels would make right on any text."""
     model = fitted.model
     chances = label_shares(table, len(agents), len(model.class_prior)) @ model.class_prior
     for name, chance, accuracy, number in zip(

@@ -15,6 +15,7 @@ from mas_batch.aggregate.ballots import (
     to_units,
     verdict,
 )
+from mas_batch.aggregate.calibration import CALIBRATED
 from mas_batch.aggregate.method import MergeSpec, Method, Shared
 from mas_batch.aggregate.partials import RELIABILITY_LEARNING
 from mas_batch.aggregate.patterns import candidates_of, pattern_of
@@ -81,8 +82,9 @@ RELIABILITY = Method(
     verdict=_by_what_was_learned,
     columns=("text", "label"),
     exact=False,
-    confidence_kinds=("uncalibrated", "agreement"),
+    confidence_kinds=("uncalibrated", "agreement", CALIBRATED),
     stopping="it learns from all answers to all records",
     not_escalated=None,
+    calibrates=True,
     weights={None: RELIABILITY_LEARNING},
 )

@@ -134,7 +134,8 @@ class Reliability:
         try:
             fields = json.loads(text)
             agents = {name: _agent(value) for name, value in fields.pop("agents").items()}
-            fields |= {name: _tuple(fields.get(name)) for name in ("labels", "class_prior", "warnings")}
+            fields |= {name: _tuple(fields[name]) for name in ("labels", "class_prior")}
+            fields["warnings"] = tuple(fields.get("warnings", ()))  # none by earlier versions
             return cls(agents=agents, **fields)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a reliability that was written by to_json: {error}") from error

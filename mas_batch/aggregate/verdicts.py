@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mas_batch.aggregate.ballots import Ballot, Verdict
+from mas_batch.aggregate.calibration import CALIBRATED
 from mas_batch.aggregate.method import Encode, MergeSpec, Shared
 
 
@@ -30,7 +32,11 @@ def verdict_of(
         JobError: `weighted` lacks an agent's accuracy.
         RunError: `reliability` has not learned anything yet.
     """
-    return spec.rules.verdict(ballots, spec, Shared(encode, {} if known is None else known))
+    found = spec.rules.verdict(ballots, spec, Shared(encode, {} if known is None else known))
+    if spec.calibrated is None or found.confidence is None:
+        return found
+    confidence = spec.calibrated.calibration.apply(found.confidence)
+    return replace(found, confidence=confidence, confidence_kind=CALIBRATED)
 
 
 def key_of(spec: MergeSpec) -> Callable[[str], str]:

@@ -20,6 +20,7 @@ from mas_batch.aggregate.ballots import (
     to_units,
     verdict,
 )
+from mas_batch.aggregate.calibration import CALIBRATED
 from mas_batch.aggregate.method import EVERY_COLUMN, MergeSpec, Method, Shared, Stopping
 from mas_batch.errors import JobError
 from mas_batch.records import STANDARD_ERROR
@@ -164,20 +165,22 @@ VOTE = Method(
     verdict=lambda ballots, spec, shared: vote(ballots),
     columns=EVERY_COLUMN,
     exact=False,
-    confidence_kinds=("agreement",),
+    confidence_kinds=("agreement", CALIBRATED),
     stopping=Stopping(by_lead=True),
     not_escalated=None,
+    calibrates=True,
 )
 
 WEIGHTED = Method(
     verdict=_by_accuracy,
     columns=EVERY_COLUMN,
     exact=False,
-    confidence_kinds=("posterior", "weight-share"),
+    confidence_kinds=("posterior", "weight-share", CALIBRATED),
     # A posterior probability says of one answer too how sure it is.
     stopping=Stopping(trusts_one=lambda spec: spec.weights != "linear"),
     not_escalated=None,
     needs_accuracies=True,
+    calibrates=True,
     weights=dict.fromkeys((None, "log-odds", "linear")),
 )
 

@@ -191,9 +191,10 @@ def sentence(event: Event) -> str | None:
         case BreakerChanged(agent_id, worker, state, message):
             style = "green" if state == "closed" else "yellow"
             return f"[{style}]{agent_id} on {_safe(worker)}, breaker {state}: {_safe(message)}"
-        case Learned(method, weights, why):
+        case Learned(method, weights, why, warnings):
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
-            return f"{method} has learned: {_safe(each)}; {_safe(why)}"
+            loud = "".join(f"\n[bold red]{_safe(warning)}[/]" for warning in warnings)
+            return f"{method} has learned: {_safe(each)}{'; ' if each else ''}{_safe(why)}{loud}"
         case AgentsScaled(wanted, backlog):
             return f"workers wanted: {_listed(wanted)} (partitions to do: {_listed(backlog)})"
         case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
@@ -252,8 +253,8 @@ class LogLines:
             case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
                 which = {"partition": partition, "agent": agent_id, "worker": worker}
                 _log("answer_failed", **which, attempt=attempt, given_up=given_up, message=message)
-            case Learned(method, weights, why):
-                _log("learned", method=method, why=why, **weights)
+            case Learned(method, weights, why, warnings):
+                _log("learned", method=method, why=why, warnings=" ".join(warnings), **weights)
             case Escalated(agent_id, num_records, num_of_all):
                 _log("escalated", agent=agent_id, records=f"{num_records}/{num_of_all}")
             case RunFinished():

@@ -64,6 +64,7 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         num_agents_left_out=len(agents[MAX_AGENTS:]),
         agreement=_agreement(agents, results.pairs),
         reliability=_reliability(manifest["merge"].get("reliability")),
+        warnings=tuple(manifest["merge"].get("warnings", ())),
         confidence=tuple(histogram) if any(histogram) else (),
         confidence_kind=results.confidence_kind,
         doubtful=results.doubtful,

@@ -145,6 +145,8 @@ class Facts:
     num_agents_left_out: int
     agreement: Agreement | None
     reliability: Reliability | None
+    warnings: tuple[str, ...]
+    """Sentences on what is wrong with what the merge has learned."""
     confidence: tuple[int, ...]
     """Results by confidence, in equal bins over [0, 1]; empty: not on that scale."""
     confidence_kind: str | None

@@ -15,6 +15,7 @@ import pyarrow as pa
 from distributed import Client
 
 from mas_batch import cluster
+from mas_batch.aggregate.calibration import Calibrated
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import JobError, MasBatchError, PoolClosedError
 from mas_batch.job import Job
@@ -254,29 +255,38 @@ def pool_spec(job: Job, learned_from: str | None) -> MergeSpec:
         RunError: `learned_from` is no complete run.
     """
     spec = merge_spec(job)
-    learning = spec.learning
-    if learning is None:
+    if not spec.needs_corpus:
         return spec
     if learned_from is None:
         first = spec.first_pass
-        needs = f"merge.weights {spec.weights}" if spec.weights else spec.method
         logger.warning(
-            "%s needs a corpus: merging by plain %s, for want of learned_from", needs, first.method
-        )
+            "%s needs a corpus: merging by plain %s, for want of learned_from",
+            _needs(spec), first.method,
+        )  # fmt: skip
         return first
     store = open_run(learned_from, job.output.storage_options).store
+    known = frozenset(spec.agents)
     try:
-        text = store.read_bytes("learned.json").decode()
-        lesson = learning.read(spec, text)
+        if spec.learning is not None:
+            lesson = spec.learning.read(spec, store.read_bytes("learned.json").decode())
+            spec, known = lesson.spec, lesson.agents
+        if spec.calibrate is not None:
+            calibrated = Calibrated.from_json(store.read_bytes("calibration.json").decode())
+            spec = replace(spec, calibrated=calibrated)
     except (FileNotFoundError, ValueError) as error:
         message = f"{learned_from!r} has nothing for merge.method {spec.method}: {error}"
         raise JobError(message, key="learned_from") from error
-    if missing := [agent for agent in spec.agents if agent not in lesson.agents]:
+    if missing := [agent for agent in spec.agents if agent not in known]:
         message = f"{learned_from!r} knows nothing of agent {missing[0]!r}"
-        raise JobError(
-            f"{message}; it knows: {', '.join(sorted(lesson.agents))}", key="learned_from"
-        )
-    return lesson.spec
+        raise JobError(f"{message}; it knows: {', '.join(sorted(known))}", key="learned_from")
+    return spec
+
+
+def _needs(spec: MergeSpec) -> str:
+    """Name what of a merge needs a corpus."""
+    if spec.learning is None:
+        return "merge.calibrate"
+    return f"merge.weights {spec.weights}" if spec.weights else spec.method
 
 
 def _check_servable(job: Job) -> Job:

@@ -112,4 +112,8 @@ def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
         facts |= {"utility": spec.utility, "weights": spec.weights}
     if spec.reliability is not None:
         facts["reliability"] = json.loads(spec.reliability.to_json())
+    if spec.calibrated is not None:
+        facts["calibration"] = json.loads(spec.calibrated.to_json())
+    if spec.warnings:
+        facts["warnings"] = list(spec.warnings)
     return facts

@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 from distributed import Client
 
 from mas_batch.agents.second_pass import (
+    LABELLED,
     confidence_counts,
     corpus_counts,
+    labelled_confidences,
     merge_and_count,
 )
 from mas_batch.agents.statistics import COMMITTED, partition_statistics
+from mas_batch.aggregate.calibration import MIN_LABELS, Calibrated, calibrate
 from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.reliability import History
 from mas_batch.aggregate.tree import tree_reduce
+from mas_batch.errors import RunError
 from mas_batch.events import Emit, Escalated, Learned
 from mas_batch.job import Escalate
+from mas_batch.merging import read_labels
 from mas_batch.run_folder.manifest import read_engines
 from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ref import RunRef
@@ -69,8 +76,9 @@ class AllAnswers:
 def learned(answers: AllAnswers, name: str, prior: History | None = None) -> AllAnswers:
     """Learn what the merge needs from all answers; return them with the merge so completed.
 
-    What is learned is committed to the run as `name`. Where the merge needs nothing of the corpus,
-    the answers are returned as they are.
+    What is learned is committed to the run as `name`, and what labelled records say of confidences
+    as `name` with `calibration` for `learned`. Where the merge needs nothing of the corpus, the
+    answers are returned as they are.
 
     Args:
         prior: for methods that keep a history: what earlier runs have learned.
@@ -78,16 +86,45 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
     run, spec = answers.run, answers.run.merge
     learning = spec.learning
     if learning is None:
+        return _calibrated(answers, name)
+
+    def find() -> str:
+        counts = answers.reduce(corpus_counts, learning.reduction)
+        families = dict(_families(run.store, answers.agents))
+        return learning.find(counts, spec, answers.agents, families, prior)
+
+    lesson = learning.read(spec, _read_or_commit(run.merged, name, find))
+    warnings = lesson.spec.warnings
+    answers.emit(Learned(spec.method, dict(lesson.accuracies), lesson.why, warnings))
+    return _calibrated(replace(answers, run=replace(run, merge=lesson.spec)), name)
+
+
+def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
+    """Learn from the labelled records what confidences are worth, if the job has such records.
+
+    Raises:
+        RunError: too few of them were answered.
+    """
+    run, spec = answers.run, answers.run.merge
+    if spec.calibrate is None:
         return answers
 
     def find() -> str:
-        partial = answers.reduce(corpus_counts, learning.reduction)
-        families = dict(_families(run.store, answers.agents))
-        return learning.find(partial, spec, answers.agents, families, prior)
+        labels = read_labels(spec)
+        pairs = answers.reduce(partial(labelled_confidences, labels), LABELLED)["pairs"]
+        if len(pairs) < MIN_LABELS:
+            raise RunError(
+                f"merge.calibrate: {len(pairs)} of the {len(labels)} labelled records are answered "
+                f"ones of this corpus; {MIN_LABELS} are needed"
+            )
+        _, confidences, correct = zip(*pairs, strict=True)
+        return calibrate(np.array(confidences), np.array(correct, dtype=np.float64)).to_json()
 
-    lesson = learning.read(spec, _read_or_commit(run.merged, name, find))
-    answers.emit(Learned(spec.method, dict(lesson.accuracies), lesson.why))
-    return replace(answers, run=replace(run, merge=lesson.spec))
+    found = Calibrated.from_json(
+        _read_or_commit(run.merged, name.replace("learned", "calibration"), find)
+    )
+    answers.emit(Learned(spec.method, {}, found.why, found.warnings))
+    return replace(answers, run=replace(run, merge=replace(spec, calibrated=found)))
 
 
 def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
