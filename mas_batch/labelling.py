@@ -40,7 +40,7 @@ def rows_to_label(run: Run, count: int) -> pa.Table:
     if not len(usable) or "standard_error" in results["confidence_kind"].to_pylist()[:1]:
         raise RunError(f"{run.manifest['run']}: no record has a confidence between 0 and 1")
     ids = [str(results["record_id"][int(row)]) for row in usable]
-    chosen = results.take(usable[_spread(confidences[usable], ids, count)])
+    chosen = results.take(usable[spread(confidences[usable], ids, count)])
     columns = {"record_id": chosen["record_id"]}
     if "text" in chosen.column_names:
         columns["text"] = chosen["text"]
@@ -69,7 +69,7 @@ def write_rows(table: pa.Table, path: str) -> None:
         target.write_text(table.to_pandas().to_json(orient="records", lines=True))
 
 
-def _spread(confidences: Floats, ids: list[str], count: int) -> Integers:
+def spread(confidences: Floats, ids: list[str], count: int) -> Integers:
     """Return places spread evenly over the records by confidence, weighed by what they tell."""
     lots = np.array([hashlib.blake2b(i.encode(), digest_size=8).hexdigest() for i in ids])
     order = np.lexsort((lots, confidences))

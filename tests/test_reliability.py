@@ -217,7 +217,7 @@ def test_a_single_family_is_learned_with_a_caveat() -> None:
 def test_guessing_agents_are_merged_by_vote() -> None:
     reliability = learn_from(independent(even_errors((0.25,) * 5), 2000, 0))
     assert reliability.method == "vote"
-    assert "the agents agree hardly more often than by chance" in reliability.why
+    assert "no agents agree with others more often than by chance" in reliability.why
     assert reliability.accuracies == {}
     assert posterior(reliability, "0;0;1;2;").shares == (0.5, 0.25, 0.25, 0.0)
 

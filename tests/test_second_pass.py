@@ -302,7 +302,7 @@ def test_labels_that_cannot_be_used_are_refused_before_anybody_is_asked(
 
 
 def test_an_expected_utility_is_not_calibrated() -> None:
-    with pytest.raises(JobError, match="allowed: with merge.method vote, weighted, reliability"):
+    with pytest.raises(JobError, match=r"allowed: with merge\.method vote, weighted, reliability"):
         MergeSpec(
             method="mbr", utility="chrf", accuracies={}, weights=None, abstain_below=0.0,
             answer_kind="text", num_labels=None, calibrate="labels.csv",

@@ -24,7 +24,7 @@ MAX_ITERATIONS = 200
 TOLERANCE = 1e-7
 """EM ends when no posterior moves by more."""
 
-_COMPETENCE_ROUNDS = 30
+_COMPETENCE_ROUNDS = 15
 """Of finding θ and ξ; each halves the distance at least where θ is not near 0."""
 
 FLOOR = 1e-10
@@ -52,7 +52,7 @@ class PseudoCounts:
 
     @classmethod
     def laplace(cls, num_agents: int, num_labels: int) -> PseudoCounts:
-        """Believe that everybody can err: one right and one wrong answer each; a record per label."""
+        """Believe that everybody can err, once in two answers, and that every label occurs."""
         nothing = np.zeros((num_agents, num_labels, num_labels))
         correct, total = np.ones(num_agents), np.full(num_agents, 2.0)
         return cls(correct, total, nothing, np.ones(num_labels))

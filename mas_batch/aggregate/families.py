@@ -130,15 +130,12 @@ def pair_agreement(table: PatternTable, num_agents: int) -> PairAgreement:
     return PairAgreement(compared, agreed, compared / np.maximum(pairs, 1))
 
 
-def agreement_above_chance(
-    table: PatternTable, families: Integers, num_labels: int
-) -> tuple[float, Floats]:
-    """Return by how many standard errors closed-set agents agree more often than by chance.
+def agreement_above_chance(table: PatternTable, families: Integers, num_labels: int) -> Floats:
+    """Return by how many standard errors each agent agrees with others above chance; [A].
 
-    First of all pairs of agents together, then of each agent with the others; [A]. Chance is what
-    each agent's own frequencies of the labels lead to, as in Cohen's kappa (1960). Agents of one
-    family are not compared, unless there is but one family. Where no two have answered the same
-    record, or all always say the same, it is 0.
+    Chance is what closed-set agents' own frequencies of the labels lead to, as in Cohen's kappa
+    (1960). Agents of one family are not compared, unless there is but one family. It is 0 for an
+    agent that shares no record with another, or where both always say the same.
     """
     num_agents = len(families)
     shares = label_shares(table, num_agents, num_labels)
@@ -150,9 +147,8 @@ def agreement_above_chance(
     rate = agreement.agreed / np.maximum(agreement.compared, 1)
     excess = agreement.records * (rate - chance) * counted
     variance = agreement.records * chance * (1 - chance) * counted
-    sums = [np.concatenate([[x.sum()], x.sum(0) + x.sum(1)]) for x in (excess, variance)]
-    errors = np.divide(sums[0], np.sqrt(sums[1]), out=np.zeros(num_agents + 1), where=sums[1] > 0)
-    return float(errors[0]), errors[1:]
+    above, spread = (pairs.sum(axis=0) + pairs.sum(axis=1) for pairs in (excess, variance))
+    return np.divide(above, np.sqrt(spread), out=np.zeros(num_agents), where=spread > 0)
 
 
 def label_shares(table: PatternTable, num_agents: int, num_labels: int) -> Floats:

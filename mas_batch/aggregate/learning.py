@@ -40,8 +40,9 @@ MIN_AGENTS = 3
 PRIOR_STRENGTH = 10.0
 """Answers that what is believed of a row is worth, in each row of a confusion matrix."""
 
-CHANCE_Z = 3.0
-"""Standard errors by which agreement must be above chance."""
+CHANCE_Z = 2.0
+"""Standard errors by which an agent's agreement with the others must be above chance, to teach
+anything; three agents that guess hardly ever reach it all."""
 
 _DIGITS = 12
 
@@ -71,7 +72,7 @@ def learn(
     - Closed set: Dawid–Skene, maximum a posteriori.
     - Open set (`labels` is None): one accuracy per agent and the number of wrong answers.
     - `vote`, that is nothing, where fewer than three agents have answered, or agree with others
-      more often than by chance: by over 3 standard errors for a closed set; for an open one the
+      more often than by chance: by over 2 standard errors for a closed set; for an open one the
       likelihood must pay for its parameters, by the Bayesian information criterion (Schwarz,
       1978). Also where what was learned is hardly true (module `plausibility`). Accuracies are
       then the history's, if there is one, and `warnings` say why.
@@ -131,19 +132,15 @@ def _obstacle(voters: _Voters) -> str | None:
         return f"answers of {answering} agents, and learning takes {MIN_AGENTS}"
     if voters.labels is None:
         return None
-    above, of_agents = agreement_above_chance(voters.table, voters.families, len(voters.labels))
-    if above <= CHANCE_Z:
-        return (
-            f"the agents agree hardly more often than by chance ({above:.1f} standard errors, "
-            f"over {CHANCE_Z:g} are needed)"
-        )
-    telling = [name for name, z in zip(voters.num_answers, of_agents, strict=True) if z > CHANCE_Z]
-    if len(telling) < MIN_AGENTS:
-        return (
-            f"only {', '.join(map(repr, telling))} agree with others more often than by chance, "
-            f"and learning takes {MIN_AGENTS}"
-        )
-    return None
+    above = agreement_above_chance(voters.table, voters.families, len(voters.labels))
+    telling = [name for name, z in zip(voters.num_answers, above, strict=True) if z > CHANCE_Z]
+    if len(telling) >= MIN_AGENTS:
+        return None
+    who = f"only {', '.join(map(repr, telling))} agree" if telling else "no agents agree"
+    return (
+        f"{who} with others more often than by chance ({CHANCE_Z:g} standard errors), and "
+        f"learning takes {MIN_AGENTS}"
+    )
 
 
 def _learn_closed_set(voters: _Voters, history: History, labels: Sequence[str]) -> Reliability:
@@ -151,8 +148,7 @@ def _learn_closed_set(voters: _Voters, history: History, labels: Sequence[str]) 
     fit = partial(fit_dawid_skene, table, pseudo=pseudo, strength=PRIOR_STRENGTH, shape=competence)
     fitted = fit_with_families(table, voters.families, fit)
     names = tuple(voters.num_answers)
-    informative = informative_answers(table, fitted.exponents, fitted.posteriors, len(names))
-    doubts = tuple(reasons_to_doubt(table, fitted, informative, names, labels))
+    doubts = tuple(reasons_to_doubt(table, fitted, names, labels))
     if doubts:
         obstacle = f"what was learned is hardly true: {'; '.join(doubts)}"
         return _nothing_learned(voters, history, obstacle)

@@ -31,18 +31,13 @@ MAX_DOUBTED = 0.01
 def reasons_to_doubt(
     table: PatternTable,
     fitted: FamilyFit[ClosedSetModel],
-    informative: Floats,
     agents: Sequence[str],
     labels: Sequence[str],
 ) -> Iterator[str]:
-    """Yield a sentence for everything in the fitted model that is hardly true.
-
-    Args:
-        informative: [A], how many answers each agent's are worth (`informative_answers`).
-    """
+    """Yield a sentence for everything in the fitted model that is hardly true."""
     yield from _doubted_unanimity(table, fitted.posteriors)
     yield from _vanished_classes(table, fitted.model.class_prior, labels)
-    yield from _below_chance(table, fitted, informative, agents)
+    yield from _below_chance(table, fitted.model, agents)
 
 
 def _doubted_unanimity(table: PatternTable, posteriors: Floats) -> Iterator[str]:
@@ -74,16 +69,13 @@ def _vanished_classes(
 
 
 def _below_chance(
-    table: PatternTable,
-    fitted: FamilyFit[ClosedSetModel],
-    informative: Floats,
-    agents: Sequence[str],
+    table: PatternTable, model: ClosedSetModel, agents: Sequence[str]
 ) -> Iterator[str]:
     """Chance is what an agent's own frequencies of the labels would make right on any text."""
-    model = fitted.model
     chances = label_shares(table, len(agents), len(model.class_prior)) @ model.class_prior
+    numbers = table.count_answers(len(agents))
     for name, chance, accuracy, number in zip(
-        agents, chances, model.accuracy, informative, strict=True
+        agents, chances, model.accuracy, numbers, strict=True
     ):
         if wilson_interval(float(accuracy), float(number))[1] < chance:
             yield (

@@ -1,0 +1,93 @@
+"""Merges of real answers (benchmarks/answers): yes-men, spammers and shared errors among them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from benchmarks.real_answers import (
+    AnswerSet,
+    Judged,
+    calibrated_error,
+    degenerate_sets,
+    gap,
+    judge,
+    read_sets,
+)
+from mas_batch.aggregate.calibration import calibration_error
+from mas_batch.aggregate.learning import learn
+from mas_batch.aggregate.reliability import Reliability
+
+SMALL = [each for each in read_sets() if len(each.truth) <= 900]
+SETS = {each.name: each for each in [*SMALL, *degenerate_sets(SMALL)]}
+
+
+@cache
+def judged(name: str) -> Judged:
+    return judge(SETS[name])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_learned_reliability_is_not_worse_than_the_vote(name: str) -> None:
+    correct = judged(name).correct
+    two = Judged(judged(name).learned, {k: correct[k] for k in ("vote", "reliability")}, {})
+    _, _, high = gap(two, num_resamples=400)
+    assert high >= 0
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_no_class_vanishes(name: str) -> None:
+    prior = judged(name).learned.class_prior
+    truth = np.bincount([int(code) for code in SETS[name].truth]) / len(SETS[name].truth)
+    assert prior is None or (np.array(prior) > truth / 4).all()
+
+
+@pytest.mark.parametrize("name", [each.name for each in SMALL])
+def test_published_confidences_are_as_honest_as_the_share_of_agreement(name: str) -> None:
+    """Where the posterior is off by up to .32; the noise of so few records is about .05."""
+    found = judged(name)
+    published, votes = (
+        calibration_error(found.confidence[c], found.correct[m])
+        for c, m in (("published", "reliability"), ("vote", "vote"))
+    )
+    assert published <= votes + 0.06
+
+
+@pytest.mark.parametrize("name", ["movies", "tweets", "dialogue"])
+def test_a_hundred_labels_calibrate(name: str) -> None:
+    after, noise = calibrated_error(judged(name), 100, draws=12)
+    assert np.sqrt(max(0.0, after**2 - noise**2)) <= 0.08
+
+
+def learned(each: AnswerSet) -> Reliability:
+    return judge(each).learned
+
+
+def test_what_cannot_be_learned_is_said() -> None:
+    three = learned(SETS["tweets-150: bayes, centroid, smollm2"])
+    assert three.method == "vote"
+    (warning,) = three.warnings
+    assert warning.startswith("The vote is published, since only 'bayes', 'centroid' agree")
+    (warning,) = learned(SETS["dialogue"]).warnings
+    assert "the label 'literature' would be right for 0.7% of the records" in warning
+    assert Reliability.from_json(three.to_json()) == three
+
+
+def test_what_is_learned_against_all_sense_is_not_published() -> None:
+    """Three agents that name the next label, and two that are right: the crowd is believed."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=600)
+    right = [np.where(rng.random(600) < 0.9, truth, rng.integers(3, size=600)) for _ in range(3)]
+    against = [(each + 1) % 3 for each in right[:1]]
+    rows = zip(*(each.tolist() for each in [*right, *against]), strict=True)
+    patterns: dict[str, int] = {}
+    for row in rows:
+        key = ";".join(map(str, row))
+        patterns[key] = patterns.get(key, 0) + 1
+    agents = ["a", "b", "c", "next"]
+    found = learn(patterns, agents, {agent: agent for agent in agents}, ["x", "y", "z"])
+    assert found.method == "vote"
+    assert "agent 'next' would be right " in found.warnings[0]
+    assert "and by chance 33%" in found.warnings[0]
