@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, tokenized_prompt
-from mas_batch.errors import EngineRefusedError, OutOfMemoryError, Reason
+from mas_batch.errors import (
+    EngineRefusedError,
+    EngineUnavailableError,
+    OutOfMemoryError,
+    Reason,
+)
 
 
 def plan_batches(
@@ -82,7 +87,7 @@ def _answers(
     """Ask about a batch, halving it where it fails, until the culprit stands alone."""
     try:
         return engine.generate(batch, sampling)
-    except EngineRefusedError:
+    except (EngineRefusedError, EngineUnavailableError):
         raise
     except Exception as error:
         if middle := len(batch) // 2:
