@@ -155,6 +155,7 @@ FAILURES = pa.schema(
         pa.field("message", pa.string()),
         pa.field("agent_id", pa.string()),
         pa.field("attempt", pa.int32()),
+        pa.field("worth_retrying", pa.bool_()),  # by `submit --retry-failed`; see `errors.Reason`
     ]
 )
 
