@@ -80,6 +80,10 @@ class RunError(MasBatchError):
     """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
 
 
+class CorpusChangedError(RunError):
+    """A file of the corpus was rewritten or removed while it was read."""
+
+
 class OutputError(RunError):
     """The output cannot be written: full, read-only, forbidden. No agent is to blame for it."""
 
