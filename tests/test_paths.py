@@ -184,9 +184,10 @@ def test_the_files_of_runs_are_no_corpus_unless_they_are_asked_for(
 ) -> None:
     job = make_job()
     store, name = pipeline.open_store(job, CorpusReader(job.corpus))
-    write_job(store, job)
-    for file in ("results/part-000000.parquet", "events/a-0000.jsonl", "learned.json"):
-        store.commit(file, b"")
+    for run in (store, Store(f"{store.url}-retry-1")):
+        write_job(run, job)
+        for file in ("results/part-000000.parquet", "events/a-0000.jsonl", "learned.json"):
+            run.commit(file, b"")
     Store(f"{tmp_path}/like-0123456789abcdef").commit("a.jsonl", ROW)  # by its name alone
 
     def names(path: object) -> list[str]:
@@ -195,7 +196,7 @@ def test_the_files_of_runs_are_no_corpus_unless_they_are_asked_for(
     corpus = ["corpus.jsonl", "like-0123456789abcdef/a.jsonl"]
     assert names(tmp_path) == corpus
     assert names(f"{tmp_path}/**/*.jsonl") == corpus
-    with pytest.raises(JobError, match=r"matches no data file .* 3 files of runs are left out"):
+    with pytest.raises(JobError, match=r"matches no data file .* 6 files of runs are left out"):
         names(tmp_path / "runs")
     assert names(tmp_path / "runs" / name / "results") == ["part-000000.parquet"]
 

@@ -19,8 +19,8 @@ from mas_batch.filesystems import filesystem_of
 HIDDEN = re.compile(r"(^|/)[._]")
 """Names that a corpus leaves out."""
 
-_RUN = re.compile(r".+-[0-9a-f]{16}")
-"""What the name of a run folder is like: it ends with a hash."""
+_RUN = re.compile(r".+-[0-9a-f]{16}(-retry-[0-9]+)?")
+"""What the name of a run folder is like: it ends with a hash, and a retry with its number."""
 
 Info = Mapping[str, Any]
 
@@ -64,7 +64,7 @@ def check_outside(corpus: job.Corpus, folder: str, options: Mapping[str, Any], k
         try:
             filesystem, path = filesystem_of(pattern, corpus.storage_options)
             other, output = filesystem_of(folder, options)
-        except Exception:  # whoever lists the corpus or opens the output finds the words
+        except Exception:  # listing the corpus or opening the output says it better
             continue
         is_local = isinstance(filesystem, LocalFileSystem) and isinstance(other, LocalFileSystem)
         if (is_local or filesystem == other) and _may_hold(path, output, is_local):
