@@ -103,6 +103,10 @@ class RunError(MasBatchError):
     """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
 
 
+class CorpusChangedError(RunError):
+    """A file of the corpus was rewritten or removed while it was read."""
+
+
 class OutputError(RunError):
     """The output cannot be written: full, read-only, forbidden. No agent is to blame for it."""
 
@@ -170,6 +174,15 @@ class Reason(StrEnum):
         if self in (Reason.EMPTY_ANSWER, Reason.UNPARSABLE_ANSWER):
             return "parse"
         return "answer"
+
+    @property
+    def worth_retrying(self) -> bool:
+        """Whether another try may succeed: `mas-batch submit --retry-failed` makes one.
+
+        A reply that cannot be parsed would be the same again, and so would an unusable record. A
+        text that was too long may fit another version of the engine or server.
+        """
+        return self.stage == "answer"
 
 
 _CORPUS_REASONS = frozenset(

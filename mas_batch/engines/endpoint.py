@@ -212,8 +212,11 @@ class Endpoint:
             return Fault(200, self._tell(error))
 
     def _tell(self, error: Exception) -> str:
-        """Put an error in words; a server may quote the key in its own."""
-        message = f"{self.url}: {type(error).__name__}: {error}"
+        """Put an error in words."""
+        return self.clean(f"{self.url}: {type(error).__name__}: {error}")
+
+    def clean(self, message: str) -> str:
+        """Take the key out of what a server says, and bound it."""
         if self._key:
             message = message.replace(self._key, "[key]")
         return message[:MAX_MESSAGE_CHARS]
