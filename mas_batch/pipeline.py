@@ -40,7 +40,13 @@ from mas_batch.partition import Partition, partition
 from mas_batch.routing.scaling import Scaler
 from mas_batch.run_folder.lock import RunLock, job_lock
 from mas_batch.run_folder.manifest import read_manifest, write_job
-from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS, earlier_runs, run_name
+from mas_batch.run_folder.names import (
+    FIRST_PASS,
+    SECOND_PASS,
+    earlier_runs,
+    first_version,
+    run_name,
+)
 from mas_batch.run_folder.plan import Plan, read_plan, stage
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.ref import RunRef
@@ -297,7 +303,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     """
     job, memory = asking.job, asking.memory
     escalate = job.routing.escalate
-    phases, name = asking.execution.phases, asking.execution.name
+    phases, name = asking.execution.phases, first_version(asking.execution.name)
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
     if ref.merge.learning is None and escalate is None:

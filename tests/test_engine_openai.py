@@ -6,9 +6,11 @@ import json
 import logging
 import pickle
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -73,8 +75,21 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         for name, value in (fault[1] if fault else {"Retry-After-Ms": "1"}).items():
             self.send_header(name, value)
+        if text.startswith("drip header"):
+            self.flush_headers()
+            self.drip(b"X: " + b"y" * 10**6)
         self.end_headers()
+        if text.startswith("drip body"):
+            self.drip(content[:1] + b" " * 10**6)
         self.wfile.write(content)
+
+    def drip(self, content: bytes) -> None:
+        """Send a byte now and then, until the client has had enough."""
+        with suppress(OSError):
+            for byte in content:
+                self.connection.sendall(bytes([byte]))
+                time.sleep(0.02)
+        self.close_connection = True
 
     def reply_to(self, text: str, attempt: int, body: dict[str, Any]) -> tuple[int, Any]:
         if self.path != "/v1/chat/completions":
@@ -420,6 +435,13 @@ def test_a_rate_limit_is_no_requests_fault_however_often_it_is_met(server, load)
     assert server.tries["a"] == 1
 
 
+@pytest.mark.parametrize("part", ["header", "body"])
+def test_a_reply_that_drips_is_ended_in_time(load, part):
+    engine = load(timeout_s=0.2)
+    with pytest.raises(EngineUnavailableError, match=r"no whole reply within 0\.2 s"):
+        engine.generate([request(f"drip {part}")], GREEDY)
+
+
 def test_a_request_without_a_reply_in_time_is_waited_for_and_not_sent_again_at_once(server, load):
     release = threading.Event()
 
@@ -429,7 +451,7 @@ def test_a_request_without_a_reply_in_time_is_waited_for_and_not_sent_again_at_o
 
     server.fault = hangs
     engine = load(max_retries=4, timeout_s=0.05)
-    with pytest.raises(EngineUnavailableError, match="APITimeoutError"):
+    with pytest.raises(EngineUnavailableError, match="no whole reply within"):
         engine.generate([request("a")], GREEDY)
     release.set()
     assert server.tries["a"] == 1

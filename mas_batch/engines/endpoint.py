@@ -7,6 +7,7 @@ the pool: `EngineUnavailableError`.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import re
 import threading
@@ -57,7 +58,7 @@ class Options(EngineOptions):
     concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests under way at a time."""
     timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
-    """For one try of one request."""
+    """For one try of one request, from connecting to the last byte of the reply."""
     max_retries: Annotated[int, Field(ge=0, le=100)] = 4
     """Further tries at once after 408, 409, 429, 5xx and lost connections, with growing pauses of
     seconds. They are for a moment's trouble; a server that is away is waited for all the same."""
@@ -118,12 +119,19 @@ class Endpoint:
         self._options = options
         self._model = model
         self._key = key
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # the library insists on one
             base_url=options.base_url,
-            timeout=options.timeout_s,
+            timeout=None,  # `_reply` has one for the whole request
             max_retries=0,  # `post` tries again: it knows what the batch's other requests met
         )
+        # The library's own time-out is of each read: a reply that drips would go on for ever.
+        # Only a task of an event loop can be ended at any moment.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="openai-loop", daemon=True
+        )
+        self._thread.start()
 
     @property
     def limit(self) -> str:
@@ -132,8 +140,11 @@ class Endpoint:
         return "max_completion_tokens" if self.url == OFFICIAL_URL else "max_tokens"
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections; no request may be under way."""
+        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def knock(self) -> None:
         """Ask something small after the server was away, so that no record's request meets that.
@@ -200,16 +211,21 @@ class Endpoint:
         Faults are returned: an exception raised here would carry the response along.
         """
         try:
-            return self._client.post("/chat/completions", body=body, cast_to=ChatCompletion)
+            return asyncio.run_coroutine_threadsafe(self._reply(body), self._loop).result()
+        except TimeoutError:
+            limit = f"{self._options.timeout_s:g} s (options.timeout_s)"
+            return Fault(0, f"{self.url}: no whole reply within {limit}", timed_out=True)
         except openai.APIStatusError as error:
             after_s = retry_after_s(error.response.headers)
             return Fault(error.status_code, self._tell(error), after_s)
-        except openai.APITimeoutError as error:
-            return Fault(0, self._tell(error), timed_out=True)
         except openai.APIConnectionError as error:
             return Fault(0, self._tell(error))
         except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not JSON
             return Fault(200, self._tell(error))
+
+    async def _reply(self, body: dict[str, Any]) -> ChatCompletion:
+        async with asyncio.timeout(self._options.timeout_s):
+            return await self._client.post("/chat/completions", body=body, cast_to=ChatCompletion)
 
     def _tell(self, error: Exception) -> str:
         """Put an error in words."""
