@@ -417,6 +417,9 @@ class Cluster(_Model):
     a user's cluster, and whenever the last one has left. A spot instance may take minutes to
     be replaced, a restarted process takes seconds."""
 
+    mixed_versions: Literal["refuse", "allow"] = "refuse"
+    """Whether a worker may answer whose mas_batch is of another version, or has other code."""
+
     @model_validator(mode="after")
     def _one_scheduler(self) -> Self:
         if self.scheduler and self.scheduler_file:

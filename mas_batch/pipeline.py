@@ -159,7 +159,7 @@ def run(
             phases.begin(PUBLISHING)
             execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
-            manifest = publish(ref, name, plan, agents, statistics, facts)
+            manifest = publish(ref, name, plan, agents, statistics, facts, job)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from mas_batch.job import Job
 from mas_batch.registries import POLICIES
+from mas_batch.repeatable import repeatable_facts
 from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import Ordered
 from tests.routing_simulation import Simulation, plan_of
@@ -105,3 +109,49 @@ def test_an_agent_that_has_its_turn_and_no_worker_is_missing() -> None:
 def test_the_backlog_knows_who_is_never_asked() -> None:
     sim = Simulation(AGENTS, plan_of(100), Rules(1), policy="capability")
     assert sim.dispatcher.backlog() == {"a": 100, "b": 0, "c": 0, "d": 0}
+
+
+def facts(job: Job, merged: list[str], *, reuses: bool = False) -> list[str]:
+    """Return why a run is not repeatable whose partitions have answers of these agents (`ab`)."""
+    agents = sorted(set("".join(merged)))
+    answers = {a: [[i, i + 1] for i, who in enumerate(merged) if a in who] for a in agents}
+    found = repeatable_facts(job, answers, len(merged), reuses=reuses)
+    reasons: list[str] = found.get("not_repeatable_because", [])
+    assert found["repeatable"] is not bool(reasons)
+    return reasons
+
+
+@pytest.mark.parametrize(
+    ("routing", "merged", "reason"),
+    [
+        ({}, ["abc", "abc"], None),
+        ({}, ["abc", "ab"], "1 partitions are merged without an agent"),
+        ({"answers_per_record": 2}, ["ab", "bc"], "routing.policy least-loaded: not every agent"),
+        ({"answers_per_record": 2, "policy": "round-robin"}, ["ab", "bc", "ac"], None),
+        ({"answers_per_record": 2, "policy": "round-robin"}, ["ab", "ac", "ab"], "2 partitions"),
+        ({"adaptive": {"first": 2}, "policy": "capability"}, ["ab", "abc"], None),
+        ({"adaptive": {"first": 2}, "policy": "capability"}, ["ab", "a"], "1 partitions"),
+        ({"adaptive": {"first": 2}, "policy": "weighted-round-robin"}, ["ab"], "weight for every"),
+    ],
+)
+def test_the_manifest_says_whether_a_run_is_repeatable_and_why_not(
+    make_job: Callable[..., Job], routing: dict[str, Any], merged: list[str], reason: str | None
+) -> None:
+    agents = [{"name": name, "model": f"echo:{name}"} for name in "abc"]
+    reasons = facts(make_job(agents=agents, routing=routing, merge={"method": "vote"}), merged)
+    assert len(reasons) == (reason is not None)
+    assert reason is None or reason in reasons[0]
+
+
+def test_what_else_makes_a_run_differ_is_named(make_job: Callable[..., Job]) -> None:
+    agents = [
+        {"name": "a", "model": "echo:a"},
+        {"name": "b", "model": "openai:m", "options": {"base_url": "http://127.0.0.1:9/v1"}},
+    ]
+    routing = {"answers_per_record": 1, "policy": "random"}
+    merge = {"method": "reliability", "history": "h"}
+    cluster = {"mixed_versions": "allow"}
+    labels = {"task": {"kind": "classify", "labels": ["x", "y"]}}
+    job = make_job(agents=agents, routing=routing, merge=merge, cluster=cluster, **labels)
+    keys = [reason.partition(":")[0] for reason in facts(job, ["a"], reuses=True)]
+    assert keys == ["since", "merge.history", "cluster.mixed_versions", "agents.b"]

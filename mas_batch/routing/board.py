@@ -155,6 +155,8 @@ class Board:
         return state
 
     def _order(self, index: int) -> tuple[str, ...] | None:
+        if not self._rules.ordered:
+            return None
         return order_of(self._policy, index, self._agents, self._rules.weights)
 
     def shares(self) -> dict[str, float]:
