@@ -142,7 +142,7 @@ def run(
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
-            reuses=since is not None and since.run is not None,
+            reuses=since is not None and since.run is not None, code=job.cluster.code,
         )  # fmt: skip
         connecting = (
             cluster.connect(job_to_ask, specs, topic, client, scaler)

@@ -41,8 +41,8 @@ def _reasons_of(job: Job, *, reuses: bool) -> Iterator[str]:
         elif _order(job, 0) is None:
             ordered = ", ".join(n for n in POLICIES if isinstance(POLICIES[n](), Ordered))
             yield (
-                f"routing.policy {job.routing.policy}: not every agent is asked about every record, "
-                f"and who is asked goes by who is free; who is asked follows from the job with: "
+                f"routing.policy {job.routing.policy}: not every agent is asked about every "
+                f"record, and who is asked goes by who is free; it follows from the job with: "
                 f"{ordered} (weighted-round-robin with a weight for every agent)"
             )
     if job.merge.history is not None:

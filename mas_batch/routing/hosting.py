@@ -16,10 +16,11 @@ from distributed import Client, Future
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import load_agent
 from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
-from mas_batch.errors import ModelError, RunError
+from mas_batch.errors import ModelError, RunError, VersionError
 from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Emit
 from mas_batch.job import Job
 from mas_batch.run_folder.ref import RunRef
+from mas_batch.task_call import TaskCall
 
 logger = logging.getLogger(__name__)
 
@@ -181,9 +182,8 @@ class Hosting:
         self._hosts[address] = agent_id
         self._emit(AgentLoading(agent_id, self.name(address)))
         with dask.annotate(executor=self._run.topic):
-            future = self._client.submit(
-                load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
-            )
+            call = TaskCall(self._run.code, load_agent, self._run, self._specs[agent_id])
+            future = self._client.submit(call, workers=[address], pure=False)
         self._loading[address] = future
         self._watch(future, lambda failure: self._load_ended(address, future, failure))
 
@@ -210,9 +210,35 @@ class Hosting:
         del self._loading[address]
         agent_id = self._hosts.pop(address)
         failure = failure or RunError("the task ended without a report")
+        missing = failure.name or "" if isinstance(failure, ModuleNotFoundError) else ""
+        if missing.startswith("mas_batch."):  # a version that does not even know what it is asked
+            failure = VersionError(address, self.name(address), "another", self._run.code)
         self._refused[address] = _Refusal(agent_id, failure, time.monotonic())
-        message = f"could not load the model: {failure}"
-        self._emit(AgentLost(agent_id, self.name(address), message))
+        if isinstance(failure, VersionError):
+            self._emit(AgentLost(agent_id, self.name(address), str(failure)))
+            self.refresh()  # at once: another worker may do in its place
+        else:
+            message = f"could not load the model: {failure}"
+            self._emit(AgentLost(agent_id, self.name(address), message))
+
+    def refuse(self, failure: VersionError) -> None:
+        """A worker that was asked something has other code: ask it nothing further."""
+        if failure.address not in self._refused:
+            logger.warning("%s", failure)
+        self._refused[failure.address] = _Refusal("", failure, time.monotonic())
+
+    def merging_workers(self) -> list[str] | None:
+        """Return the workers that may merge; None: all of them.
+
+        Raises:
+            VersionError: there are none but with other code.
+        """
+        errors = {address: refusal.error for address, refusal in self._refused.items()}
+        refused = {a: error for a, error in errors.items() if isinstance(error, VersionError)}
+        allowed = sorted(self._seen.keys() - refused.keys())
+        if refused and not allowed:
+            raise next(iter(refused.values()))
+        return allowed if refused else None
 
     # Workers that come, pause, leave or hang
 
@@ -230,7 +256,8 @@ class Hosting:
         for address in sorted(self._hosts.keys() - present):
             self._drop(address)
         for address, refusal in list(self._refused.items()):
-            if address not in present or time.monotonic() - refusal.since > _LOAD_AGAIN_S:
+            is_old = time.monotonic() - refusal.since > _LOAD_AGAIN_S
+            if address not in present or (is_old and not isinstance(refusal.error, VersionError)):
                 del self._refused[address]  # a download that failed may succeed now
         for worker in workers:
             self._note_status(worker)

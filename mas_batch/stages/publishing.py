@@ -29,8 +29,8 @@ from mas_batch.run_folder.manifest import (
 )
 from mas_batch.run_folder.names import FORMAT
 from mas_batch.run_folder.plan import Plan
-from mas_batch.run_folder.read import read_ledger
 from mas_batch.run_folder.ranges import Ranges
+from mas_batch.run_folder.read import read_ledger
 from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store, parquet_bytes
 
