@@ -18,7 +18,7 @@ def pickled_by_name(cls: type[T]) -> type[T]:
     Of a value that another version has pickled, fields that this one does not know are left
     out, and fields that the other did not know have their default; without one they are not set.
     """
-    cls.__getstate__ = _state  # type: ignore[method-assign, assignment]
+    cls.__getstate__ = _state  # type: ignore[method-assign]
     cls.__setstate__ = _restore  # type: ignore[attr-defined]
     return cls
 
