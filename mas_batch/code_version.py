@@ -18,7 +18,8 @@ def code_version() -> str:
     """Return version and hash, `0.1.0+1f3a…`; equal only in processes that run the same code.
 
     Read once per process (about 20 ms), from a folder or a zip; so call it early: it is to be of
-    the code that was imported, not of a later one that an upgrade has put in its place.
+    the code that was imported, not of a later one that an upgrade has put in its place. Compiled
+    modules are other code than their source, and than what was compiled another time.
     """
     version = import_module("mas_batch").__version__  # imported here: it imports what imports this
     return f"{version}+{hash_of_modules(files('mas_batch'))}"
