@@ -175,7 +175,7 @@ def run(
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
-            reuses=since is not None and since.run is not None,
+            reuses=since is not None and since.run is not None, code=job.cluster.code,
         )  # fmt: skip
         connecting = (
             cluster.connect(job_to_ask, specs, topic, client, scaler)
@@ -192,7 +192,7 @@ def run(
             phases.begin(PUBLISHING)
             execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
-            manifest = publish(ref, name, plan, agents, statistics, facts)
+            manifest = publish(ref, name, plan, agents, statistics, facts, job)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]

@@ -74,7 +74,7 @@ def merge_again(
     agents = tuple(agent.name for agent in job.agents)
     ref = RunRef(
         run.store, "", job.task, spec, None, plan.passthrough, job.output.keep_text,
-        into=f"{MERGES}/{name}", passes=(THE_RUN,),
+        into=f"{MERGES}/{name}", passes=(THE_RUN,), code=job.cluster.code,
     )  # fmt: skip
     prior = Memory(job, spec).prior(besides=run.manifest["run"]) if job.merge.history else None
     connection = nullcontext(client) if client is not None else local_workers(processes=True)

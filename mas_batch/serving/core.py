@@ -89,7 +89,10 @@ class PoolCore:
         spec = pool_spec(job, learned_from)
         topic = f"mas-batch-pool-{job.name}-{uuid.uuid4().hex[:8]}"
         store = Store(job.output.path, job.output.storage_options)
-        run = RunRef(store, topic, job.task, spec, None, pa.schema([]), keep_text=False)
+        run = RunRef(
+            store, topic, job.task, spec, None, pa.schema([]), keep_text=False,
+            code=job.cluster.code,
+        )  # fmt: skip
         self._residence = Residence(job, run, _client_to_use(job, client))
         queues = AgentQueues(
             job.agents,
