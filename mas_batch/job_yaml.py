@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         self._num_aliased = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         if is_alias:
@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
             self._sizes[id(node)] = self._size(node)
         return node
 
-    def _size(self, node: yaml.Node) -> int:
+    def _size(self, node: Any) -> int:
         if isinstance(node, yaml.ScalarNode):
             return 1 + len(node.value) // 100
         if isinstance(node, yaml.MappingNode):
@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return node
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         if isinstance(value, str) and _SURROGATE.search(value):
             # JSON, which YAML includes, writes a character beyond U+FFFF as a pair of escapes.

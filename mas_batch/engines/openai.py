@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -67,6 +68,18 @@ class Options(EngineOptions):
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Merged over the body of every request."""
 
+    def check_environment(self) -> None:
+        """Find the key, where one is wanted."""
+        wanted = self.base_url == OFFICIAL_URL or "api_key_env" in self.model_fields_set
+        if wanted and not os.environ.get(self.api_key_env):
+            raise JobError(
+                f"the environment variable {self.api_key_env} is not set where the agent runs",
+                key="agents.options.api_key_env",
+            )
+
+
+read = partial(read_options, Options, engine="openai", show_values=False)
+
 
 class OpenAIEngine:
     """One model behind an endpoint, asked by several threads.
@@ -81,14 +94,9 @@ class OpenAIEngine:
     max_batch_tokens: int | None = None  # the server makes its own batches: it gets all there is
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        options = read_options(Options, config.options, "openai", show_values=False)
+        options = read(config.options)
+        options.check_environment()
         key = os.environ.get(options.api_key_env)
-        wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
-        if not key and wanted:
-            raise JobError(
-                f"the environment variable {options.api_key_env} is not set where the agent runs",
-                key="agents.options.api_key_env",
-            )
         self._model = parse_source(model.source).name
         self._options = options
         self._has_key = bool(key)
