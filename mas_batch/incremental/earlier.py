@@ -132,8 +132,8 @@ class EarlierRun:
 def last_published(output: Store, job_name: str, current: str) -> EarlierRun | None:
     """Find the run of a job of that name that was published last; None: there is no other run.
 
-    A run that another one has looked at as its last is not the last. Among the others, of which there
-    is one where every run is made with `since`, the time in the manifest decides.
+    A run that another one has looked at as its last is not the last. Among the others, of which
+    there is one where every run is made with `since`, the time in the manifest decides.
 
     Raises:
         RunError: a run of the job cannot be read, so it is not known which run is the last.
