@@ -133,7 +133,7 @@ class Corpus(_Model):
     """Column with background for `reply` tasks."""
     keep: Names | None = None
     """Columns to carry into the results; None keeps all."""
-    limit: PositiveInt | None = None
+    limit: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Read only the first so many records."""
     record: Literal["line", "file"] = "line"
     """Plain text: a record is a line or a whole file."""

@@ -126,7 +126,7 @@ def _claim_folder(merge: Store, name: str, section: Mapping[str, Any]) -> None:
             f"{name!r} and did not keep how; allowed: another --name"
         )
     merge.commit(MERGE_SECTION, json.dumps(section, ensure_ascii=False, indent=1).encode())
-    there: dict[str, Any] = json.loads(merge.read_bytes(MERGE_SECTION))
+    there = merge.read_facts(MERGE_SECTION)
     different = [
         f"{key} is {there.get(key)!r}, asked for is {section.get(key)!r}"
         for key in sorted({*there, *section})

@@ -16,6 +16,7 @@ from distributed import Client
 
 from mas_batch import cluster
 from mas_batch.aggregate.method import MergeSpec
+from mas_batch.engines.job_options import check_options
 from mas_batch.errors import JobError, MasBatchError, PoolClosedError
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec, stopping_rule
@@ -286,6 +287,7 @@ def _check_servable(job: Job) -> Job:
     if job.routing.escalate is not None:
         message = "which records are the least confident is known of a corpus only; remove it"
         raise JobError(f"a pool does not escalate: {message}", key="routing.escalate")
+    check_options(job)
     cluster.check_settings(job.cluster)
     return job
 
