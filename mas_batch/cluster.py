@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_INET
 from typing import Any
 
 import dask
+import psutil
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import (
@@ -30,6 +31,7 @@ from distributed import (
 from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
 
+from mas_batch import dask_compat
 from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
@@ -37,6 +39,8 @@ from mas_batch.errors import JobError, RunError
 from mas_batch.job import Cluster, Job
 from mas_batch.routing.hosting import cluster_workers
 from mas_batch.routing.scaling import Scaler
+from mas_batch.safe_text import has_credentials, without_pieces
+from mas_batch.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,12 @@ def check_settings(cluster: Cluster) -> None:
     Raises:
         JobError: a file that they name is not there, or a setting is wrong or missing.
     """
+    if cluster.scheduler and "@" in cluster.scheduler:  # what stands before it may be a password
+        raise JobError(
+            "Dask's addresses have no user and no password; allowed: tcp://host:port, "
+            "tls://host:port (not shown: it may be a secret)",
+            key="cluster.scheduler",
+        )
     for key in ("scheduler_file", *_TLS_KEYS):
         file = getattr(cluster, key)
         if file and not Path(file).is_file():
@@ -144,7 +154,7 @@ def connect(
             _host(client, job, topic)
         else:
             if client is None:
-                client = stack.enter_context(_connect_to(job.cluster))
+                client = stack.enter_context(connect_to_scheduler(job.cluster))
             _host(client, job, topic)
             stack.callback(unregister, client, topic)
         yield Connection(client, scaler)
@@ -167,7 +177,7 @@ def connect_to_merge(
             processes = num_partitions > _PARTITIONS_IN_PROCESS
             client = stack.enter_context(local_workers(processes=processes))
         elif client is None:
-            client = stack.enter_context(_connect_to(job.cluster))
+            client = stack.enter_context(connect_to_scheduler(job.cluster))
         try:
             client.wait_for_workers(1, timeout=job.cluster.wait_s)
         except TimeoutError as error:
@@ -179,6 +189,7 @@ def connect_to_merge(
 def local_workers(*, processes: bool) -> Iterator[Client]:
     """Yield a client of workers on this machine that host no agent: processes, or threads here."""
     with (
+        dask.config.set(dask_compat.refuse_other_origins()),
         LocalCluster(
             n_workers=CPU_COUNT if processes else 1,
             threads_per_worker=1 if processes else CPU_COUNT,
@@ -205,13 +216,13 @@ def current_client() -> Client | None:
 
 @contextmanager
 def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client, Scaler]]:
-    with tempfile.TemporaryDirectory(prefix="mas-batch-") as scratch:
+    with scratch_folder() as scratch:
         options = worker_options(
             job,
             specs,
             memory_bytes=MEMORY_LIMIT,
             devices=assign_devices(job, _devices()),
-            local_directory=scratch,
+            local_directory=str(scratch),
         )
         address = job.cluster.dashboard_address
         security = _security(job.cluster)
@@ -231,7 +242,12 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
         started = [replica_name(a.name, number) for a in job.agents for number in range(a.count)]
         workers = {name: possible[name] for name in started}
         with (
-            dask.config.set({"distributed.nanny.pre-spawn-environ": _keep_freed_memory()}),
+            dask.config.set(
+                {
+                    "distributed.nanny.pre-spawn-environ": _keep_freed_memory(),
+                    **dask_compat.refuse_other_origins(),
+                }
+            ),
             SpecCluster(
                 workers=workers,
                 scheduler=scheduler,
@@ -241,6 +257,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             ) as cluster,
             Client(cluster) as client,
         ):
+            dask_compat.allow_origins(cluster.scheduler, _own_hosts(address or ""))
             try:
                 client.wait_for_workers(len(workers), timeout=_EMBEDDED_START_S)
             except TimeoutError as error:
@@ -249,8 +266,15 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
 
 
 @contextmanager
-def _connect_to(cluster: Cluster) -> Iterator[Client]:
-    where = cluster.scheduler or cluster.scheduler_file
+def connect_to_scheduler(cluster: Cluster) -> Iterator[Client]:
+    """Yield a client of the scheduler that the settings name.
+
+    Raises:
+        JobError: it is no address, the encryption does not fit it, or as `check_settings`.
+        RunError: the scheduler cannot be reached.
+    """
+    check_settings(cluster)
+    where = str(cluster.scheduler or cluster.scheduler_file)
     try:
         client = Client(
             address=cluster.scheduler,
@@ -258,10 +282,12 @@ def _connect_to(cluster: Cluster) -> Iterator[Client]:
             security=_security(cluster),
             set_as_default=False,  # one that fails to connect would stay the current one
         )
-    except (TypeError, ValueError, RuntimeError) as error:  # TLS that does not fit the address, too
-        raise JobError(f"{where!r}: {error}", key="cluster.scheduler") from error
-    except (OSError, TimeoutError) as error:
-        raise RunError(f"the scheduler at {where} cannot be reached: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OSError, TimeoutError) as error:
+        said = without_pieces(str(error), where)  # Dask quotes the address, whole or in pieces
+        cause = None if has_credentials(where) else error
+        if isinstance(error, OSError):  # a time-out is one, too
+            raise RunError(f"the scheduler at {where} cannot be reached: {said}") from cause
+        raise JobError(f"{where!r}: {said}", key="cluster.scheduler") from cause
     with client:
         yield client
 
@@ -359,6 +385,17 @@ def _keep_freed_memory() -> dict[str, object]:
     environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
     environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     return environ
+
+
+def _own_hosts(address: str) -> set[str]:
+    """Return the names under which browsers find a dashboard at this address."""
+    host = address.rpartition(":")[0]
+    names = {"127.0.0.1", "localhost", "[::1]"}
+    if host in {*names, "::1"}:
+        return names
+    interfaces = psutil.net_if_addrs().values()
+    numbers = {each.address for found in interfaces for each in found if each.family == AF_INET}
+    return {*names, *numbers, socket.gethostname(), socket.getfqdn(), host} - {""}
 
 
 def _free_address(address: str) -> str:

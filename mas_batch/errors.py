@@ -76,12 +76,55 @@ class EngineRefusedError(EngineError):
     """
 
 
+class EngineUnavailableError(EngineError):
+    """The server behind an engine is away: starting, overloaded, gone. It may answer later.
+
+    No record is to blame. A run commits nothing of the partition, leaves the replica alone for a
+    while and asks again; a pool lets the question wait.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0, wait_s: float = 600.0) -> None:
+        self.message = without_credentials(message)
+        self.retry_after_s = retry_after_s
+        """Seconds for which the server wants to be left alone; 0: it has not said."""
+        self.wait_s = wait_s
+        """Seconds after which the run ends if the server has answered nothing."""
+        super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive pickling
+        return (_unavailable, (self.message, self.retry_after_s, self.wait_s))
+
+
+def _unavailable(message: str, retry_after_s: float, wait_s: float) -> EngineUnavailableError:
+    return EngineUnavailableError(message, retry_after_s=retry_after_s, wait_s=wait_s)
+
+
 class RunError(MasBatchError):
     """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
 
 
+class CorpusChangedError(RunError):
+    """A file of the corpus was rewritten or removed while it was read."""
+
+
 class OutputError(RunError):
     """The output cannot be written: full, read-only, forbidden. No agent is to blame for it."""
+
+
+class VersionError(RunError):
+    """A worker has other code than the submitting process: it is asked nothing."""
+
+    def __init__(self, address: str, name: str, has: str, wanted: str) -> None:
+        self.address = address
+        self._facts = (address, name, has, wanted)
+        super().__init__(
+            f"worker {name} ({address}) has mas_batch {has}, and this run is of {wanted}: it is "
+            "asked nothing; give it the same code and start it again, or allow other code by "
+            "cluster.mixed_versions: allow"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (VersionError, self._facts)
 
 
 class RunLockedError(RunError):
@@ -147,6 +190,15 @@ class Reason(StrEnum):
         if self in (Reason.EMPTY_ANSWER, Reason.UNPARSABLE_ANSWER):
             return "parse"
         return "answer"
+
+    @property
+    def worth_retrying(self) -> bool:
+        """Whether another try may succeed: `mas-batch submit --retry-failed` makes one.
+
+        A reply that cannot be parsed would be the same again, and so would an unusable record. A
+        text that was too long may fit another version of the engine or server.
+        """
+        return self.stage == "answer"
 
 
 _CORPUS_REASONS = frozenset(

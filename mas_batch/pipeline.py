@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,12 +15,24 @@ from distributed import Client
 from mas_batch import cluster, report
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cards import card
-from mas_batch.corpus import CorpusReader
+from mas_batch.corpus import CorpusReader, open_corpus
 from mas_batch.engines.classical import examples
-from mas_batch.errors import ExitCode, JobError
+from mas_batch.engines.job_options import check_options
+from mas_batch.errors import CorpusChangedError, ExitCode, JobError
 from mas_batch.events import AnswersReused, Emit, RunFinished
 from mas_batch.execution import execute, new_topic
-from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
+from mas_batch.incremental import (
+    Present,
+    Settling,
+    Since,
+    asked_as,
+    begin_retry,
+    last_published,
+    latest_version,
+    read_since,
+    take_over,
+)
+from mas_batch.incremental.earlier import EarlierRun
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
 from mas_batch.merging import check_merging, labels_version
@@ -29,7 +41,13 @@ from mas_batch.partition import Partition, partition
 from mas_batch.routing.scaling import Scaler
 from mas_batch.run_folder.lock import RunLock, job_lock
 from mas_batch.run_folder.manifest import read_manifest, write_job
-from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS, earlier_runs, run_name
+from mas_batch.run_folder.names import (
+    FIRST_PASS,
+    SECOND_PASS,
+    earlier_runs,
+    first_version,
+    run_name,
+)
 from mas_batch.run_folder.plan import Plan, read_plan, stage
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.ref import RunRef
@@ -96,6 +114,7 @@ def run(
     client: Client | None = None,
     scaler: Scaler | None = None,
     emit: Emit = lambda event: None,
+    retry_failed: bool = False,
 ) -> Summary:
     """Execute the job, or what is left of it, and publish the run.
 
@@ -105,9 +124,12 @@ def run(
         scaler: starts and ends workers of the client's cluster, between `count` and `max_count`
             of each agent; the embedded cluster has a scaler of its own.
         emit: called with every event, from the calling thread and in order.
+        retry_failed: ask again for what failed in the published run, where that may help, and
+            publish a whole new version of it, NAME-retry-1 and so on.
 
     Raises:
-        JobError: the job cannot run as written; no task was started.
+        JobError: the job cannot run as written; no task was started. Or there is nothing that is
+            published to retry.
         RunLockedError: another process works on this run, or has taken it over; with `since`,
             also on any other run of the job.
         MasBatchError: the run failed; what is committed is kept and resumed next time.
@@ -115,24 +137,41 @@ def run(
     start = time.perf_counter()
     phases = Phases(READING, start)
     merge, stopping = check_merging(job)
+    check_options(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
-    corpus = CorpusReader(job.corpus)
+    corpus = open_corpus(job)
     store, name = open_store(job, corpus)
+    output = _output_store(job)
+    retry = begin_retry(output, job.name, _base_name(job, corpus)) if retry_failed else None
+    if retry is not None and (retry.earlier.name != name or not retry.is_in_vain):
+        store, name = output.child(retry.name), retry.name
     if (summary := _published_summary(job, store, start)) is not None:
         remove_leftovers(store)
+        if not store.exists(report.NAME):  # an execution was killed before it wrote the report
+            _write_report(store, summary.manifest)
         return summary
-    one_at_a_time = job_lock(_output_store(job), job.name) if job.since else nullcontext()
+    is_embedded = cluster.is_embedded(job.cluster, client)
+    if job.since is None:
+        check_options(job, environment=is_embedded)
+    one_at_a_time = job_lock(output, job.name) if job.since else nullcontext()
     with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:
         # The process that held the lock before may have completed the run.
         if (summary := _published_summary(job, store, start)) is not None:
             return summary
         plan = read_plan(store) or _stage_corpus(job, store, corpus, lock)
-        is_embedded = cluster.is_embedded(job.cluster, client)
-        present = Present(job, _output_store(job), store, name, plan, is_embedded)
-        since = _take_over_if_wanted(present, lock)
+        present = Present(job, store, plan, is_embedded)
+        since: Since | None
+        if retry is not None:
+            since = _take_over(present, lambda: retry.earlier, lock)
+        elif job.since:
+            since = _take_over(present, lambda: last_published(output, job.name, name), lock)
+        else:
+            since = read_since(store)  # an earlier execution may have taken answers over
         job_to_ask, facts = _job_of_agents_to_ask(job, since), _manifest_facts(job, since)
+        if job_to_ask is not None:
+            check_options(job_to_ask, environment=is_embedded)
         phases.begin(STARTING)
         specs = (
             agent_specs(job_to_ask, embedded=is_embedded, num_cores=CPU_COUNT) if job_to_ask else {}
@@ -142,7 +181,7 @@ def run(
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
-            reuses=since is not None and since.run is not None,
+            reuses=since is not None and since.run is not None, code=job.cluster.code,
         )  # fmt: skip
         connecting = (
             cluster.connect(job_to_ask, specs, topic, client, scaler)
@@ -159,7 +198,7 @@ def run(
             phases.begin(PUBLISHING)
             execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
-            manifest = publish(ref, name, plan, agents, statistics, facts)
+            manifest = publish(ref, name, plan, agents, statistics, facts, job)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
@@ -184,7 +223,8 @@ def preview(job: Job) -> Preview:
         JobError: the job cannot run as written.
     """
     check_merging(job)
-    corpus = CorpusReader(job.corpus)
+    check_options(job)
+    corpus = open_corpus(job)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
     for part in _partitions(job, corpus):
@@ -206,12 +246,17 @@ def preview(job: Job) -> Preview:
 
 
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
-    """Return the store and the name of this job's run on this corpus."""
+    """Return the store and the name of this job's run on this corpus: of its latest version."""
+    output = _output_store(job)
+    name = latest_version(output, _base_name(job, corpus))
+    return output.child(name), name
+
+
+def _base_name(job: Job, corpus: CorpusReader) -> str:
     taught = [examples.fingerprint(agent.options) for agent in job.agents]
     if job.merge.calibrate is not None:
         taught.append(labels_version(job))
-    name = run_name(job, corpus.fingerprint, taught)
-    return _output_store(job).child(name), name
+    return run_name(job, corpus.fingerprint, taught)
 
 
 def _output_store(job: Job) -> Store:
@@ -231,17 +276,14 @@ def _stage_corpus(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -
     write_job(store, job)
     try:
         return stage(store, corpus, _partitions(job, corpus))
-    except JobError:
-        lock.remove_run()  # a wrong job leaves nothing behind
+    except (JobError, CorpusChangedError):
+        lock.remove_run()  # what is wrong leaves nothing behind, and the next try has another name
         raise
 
 
-def _take_over_if_wanted(present: Present, lock: RunLock) -> Since | None:
-    """Take over what an earlier run has answered, if the job says so; None: nothing to reuse."""
-    job = present.job
-    if job.since is None:
-        return read_since(present.store)  # an earlier execution, with `since`, may have done so
-    return take_over(present, Settling.of(job, *check_merging(job)), lock.check)
+def _take_over(present: Present, earlier: Callable[[], EarlierRun | None], lock: RunLock) -> Since:
+    settling = Settling.of(present.job, *check_merging(present.job))
+    return take_over(present, settling, earlier, lock.check)
 
 
 def _job_of_agents_to_ask(job: Job, since: Since | None) -> Job | None:
@@ -256,6 +298,8 @@ def _manifest_facts(job: Job, since: Since | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"asked_as": {a.name: asked_as(job, a) for a in job.agents}}
     if since is not None:
         facts["since"] = {"run": since.run, "records": since.records, "refused": since.refused}
+        if since.is_retry:
+            facts["since"]["is_retry"] = True
     return facts
 
 
@@ -268,7 +312,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     """
     job, memory = asking.job, asking.memory
     escalate = job.routing.escalate
-    phases, name = asking.execution.phases, asking.execution.name
+    phases, name = asking.execution.phases, first_version(asking.execution.name)
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
     if not ref.merge.needs_corpus and escalate is None:

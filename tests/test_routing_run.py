@@ -13,7 +13,7 @@ from distributed import Client, SpecCluster, Worker
 
 import mas_batch
 from mas_batch import pipeline
-from mas_batch.agents import work
+from mas_batch.agents import host, work
 from mas_batch.dask_compat import forget_collections
 from mas_batch.errors import JobError, ModelError, OutputError, RunError
 from mas_batch.events import (
@@ -29,13 +29,14 @@ from mas_batch.events import (
     PartitionUndecided,
 )
 from mas_batch.job import Job
+from mas_batch.models import ModelFiles, fetch
 from mas_batch.routing import upkeep
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
 from mas_batch.show import answers_saved
 from tests.clusters import cluster_of
 from tests.test_run import Recorder
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 MakeJob = Callable[..., Job]
 LABELS = ["x", "y", "z"]
@@ -113,6 +114,7 @@ def test_adaptive_asks_less_and_the_votes_come_out_the_same(
     adaptive = mas_batch.open_run(pipeline.run(job, client=cluster_client, emit=events).run)
     assert len(adaptive.arrow("answers")) < len(fixed.arrow("answers")) == 120
     assert len(adaptive.arrow()) == 60
+    assert [run.manifest["repeatable"] for run in (fixed, adaptive)] == [True, True]
 
 
 def test_adaptive_looks_at_the_first_answers_and_asks_one_more_where_they_differ(
@@ -130,6 +132,7 @@ def test_adaptive_looks_at_the_first_answers_and_asks_one_more_where_they_differ
         job = make_job(rows, **sections, routing={"adaptive": {"first": 2}})
         adaptive = pipeline.run(job, client=client, emit=events)
     assert adaptive.run != fixed.run, "it decides who is asked, so it is another run"
+    assert [summary.manifest["repeatable"] for summary in (fixed, adaptive)] == [True, False]
     expected, found = (mas_batch.open_run(s.run).pandas() for s in (fixed, adaptive))
     assert list(found["answer"]) == list(expected["answer"])
     undecided = sum(event.num_undecided for event in events.of(PartitionUndecided))
@@ -287,6 +290,31 @@ def test_a_worker_without_a_nanny_that_hangs_is_cut_off(
     assert "silent about partition" in draining.message
     assert [event.message for event in events.of(AgentLost)] == ["the worker was lost"]
     assert "careful" in {event.purpose for event in events.of(PartitionAsked)}
+
+
+def test_a_download_that_hangs_is_given_up_and_its_worker_cut_off(
+    elastic: SpecCluster, make_job: MakeJob
+) -> None:
+    release = threading.Event()
+
+    def hang(source: str) -> ModelFiles:
+        release.wait(PATIENCE_S)
+        return fetch(source)
+
+    events = Recorder()
+    agents = [{"name": "w", "model": "echo:w"}]
+    job = make_job(agents=agents, routing={"load_timeout_s": 0.5})
+    with Client(elastic) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "fetch", hang)  # workers are in this process
+        client.wait_for_workers(1)
+        (address,) = client.scheduler_info(n_workers=-1)["workers"]
+        try:
+            with pytest.raises(ModelError, match=r"not loaded within 0\.5 s .*load_timeout_s"):
+                pipeline.run(job, client=client, emit=events)
+            wait_until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+        finally:
+            release.set()
+    assert [event.agent_id for event in events.of(AgentLost)] == ["w"]
 
 
 def spans_of(dask_scheduler: Any) -> list[tuple[tuple[str, ...], int]]:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from mas_batch.aggregate.method import METHODS, methods_that
 from mas_batch.aggregate.reductions import Partial, Reduction
+from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import JobError
 
 NUM_BINS = 1000
@@ -26,6 +27,7 @@ NUM_BINS = 1000
 _UNANSWERED = -1
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Escalation:
     """Picks records by confidence. Those without an answer always are, unless unusable."""

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, tokenized_prompt
-from mas_batch.errors import EngineRefusedError, OutOfMemoryError, Reason
+from mas_batch.engines.claims import checked
+from mas_batch.errors import (
+    EngineRefusedError,
+    EngineUnavailableError,
+    OutOfMemoryError,
+    Reason,
+)
 
 
 def plan_batches(
@@ -81,8 +87,9 @@ def _answers(
 ) -> list[list[Completion]]:
     """Ask about a batch, halving it where it fails, until the culprit stands alone."""
     try:
-        return engine.generate(batch, sampling)
-    except EngineRefusedError:
+        replies = engine.generate(batch, sampling)
+        return [[checked(reply, sampling) for reply in row] for row in replies]
+    except (EngineRefusedError, EngineUnavailableError):
         raise
     except Exception as error:
         if middle := len(batch) // 2:

@@ -23,6 +23,7 @@ from mas_batch.routing.board import Board, OpenPartition
 from mas_batch.routing.instructions import (
     Abandon,
     Ask,
+    AwayNews,
     BreakerNews,
     Instruction,
     Merge,
@@ -38,6 +39,8 @@ from mas_batch.routing.speculation import Late, is_worth_it, latest_first
 _MAX_GIVEN_UP = 3
 """Partitions that an untrusted agent is given up on before the run stops."""
 _RESTART_AGAIN_S = 120.0
+_MAX_OPEN_WHILE_AWAY = 50_000
+"""Partitions that may be open while an agent's server is away; each takes about a kilobyte."""
 _COPIES_CONSIDERED = 8
 """Of the latest tasks, per idle replica: with a thousand of each the rest is not worth a look."""
 
@@ -66,7 +69,8 @@ class Dispatcher:
         self._rules = rules
         self._policy = policy
         self._policy_waits = getattr(policy, "waits", False)  # few do: spare the others the views
-        self._board = Board(self._samples, rules, plan, num_partitions)
+        self._board = Board(self._samples, rules, policy, plan, num_partitions)
+        self._shares = self._board.shares()
         self._pool = Pool(agents, rules)
         self._proven: set[str] = set()  # agents that have answered in this execution
         self._withheld: set[int] = set()  # complete, but for an agent that is not trusted
@@ -165,6 +169,35 @@ class Dispatcher:
             self._settle(state, out)
         return self._advance(out, now)
 
+    def away(
+        self,
+        partition: int,
+        agent_id: str,
+        replica_id: str,
+        now: float,
+        *,
+        retry_after_s: float,
+        wait_s: float,
+    ) -> list[Instruction]:
+        """A try met a server that is away. It blames nothing: the partition goes back.
+
+        Args:
+            retry_after_s: how long the server wants to be left alone; 0: it has not said.
+            wait_s: how long it may be away, see `overdue`.
+        """
+        out: list[Instruction] = []
+        replica = self._pool.get(replica_id)
+        if replica is not None and replica.away(partition, now, retry_after_s, wait_s):
+            self._pool.update(replica, now)
+            assert replica.away_since is not None
+            away_s, breaker = now - replica.away_since, replica.breaker
+            left_s = max(0.0, breaker.opened + breaker.cool_down_s - now)
+            out.append(AwayNews(replica_id, agent_id, partition, away_s, left_s, wait_s))
+        state = self._board.get(partition)
+        if state is not None and state.take_back(agent_id, replica_id):
+            self._settle(state, out)
+        return self._advance(out, now)
+
     def heard(self, replica_id: str, now: float) -> None:
         """A replica has made progress on what it is working on."""
         replica = self._pool.get(replica_id)
@@ -239,10 +272,10 @@ class Dispatcher:
 
         Where not all agents are asked, a partition that no agent has yet counts in proportion.
         """
-        share = min(1.0, self._rules.answers_per_record / sum(self._samples.values()))
-        backlog = dict.fromkeys(self._samples, round(share * self._board.num_unpulled))
+        num_unpulled = self._board.num_unpulled
+        backlog = {a: round(share * num_unpulled) for a, share in self._shares.items()}
         for state in self._board:
-            wanted = state.untried if state.lacks > 0 else set()
+            wanted = state.wanted if state.lacks > 0 else set()
             for agent_id in wanted | state.asked.keys():
                 backlog[agent_id] += 1
         return backlog
@@ -252,11 +285,26 @@ class Dispatcher:
         served = self._pool.served()
         missing: set[str] = set()
         for state in self._board:
-            if state.samples_of(state.untried & served) < state.lacks:
-                missing |= state.untried - served
+            if state.samples_of(state.wanted & served) < state.lacks:
+                missing |= state.wanted - served
             if state.index in self._withheld:
                 missing |= state.given_up - served
         return missing
+
+    def overdue(self, now: float) -> dict[str, float]:
+        """Return agent → seconds for which its servers have been away: longer than they may be.
+
+        Only agents without which an open partition cannot do.
+        """
+        away = {agent_id for agent_id in self._samples if self._pool.is_away(agent_id)}
+        waited = {agent_id: self._pool.overdue_s(agent_id, now) for agent_id in sorted(away)}
+        if all(away_s is None for away_s in waited.values()):
+            return {}
+        needed: set[str] = set()
+        for state in self._board:
+            if state.samples_of(state.untried - away) < state.lacks:
+                needed |= state.untried & away
+        return {a: away_s for a, away_s in waited.items() if away_s is not None and a in needed}
 
     def distrusted_agents(self) -> set[str]:
         """Agents that only fail: what is wrong is not their partitions.
@@ -269,6 +317,7 @@ class Dispatcher:
             agent_id
             for agent_id, count in given_up.items()
             if not self._is_trusted(agent_id)
+            and not self._pool.is_away(agent_id)  # its time is `overdue`'s
             and (count >= _MAX_GIVEN_UP or self._is_idle(agent_id))
         }
 
@@ -329,7 +378,7 @@ class Dispatcher:
         """Queue the partition with whom it wants, or merge it if all that can be had is there."""
         if state.merging:
             return
-        if state.num_answers < state.needed:
+        if state.num_answers < state.needed or (state.order is not None and state.lacks):
             if state.asked or state.untried:
                 self._board.queue(state)
                 return
@@ -376,10 +425,22 @@ class Dispatcher:
         # Every agent may be behind by its window, and the plan's end must be seen before the
         # windows run dry; more open partitions would only use memory.
         max_open = 16 + 4 * self._rules.max_window * len(self._pool)
-        while not self._board.is_exhausted and len(self._board.open) < max_open:
+        while not self._board.is_exhausted and (
+            len(self._board.open) < max_open or self._is_held_up()
+        ):
             state = self._board.pull()
             if state is not None:
                 self._settle(state, out)
+
+    def _is_held_up(self) -> bool:
+        """Whether what is open waits for an agent whose server is away, and others are idle."""
+        away = {agent_id for agent_id in self._samples if self._pool.is_away(agent_id)}
+        if not away or len(self._board.open) >= _MAX_OPEN_WHILE_AWAY:
+            return False
+        return any(
+            self._pool.free(agent_id) and self._first_waiting(agent_id, set()) is None
+            for agent_id in self._samples.keys() - away
+        )
 
     def _see_the_end(self, now: float) -> None:
         if self._board.is_exhausted and self._rules.max_window > 1:
@@ -416,7 +477,7 @@ class Dispatcher:
     def _candidates(self, state: OpenPartition) -> list[Replica]:
         return [
             replica
-            for agent_id in self._by_rank(state.untried)
+            for agent_id in self._by_rank(state.wanted)
             for replica in self._pool.free(agent_id).values()
             if self._may_take(state, replica)
         ]
@@ -439,7 +500,7 @@ class Dispatcher:
         replica = self._pool.get((choice or views[candidates[0].replica_id]).replica_id)
         assert replica is not None
         agent_id = replica.agent_id
-        num_capable = sum(len(self._pool.of(a)) for a in state.untried | {agent_id})
+        num_capable = sum(len(self._pool.of(a)) for a in state.wanted | {agent_id})
         looked = state.num_undecided is not None
         ask = Ask(
             partition=state.index,
@@ -464,7 +525,7 @@ class Dispatcher:
             return ()
         return tuple(
             self._pool.view(replica)
-            for agent_id in self._by_rank(state.untried)
+            for agent_id in self._by_rank(state.wanted)
             for replica in self._pool.of(agent_id).values()
             if replica.sent
             and replica.replica_id not in self._pool.free(agent_id)
@@ -504,8 +565,8 @@ class Dispatcher:
     def _may_copy(self, free: Replica, task: Late) -> bool:
         """Whether the replica's answers would do: one copy of a task, careful ones never.
 
-        Of its own agent; and where not every agent has to answer, of another that gives no
-        more answers.
+        Of its own agent; and where not every agent has to answer, and the partition has no
+        order of agents, of another that gives no more answers.
         """
         state = self._board.open[task.partition]
         if task.agent_id in state.copied or state.deaths[task.agent_id]:
@@ -514,6 +575,7 @@ class Dispatcher:
             return True
         return (
             self._rules.first is None
+            and state.order is None
             and free.agent_id in state.untried
             and self._samples[free.agent_id] >= self._samples[task.agent_id]
         )

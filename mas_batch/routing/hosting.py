@@ -16,10 +16,11 @@ from distributed import Client, Future
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import load_agent
 from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
-from mas_batch.errors import ModelError, RunError
+from mas_batch.errors import ModelError, RunError, VersionError
 from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Emit
 from mas_batch.job import Job
 from mas_batch.run_folder.ref import RunRef
+from mas_batch.task_call import TaskCall
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,14 @@ class Listener(Protocol):
     def left(self, address: str, *, blamed: bool) -> None:
         """The worker is gone; not blamed: it was taken away on purpose."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """A worker that is loading its agent's model."""
+
+    future: Future
+    since: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +111,10 @@ class Hosting:
         self._emit = emit
         self._watch = watch
         self._wait_s = job.cluster.wait_s
+        self._load_timeout_s = job.routing.load_timeout_s
         self._names: dict[str, str] = {}  # worker address → worker name
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
-        self._loading: dict[str, Future] = {}
+        self._loading: dict[str, _Load] = {}
         self._refused: dict[str, _Refusal] = {}  # by address
         self._paused: set[str] = set()  # addresses
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
@@ -123,8 +133,8 @@ class Hosting:
 
     def close(self) -> None:
         """Forget what is still loading."""
-        for future in self._loading.values():
-            future.release()
+        for load in self._loading.values():
+            load.future.release()
 
     # Loading
 
@@ -181,18 +191,17 @@ class Hosting:
         self._hosts[address] = agent_id
         self._emit(AgentLoading(agent_id, self.name(address)))
         with dask.annotate(executor=self._run.topic):
-            future = self._client.submit(
-                load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
-            )
-        self._loading[address] = future
+            call = TaskCall(self._run.code, load_agent, self._run, self._specs[agent_id])
+            future = self._client.submit(call, workers=[address], pure=False)
+        self._loading[address] = _Load(future, time.monotonic())
         self._watch(future, lambda failure: self._load_ended(address, future, failure))
 
     def loaded(self, address: str, facts: dict[str, Any]) -> None:
         """Take the report of a load."""
-        future = self._loading.pop(address, None)
-        if future is None:
+        load = self._loading.pop(address, None)
+        if load is None:
             return
-        future.release()
+        load.future.release()
         agent_id = self._hosts[address]
         self.ready[address] = agent_id
         self.engine_facts[agent_id] = {"family_id": facts["family_id"], **facts["engine"]}
@@ -205,14 +214,51 @@ class Hosting:
         return address in self._paused
 
     def _load_ended(self, address: str, future: Future, failure: Failure) -> None:
-        if self._loading.get(address) is not future:
+        load = self._loading.get(address)
+        if load is None or load.future is not future:
             return  # it has reported, or its worker left
-        del self._loading[address]
+        self._load_failed(address, failure or RunError("the task ended without a report"))
+
+    def _load_failed(self, address: str, error: Exception) -> None:
+        self._loading.pop(address).future.release()
         agent_id = self._hosts.pop(address)
-        failure = failure or RunError("the task ended without a report")
-        self._refused[address] = _Refusal(agent_id, failure, time.monotonic())
-        message = f"could not load the model: {failure}"
-        self._emit(AgentLost(agent_id, self.name(address), message))
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if missing.startswith("mas_batch."):  # a version that does not even know what it is asked
+            error = VersionError(address, self.name(address), "another", self._run.code)
+        self._refused[address] = _Refusal(agent_id, error, time.monotonic())
+        if isinstance(error, VersionError):
+            self._emit(AgentLost(agent_id, self.name(address), str(error)))
+            self.refresh()  # at once: another worker may do in its place
+        else:
+            message = f"could not load the model: {error}"
+            self._emit(AgentLost(agent_id, self.name(address), message))
+
+    def refuse(self, failure: VersionError) -> None:
+        """A worker that was asked something has other code: ask it nothing further."""
+        if failure.address not in self._refused:
+            logger.warning("%s", failure)
+        self._refused[failure.address] = _Refusal("", failure, time.monotonic())
+
+    def merging_workers(self) -> list[str] | None:
+        """Return the workers that may merge; None: all of them.
+
+        Raises:
+            VersionError: there are none but with other code.
+        """
+        errors = {address: refusal.error for address, refusal in self._refused.items()}
+        refused = {a: error for a, error in errors.items() if isinstance(error, VersionError)}
+        allowed = sorted(self._seen.keys() - refused.keys())
+        if refused and not allowed:
+            raise next(iter(refused.values()))
+        return allowed if refused else None
+
+    def _give_up_late_loads(self) -> None:
+        """Refuse the workers that are loading for too long, and end what hangs there."""
+        before = time.monotonic() - self._load_timeout_s
+        for address in [a for a, load in self._loading.items() if load.since < before]:
+            limit = f"{self._load_timeout_s:g} s (routing.load_timeout_s)"
+            self._load_failed(address, ModelError(f"it was not loaded within {limit}"))
+            self._end_process(address)
 
     # Workers that come, pause, leave or hang
 
@@ -226,11 +272,13 @@ class Hosting:
             workers = self._workers()
         except OSError:  # no news this time; a scheduler that is lost shows in the client's status
             return
+        self._give_up_late_loads()
         present = {worker.address for worker in workers}
         for address in sorted(self._hosts.keys() - present):
             self._drop(address)
         for address, refusal in list(self._refused.items()):
-            if address not in present or time.monotonic() - refusal.since > _LOAD_AGAIN_S:
+            is_old = time.monotonic() - refusal.since > _LOAD_AGAIN_S
+            if address not in present or (is_old and not isinstance(refusal.error, VersionError)):
                 del self._refused[address]  # a download that failed may succeed now
         for worker in workers:
             self._note_status(worker)
@@ -247,6 +295,9 @@ class Hosting:
         """
         self._pause(address, message)
         self._hung.add(address)
+        self._end_process(address)
+
+    def _end_process(self, address: str) -> None:
         # In a thread: a process that does not heed SIGTERM is waited for before it is killed.
         threading.Thread(
             target=self._restart, args=(address,), daemon=True, name="mas-batch-restart"
@@ -316,9 +367,9 @@ class Hosting:
         how = "left" if expected else "was lost"
         self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
         self._paused.discard(address)
-        loading = self._loading.pop(address, None)
-        if loading is not None:
-            loading.release()
+        load = self._loading.pop(address, None)
+        if load is not None:
+            load.future.release()
         self.ready.pop(address, None)
         if self.listener is not None:
             self.listener.left(address, blamed=not expected)

@@ -36,6 +36,8 @@ class Rules:
     """Agent → share of its turns, for policies that go by it."""
     accuracies: Mapping[str, float] = field(default_factory=dict)
     """Agent → how often it is right, as far as the job says, for policies that go by it."""
+    ordered: bool = True
+    """Whether agents are asked in the policy's order, if it has one; else who is free is asked."""
     speculate: bool = True
     timeout_s: float | None = None
     """Longest silence of a replica at work; None: by its measured rate."""
@@ -104,4 +106,20 @@ class BreakerNews:
     cool_down_s: float
 
 
-Instruction = Ask | Merge | Abandon | Restart | BreakerNews
+@dataclass(frozen=True, slots=True)
+class AwayNews:
+    """The server of a replica is away: it is waited for; for people to read."""
+
+    replica_id: str
+    agent_id: str
+    partition: int
+    """What was asked in vain; it is asked again, of whoever can answer."""
+    away_s: float
+    """Since it was first found away."""
+    cool_down_s: float
+    """Until it is asked again."""
+    wait_s: float
+    """How long it may be away."""
+
+
+Instruction = Ask | Merge | Abandon | Restart | AwayNews | BreakerNews
