@@ -7,16 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 from distributed import Client, Worker
 
 import mas_batch
 from mas_batch import pipeline
 from mas_batch.aggregate.method import MergeSpec
+from mas_batch.cli import main
 from mas_batch.errors import JobError, RunError
 from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Job
-from mas_batch.labelling import rows_to_label
 from mas_batch.merging import check_merging
 from mas_batch.remerge import merge_again
 from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
@@ -247,10 +249,18 @@ def test_labels_make_confidences_probabilities(
         pipeline.run(job_of(make_job, {"method": "vote"}), client=four_workers).run
     )
     right = right_answers(make_job, four_workers)
-    rows = rows_to_label(run, 100)
-    assert rows.num_rows == 100
-    assert set(rows["label"].to_pylist()) == {""}
-    file = labels_file(tmp_path / "labels.jsonl", right, rows["record_id"].to_pylist())
+    file = str(tmp_path / "labels.csv")
+    asked = ["label", run.store.location(""), "--output", file]
+    told = CliRunner().invoke(main, asked)
+    assert told.exit_code == 0, told.output
+    assert f"--set calibrate.labels={file}" in told.output
+    assert "may hold labels" in CliRunner().invoke(main, asked).output, "work is not overwritten"
+    rows = pd.read_csv(file)
+    assert list(rows) == ["record_id", "text", "answer", "confidence", "answers", "label"]
+    assert len(rows) == 100
+    assert len(set(rows["confidence"])) > 2, "sure ones too"
+    rows["label"] = [right[record_id] for record_id in rows["record_id"]]
+    rows.to_csv(file, index=False)
     recorder = Recorder()
     changes = {"method": "reliability", "calibrate": {"labels": file}, "abstain_below": 0.5}
     merged = merge_again(run, changes, client=four_workers, emit=recorder)
@@ -264,7 +274,7 @@ def test_labels_make_confidences_probabilities(
     assert mean == pytest.approx(accuracy(merged, right), abs=0.08)
     doubted = [row["confidence"] < 0.5 for row in table.select(["confidence"]).to_pylist()]
     assert table["abstain"].to_pylist() == doubted, "what is marked follows the calibrated one"
-    labels_file(tmp_path / "labels.jsonl", right, rows["record_id"].to_pylist()[:60])
+    rows[:60].to_csv(file, index=False)
     again = merge_again(run, changes, client=four_workers)
     assert again.manifest["run"] != merged.manifest["run"], "other labels are another merge"
 

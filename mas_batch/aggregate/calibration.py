@@ -8,8 +8,9 @@ the mean of both is between them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -120,23 +121,28 @@ class Calibrated:
     """Expected calibration error of records that the map was not fitted on."""
     error_before: float
     """Of the same records' confidences as they were."""
+    noise: float
+    """What so few records would show of confidences that are right."""
 
     @property
     def why(self) -> str:
         """For people: by what, and how well."""
         return (
             f"confidences are calibrated by {self.num_records} labelled records ({self.kind} "
-            f"map): calibration error {self.error:.3f} in cross-validation, "
-            f"{self.error_before:.3f} before"
+            f"map): calibration error {self.error:.3f} in cross-validation, of which "
+            f"{self.noise:.3f} is the noise of so few; {self.error_before:.3f} before"
         )
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """For people: whether that is not good enough."""
-        if self.error <= GOOD_ERROR:
+        off = math.sqrt(max(0.0, self.error**2 - self.noise**2))
+        if off <= GOOD_ERROR:
             return ()
-        allowed = f"over {GOOD_ERROR}, the error that {self.num_records} records show"
-        return (f"Confidences are off by {self.error:.3f} on average, {allowed}: label more.",)
+        return (
+            f"Confidences are off by {off:.3f} on average, in spite of {self.num_records} "
+            f"labelled records (over {GOOD_ERROR}): label more.",
+        )
 
     def to_json(self) -> str:
         """Write it down; `from_json` reads it back."""
@@ -164,13 +170,24 @@ def calibrate(confidences: Floats, correct: Floats) -> Calibrated:
         for kind, fit in MAPS.items()
     }
     kind = min(MAPS, key=lambda each: float(((unseen[each] - correct) ** 2).mean()))
+    mapped = unseen[kind]
+    lucky = (random.random(mapped.shape) < mapped).astype(np.float64)
+    fitted = MAPS[kind](confidences, correct)
+    surest = 1 - 1 / (len(confidences) + 2)  # as sure as so many records can make, by Laplace
+    values = np.clip(fitted.values, 1 - surest, surest)
     return Calibrated(
-        MAPS[kind](confidences, correct),
+        replace(fitted, values=tuple(values.tolist())),
         kind,
         len(confidences),
-        float(np.mean([calibration_error(mapped, correct) for mapped in unseen[kind]])),
-        calibration_error(confidences, correct),
+        error=_mean_error(mapped, np.tile(correct, (NUM_ROUNDS, 1))),
+        error_before=calibration_error(confidences, correct),
+        noise=_mean_error(mapped, lucky),
     )
+
+
+def _mean_error(confidences: Floats, correct: Floats) -> float:
+    pairs = zip(confidences, correct, strict=True)
+    return float(np.mean([calibration_error(*pair) for pair in pairs]))
 
 
 def calibration_error(confidences: Floats, correct: Floats) -> float:

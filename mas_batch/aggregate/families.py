@@ -148,7 +148,7 @@ def agreement_above_chance(table: PatternTable, families: Integers, num_labels: 
     excess = agreement.records * (rate - chance) * counted
     variance = agreement.records * chance * (1 - chance) * counted
     above, spread = (pairs.sum(axis=0) + pairs.sum(axis=1) for pairs in (excess, variance))
-    return np.divide(above, np.sqrt(spread), out=np.zeros(num_agents), where=spread > 0)
+    return np.asarray(np.divide(above, np.sqrt(spread), out=np.zeros(num_agents), where=spread > 0))
 
 
 def label_shares(table: PatternTable, num_agents: int, num_labels: int) -> Floats:
