@@ -75,6 +75,13 @@ def test_what_cannot_be_learned_is_said() -> None:
     assert Reliability.from_json(three.to_json()) == three
 
 
+def test_agents_that_say_nothing_are_named() -> None:
+    found = judged("sections + yes0, spam1, spam2")
+    (warning,) = found.learned.warnings
+    assert "these agents agree with others: spam1, spam2, yes0; look at" in warning
+    assert found.learned.method == "dawid-skene"
+
+
 def test_what_is_learned_against_all_sense_is_not_published() -> None:
     """Three agents that name the next label, and two that are right: the crowd is believed."""
     rng = np.random.default_rng(0)

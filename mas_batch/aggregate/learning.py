@@ -132,8 +132,7 @@ def _obstacle(voters: _Voters) -> str | None:
         return f"answers of {answering} agents, and learning takes {MIN_AGENTS}"
     if voters.labels is None:
         return None
-    above = agreement_above_chance(voters.table, voters.families, len(voters.labels))
-    telling = [name for name, z in zip(voters.num_answers, above, strict=True) if z > CHANCE_Z]
+    telling = _telling(voters, len(voters.labels))
     if len(telling) >= MIN_AGENTS:
         return None
     who = f"only {', '.join(map(repr, telling))} agree" if telling else "no agents agree"
@@ -141,6 +140,12 @@ def _obstacle(voters: _Voters) -> str | None:
         f"{who} with others more often than by chance ({CHANCE_Z:g} standard errors), and "
         f"learning takes {MIN_AGENTS}"
     )
+
+
+def _telling(voters: _Voters, num_labels: int) -> list[str]:
+    """Return the agents that agree with others more often than by chance."""
+    above = agreement_above_chance(voters.table, voters.families, num_labels)
+    return [name for name, z in zip(voters.num_answers, above, strict=True) if z > CHANCE_Z]
 
 
 def _learn_closed_set(voters: _Voters, history: History, labels: Sequence[str]) -> Reliability:
@@ -159,7 +164,16 @@ def _learn_closed_set(voters: _Voters, history: History, labels: Sequence[str]) 
         for (name, agent), confusion in confusions
     }
     class_prior, why = _rounded(fitted.model.class_prior), "one confusion matrix per agent"
-    return _reliability(voters, "dawid-skene", why, agents, class_prior=class_prior)
+    found = _reliability(voters, "dawid-skene", why, agents, class_prior=class_prior)
+    telling = _telling(voters, len(labels))
+    silent = [name for name, number in voters.num_answers.items() if number and name not in telling]
+    if not silent:
+        return found
+    warning = (
+        f"No more often than by chance do these agents agree with others: {', '.join(silent)}; "
+        "look at what they answer, or leave them out."
+    )
+    return replace(found, warnings=(warning,))
 
 
 def _learn_open_set(voters: _Voters, history: History) -> Reliability:
@@ -204,7 +218,8 @@ def _reliability(
     )
     if method == "vote":
         return found
-    return replace(found, temperature=_round(temperature_of(found, voters.table)))
+    temperature = _round(temperature_of(found, voters.table))
+    return replace(found, temperature=temperature)
 
 
 def _agents(

@@ -15,7 +15,6 @@ from mas_batch.aggregate.ballots import (
     to_units,
     verdict,
 )
-from mas_batch.aggregate.calibration import CALIBRATED
 from mas_batch.aggregate.method import MergeSpec, Method, Shared
 from mas_batch.aggregate.partials import RELIABILITY_LEARNING
 from mas_batch.aggregate.patterns import candidates_of, pattern_of
@@ -34,8 +33,9 @@ def by_reliability(
     (Li, Rubinstein and Cohn, "Exploiting worker correlation for label aggregation in
     crowdsourcing", ICML 2019, need many workers for it). The confidence is therefore the mean of
     two figures: the share of the answers that agree, and the posterior, softened until it is on
-    average as sure as that share. What is left of the probability belongs to labels that no
-    agent gave, or to "none of these". The weight that decides ties is the agent's log-odds.
+    average as sure as that share. What is left of the
+    probability belongs to labels that no agent gave, or to "none of these". The weight that decides
+    ties is the agent's log-odds.
 
     Args:
         known: posteriors by pattern, filled and used; they depend on the pattern alone.
@@ -82,7 +82,7 @@ RELIABILITY = Method(
     verdict=_by_what_was_learned,
     columns=("text", "label"),
     exact=False,
-    confidence_kinds=("uncalibrated", "agreement", CALIBRATED),
+    confidence_kinds=("uncalibrated", "agreement"),
     stopping="it learns from all answers to all records",
     not_escalated=None,
     calibrates=True,

@@ -20,7 +20,6 @@ from mas_batch.aggregate.ballots import (
     to_units,
     verdict,
 )
-from mas_batch.aggregate.calibration import CALIBRATED
 from mas_batch.aggregate.method import EVERY_COLUMN, MergeSpec, Method, Shared, Stopping
 from mas_batch.errors import JobError
 from mas_batch.records import STANDARD_ERROR
@@ -165,7 +164,7 @@ VOTE = Method(
     verdict=lambda ballots, spec, shared: vote(ballots),
     columns=EVERY_COLUMN,
     exact=False,
-    confidence_kinds=("agreement", CALIBRATED),
+    confidence_kinds=("agreement",),
     stopping=Stopping(by_lead=True),
     not_escalated=None,
     calibrates=True,
@@ -175,7 +174,7 @@ WEIGHTED = Method(
     verdict=_by_accuracy,
     columns=EVERY_COLUMN,
     exact=False,
-    confidence_kinds=("posterior", "weight-share", CALIBRATED),
+    confidence_kinds=("posterior", "weight-share"),
     # A posterior probability says of one answer too how sure it is.
     stopping=Stopping(trusts_one=lambda spec: spec.weights != "linear"),
     not_escalated=None,
