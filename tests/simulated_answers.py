@@ -109,6 +109,18 @@ def copied(
     return Simulation(simulation.truth, answers)
 
 
+def with_degenerate(simulation: Simulation, num_yes: int, num_spam: int, seed: int) -> Simulation:
+    """Add agents that say one label in 93 % of all cases, and agents that guess."""
+    rng = np.random.default_rng([seed, 2])
+    shape = (len(simulation.truth), num_yes + num_spam)
+    added = rng.integers(NUM_LABELS, size=shape)
+    said = np.arange(num_yes) % NUM_LABELS
+    added[:, :num_yes] = np.where(
+        rng.random((len(added), num_yes)) < 0.93, said, added[:, :num_yes]
+    )
+    return Simulation(simulation.truth, np.column_stack([simulation.answers, added]))
+
+
 def free_answers(
     accuracies: Sequence[float], num_wrong: int, num_records: int, seed: int
 ) -> Simulation:

@@ -30,6 +30,7 @@ from tests.simulated_answers import (
     even_errors,
     independent,
     shared_errors,
+    with_degenerate,
     with_missing,
 )
 
@@ -153,6 +154,31 @@ def test_what_is_learned_is_accurate_and_calibrated(name: str) -> None:
     # Strong agents leave .002 to gain, within the noise of five seeds; all others clearly more.
     assert np.mean(correct) > majority + (0.02 if name != "strong" else -0.005)
     assert np.mean(errors) <= 0.04
+
+
+@pytest.mark.parametrize(("num_yes", "num_spam"), [(1, 0), (2, 1), (1, 3)])
+@pytest.mark.parametrize("num_records", [150, 1000])
+@pytest.mark.parametrize("sharing", [0.0, 0.6])
+def test_agents_that_know_nothing_and_errors_that_are_shared(
+    num_yes: int, num_spam: int, num_records: int, sharing: float
+) -> None:
+    """Four that share errors, yes-men and spammers: never under the vote or the best agent."""
+    lead, most = [], 0.0
+    for seed in range(4):
+        simulation = shared_errors((0.8, 0.7, 0.65, 0.6), (sharing,) * 4, num_records, seed)
+        simulation = with_degenerate(simulation, num_yes, num_spam, seed)
+        found, given = simulation.patterns()
+        names = simulation.agents
+        learned = learn(found, names, {name: name for name in names}, LABELS)
+        by_key = posteriors(learned, found)
+        shares = np.array([by_key[pattern].shares for pattern in given])
+        right = (shares.argmax(axis=1) == simulation.truth).mean()
+        alone = (simulation.answers == simulation.truth[:, None]).mean(axis=0).max()
+        voted = accuracy(by_pattern(cache(vote), found), given, simulation.truth)
+        lead.append(right - max(alone, voted))
+        most = max(most, *(learned.class_prior or [0.0]))
+    assert np.mean(lead) > -0.02
+    assert most < 0.45, "four even classes"
 
 
 def mean_accuracies(
