@@ -232,7 +232,7 @@ def test_two_agents_are_too_few() -> None:
     reliability = learn_from(simulation)
     assert reliability.method == "vote"
     assert reliability.why == (
-        "500 records, merged by vote: answers of 2 agents, and learning takes 3."
+        "500 records, merged by vote: 2 agents have answered, and learning takes 3."
     )
     silent = {f"{pattern};": count for pattern, count in simulation.patterns()[0].items()}
     assert learn(silent, "abc", {a: a for a in "abc"}, LABELS).method == "vote"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from distributed import Client, Worker
+from rich.console import Console
 
 import mas_batch
 from mas_batch import pipeline
@@ -20,9 +22,11 @@ from mas_batch.errors import JobError, RunError
 from mas_batch.events import Escalated, Event, Learned
 from mas_batch.job import Job
 from mas_batch.merging import check_merging
+from mas_batch.monitor.progress import sentence
 from mas_batch.remerge import merge_again
 from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
 from mas_batch.run_folder.read import Run
+from mas_batch.show import print_run
 from tests.clusters import cluster_of
 from tests.test_routing_run import contents, labelling
 from tests.test_run import Recorder
@@ -234,6 +238,23 @@ def test_what_was_learned_is_a_prior_for_the_next_run(
 
     assert error(informed) < error(uninformed), "60 records alone tell little"
     assert len(list((tmp_path / "history").rglob("*.json"))) == 2
+
+
+def test_what_could_not_be_learned_is_said_wherever_people_look(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    recorder = Recorder()
+    job = job_of(make_job, {"method": "reliability"}, error_rates={"a": 0.2, "b": 0.3})
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
+    said = "The vote is published, since 2 agents have answered, and learning takes 3."
+    assert run.manifest["merge"]["warnings"] == [said]
+    (learned,) = recorder.of(Learned)
+    assert said in (sentence(learned) or "")
+    out = Console(file=io.StringIO(), width=200)
+    print_run(out, run, 0)
+    assert said in out.file.getvalue()  # type: ignore[attr-defined]
+    assert said in run.store.read_bytes("report.html").decode()
+    assert set(run.arrow()["confidence_kind"].to_pylist()) == {"agreement"}
 
 
 def labels_file(path: Path, right: dict[str, str], ids: list[str]) -> str:

@@ -200,11 +200,7 @@ def expected_counts(
 
 def vote_shares(table: PatternTable, exponents: Floats, num_labels: int) -> Floats:
     """Return each label's share of a pattern's answers, weighed by the exponents; [P, K]."""
-    votes = np.zeros((len(table.counts), num_labels + 1))
-    rows = np.arange(len(votes))
-    for slot in range(len(table.agent_of)):
-        votes[rows, table.codes[:, slot] + 1] += exponents[:, slot]
-    votes = votes[:, 1:]
+    votes = table.sums_by_code(exponents, num_labels)
     return np.asarray(votes / votes.sum(axis=1, keepdims=True))
 
 

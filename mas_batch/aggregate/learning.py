@@ -129,7 +129,7 @@ def _obstacle(voters: _Voters) -> str | None:
     """Say why nothing can be learned, as far as it shows before trying."""
     answering = sum(answers > 0 for answers in voters.num_answers.values())
     if answering < MIN_AGENTS:
-        return f"answers of {answering} agents, and learning takes {MIN_AGENTS}"
+        return f"{answering} agents have answered, and learning takes {MIN_AGENTS}"
     if voters.labels is None:
         return None
     telling = _telling(voters, len(voters.labels))

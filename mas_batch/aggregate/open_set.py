@@ -88,26 +88,16 @@ def _log_joint(model: OpenSetModel, table: PatternTable, exponents: Floats) -> F
     repeats itself e - 1 times and at least 0: copies by one family are then one answer.
     """
     p = np.clip(model.accuracy, FLOOR, 1 - FLOOR)
-    right = _by_cluster(table, exponents * np.log(p)[table.agent_of])
-    wrong = _by_cluster(table, exponents * np.log(1 - p)[table.agent_of])
-    there = _by_cluster(table, np.ones_like(exponents)) > 0
-    repeats = np.maximum(_by_cluster(table, exponents) - 1, 0.0)
+    right = table.sums_by_code(exponents * np.log(p)[table.agent_of])
+    wrong = table.sums_by_code(exponents * np.log(1 - p)[table.agent_of])
+    there = table.sums_by_code(np.ones_like(exponents)) > 0
+    repeats = np.maximum(table.sums_by_code(exponents) - 1, 0.0)
     num_clusters = there.sum(axis=1)
     new_wrong = _new_wrong(model.num_wrong, int(num_clusters.max(initial=0)))
     none = wrong.sum(axis=1) - np.log(model.num_wrong) * repeats.sum(axis=1)
     one = none[:, None] + right - wrong + np.log(model.num_wrong) * repeats
     one = np.where(there, one + new_wrong[np.maximum(num_clusters - 1, 0), None], -np.inf)
     return np.column_stack([one, none + new_wrong[num_clusters]])
-
-
-def _by_cluster(table: PatternTable, values: Floats) -> Floats:
-    """Add the slots' values up by cluster; [P, S] → [P, C]."""
-    num_clusters = int(table.codes.max(initial=MISSING)) + 1
-    sums = np.zeros((len(values), num_clusters + 1))  # column 0: no answer
-    rows = np.arange(len(values))
-    for slot in range(values.shape[1]):
-        sums[rows, table.codes[:, slot] + 1] += values[:, slot]
-    return sums[:, 1:]
 
 
 def _new_wrong(num_wrong: int, max_clusters: int) -> Floats:
@@ -153,7 +143,7 @@ def _em(
 
 def vote_shares(table: PatternTable, exponents: Floats) -> Floats:
     """Return each cluster's share of the answers, and 0 for none; [P, C + 1]."""
-    votes = _by_cluster(table, exponents)
+    votes = table.sums_by_code(exponents)
     return np.column_stack([votes / votes.sum(axis=1, keepdims=True), np.zeros(len(votes))])
 
 

@@ -61,6 +61,16 @@ class PatternTable:
         """Records with at least one valid answer."""
         return int(self.counts.sum())
 
+    def sums_by_code(self, values: Floats, num_codes: int | None = None) -> Floats:
+        """Add the slots' values up by their code; [P, S] → [P, C], C by default all there are."""
+        if num_codes is None:
+            num_codes = int(self.codes.max(initial=MISSING)) + 1
+        sums = np.zeros((len(values), num_codes + 1))  # column 0: no answer
+        rows = np.arange(len(values))
+        for slot in range(values.shape[1]):
+            sums[rows, self.codes[:, slot] + 1] += values[:, slot]
+        return sums[:, 1:]
+
     def count_answers(self, num_agents: int) -> Integers:
         """Return the number of valid answers of each agent, all samples counted; [A]."""
         per_slot = self.counts @ (self.codes != MISSING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from mas_batch.aggregate.ballots import (
     gather,
     log_odds,
     rank_candidates,
+    shares_of,
     to_units,
     verdict,
 )
@@ -61,8 +61,7 @@ def by_reliability(
     confidence = (agreement + support[0].weight) / 2
     margin = support[0].weight - sum(candidate.weight for candidate in support[1:2])
     kind = "agreement" if reliability.method == "vote" else "uncalibrated"
-    total = math.fsum(candidate.weight for candidate in support)
-    rest = [candidate.weight / total if total else 1 / len(support) for candidate in support]
+    rest = shares_of([candidate.weight for candidate in support])
     return verdict(support, rest, confidence, kind, margin)
 
 

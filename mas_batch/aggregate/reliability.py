@@ -195,10 +195,7 @@ def temperature_of(reliability: Reliability, table: PatternTable) -> float:
     """
     probabilities = _probabilities(reliability, table)
     rows = np.arange(len(table.counts))
-    votes = np.zeros(probabilities.shape)
-    for slot in range(len(table.agent_of)):
-        filled = table.codes[:, slot] != MISSING
-        votes[rows[filled], table.codes[filled, slot]] += 1
+    votes = table.sums_by_code(np.ones(table.codes.shape), probabilities.shape[1])
     best = np.where(votes > 0, probabilities, -1.0).argmax(axis=1)
     agreement = table.counts @ (votes[rows, best] / votes.sum(axis=1))
     low, high = 0.0, float(np.log(MAX_TEMPERATURE))

@@ -17,6 +17,7 @@ from mas_batch.aggregate.ballots import (
     gather,
     log_odds,
     rank_candidates,
+    shares_of,
     to_units,
     verdict,
 )
@@ -90,7 +91,7 @@ def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
     values = [ballot.value for ballot in ballots if ballot.value is not None]
     centre = _weighted_mean(values, weights)
     support = rank_candidates(gather(ballots, [to_units(w) for w in weights]))
-    shares = _shares([candidate.score for candidate in support])
+    shares = shares_of([candidate.score for candidate in support])
     closest = min(range(len(values)), key=lambda i: (abs(values[i] - centre), ballots[i].order))
     return Verdict(
         answer=repr(centre),
@@ -109,13 +110,8 @@ def _by_share(ballots: Sequence[Ballot], weights: Sequence[int], kind: str) -> V
     support = rank_candidates(gather(ballots, weights))
     scores = [candidate.score for candidate in support]
     margin = (scores[0] - sum(scores[1:2])) / sum(scores)
-    shares = _shares(scores)
+    shares = shares_of(scores)
     return verdict(support, shares, shares[0], kind, margin)
-
-
-def _shares(scores: Sequence[int]) -> list[float]:
-    total = sum(scores)
-    return [score / total for score in scores]
 
 
 def _softmax(scores: Sequence[float]) -> list[float]:
