@@ -17,13 +17,13 @@ def check_merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
     """
     merge = merge_spec(job)
     if job.routing.escalate is not None:
-        check_method(merge.method)
+        check_method(merge.method, compares=job.routing.escalate.target is not None)
     return merge, stopping_rule(job)
 
 
 def merge_spec(job: Job) -> MergeSpec:
     """Fill the job's merge section with the task's defaults."""
-    task = make_task(job.task)
+    task, escalate = make_task(job.task), job.routing.escalate
     return MergeSpec(
         method=job.merge.method or task.default_merge,
         utility=job.merge.utility or task.default_utility,
@@ -36,6 +36,7 @@ def merge_spec(job: Job) -> MergeSpec:
         agents=tuple(agent.name for agent in job.agents),
         encoder=job.merge.encoder,
         covers_text=task.covers_text,
+        last_word=escalate.agent if escalate is not None and escalate.target is not None else None,
     )
 
 

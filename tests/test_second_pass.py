@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from distributed import Client, Worker
 import mas_batch
 from mas_batch import pipeline
 from mas_batch.errors import JobError, RunError
-from mas_batch.events import Escalated, Event, Learned
+from mas_batch.events import Escalated, EscalationSampled, Event, Learned, PartitionAnswered
 from mas_batch.job import Job
 from mas_batch.remerge import merge_again
-from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
+from mas_batch.run_folder.names import FIRST_PASS, SAMPLE_PASS, SECOND_PASS
 from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 from tests.clusters import cluster_of
 from tests.test_routing_run import contents, labelling
 from tests.test_run import Recorder
@@ -229,3 +231,53 @@ def test_what_was_learned_is_a_prior_for_the_next_run(
 
     assert error(informed) < error(uninformed), "twelve records alone tell little"
     assert len(list((tmp_path / "history").rglob("*.json"))) == 2
+
+
+GUARANTEED = {
+    "error_rates": {"a": 0.05, "b": 0.1, "c": 0.15, "expert": 0.0},
+    "routing": {"escalate": {"agent": "expert", "target": 0.9, "delta": 0.1, "labels": 80}},
+}
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_at_expert(event: Event) -> None:
+    """Die at the expert's first answers of an execution."""
+    if isinstance(event, PartitionAnswered) and event.agent_id == "expert":
+        raise StopError
+
+
+def test_a_guaranteed_cascade_asks_a_sample_and_what_it_must_and_goes_on_when_killed(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    recorder = Recorder()
+    job = job_of(make_job, {"method": "reliability"}, **GUARANTEED)
+    job = job.with_changes(partition=job.partition.with_changes(max_records=120))
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
+    asked = [row["record_id"] for row in answers_of(run) if row["agent_id"] == "expert"]
+    assert len(asked) == len(set(asked)), "the sample is not asked about again"
+    (sampled,) = recorder.of(EscalationSampled)
+    (escalated,) = recorder.of(Escalated)
+    assert (sampled.num_records, sampled.num_records_of_all) == (80, len(ROWS))
+    assert 80 <= len(asked) < len(ROWS)
+    assert "with probability 0.9" in escalated.why
+    answered = [e for e in recorder.of(PartitionAnswered) if e.agent_id == "expert"]
+    assert sum(event.num_answers for event in answered) == len(asked), "each is counted once"
+    rows = {row["record_id"]: row for row in run.arrow().to_pylist()}
+    expert = {r["record_id"]: r["label"] for r in run.arrow("answers").to_pylist()
+              if r["agent_id"] == "expert"}  # fmt: skip
+    assert {r: rows[r]["answer"] for r in asked} == expert, "its answer is the last word"
+    assert {rows[r]["confidence"] for r in asked} == {None}
+    assert run.manifest["escalation"]["labels"] == 80
+    assert not run.store.list(SAMPLE_PASS)
+    again = job.with_changes(output=job.output.with_changes(path=f"{job.output.path}-again"))
+    stages: list[bool] = []
+    store = Store(f"{again.output.path}/{run.manifest['run']}")
+    while not store.exists("manifest.json"):
+        with suppress(StopError):
+            pipeline.run(again, client=four_workers, emit=stop_at_expert)
+        stages.append(store.exists("escalation.json"))
+    assert {*stages} == {False, True}, "killed while the sample is asked, and after"
+    assert contents(mas_batch.open_run(store.url)) == contents(run)

@@ -38,7 +38,7 @@ def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
     """
     likelihoods = _comparable(ballots)
     if likelihoods is None:
-        return _most_preferred(ballots, preference)
+        return most_preferred(ballots, preference)
     support = _by_highest(ballots, [to_units(likelihood) for likelihood in likelihoods])
     weights = [math.exp(candidate.score / UNITS) for candidate in support]
     margin = weights[0] - sum(weights[1:2])
@@ -61,7 +61,8 @@ def _comparable(ballots: Sequence[Ballot]) -> list[float] | None:
     return likelihoods if len(likelihoods) == len(ballots) and len(families) == 1 else None
 
 
-def _most_preferred(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
+def most_preferred(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
+    """Return the answer of the first agent of the preference that has one; without confidence."""
     support = _by_highest(ballots, _places(ballots, preference))
     weights = [1.0] + [0.0] * (len(support) - 1)  # all of the trust is in the first
     support = [replace(c, weight=weight) for c, weight in zip(support, weights, strict=True)]

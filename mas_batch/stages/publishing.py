@@ -69,6 +69,7 @@ def publish(
         "agents": table,
         "engines": read_engines(run.store),
         "merge": _merge_facts(run.merge),
+        **_escalation_facts(run.store),
         **facts,
         "versions": {
             "python": platform.python_version(),
@@ -103,6 +104,12 @@ def remove_leftovers(store: Store) -> None:
                 remove_passes(store)
     except (MasBatchError, OSError) as error:
         logger.warning("%s: its provisional merges are not removed: %s", store.location(""), error)
+
+
+def _escalation_facts(run: Store) -> dict[str, Any]:
+    """Say which records were escalated, and by which guarantee, if the run is a cascade."""
+    name = "escalation.json"
+    return {"escalation": json.loads(run.read_bytes(name))} if run.exists(name) else {}
 
 
 def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
