@@ -45,11 +45,15 @@ def test_the_bound_is_scipys_hypergeometric(
         assert law.cdf(tolerated + 1) > delta * (1 - 1e-6)
 
 
-def test_all_labels_are_known_exactly() -> None:
-    assert num_tolerated(100, 100, target=0.95, delta=0.05) == 5
-    places = [Place(500, lot / 10) for lot in range(6)]
-    assert last_escalated(places, 100, 100, target=0.95, delta=0.05) == Place(500, 0.0)
-    assert last_escalated(places[:5], 100, 100, target=0.95, delta=0.05) is None
+def test_as_many_errors_may_be_left_as_the_sample_can_tell() -> None:
+    everything = [Place(500, lot / 100) for lot in range(100)]
+    place = last_escalated(everything, 100, 100, target=0.95, delta=0.05)
+    assert place == Place(500, 0.94), "all are known: five are allowed"
+    assert num_tolerated(10**7, 400, target=0.95, delta=0.05) == 12
+    assert num_tolerated(10**7, 59, target=0.95, delta=0.05) == 0
+    assert num_tolerated(10**7, 58, target=0.95, delta=0.05) == -1
+    surest = sorted(everything, reverse=True)[:14]
+    assert last_escalated(surest, 10**7, 400, target=0.95, delta=0.05) == Place(500, 0.87)
 
 
 def test_too_few_answered_records_are_all_escalated() -> None:
@@ -121,7 +125,7 @@ def test_the_sample_does_not_depend_on_how_records_are_cut(sizes: list[int], rng
 @pytest.mark.parametrize(
     ("escalate", "why"),
     [
-        ({"target": 0.95, "labels": 58}, "labels: 58 cannot show target 0.95 with delta 0.05; allowed: 59 or more"),
+        ({"target": 0.95, "labels": 58}, "58 cannot show target 0.95 .* 0.05; allowed: 59 or more"),
         ({"target": 0.95, "fraction": 0.1}, "give either fraction or below or target"),
         ({"fraction": 0.1, "labels": 100}, "delta and labels go with target only"),
         ({"target": 1.0}, "less than 1"),

@@ -95,9 +95,10 @@ def _merged_by(run: RunRef, partition: int, agents: Sequence[str]) -> tuple[pa.T
 
 
 def _labels_of(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
-    """Compare with the sample's answers; a record that was asked in vain counts as another answer."""
-    assert run.escalation is not None and run.escalation.sample is not None
+    """Compare with the sample's answers; to have been asked in vain counts as another answer."""
+    assert run.escalation is not None
     agent_id, sample = run.escalation.agent_id, run.escalation.sample
+    assert sample is not None
     results, _ = _merged_by(run, partition, agents)
     sampled = [sample.lot(record) <= sample.last_lot for record in results["record_id"].to_pylist()]
     results = results.filter(pa.array(sampled, pa.bool_()))

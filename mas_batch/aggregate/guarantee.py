@@ -36,7 +36,9 @@ def num_tolerated(num_records: int, num_labels: int, *, target: float, delta: fl
     """Return how many errors a sample may show if all records are to have few enough.
 
     Were more than (1 - target) · num_records records wrong, a sample would show so few errors
-    with probability delta at most. -1: not even a sample without an error would tell.
+    with probability delta at most. -1: not even a sample without an error would tell. Labelled
+    records count as wrong though they get the stronger agent's answer, so that the promise is
+    kept with room to spare where many of all are labelled.
     """
     least_wrong = math.floor((1 - target) * num_records + 1e-9) + 1
     most = min(least_wrong, num_labels)

@@ -54,6 +54,7 @@ class Throughput:
         """Times that one more agent was asked about a record."""
         self._start: float | None = None
         self._last = 0.0
+        self._counts_records = True
 
     def __call__(self, event: Event) -> None:
         """Take note of an event."""
@@ -67,8 +68,10 @@ class Throughput:
                 self._last = now
             case PartitionUndecided():
                 self.undecided += event.num_undecided
+            case Escalated() | EscalationSampled():
+                self._counts_records = False  # all have been counted: what comes is a second pass
             case PartitionMerged():
-                self.records += event.num_results + event.num_failures
+                self.records += (event.num_results + event.num_failures) * self._counts_records
                 self._last = now
 
     @property

@@ -10,7 +10,7 @@
         review/part-….parquet                 records in a tie or of low confidence, for people
         agents.parquet                        per agent: answers, failures, tokens, times
         learned.json                          what the merge learned from the whole corpus
-        escalation-sample.json                which records of a sample one more agent was asked about
+        escalation-sample.json                of which sample one more agent was asked first
         escalation.json                       which records one more agent was asked about
         merges/<name>/                        the answers merged again: results, failures, manifest,
                                               and merge.json, which says how

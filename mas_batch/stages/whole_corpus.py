@@ -104,7 +104,7 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
 
 
 def sample_to_escalate(answers: AllAnswers, escalate: Escalate, seed: str) -> Escalation:
-    """Draw the records by whose answers a threshold is found, committed as escalation-sample.json."""
+    """Draw the sample that shows where the threshold is; committed as escalation-sample.json."""
     wanted = Sample(seed, escalate.sample_size)
     drawing = replace(answers.run, escalation=sample_only(escalate.agent, wanted))
 
@@ -123,7 +123,7 @@ def guaranteed_escalation(
     answers: AllAnswers, escalate: Escalate, sampled: Escalation
 ) -> Escalation:
     """Find by the sample's answers which records are escalated; committed as escalation.json."""
-    assert escalate.target is not None and sampled.sample is not None
+    assert escalate.target is not None
     target, delta = escalate.target, escalate.miss_rate
     labelled = replace(answers, run=replace(answers.run, escalation=sampled))
 
@@ -151,8 +151,8 @@ def guaranteed_escalation(
     facts = json.loads(_read_or_commit(answers.run.store, "escalation.json", find))
     agreed = 1 - facts["disagreeing"] / max(1, facts["labels"])
     why = (
-        f"its answer to {facts['labels']:,} records of a sample is the merged one for {agreed:.1%}; "
-        f"with probability {1 - delta:g}, merged answers then agree with it on {target:.1%} or more"
+        f"in a sample of {facts['labels']:,} the merged answer is its own for {agreed:.1%}; with "
+        f"probability {1 - delta:g}, merged answers then agree with it on {target:.1%} or more"
     )
     answers.emit(Escalated(escalate.agent, facts["picked"], facts["of"], why))
     place = facts["place"] and Place(**facts["place"])
