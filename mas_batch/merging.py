@@ -25,7 +25,7 @@ def merge_spec(job: Job) -> MergeSpec:
     """Fill the job's merge section with the task's defaults."""
     task, escalate = make_task(job.task), job.routing.escalate
     return MergeSpec(
-        method=job.merge.method or task.default_merge,
+        method=job.merge.method or _default_method(job, task.default_merge),
         utility=job.merge.utility or task.default_utility,
         accuracies=job.merge.accuracies,
         weights=job.merge.weights,
@@ -38,6 +38,16 @@ def merge_spec(job: Job) -> MergeSpec:
         covers_text=task.covers_text,
         last_word=escalate.agent if escalate is not None and escalate.target is not None else None,
     )
+
+
+def _default_method(job: Job, default: str) -> str:
+    """Return the task's default: where that is `auto`, `mbr` for jobs that need or know more.
+
+    That is: a single answer, weights that are given, and an escalation, which needs a confidence.
+    """
+    merge = job.merge
+    is_clear = job.answers_per_record < 2 or merge.weights or merge.accuracies
+    return "mbr" if default == "auto" and (is_clear or job.routing.escalate) else default
 
 
 def stopping_rule(job: Job) -> StoppingRule | None:

@@ -18,6 +18,7 @@ from mas_batch.aggregate.ballots import (
     verdict,
 )
 from mas_batch.aggregate.method import EVERY_COLUMN, MergeSpec, Method, Shared
+from mas_batch.aggregate.reductions import Partial, Reduction, add_up
 
 
 def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
@@ -52,6 +53,30 @@ def mean_logprob(ballot: Ballot) -> float | None:
         return None
     mean = ballot.logprob_sum / ballot.num_logprobs
     return mean if math.isfinite(mean) else None
+
+
+def likelihoods_of(ballots: Sequence[Ballot]) -> Partial:
+    """Add up how likely each agent's answers to a record are: agent → [sum of their mean
+    log-probabilities in 1e-9 nats, answers that say, answers]."""
+    sums: dict[str, list[int]] = {}
+    for ballot in ballots:
+        mean = mean_logprob(ballot)
+        own = sums.setdefault(ballot.agent_id, [0, 0, 0])
+        own[0] += 0 if mean is None else to_units(mean)
+        own[1] += mean is not None
+        own[2] += 1
+    return sums
+
+
+def _mean_probabilities(sums: Partial) -> dict[str, float]:
+    """Return agent → geometric mean of its tokens' probabilities; {} where an answer says none."""
+    if any(told < answers for _, told, answers in sums.values()):
+        return {}
+    return {agent: math.exp(units / (UNITS * told)) for agent, (units, told, _) in sums.items()}
+
+
+LIKELIHOODS = Reduction("likelihoods", likelihoods_of, add_up, _mean_probabilities)
+"""Of one record's ballots; the figures compare within a family only."""
 
 
 def _comparable(ballots: Sequence[Ballot]) -> list[float] | None:
@@ -99,8 +124,12 @@ def _by_highest(ballots: Sequence[Ballot], weights: Sequence[int]) -> list[Candi
 
 
 def _most_accurate_first(ballots: Sequence[Ballot], spec: MergeSpec, shared: Shared) -> Verdict:
-    """Prefer the most accurate agent; those of unknown accuracy come last."""
-    return best(ballots, sorted(spec.agents, key=lambda agent: -spec.accuracies.get(agent, 0.0)))
+    """Prefer the most accurate agent; those of unknown accuracy come last.
+
+    Of accuracies that `auto` has found the agent decides, not a record's likelihoods.
+    """
+    preference = sorted(spec.agents, key=lambda agent: -spec.accuracies.get(agent, 0.0))
+    return (best if spec.chosen is None else most_preferred)(ballots, preference)
 
 
 BEST = Method(

@@ -117,6 +117,8 @@ def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
     facts: dict[str, Any] = {"method": spec.method, "accuracies": dict(spec.accuracies)}
     if spec.rules.uses_utility:
         facts |= {"utility": spec.utility, "weights": spec.weights}
+    if spec.chosen is not None:
+        facts |= {"chosen_by": "auto", "why": spec.chosen}
     if spec.reliability is not None:
         facts["reliability"] = json.loads(spec.reliability.to_json())
     return facts
