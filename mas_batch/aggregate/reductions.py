@@ -55,6 +55,7 @@ def count_run(
         "cut": _num_true(pc.equal(results["finish_reason"], "length")),
         "split": _num_true(pc.greater(results["num_parts"], 1)),
         "confidence_histogram": _histogram(results),
+        "labels": _count_labels(results, answers) if answer_kind == "label" else {},
         "agents": _count_agents(results, answers, answer_kind),
     }
 
@@ -112,6 +113,20 @@ def _count_agents(
             won.add((row["agent_id"], row["record_id"]))
             counts["wins"] += 1
     return {agent_id: dict(sorted(counts.items())) for agent_id, counts in sorted(agents.items())}
+
+
+def _count_labels(results: pa.Table, answers: pa.Table) -> dict[str, Any]:
+    """Count how often each label was published, and said by each agent."""
+    said: dict[str, Counter[str]] = {}
+    for row in deduplicate(answers).select(["agent_id", "label", "reason"]).to_pylist():
+        counts = said.setdefault(row["agent_id"], Counter())
+        if row["reason"] is None:
+            counts[row["label"]] += 1
+    published = Counter(results["answer"].to_pylist())
+    return {
+        "published": dict(sorted(published.items())),
+        "agents": {agent: dict(sorted(counts.items())) for agent, counts in sorted(said.items())},
+    }
 
 
 _AGENT_COUNTS = (

@@ -8,12 +8,14 @@ from typing import Any
 
 from mas_batch.aggregate.reliability import Reliability
 from mas_batch.quality import KeptEvaluation
+from mas_batch.report.label_counts import Confusion, LabelCounts
 from mas_batch.report.record_facts import (
     FailedAnswers,
     FailureGroup,
     RecordFacts,
     Scope,
 )
+from mas_batch.report.verdict import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +140,15 @@ class Facts:
     method: str
     policy: str
     outcome: ExitFacts
+    findings: tuple[Finding, ...]
+    """What is to be read first."""
     totals: Totals
     quality: KeptEvaluation | None
     time: TimeFacts | None
     agents: tuple[AgentFacts, ...]
     num_agents_left_out: int
+    labels: LabelCounts | None
+    confusion: Confusion | None
     agreement: Agreement | None
     reliability: Reliability | None
     confidence: tuple[int, ...]
