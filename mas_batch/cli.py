@@ -73,6 +73,11 @@ def _clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 @click.option(
+    "--retry-failed",
+    is_flag=True,
+    help="Ask again for what failed in the published run, and publish a new version of it.",
+)
+@click.option(
     "--scheduler", metavar="ADDRESS", help="Use this Dask scheduler (tcp://… or tls://…)."
 )
 @click.option("--scheduler-file", metavar="FILE", help="Use the Dask scheduler of this file.")
@@ -91,6 +96,7 @@ def submit(
     job_file: str,
     overrides: tuple[str, ...],
     dry_run: bool,
+    retry_failed: bool,
     scheduler: str | None,
     scheduler_file: str | None,
     output: str | None,
@@ -116,6 +122,8 @@ def submit(
     ]
     job = load_job(job_file, [*overrides, *given])
     out = Console(soft_wrap=False, stderr=as_json)
+    if dry_run and retry_failed:
+        raise click.UsageError("--dry-run and --retry-failed do not go together")
     if dry_run:
         plan = pipeline.preview(job)
         if as_json:
@@ -124,7 +132,7 @@ def submit(
             show.print_preview(out, job, plan)
         return
     throughput = Throughput()
-    summary = _run(job, throughput)
+    summary = _run(job, throughput, retry_failed=retry_failed)
     if as_json:
         click.echo(json.dumps(show.summary_facts(job, summary, throughput), ensure_ascii=False))
     else:
@@ -139,7 +147,7 @@ class _LogLine(logging.Formatter):
         return printable(without_credentials(super().format(record)))
 
 
-def _run(job: Job, throughput: Throughput) -> Summary:
+def _run(job: Job, throughput: Throughput, *, retry_failed: bool) -> Summary:
     from mas_batch import pipeline
     from mas_batch.monitor.progress import Bar, LogLines
 
@@ -160,7 +168,7 @@ def _run(job: Job, throughput: Throughput) -> Summary:
             for reader in readers:
                 reader(event)
 
-        return pipeline.run(job, emit=emit)
+        return pipeline.run(job, emit=emit, retry_failed=retry_failed)
 
 
 @main.command("show")

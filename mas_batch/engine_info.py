@@ -24,6 +24,8 @@ class EngineInfo:
     """It waits for something else than the cores of the worker's machine."""
     operational: tuple[str, ...] = ()
     """Options that change no answer, only how fast it comes or who pays for it."""
+    limits: tuple[str, ...] = ()
+    """Options that say only which texts it can be asked about whole."""
     random_options: tuple[str, ...] = ()
     """Options that make it draw its answers by lot, whatever the temperature."""
     greedy_samples_differ: bool = False

@@ -148,6 +148,15 @@ class Reason(StrEnum):
             return "parse"
         return "answer"
 
+    @property
+    def worth_retrying(self) -> bool:
+        """Whether another try may succeed: `mas-batch submit --retry-failed` makes one.
+
+        A reply that cannot be parsed would be the same again, and so would an unusable record. A
+        text that was too long may fit another version of the engine or server.
+        """
+        return self.stage == "answer"
+
 
 _CORPUS_REASONS = frozenset(
     {

@@ -372,6 +372,9 @@ class Routing(_Model):
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
     """A worker that is silent about a partition for longer is restarted. None: twenty times
     what its measured rate leads to expect, at least ten minutes."""
+    load_timeout_s: Annotated[float, Field(gt=0.0)] = 3600.0
+    """A worker that has not loaded its model for longer, downloading it included, is given up and
+    restarted."""
     window: Annotated[int, Field(ge=1, le=64)] | None = None
     """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
     hides the latency of asking, but what waits cannot go to the replica that is free first. None: 2

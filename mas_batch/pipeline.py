@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,18 @@ from mas_batch.engines.classical import examples
 from mas_batch.errors import ExitCode, JobError
 from mas_batch.events import AnswersReused, Emit, RunFinished
 from mas_batch.execution import execute, new_topic
-from mas_batch.incremental import Present, Settling, Since, asked_as, read_since, take_over
+from mas_batch.incremental import (
+    Present,
+    Settling,
+    Since,
+    asked_as,
+    begin_retry,
+    last_published,
+    latest_version,
+    read_since,
+    take_over,
+)
+from mas_batch.incremental.earlier import EarlierRun
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
 from mas_batch.merging import check_merging
@@ -108,6 +119,7 @@ def run(
     client: Client | None = None,
     scaler: Scaler | None = None,
     emit: Emit = lambda event: None,
+    retry_failed: bool = False,
 ) -> Summary:
     """Execute the job, or what is left of it, and publish the run.
 
@@ -117,9 +129,12 @@ def run(
         scaler: starts and ends workers of the client's cluster, between `count` and `max_count`
             of each agent; the embedded cluster has a scaler of its own.
         emit: called with every event, from the calling thread and in order.
+        retry_failed: ask again for what failed in the published run, where that may help, and
+            publish a whole new version of it, NAME-retry-1 and so on.
 
     Raises:
-        JobError: the job cannot run as written; no task was started.
+        JobError: the job cannot run as written; no task was started. Or there is nothing that is
+            published to retry.
         RunLockedError: another process works on this run, or has taken it over; with `since`,
             also on any other run of the job.
         MasBatchError: the run failed; what is committed is kept and resumed next time.
@@ -132,18 +147,28 @@ def run(
         client = cluster.current_client()
     corpus = CorpusReader(job.corpus)
     store, name = open_store(job, corpus)
+    output = _output_store(job)
+    retry = begin_retry(output, job.name, _base_name(job, corpus)) if retry_failed else None
+    if retry is not None and (retry.earlier.name != name or not retry.is_in_vain):
+        store, name = output.child(retry.name), retry.name
     if (summary := _published_summary(job, store, start)) is not None:
         remove_leftovers(store)
         return summary
-    one_at_a_time = job_lock(_output_store(job), job.name) if job.since else nullcontext()
+    one_at_a_time = job_lock(output, job.name) if job.since else nullcontext()
     with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:
         # The process that held the lock before may have completed the run.
         if (summary := _published_summary(job, store, start)) is not None:
             return summary
         plan = read_plan(store) or _stage_corpus(job, store, corpus, lock)
         is_embedded = cluster.is_embedded(job.cluster, client)
-        present = Present(job, _output_store(job), store, name, plan, is_embedded)
-        since = _take_over_if_wanted(present, lock)
+        present = Present(job, store, plan, is_embedded)
+        since: Since | None
+        if retry is not None:
+            since = _take_over(present, lambda: retry.earlier, lock)
+        elif job.since:
+            since = _take_over(present, lambda: last_published(output, job.name, name), lock)
+        else:
+            since = read_since(store)  # an earlier execution may have taken answers over
         job_to_ask, facts = _job_of_agents_to_ask(job, since), _manifest_facts(job, since)
         phases.begin(STARTING)
         specs = (
@@ -218,10 +243,15 @@ def preview(job: Job) -> Preview:
 
 
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
-    """Return the store and the name of this job's run on this corpus."""
+    """Return the store and the name of this job's run on this corpus: of its latest version."""
+    output = _output_store(job)
+    name = latest_version(output, _base_name(job, corpus))
+    return output.child(name), name
+
+
+def _base_name(job: Job, corpus: CorpusReader) -> str:
     taught = [examples.fingerprint(agent.options) for agent in job.agents]
-    name = run_name(job, corpus.fingerprint, taught)
-    return _output_store(job).child(name), name
+    return run_name(job, corpus.fingerprint, taught)
 
 
 def _output_store(job: Job) -> Store:
@@ -246,12 +276,9 @@ def _stage_corpus(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -
         raise
 
 
-def _take_over_if_wanted(present: Present, lock: RunLock) -> Since | None:
-    """Take over what an earlier run has answered, if the job says so; None: nothing to reuse."""
-    job = present.job
-    if job.since is None:
-        return read_since(present.store)  # an earlier execution, with `since`, may have done so
-    return take_over(present, Settling.of(job, *check_merging(job)), lock.check)
+def _take_over(present: Present, earlier: Callable[[], EarlierRun | None], lock: RunLock) -> Since:
+    settling = Settling.of(present.job, *check_merging(present.job))
+    return take_over(present, settling, earlier, lock.check)
 
 
 def _job_of_agents_to_ask(job: Job, since: Since | None) -> Job | None:
@@ -266,6 +293,8 @@ def _manifest_facts(job: Job, since: Since | None) -> dict[str, Any]:
     facts: dict[str, Any] = {"asked_as": {a.name: asked_as(job, a) for a in job.agents}}
     if since is not None:
         facts["since"] = {"run": since.run, "records": since.records, "refused": since.refused}
+        if since.is_retry:
+            facts["since"]["is_retry"] = True
     return facts
 
 

@@ -57,8 +57,8 @@ class Answer:
     value: float | None = None
     sum_logprob: float | None = None
     finish_reason: str = "stop"
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = 0
+    completion_tokens: int | None = 0
     num_parts: int = 1
     t_compute_s: float = 0.0
     t_prefill_s: float | None = None
@@ -155,6 +155,7 @@ FAILURES = pa.schema(
         pa.field("message", pa.string()),
         pa.field("agent_id", pa.string()),
         pa.field("attempt", pa.int32()),
+        pa.field("worth_retrying", pa.bool_()),  # by `submit --retry-failed`; see `errors.Reason`
     ]
 )
 

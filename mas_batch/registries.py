@@ -15,6 +15,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch.engines.echo",
             holds="nothing",
             computes_elsewhere=True,
+            limits=("max_context_tokens",),
             random_options=("error_rate",),
             greedy_samples_differ=True,
         ),
@@ -33,6 +34,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             holds="endpoint",
             computes_elsewhere=True,
             operational=("concurrency", "timeout_s", "max_retries", "api_key_env"),
+            limits=("max_context_tokens",),
         ),
         "nearest": EngineInfo(
             "mas_batch.engines.classical.nearest",

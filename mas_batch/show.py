@@ -64,7 +64,8 @@ def print_preview(out: Console, job: Job, plan: Preview) -> None:
 def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[str, Any]:
     """Return the outcome of a run as plain data."""
     manifest = summary.manifest
-    since = since_facts(manifest, nothing_new=summary.already_complete) if job.since else None
+    looked_back = job.since or manifest.get("since")
+    since = since_facts(manifest, nothing_new=summary.already_complete) if looked_back else None
     return {
         "job": job.name,
         "run": without_credentials(summary.run),
@@ -136,7 +137,8 @@ def print_run(out: Console, run: Run, num_shown: int) -> None:
     for line in since_lines(run.manifest):
         out.print(Text(printable(line)))
     for reason, count in sorted(run.manifest["counts"]["failures_by_reason"].items()):
-        out.print(f"[yellow]{count:,} records failed: {reason}[/] (see failures/)")
+        hint = "; --retry-failed asks again" if Reason(reason).worth_retrying else ""
+        out.print(f"[yellow]{count:,} records failed: {reason}[/] (see failures/{hint})")
     results = f"results: {without_credentials(run.store.url)}/results/*.parquet"
     out.print(results, soft_wrap=True, highlight=False, markup=False)
     if run.store.exists(report.NAME):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -75,12 +78,27 @@ def chaos_rounds(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="session")
 def _s3_endpoint() -> Iterator[str]:
     server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
+    responses = import_module("moto.s3.responses").S3Response
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        # S3 decides on a conditional put in one step; moto's threads look first, then put.
+        patch.setattr(responses, "put_object", _one_at_a_time(responses.put_object))
+        server.start()
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+        server.stop()
+
+
+def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    lock = threading.Lock()
+
+    @wraps(call)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return call(*args, **kwargs)
+
+    return locked
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mas_batch.agents.account import add
 from mas_batch.engines.base import Completion, Message, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import complete, plan_batches
+from mas_batch.engines.claims import MAX_COUNT
 from mas_batch.errors import EngineError, OutOfMemoryError, Reason
+from mas_batch.records import Answer
 
 LENGTHS = st.lists(st.integers(0, 300), max_size=60)
 
@@ -155,3 +158,40 @@ def test_a_prompt_without_room_for_the_answer_never_reaches_the_engine() -> None
     ]
     assert answers[0][0].message == ("7 prompt tokens + 4 new are over the model's context of 10")
     assert engine.batches == [["r1"]]
+
+
+@dataclass
+class Boaster(UpperCase):
+    """An engine whose claims about a completion no table can hold."""
+
+    claims: Mapping[str, Any] = field(default_factory=dict)
+
+    def _answer(self, request: Request, text: str) -> Completion:
+        return replace(super()._answer(request, text), **self.claims)
+
+
+@pytest.mark.parametrize(
+    ("name", "claimed", "kept"),
+    [
+        ("num_tokens", 2**31, None),
+        ("num_tokens", -1, None),
+        ("prompt_tokens", 2**40, None),
+        ("sum_logprob", float("nan"), None),
+        ("sum_logprob", float("-inf"), None),
+        ("compute_s", float("nan"), 0.0),
+        ("compute_s", -1.0, 0.0),
+        ("prefill_s", float("inf"), None),
+    ],
+)
+def test_a_claim_that_makes_no_sense_is_null(name: str, claimed: float, kept: float | None) -> None:
+    engine = Boaster(claims={name: claimed})
+    ((completion,),) = complete(engine, _requests(["a"]), Sampling(4))
+    assert getattr(completion, name) == kept
+    assert completion.text == "A0"
+
+
+def test_counts_of_parts_that_add_up_to_more_than_a_table_holds_are_null() -> None:
+    completion = Completion("a", (), None, MAX_COUNT, "stop", MAX_COUNT)
+    answer = add(Answer("r", "a", "f", 0, None), [completion] * 2)
+    assert (answer.prompt_tokens, answer.completion_tokens) == (None, None)
+    assert add(Answer("r", "a", "f", 0, None), [completion]).prompt_tokens == MAX_COUNT

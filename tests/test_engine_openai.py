@@ -17,6 +17,7 @@ import pytest
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
+from mas_batch.engines.claims import MAX_CHARS_PER_TOKEN
 from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason
 from mas_batch.models import fetch
 
@@ -73,6 +74,10 @@ class Handler(BaseHTTPRequestHandler):
         if word == "long":
             message = "This model's maximum context length is 8 tokens"
             return 400, {"error": {"message": message, "code": "context_length_exceeded"}}
+        if word == "claims":  # counts as the rest of the text says
+            prompt, completion = json.loads(text.removeprefix("claims "))
+            usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+            return 200, whole(body) | {"usage": usage}
         return 200, BAD_REPLIES.get(word) or whole(body)
 
     def log_message(self, *args: Any) -> None:
@@ -94,6 +99,13 @@ BAD_REPLIES: dict[str, Any] = {
     "silent": {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
     "uncounted": {"choices": [{"message": {"content": "123456789"}, "finish_reason": "stop"}]},
     "single": {"choices": [{"message": {"content": "ONE"}, "finish_reason": "stop"}]},
+    "echoed": {
+        "choices": [
+            {"message": {"content": None, "refusal": f"not with {CANARY}"}, "finish_reason": "stop"}
+        ]
+    },
+    "surrogate": {"choices": [{"message": {"content": "a \ud800 b"}, "finish_reason": "stop"}]},
+    "endless": {"choices": [{"message": {"content": "x " * 10**6}, "finish_reason": "stop"}]},
     "several": {"choices": [{"message": {"content": "1"}}, {"message": {"content": "2"}}]},
 }
 
@@ -309,7 +321,49 @@ def test_batching_does_not_halve_what_is_refused(server, load):
     assert len(server.bodies) == 1
 
 
+# --- What a server claims
+
+
+@pytest.mark.parametrize(
+    ("claimed", "kept"),
+    [
+        ("[1099511627776, 2]", (None, 2)),
+        ("[7, 1099511627776]", (7, None)),
+        ("[-1, -2]", (None, None)),
+        ('["7", null]', (None, None)),
+        ("[7.5, 2]", (None, 2)),
+    ],
+)
+def test_a_count_that_makes_no_sense_is_null_and_the_answer_counts(server, load, claimed, kept):
+    texts = ("a", f"claims {claimed}", "b")
+    rows = complete(load(), [request(text) for text in texts], GREEDY)
+    assert [row[0].text for row in rows] == [text.upper() for text in texts]
+    assert (rows[1][0].prompt_tokens, rows[1][0].num_tokens) == kept
+    assert len(server.bodies) == 3, "each is asked once"
+
+
+def test_a_reply_that_is_no_unicode_fails_alone_and_its_batch_mates_are_not_asked_again(
+    server, load
+):
+    rows = complete(load(), [request(text) for text in ("a", "surrogate", "b")], GREEDY)
+    assert [row[0].text for row in rows] == ["A", "", "B"]
+    assert rows[1][0].reason is Reason.ENGINE_ERROR
+    assert "lone surrogate, U+D800" in rows[1][0].message
+    assert len(server.bodies) == 3
+
+
+def test_a_reply_without_end_is_cut(load):
+    ((completion,),) = complete(load(), [request("endless")], GREEDY)
+    assert len(completion.text) == MAX_CHARS_PER_TOKEN * GREEDY.max_new_tokens
+    assert completion.finish_reason == "length"
+
+
 # --- The key
+
+
+def test_a_key_that_a_refusal_quotes_is_taken_out(load):
+    ((completion,),) = load().generate([request("echoed")], GREEDY)
+    assert completion.message == "the model refused: not with [key]"
 
 
 def test_the_key_is_nowhere_to_be_seen(server, load, caplog):

@@ -90,9 +90,14 @@ class Nights:
         }
         return check_job(_merged(_merged(raw, self.sections), changes))
 
-    def run(self, rows: list[Row] | None, **changes: Any) -> Run:
+    def run(self, rows: list[Row] | None, *, retry_failed: bool = False, **changes: Any) -> Run:
         self.events = Recorder()
-        summary = pipeline.run(self.job(rows, **changes), client=self.client, emit=self.events)
+        summary = pipeline.run(
+            self.job(rows, **changes),
+            client=self.client,
+            emit=self.events,
+            retry_failed=retry_failed,
+        )
         return mas_batch.open_run(summary.run)
 
     def full(self, rows: list[Row] | None, **changes: Any) -> Run:

@@ -14,7 +14,7 @@ from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.chrf import chrf_matrix
 from mas_batch.aggregate.mbr import minimum_bayes_risk
 from mas_batch.aggregate.normalise import nfc
-from mas_batch.aggregate.rouge import rouge_l_matrix
+from mas_batch.aggregate.rouge import MAX_WORDS, rouge_l_matrix
 from mas_batch.aggregate.utilities import UTILITIES, Utility
 
 # Few letters, so that n-grams repeat and are shared; and everything else, so that nothing breaks.
@@ -60,6 +60,12 @@ def test_chrf_is_sacrebleus(texts: list[str]) -> None:
 @example(["\u0130stanbul \u017f \u212a", "istanbul s k"])
 def test_rouge_l_is_googles(texts: list[str]) -> None:
     np.testing.assert_allclose(rouge_l_matrix(texts), google_matrix(texts), rtol=0, atol=1e-12)
+
+
+def test_rouge_l_compares_no_more_than_so_many_words() -> None:
+    first = "a " * MAX_WORDS
+    scores = rouge_l_matrix([first + "b " * 10**6, first + "c " * 10**6, first])
+    np.testing.assert_array_equal(scores, np.ones((3, 3)))
 
 
 def test_rouge_l_of_texts_longer_than_a_machine_word() -> None:

@@ -235,6 +235,7 @@ def test_an_unusable_record_fails_at_its_own_stage_whatever_was_answered() -> No
             "message": "corpus.csv row 7: empty",
             "agent_id": None,
             "attempt": None,
+            "worth_retrying": False,
         }
     ]
 
@@ -254,6 +255,7 @@ def test_a_record_without_an_answer_fails_with_the_most_telling_reason() -> None
         "message": "b: unparsable_answer",
         "agent_id": "b",
         "attempt": 3,
+        "worth_retrying": False,
     }
 
 

@@ -13,7 +13,7 @@ from distributed import Client, SpecCluster, Worker
 
 import mas_batch
 from mas_batch import pipeline
-from mas_batch.agents import work
+from mas_batch.agents import host, work
 from mas_batch.dask_compat import forget_collections
 from mas_batch.errors import JobError, ModelError, OutputError, RunError
 from mas_batch.events import (
@@ -29,13 +29,14 @@ from mas_batch.events import (
     PartitionUndecided,
 )
 from mas_batch.job import Job
+from mas_batch.models import ModelFiles, fetch
 from mas_batch.routing import upkeep
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
 from mas_batch.show import answers_saved
 from tests.clusters import cluster_of
 from tests.test_run import Recorder
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, wait_until
 
 MakeJob = Callable[..., Job]
 LABELS = ["x", "y", "z"]
@@ -287,6 +288,31 @@ def test_a_worker_without_a_nanny_that_hangs_is_cut_off(
     assert "silent about partition" in draining.message
     assert [event.message for event in events.of(AgentLost)] == ["the worker was lost"]
     assert "careful" in {event.purpose for event in events.of(PartitionAsked)}
+
+
+def test_a_download_that_hangs_is_given_up_and_its_worker_cut_off(
+    elastic: SpecCluster, make_job: MakeJob
+) -> None:
+    release = threading.Event()
+
+    def hang(source: str) -> ModelFiles:
+        release.wait(PATIENCE_S)
+        return fetch(source)
+
+    events = Recorder()
+    agents = [{"name": "w", "model": "echo:w"}]
+    job = make_job(agents=agents, routing={"load_timeout_s": 0.5})
+    with Client(elastic) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "fetch", hang)  # workers are in this process
+        client.wait_for_workers(1)
+        (address,) = client.scheduler_info(n_workers=-1)["workers"]
+        try:
+            with pytest.raises(ModelError, match=r"not loaded within 0\.5 s .*load_timeout_s"):
+                pipeline.run(job, client=client, emit=events)
+            wait_until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
+        finally:
+            release.set()
+    assert [event.agent_id for event in events.of(AgentLost)] == ["w"]
 
 
 def spans_of(dask_scheduler: Any) -> list[tuple[tuple[str, ...], int]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.normalise import nfc_bytes
-from mas_batch.aggregate.rover import rover
+from mas_batch.aggregate.rover import MAX_WORDS, rover
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "bb", "é"]), min_size=1, max_size=6).map(" ".join)
 
@@ -94,3 +94,14 @@ def test_the_order_of_answers_changes_nothing(texts: list[str], shuffle: random.
 def test_what_all_say_is_published_in_full_confidence(text: str, number: int) -> None:
     verdict = rover(ballots(*[text] * number))
     assert (verdict.answer, verdict.confidence, verdict.margin) == (text, 1.0, 1.0)
+
+
+def test_texts_that_are_too_long_to_align_are_voted_on_whole() -> None:
+    long = "a b " * MAX_WORDS
+    verdict = rover(ballots(long, "a b c", long))
+    assert verdict.answer == long
+    assert verdict.confidence == pytest.approx(2 / 3)
+    assert verdict.margin == pytest.approx(1 / 3)
+    assert [c.answer for c in verdict.support] == [long, "a b c"]
+    longest = " ".join(["a"] * MAX_WORDS)
+    assert rover(ballots(longest, longest, "b")).support[0].weight == 1, "these are still aligned"

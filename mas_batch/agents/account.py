@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mas_batch.engines.base import Completion
+from mas_batch.engines.claims import MAX_COUNT
 from mas_batch.errors import RecordError
 from mas_batch.records import Answer, Parsed
 
@@ -16,14 +17,19 @@ from mas_batch.records import Answer, Parsed
 def add(answer: Answer, completions: Sequence[Completion]) -> Answer:
     """Add what completions took to an answer: tokens, seconds and log-probabilities are sums.
 
-    A single unknown log-probability or prefill makes its sum unknown. `finish_reason` is `error`
-    if any completion failed, else `length` if any was cut, else `stop`.
+    A single unknown count, log-probability or prefill makes its sum unknown, as does a count
+    that no table can hold. `finish_reason` is `error` if any completion failed, else `length`
+    if any was cut, else `stop`.
     """
     reasons = {answer.finish_reason, *(c.finish_reason for c in completions)}
     return replace(
         answer,
-        prompt_tokens=answer.prompt_tokens + sum(c.prompt_tokens for c in completions),
-        completion_tokens=answer.completion_tokens + sum(c.num_tokens for c in completions),
+        prompt_tokens=_sum_of_counts(
+            [answer.prompt_tokens, *(c.prompt_tokens for c in completions)]
+        ),
+        completion_tokens=_sum_of_counts(
+            [answer.completion_tokens, *(c.num_tokens for c in completions)]
+        ),
         sum_logprob=_sum_if_all_known([answer.sum_logprob, *(c.sum_logprob for c in completions)]),
         t_compute_s=answer.t_compute_s + sum(c.compute_s for c in completions),
         t_prefill_s=_sum_if_all_known([answer.t_prefill_s, *(c.prefill_s for c in completions)]),
@@ -34,6 +40,12 @@ def add(answer: Answer, completions: Sequence[Completion]) -> Answer:
 def _sum_if_all_known(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
+
+
+def _sum_of_counts(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    total = sum(known)
+    return total if len(known) == len(values) and total <= MAX_COUNT else None
 
 
 def succeeded(answer: Answer, parsed: Parsed) -> Answer:

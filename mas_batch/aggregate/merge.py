@@ -120,6 +120,7 @@ def _failure(record_id: str, cause: Mapping[str, Any]) -> dict[str, Any]:
         "message": cause["message"],
         "agent_id": cause.get("agent_id"),
         "attempt": cause.get("attempt"),
+        "worth_retrying": reason.worth_retrying,
     }
 
 

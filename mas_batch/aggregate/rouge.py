@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+MAX_WORDS = 4096
+"""Further words of a text are not compared: the cost grows with the square of their number."""
+
 _TOKEN = re.compile("[a-z0-9]+")
 
 
@@ -17,12 +20,13 @@ def rouge_l_matrix(texts: Sequence[str]) -> npt.NDArray[np.float64]:
 
     Shape [N, N], symmetric, values in [0, 1]. Tokens are those of Google's rouge_score
     without a stemmer: lowercase runs of a–z and 0–9. A text without one, which is every text
-    in another script, scores 0, against itself too: use chrF there.
+    in another script, scores 0, against itself too: use chrF there. Of a text of more than
+    `MAX_WORDS` tokens, the first so many are compared.
 
     Source: Lin, "ROUGE: a package for automatic evaluation of summaries", 2004.
     Cost: O(N² n ⌈n/w⌉) for texts of n tokens and machine words of w bits.
     """
-    tokens = [_TOKEN.findall(text.lower()) for text in texts]
+    tokens = [_TOKEN.findall(text.lower())[:MAX_WORDS] for text in texts]
     scores = np.zeros((len(texts), len(texts)))
     for i, row in enumerate(tokens):
         places = _places(row)

@@ -18,6 +18,9 @@ from mas_batch.aggregate.ballots import (
 )
 from mas_batch.aggregate.method import Method
 
+MAX_WORDS = 1000
+"""Texts are aligned if none has more words: the table of an alignment has a cell for every pair."""
+
 Slot = list[str]
 """One place of the word transition network: each aligned text's word there, "" for none."""
 
@@ -38,13 +41,20 @@ def rover(ballots: Sequence[Ballot], weights: Sequence[float] | None = None) -> 
     Args:
         weights: positive, one per ballot; None: 1 each.
 
+    Where a text has more than `MAX_WORDS` words, none is aligned: the answer that most weight is
+    behind is published whole, and its confidence is its share of the weight, as if different
+    texts had no word in common.
+
     Source: Fiscus, "A post-processing system to yield reduced word error rates: recognizer
     output voting error reduction (ROVER)", ASRU 1997, voting by frequency. Cost: O(N² L²) for
     N texts of L words: for sentences and paragraphs, not for documents.
     """
     units = [to_units(weight) for weight in weights or [1.0] * len(ballots)]
     candidates = rank_candidates(gather(ballots, units))
-    slots = _network([candidate.backers[0].key.split() for candidate in candidates])
+    texts = [candidate.backers[0].key.split() for candidate in candidates]
+    if max(map(len, texts)) > MAX_WORDS:
+        return _whole(candidates)
+    slots = _network(texts)
     tallies = [_ranked_votes(slot, candidates) for slot in slots]
     winners = [votes[0][1] for votes in tallies]
     support = _support(candidates, slots, winners)
@@ -59,6 +69,14 @@ def rover(ballots: Sequence[Ballot], weights: Sequence[float] | None = None) -> 
     answer = " ".join(filter(None, winners)) or closest.answer
     tie = any(len(votes) > 1 and votes[0][0] == votes[1][0] for votes in tallies)
     return replace(closest, answer=answer, value=None, tie=tie)
+
+
+def _whole(candidates: Sequence[Candidate]) -> Verdict:
+    """Publish the answer of most weight as it is."""
+    total = sum(candidate.score for candidate in candidates)
+    shares = [candidate.score / total for candidate in candidates]
+    margin = shares[0] - sum(shares[1:2])
+    return verdict(candidates, shares, shares[0], "word_agreement", margin)
 
 
 def _network(texts: Sequence[Sequence[str]]) -> list[Slot]:

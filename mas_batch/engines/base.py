@@ -81,10 +81,11 @@ class Completion:
     sum_logprob: float | None
     """Natural log-probability of `token_ids` under the model at temperature 1, end token
     included where one was generated; None where the engine cannot know it."""
-    num_tokens: int
+    num_tokens: int | None
+    """None where the engine cannot know it, or what it says of it makes no sense."""
     finish_reason: str
     """`stop` (the model ended), `length` (max_new_tokens cut it) or `error`."""
-    prompt_tokens: int
+    prompt_tokens: int | None
     compute_s: float = 0.0
     """This completion's share of its batch's model time."""
     prefill_s: float | None = None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, tokenized_prompt
+from mas_batch.engines.claims import checked
 from mas_batch.errors import EngineRefusedError, OutOfMemoryError, Reason
 
 
@@ -81,7 +82,8 @@ def _answers(
 ) -> list[list[Completion]]:
     """Ask about a batch, halving it where it fails, until the culprit stands alone."""
     try:
-        return engine.generate(batch, sampling)
+        replies = engine.generate(batch, sampling)
+        return [[checked(reply, sampling) for reply in row] for row in replies]
     except EngineRefusedError:
         raise
     except Exception as error:

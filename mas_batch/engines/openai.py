@@ -29,6 +29,7 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
+from mas_batch.engines.claims import MAX_COUNT
 from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason, RecordError
 from mas_batch.models import ModelFiles, parse_source
@@ -205,8 +206,11 @@ class OpenAIEngine:
         raise RecordError(Reason.TOO_LONG if too_long else Reason.ENGINE_ERROR, message)
 
     def _tell(self, error: Exception) -> str:
-        """Put an error in words; a server may quote the key in its own."""
-        message = f"{self._options.base_url}: {type(error).__name__}: {error}"
+        """Put an error in words."""
+        return self._clean(f"{self._options.base_url}: {type(error).__name__}: {error}")
+
+    def _clean(self, message: str) -> str:
+        """Take the key out of what a server says, and bound it."""
         if self._has_key:
             message = message.replace(self._client.api_key, "[key]")
         return message[:MAX_MESSAGE_CHARS]
@@ -221,50 +225,61 @@ class OpenAIEngine:
         try:
             usage = response.usage
             estimate = tokenized_prompt(self, request).num_tokens
-            prompt_tokens = usage.prompt_tokens if usage else estimate
+            prompt_tokens = _count(usage.prompt_tokens) if usage else estimate
             counted = zip(response.choices, _num_tokens(response), strict=True)
-            done = [_completion(choice, prompt_tokens, n) for choice, n in counted]
-        except (AttributeError, TypeError):
+            done = [self._completion(choice, prompt_tokens, n) for choice, n in counted]
+        except (AttributeError, TypeError, ValueError, OverflowError):
             done = []
         if not done:
             message = f"{self._options.base_url}: the reply is no chat completion"
             raise RecordError(Reason.ENGINE_ERROR, message)
         return done
 
+    def _completion(
+        self, choice: Choice, prompt_tokens: int | None, num_tokens: int | None
+    ) -> Completion:
+        refusal = choice.message.refusal
+        if refusal or choice.finish_reason == "content_filter":
+            why = f"the model refused: {refusal}" if refusal else "held back by a content filter"
+            message = self._clean(why)
+            return _failure(Reason.ENGINE_ERROR, message, prompt_tokens, num_tokens)
+        logprobs = choice.logprobs.content if choice.logprobs else None
+        return Completion(
+            text=(choice.message.content or "").strip(),
+            token_ids=(),  # the protocol has no ids
+            sum_logprob=math.fsum(token.logprob for token in logprobs) if logprobs else None,
+            num_tokens=num_tokens,
+            finish_reason="length" if choice.finish_reason == "length" else "stop",
+            prompt_tokens=prompt_tokens,
+        )
+
 
 load = OpenAIEngine
 
 
-def _completion(choice: Choice, prompt_tokens: int, num_tokens: int) -> Completion:
-    refusal = choice.message.refusal
-    if refusal or choice.finish_reason == "content_filter":
-        message = f"the model refused: {refusal}" if refusal else "held back by a content filter"
-        return _failure(Reason.ENGINE_ERROR, message[:MAX_MESSAGE_CHARS], prompt_tokens, num_tokens)
-    logprobs = choice.logprobs.content if choice.logprobs else None
-    return Completion(
-        text=(choice.message.content or "").strip(),
-        token_ids=(),  # the protocol has no ids
-        sum_logprob=math.fsum(token.logprob for token in logprobs) if logprobs else None,
-        num_tokens=num_tokens,
-        finish_reason="length" if choice.finish_reason == "length" else "stop",
-        prompt_tokens=prompt_tokens,
-    )
-
-
-def _failure(reason: Reason, message: str, prompt_tokens: int, num_tokens: int) -> Completion:
+def _failure(
+    reason: Reason, message: str, prompt_tokens: int | None, num_tokens: int | None
+) -> Completion:
     facts = ("", (), None, num_tokens, "error", prompt_tokens)
     return Completion(*facts, reason=reason, message=message)
 
 
-def _num_tokens(response: ChatCompletion) -> list[int]:
-    """Count each choice's tokens.
+def _count(claimed: object) -> int | None:
+    """Return a count that a server claims; None: it is no number. The library checks no types."""
+    return claimed if isinstance(claimed, int) else None
+
+
+def _num_tokens(response: ChatCompletion) -> list[int] | list[None]:
+    """Count each choice's tokens; None: the server's total makes no sense.
 
     The usage is a total over the choices: it is shared by their lengths, and adds up.
     """
     sizes = [_estimate(choice.message.content or "") for choice in response.choices]
     if response.usage is None:
         return sizes
-    total, whole = response.usage.completion_tokens, sum(sizes) or 1
+    total, whole = _count(response.usage.completion_tokens), sum(sizes) or 1
+    if total is None or not 0 <= total <= MAX_COUNT:
+        return [None] * len(sizes)
     bounds = [total * part // whole for part in itertools.accumulate(sizes, initial=0)]
     bounds[-1] = total
     return [after - before for before, after in itertools.pairwise(bounds)]
@@ -277,4 +292,4 @@ def _share_time(answers: list[list[Completion]], wall_s: float) -> list[list[Com
 
 
 def _estimate(text: str) -> int:
-    return -(-len(text.encode()) // BYTES_PER_TOKEN)
+    return -(-len(text.encode(errors="surrogatepass")) // BYTES_PER_TOKEN)

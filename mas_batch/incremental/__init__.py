@@ -14,8 +14,21 @@ anew, so the run publishes the same as a run that asks about every record.
 
 from __future__ import annotations
 
+from mas_batch.incremental.earlier import last_published
 from mas_batch.incremental.identity import asked_as
+from mas_batch.incremental.retry import begin_retry, latest_version
 from mas_batch.incremental.settling import Settling
 from mas_batch.incremental.taking import FILE, Present, Since, read_since, take_over
 
-__all__ = ["FILE", "Present", "Settling", "Since", "asked_as", "read_since", "take_over"]
+__all__ = [
+    "FILE",
+    "Present",
+    "Settling",
+    "Since",
+    "asked_as",
+    "begin_retry",
+    "last_published",
+    "latest_version",
+    "read_since",
+    "take_over",
+]

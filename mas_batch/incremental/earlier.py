@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mas_batch.errors import RunError
+from mas_batch.errors import Reason, RunError
 from mas_batch.incremental.index import COLUMNS, RecordIndex, record_keys
 from mas_batch.records import ANSWERS, join_answers
 from mas_batch.run_folder.names import answers_name, earlier_runs, staged_name
@@ -19,6 +19,9 @@ from mas_batch.run_folder.plan import Plan, read_plan
 from mas_batch.run_folder.ranges import from_ranges
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
+
+_IN_VAIN = pa.array([str(reason) for reason in Reason if not reason.worth_retrying])
+"""Reasons for which an answer would fail again."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +44,9 @@ class EarlierRun:
 
     run: Run
     plan: Plan
+    is_retried: bool = False
+    """Only failed answers for which that may help are asked for again: other failed ones are taken
+    over as they are, and so are answers to whole texts when only a limit has changed."""
 
     @property
     def name(self) -> str:
@@ -60,11 +66,22 @@ class EarlierRun:
         return RecordIndex.of(pool.map(keys, range(self.plan.num_partitions)))
 
     def answers(
-        self, agent_id: str, samples: int, prompt_hash: str, wanted: Wanted, pool: Executor
+        self,
+        agent_id: str,
+        samples: int,
+        prompt_hash: str,
+        wanted: Wanted,
+        pool: Executor,
+        *,
+        only_whole: bool = False,
     ) -> tuple[pa.Table, NDArray[np.int64]]:
         """Return the agent's answers to these records, under their present ids, and their owners.
 
-        Only records whose samples are all valid count: a failed answer is asked for again.
+        Only records whose samples are all usable count: a failed answer is asked for again, unless
+        the run is retried and that would be in vain.
+
+        Args:
+            only_whole: leave out answers to texts that were asked about in parts.
 
         Raises:
             RunError: a file of the run is missing, or cannot be read.
@@ -76,7 +93,7 @@ class EarlierRun:
 
         def read_answers(partition: int) -> tuple[pa.Table, list[int]]:
             name = answers_name(partition, agent_id)
-            rows = _valid_answers(self._read(name), prompt_hash)
+            rows = self._usable_answers(self._read(name), prompt_hash, only_whole)
             members = np.flatnonzero(partitions == partition).tolist()
             now = then = [wanted.ids[i] for i in members]
             if not wanted.same_id[members].all():
@@ -89,6 +106,14 @@ class EarlierRun:
             tables.append(self._with_origin(table))
             owners.append(wanted.owners[members])
         return pa.concat_tables(tables), np.concatenate(owners)
+
+    def _usable_answers(self, rows: pa.Table, prompt_hash: str, only_whole: bool) -> pa.Table:
+        usable = pc.is_null(rows["reason"])
+        if self.is_retried:
+            usable = pc.or_(usable, pc.is_in(rows["reason"], _IN_VAIN))
+        if only_whole:
+            usable = pc.and_(usable, pc.equal(rows["num_parts"], 1))
+        return rows.filter(pc.and_(usable, pc.equal(rows["prompt_hash"], prompt_hash)))
 
     def _read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         try:
@@ -115,14 +140,27 @@ def last_published(output: Store, job_name: str, current: str) -> EarlierRun | N
         if not runs:
             return None
         last = max(runs, key=lambda run: (run.manifest["finished"], run.manifest["run"]))
-        plan = read_plan(last.store)
+        return _with_plan(last)
     except (KeyError, OSError, RunError, ValueError) as error:
         raise _unreadable_run(output, error) from error
+
+
+def to_retry(output: Store, name: str) -> EarlierRun:
+    """Open the published run whose failed answers are asked for again, where that may help.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    store = output.child(name)
+    run = _with_plan(open_run(store.url, store.options))
+    return replace(run, is_retried=True)
+
+
+def _with_plan(run: Run) -> EarlierRun:
+    plan = read_plan(run.store)
     if plan is None:
-        raise _unreadable_run(
-            output, RunError(f"{last.store.location('plan.parquet')} is not there")
-        )
-    return EarlierRun(last, plan)
+        raise RunError(f"{run.store.location('plan.parquet')} is not there")
+    return EarlierRun(run, plan)
 
 
 def _published_runs(output: Store, job_name: str, current: str) -> Iterator[Run]:
@@ -141,11 +179,6 @@ def _unreadable_run(store: Store, error: Exception) -> RunError:
         f"{store.location('')}: `since: last` cannot read an earlier run: {error}; mend it or "
         "remove its folder, or ask about every record: --set since=null"
     )
-
-
-def _valid_answers(rows: pa.Table, prompt_hash: str) -> pa.Table:
-    has_answer = pc.is_null(rows["reason"])
-    return rows.filter(pc.and_(has_answer, pc.equal(rows["prompt_hash"], prompt_hash)))
 
 
 def _rows_of_complete_records(

@@ -8,7 +8,7 @@ the versions of the engine's libraries, which as a rule change digits, not answe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
     task = job.task.model_dump(mode="json", exclude={"prompt", "system"})
     prompts = (job.task.prompt, job.task.system, agent.prompt, agent.system)
     engine = agent.engine_info
-    left_out = ("examples", *(engine.operational if engine else ()))
+    operational, limits = (engine.operational, engine.limits) if engine else ((), ())
+    left_out = ("examples", *operational, *limits)
     options = {key: value for key, value in agent.options.items() if key not in left_out}
     sections: dict[str, Any] = {
         "model": agent.loaded_as,
@@ -44,6 +45,7 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
         "sampling": [agent.samples, agent.sampling.model_dump(mode="json")],
         "task": [VERSION, task],
         "options": options,
+        "limits": {key: agent.options[key] for key in limits if key in agent.options},
         "examples": examples.fingerprint(agent.options),
     }
     return {name: fingerprint(value) for name, value in sections.items()}
@@ -67,21 +69,39 @@ def is_random(agent: Agent) -> bool:
     return agent.sampling.temperature > 0 or by_option
 
 
+def changed_sections(job: Job, agent: Agent, earlier: Mapping[str, Any]) -> list[str] | None:
+    """Name the sections in which the agent was asked otherwise; None: it is not known how it was.
+
+    Args:
+        earlier: the manifest of the run that asked the agent.
+    """
+    then = earlier.get("asked_as", {}).get(agent.name)
+    if then is None:
+        return None
+    now = asked_as(job, agent)
+    unset = fingerprint({})  # no limits: a run of an earlier version does not have the section
+    return [section for section in now if now[section] != then.get(section, unset)]
+
+
 def why_not_reusable(
-    job: Job, agent: Agent, earlier: Mapping[str, Any], *, is_embedded: bool
+    job: Job,
+    agent: Agent,
+    earlier: Mapping[str, Any],
+    *,
+    is_embedded: bool,
+    may_change: Collection[str] = (),
 ) -> str | None:
     """Say why the agent's earlier answers cannot be reused; None: they can.
 
     Args:
         earlier: the manifest of the run that asked the agent.
+        may_change: sections that need not be the same.
         is_embedded: the models are loaded on this machine.
     """
-    then = earlier.get("asked_as", {}).get(agent.name)
-    if then is None:
+    sections = changed_sections(job, agent, earlier)
+    if sections is None:
         return "that run did not ask it, or does not say how"
-    now = asked_as(job, agent)
-    changed = [section for section in now if now[section] != then.get(section)]
-    if changed:
+    if changed := [section for section in sections if section not in may_change]:
         return f"changed since: {', '.join(changed)}"
     return _files_changed(agent.model, earlier["engines"].get(agent.name, {}), is_embedded)
 

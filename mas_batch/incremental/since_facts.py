@@ -44,8 +44,9 @@ def since_lines(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "since last: there was no earlier run, every record was asked about"
         return
     records = facts["records"]
+    what = "failures retried of" if manifest["since"].get("is_retry") else "since"
     yield (
-        f"since {facts['run']}: {facts['reused_answers']:,} answers reused, "
+        f"{what} {facts['run']}: {facts['reused_answers']:,} answers reused, "
         f"{facts['asked_answers']:,} asked for; records: {in_words(records)}"
     )
     for agent_id, why in facts["refused"].items():

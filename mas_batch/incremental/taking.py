@@ -14,8 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mas_batch.incremental.earlier import EarlierRun, Wanted, last_published
-from mas_batch.incremental.identity import hash_of_prompt, is_random, why_not_reusable
+from mas_batch.incremental.earlier import EarlierRun, Wanted
+from mas_batch.incremental.identity import (
+    changed_sections,
+    hash_of_prompt,
+    is_random,
+    why_not_reusable,
+)
 from mas_batch.incremental.index import COLUMNS, Keys, Matches, RecordIndex, record_keys
 from mas_batch.incremental.settling import Settling
 from mas_batch.job import Agent, Job
@@ -49,6 +54,8 @@ class Since:
     """Agent → number of its earlier answers that can be reused."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Agent → why none of its earlier answers can be reused."""
+    is_retry: bool = False
+    """Only what failed in the earlier run is asked for again."""
 
 
 def read_since(run: Store) -> Since | None:
@@ -64,24 +71,25 @@ class Present:
     """The run that takes answers over; its corpus is staged."""
 
     job: Job
-    output: Store
-    """The folder of the job's runs."""
     store: Store
-    name: str
     plan: Plan
     is_embedded: bool
     """Whether models are loaded on this machine."""
 
 
 def take_over(
-    present: Present, settling: Settling, check: Callable[[], None] = lambda: None
+    present: Present,
+    settling: Settling,
+    earlier: Callable[[], EarlierRun | None],
+    check: Callable[[], None] = lambda: None,
 ) -> Since:
-    """Take over answers of the job's last published run, unless an execution has done so already.
+    """Take over answers of an earlier run, unless an execution has done so already.
 
     Memory: 48 bytes per record of the earlier run, twice that for a moment, and the answers to
     `_RECORDS_AT_ONCE` records.
 
     Args:
+        earlier: opens that run; None: there is none.
         check: called for every `_RECORDS_AT_ONCE` records; an exception that it raises ends the
             call.
 
@@ -91,12 +99,12 @@ def take_over(
     """
     if (known := read_since(present.store)) is not None:
         return known
-    earlier = last_published(present.output, present.job.name, present.name)
-    if earlier is None:
+    found = earlier()
+    if found is None:
         since = Since(None, tuple(agent.name for agent in present.job.agents))
     else:
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="since-last") as pool:
-            since = _Taking.begin(present, settling, earlier, pool).run(check)
+            since = _Taking.begin(present, settling, found, pool).run(check)
     content = json.dumps(asdict(since), ensure_ascii=False, indent=1)
     present.store.commit(FILE, content.encode())
     return since
@@ -203,10 +211,15 @@ class _Taking:
         cls, present: Present, settling: Settling, earlier: EarlierRun, pool: Executor
     ) -> _Taking:
         job, manifest = present.job, earlier.run.manifest
+        may_change = ("limits",) if earlier.is_retried else ()
         refused = {
             agent.name: why
             for agent in job.agents
-            if (why := why_not_reusable(job, agent, manifest, is_embedded=present.is_embedded))
+            if (
+                why := why_not_reusable(
+                    job, agent, manifest, is_embedded=present.is_embedded, may_change=may_change
+                )
+            )
         }
         agents = [agent for agent in job.agents if agent.name not in refused]
         done = committed(present.store, present.plan, settling.samples)
@@ -233,6 +246,7 @@ class _Taking:
             tally.counts(),
             {agent.name: answers[agent.name] for agent in self.agents},
             self.refused,
+            self.earlier.is_retried,
         )
 
     @property
@@ -270,9 +284,13 @@ class _Taking:
 
     def _known_answers(self, agent: Agent, block: _Neighbours) -> list[pa.Table]:
         """Return the agent's earlier answers that can be reused, a table per partition."""
-        prompt = hash_of_prompt(self.present.job, agent)
+        job, earlier = self.present.job, self.earlier
+        prompt = hash_of_prompt(job, agent)
         wanted = block.wanted(same_id=is_random(agent))
-        found = self.earlier.answers(agent.name, agent.samples, prompt, wanted, self.pool)
+        has_changed = bool(changed_sections(job, agent, earlier.run.manifest))  # a limit
+        found = earlier.answers(
+            agent.name, agent.samples, prompt, wanted, self.pool, only_whole=has_changed
+        )
         return block.split(*found)
 
     def _commit_known(

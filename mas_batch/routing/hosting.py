@@ -47,6 +47,14 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Load:
+    """A worker that is loading its agent's model."""
+
+    future: Future
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Refusal:
     """A worker that could not load an agent's model."""
 
@@ -102,9 +110,10 @@ class Hosting:
         self._emit = emit
         self._watch = watch
         self._wait_s = job.cluster.wait_s
+        self._load_timeout_s = job.routing.load_timeout_s
         self._names: dict[str, str] = {}  # worker address → worker name
         self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
-        self._loading: dict[str, Future] = {}
+        self._loading: dict[str, _Load] = {}
         self._refused: dict[str, _Refusal] = {}  # by address
         self._paused: set[str] = set()  # addresses
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
@@ -123,8 +132,8 @@ class Hosting:
 
     def close(self) -> None:
         """Forget what is still loading."""
-        for future in self._loading.values():
-            future.release()
+        for load in self._loading.values():
+            load.future.release()
 
     # Loading
 
@@ -184,15 +193,15 @@ class Hosting:
             future = self._client.submit(
                 load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
             )
-        self._loading[address] = future
+        self._loading[address] = _Load(future, time.monotonic())
         self._watch(future, lambda failure: self._load_ended(address, future, failure))
 
     def loaded(self, address: str, facts: dict[str, Any]) -> None:
         """Take the report of a load."""
-        future = self._loading.pop(address, None)
-        if future is None:
+        load = self._loading.pop(address, None)
+        if load is None:
             return
-        future.release()
+        load.future.release()
         agent_id = self._hosts[address]
         self.ready[address] = agent_id
         self.engine_facts[agent_id] = {"family_id": facts["family_id"], **facts["engine"]}
@@ -205,14 +214,25 @@ class Hosting:
         return address in self._paused
 
     def _load_ended(self, address: str, future: Future, failure: Failure) -> None:
-        if self._loading.get(address) is not future:
+        load = self._loading.get(address)
+        if load is None or load.future is not future:
             return  # it has reported, or its worker left
-        del self._loading[address]
+        self._refuse(address, failure or RunError("the task ended without a report"))
+
+    def _refuse(self, address: str, error: Exception) -> None:
+        self._loading.pop(address).future.release()
         agent_id = self._hosts.pop(address)
-        failure = failure or RunError("the task ended without a report")
-        self._refused[address] = _Refusal(agent_id, failure, time.monotonic())
-        message = f"could not load the model: {failure}"
+        self._refused[address] = _Refusal(agent_id, error, time.monotonic())
+        message = f"could not load the model: {error}"
         self._emit(AgentLost(agent_id, self.name(address), message))
+
+    def _give_up_late_loads(self) -> None:
+        """Refuse the workers that are loading for too long, and end what hangs there."""
+        before = time.monotonic() - self._load_timeout_s
+        for address in [a for a, load in self._loading.items() if load.since < before]:
+            limit = f"{self._load_timeout_s:g} s (routing.load_timeout_s)"
+            self._refuse(address, ModelError(f"it was not loaded within {limit}"))
+            self._end_process(address)
 
     # Workers that come, pause, leave or hang
 
@@ -226,6 +246,7 @@ class Hosting:
             workers = self._workers()
         except OSError:  # no news this time; a scheduler that is lost shows in the client's status
             return
+        self._give_up_late_loads()
         present = {worker.address for worker in workers}
         for address in sorted(self._hosts.keys() - present):
             self._drop(address)
@@ -247,6 +268,9 @@ class Hosting:
         """
         self._pause(address, message)
         self._hung.add(address)
+        self._end_process(address)
+
+    def _end_process(self, address: str) -> None:
         # In a thread: a process that does not heed SIGTERM is waited for before it is killed.
         threading.Thread(
             target=self._restart, args=(address,), daemon=True, name="mas-batch-restart"
@@ -316,9 +340,9 @@ class Hosting:
         how = "left" if expected else "was lost"
         self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
         self._paused.discard(address)
-        loading = self._loading.pop(address, None)
-        if loading is not None:
-            loading.release()
+        load = self._loading.pop(address, None)
+        if load is not None:
+            load.future.release()
         self.ready.pop(address, None)
         if self.listener is not None:
             self.listener.left(address, blamed=not expected)

@@ -27,12 +27,15 @@
         manifest.json                         valid files, counts, versions; published last
         report.html                           the run for people; see `report`
 
+A retry of what failed in a run is a run of its own, `<job name>-<fingerprint>-retry-1` and so on.
+
 The folder's name is a hash of everything that determines the results, so that resuming is
 a matter of which files exist: the same job finds its own files, a changed one never does.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from mas_batch.job import Job, fingerprint
@@ -118,13 +121,28 @@ def run_name(job: Job, corpus: str, taught: Sequence[str | None]) -> str:
     return f"{job.name}-{fingerprint([FORMAT, job.identity(), corpus, taught])}"
 
 
+_RETRY = re.compile(r"-retry-([1-9][0-9]*)$")
+
+
+def retry_name(name: str, number: int) -> str:
+    """Name a run's n-th retry, which is a run of its own; 0 names the run itself."""
+    return f"{name}-retry-{number}" if number else name
+
+
+def retries(output: Store, name: str) -> list[int]:
+    """List the numbers of a run's retries, published or not."""
+    found = (_RETRY.search(other) for other in output.list("") if other.startswith(f"{name}-"))
+    numbers = (int(match[1]) for match in found if match)
+    return sorted(n for n in numbers if output.child(retry_name(name, n)).exists("job.yaml"))
+
+
 def earlier_runs(output: Store, job_name: str, current: str) -> list[str]:
-    """List the other runs of a job of that name: another job file, or another corpus."""
-    prefix_length = len(current) - len(job_name) - 1
+    """List the other runs of a job of that name: another job file, another corpus, retries."""
+    length = len(_RETRY.sub("", current))
     return sorted(
         name
         for name in output.list("")
         if name != current
         and name.startswith(f"{job_name}-")
-        and len(name) == len(job_name) + 1 + prefix_length
+        and len(_RETRY.sub("", name)) == length
     )

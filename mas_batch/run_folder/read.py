@@ -70,7 +70,7 @@ class Run:
         """
         groups = _in_groups(self.files(table), _FILES_PER_GROUP)
         tables = [_read_files(names, self.store) for names in groups]
-        return pa.concat_tables(tables) if tables else _EMPTY[table].empty_table()
+        return _joined(tables) if tables else _EMPTY[table].empty_table()
 
     def pandas(self, table: str = "results") -> Any:
         """Read a whole table as a pandas DataFrame."""
@@ -138,7 +138,12 @@ def _in_groups(names: Iterable[str], size: int) -> Iterator[list[str]]:
 
 def _read_files(names: Sequence[str], store: Store) -> pa.Table:
     tables = [store.read_table(name).replace_schema_metadata(None) for name in names]
-    return pa.concat_tables(tables).combine_chunks()
+    return _joined(tables).combine_chunks()
+
+
+def _joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Put tables together; a column that an earlier version did not write is null."""
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _read_pandas(names: Sequence[str], store: Store) -> Any:

@@ -1,0 +1,62 @@
+"""What an engine says of a completion, checked: one odd reply must not cost its neighbours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from mas_batch.engines.base import Completion, Sampling
+from mas_batch.errors import Reason
+
+MAX_COUNT = 2**31 - 1
+"""Token counts are 32-bit integers in the tables."""
+MAX_CHARS_PER_TOKEN = 128
+"""No vocabulary in use has a longer token, but for runs of blanks. A server that ignores
+`max_new_tokens` is cut here: what merges cost grows with the square of an answer's length."""
+
+
+def checked(completion: Completion, sampling: Sampling) -> Completion:
+    """Return the completion with claims that no table can hold made null, and its text bounded.
+
+    Counts that are negative or above `MAX_COUNT` are null; so is a log-probability that is not
+    finite. Seconds that are negative or not finite are 0, of the prefill null. A text of more
+    than `MAX_CHARS_PER_TOKEN` characters for each of `sampling.max_new_tokens` is cut there and
+    ends with `length`. A text that is no valid Unicode is an `engine_error`.
+    """
+    done = replace(
+        completion,
+        num_tokens=_count(completion.num_tokens),
+        prompt_tokens=_count(completion.prompt_tokens),
+        sum_logprob=_finite(completion.sum_logprob),
+        compute_s=_seconds(completion.compute_s) or 0.0,
+        prefill_s=_seconds(completion.prefill_s),
+    )
+    limit = MAX_CHARS_PER_TOKEN * sampling.max_new_tokens
+    if len(done.text) > limit:
+        done = replace(done, text=done.text[:limit], finish_reason="length")
+    try:
+        done.text.encode()
+    except UnicodeEncodeError as error:
+        lone = f"U+{ord(done.text[error.start]):04X}"
+        message = f"the reply is no valid Unicode: a lone surrogate, {lone}"
+        done = replace(
+            done,
+            text="",
+            sum_logprob=None,
+            finish_reason="error",
+            reason=Reason.ENGINE_ERROR,
+            message=message,
+        )
+    return done
+
+
+def _count(number: int | None) -> int | None:
+    return number if number is not None and 0 <= number <= MAX_COUNT else None
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _seconds(seconds: float | None) -> float | None:
+    return seconds if (finite := _finite(seconds)) is not None and finite >= 0 else None
