@@ -20,6 +20,9 @@ from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.aggregate.verdicts import ballots_of
 from mas_batch.errors import RunError
 
+NEGLIGIBLE_WEIGHT = 0.25
+"""Weight below which an agent hardly decides: half of the best one's support, squared."""
+
 SHORT_WORDS = 3
 """Answers of so many words at most are the same or not; how alike they are says little."""
 
@@ -75,8 +78,8 @@ def _choose(
 ) -> str:
     """Choose by rule, in this order.
 
-    1. Several agents of one model, and all answers say how likely they are: `best`, the agent
-       whose answers the model finds likeliest. Such agents share their errors, so that their
+    1. Several agents of one model, but for agents that nobody supports, and all their answers say
+       how likely they are: `best`, the agent whose answers the model finds likeliest. Such agents share their errors, so that their
        agreement is no evidence; the model's own opinion is some. (500 translations by beam search,
        greedy decoding and a sample of one model: `mbr` loses 0.2 chrF to the best, p = .01, with
        learned weights as much; the likeliest agent is the best.)
@@ -84,21 +87,23 @@ def _choose(
        labels.
     3. Else `mbr`, weighted by how well unlike agents support each other.
     """
+    weights = SUPPORT.finalize(counts["support"])
     likelihoods = LIKELIHOODS.finalize(counts["likelihoods"])
     answering = [agent for agent in agents if agent in counts["likelihoods"]]
+    heard = [agent for agent in answering if weights.get(agent, 1.0) >= NEGLIGIBLE_WEIGHT]
     compared, majorities = counts["compared"], counts["majorities"]
-    kin = len(answering) > 1 and len({families[agent] for agent in answering}) == 1
-    if kin and likelihoods and spec.abstain_below == 0:
-        likeliest = max(sorted(likelihoods), key=lambda agent: likelihoods[agent])
+    are_kin = len(heard) > 1 and len({families[agent] for agent in heard}) == 1
+    if are_kin and likelihoods.keys() >= {*heard} and spec.abstain_below == 0:
+        likeliest = max(sorted(heard), key=lambda agent: likelihoods[agent])
         why = (
-            f"all answers are of one model, which shares its errors with itself; {likeliest}'s are "
-            f"the likeliest (a token's mean probability: {likelihoods[likeliest]:.3f})"
+            f"{', '.join(heard)} are of one model, which shares its errors with itself; "
+            f"{likeliest}'s answers are the likeliest (a token's mean probability: "
+            f"{likelihoods[likeliest]:.3f})"
         )
-        return _written("best", None, likelihoods, why)
+        return _written("best", None, {agent: likelihoods[agent] for agent in heard}, why)
     if majorities > MAJORITY_SHARE * compared and len(answering) > 2:
         why = f"{majorities / compared:.0%} of the records have a majority for one short answer"
         return _written("vote", None, {}, why)
-    weights = SUPPORT.finalize(counts["support"])
     why = "texts of unlike agents, weighted by how well the others' answers support an agent's"
     return _written("mbr", "learned", weights, why)
 

@@ -69,10 +69,12 @@ def likelihoods_of(ballots: Sequence[Ballot]) -> Partial:
 
 
 def _mean_probabilities(sums: Partial) -> dict[str, float]:
-    """Return agent → geometric mean of its tokens' probabilities; {} where an answer says none."""
-    if any(told < answers for _, told, answers in sums.values()):
-        return {}
-    return {agent: math.exp(units / (UNITS * told)) for agent, (units, told, _) in sums.items()}
+    """Return agent → geometric mean of its tokens' probabilities, of agents that always say."""
+    return {
+        agent: math.exp(units / (UNITS * told))
+        for agent, (units, told, answers) in sums.items()
+        if told == answers
+    }
 
 
 LIKELIHOODS = Reduction("likelihoods", likelihoods_of, add_up, _mean_probabilities)

@@ -65,22 +65,21 @@ def _worth(evaluation: KeptEvaluation | None, run: Run) -> Iterator[Finding]:
     best = next((q for q in agents if q.scores[0].difference is None), None)
     if merge is None or best is None or len(agents) < 2:
         return
-    goal = merge.scores[0]
-    figures = f"{goal.metric} {_figure(goal.value)}, the agent's {_figure(best.scores[0].value)}"
-    difference = goal.difference
+    goal, difference = merge.scores[0], merge.scores[0].difference
+    agent = f"its best agent, {best.name}"
+    if best.num_records < merge.num_records:
+        agent += f", on the {best.num_records:,} records that it was asked about"
     if difference is None or difference.value == 0:
-        yield Finding(f"The merge is as good as its best agent, {best.name}: {figures}.", False)
+        yield Finding(f"The merge ({merge.name}) is as good as {agent}, by {goal.metric}.", False)
         return
-    lower_is_better = goal.metric == "MAE"
-    is_better = (difference.value > 0) != lower_is_better
+    is_better = (difference.value > 0) != (goal.metric == "MAE")
     in_noise = difference.low <= 0 <= difference.high
-    word = "better" if is_better else "worse"
-    if not in_noise:
-        word = word if is_better else word.upper()
-    noise = "within noise" if in_noise else "beyond noise"
+    word = "better" if is_better else "worse" if in_noise else "WORSE"
+    sign = "+" if difference.value > 0 else "-"
     yield Finding(
-        f"The merge is {word} than its best agent, {best.name}, {noise}: {figures} "
-        f"(p = {difference.p:.3f}, {merge.num_records:,} references).",
+        f"The merge ({merge.name}) is {word} than {agent}, {'within' if in_noise else 'beyond'} "
+        f"noise: {goal.metric} {_figure(goal.value)}, {sign}{_figure(abs(difference.value))}, "
+        f"p = {difference.p:.3f}, {merge.num_records:,} references.",
         is_bad=not is_better and not in_noise,
     )
 
