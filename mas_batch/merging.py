@@ -41,13 +41,11 @@ def merge_spec(job: Job) -> MergeSpec:
 
 
 def _default_method(job: Job, default: str) -> str:
-    """Return the task's default: where that is `auto`, `mbr` for jobs that need or know more.
-
-    That is: a single answer, weights that are given, and an escalation, which needs a confidence.
-    """
+    """Return the task's default: where that is `auto`, `mbr` for a single answer per record, and
+    for weights that are given."""
     merge = job.merge
     is_clear = job.answers_per_record < 2 or merge.weights or merge.accuracies
-    return "mbr" if default == "auto" and (is_clear or job.routing.escalate) else default
+    return "mbr" if default == "auto" and is_clear else default
 
 
 def stopping_rule(job: Job) -> StoppingRule | None:

@@ -126,12 +126,8 @@ def _by_highest(ballots: Sequence[Ballot], weights: Sequence[int]) -> list[Candi
 
 
 def _most_accurate_first(ballots: Sequence[Ballot], spec: MergeSpec, shared: Shared) -> Verdict:
-    """Prefer the most accurate agent; those of unknown accuracy come last.
-
-    Of accuracies that `auto` has found the agent decides, not a record's likelihoods.
-    """
-    preference = sorted(spec.agents, key=lambda agent: -spec.accuracies.get(agent, 0.0))
-    return (best if spec.chosen is None else most_preferred)(ballots, preference)
+    """Prefer the most accurate agent; those of unknown accuracy come last."""
+    return best(ballots, sorted(spec.agents, key=lambda agent: -spec.accuracies.get(agent, 0.0)))
 
 
 BEST = Method(

@@ -45,6 +45,7 @@ def count_run(
         answers: `ANSWERS`; repeated rows of retries count once.
         answer_kind: of `ANSWER_KINDS`.
     """
+    answers = deduplicate(answers)
     return {
         "records": results.num_rows + failures.num_rows,
         "results": results.num_rows,
@@ -97,7 +98,7 @@ def _count_agents(
     merged = dict(zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True))
     agents: dict[str, Counter[str]] = {}
     won: set[tuple[str, str]] = set()
-    for row in deduplicate(answers).to_pylist():
+    for row in answers.to_pylist():
         counts = agents.setdefault(row["agent_id"], Counter(dict.fromkeys(_AGENT_COUNTS, 0)))
         counts.update(_spent(row))
         if row["reason"] is not None:
@@ -118,7 +119,7 @@ def _count_agents(
 def _count_labels(results: pa.Table, answers: pa.Table) -> dict[str, Any]:
     """Count how often each label was published, and said by each agent."""
     said: dict[str, Counter[str]] = {}
-    for row in deduplicate(answers).select(["agent_id", "label", "reason"]).to_pylist():
+    for row in answers.select(["agent_id", "label", "reason"]).to_pylist():
         counts = said.setdefault(row["agent_id"], Counter())
         if row["reason"] is None:
             counts[row["label"]] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from mas_batch.job import Job
 from mas_batch.quality import Kind, Quality
 from mas_batch.report.collect import agents_of
 from mas_batch.report.facts import AgentFacts
+from mas_batch.report.label_counts import Confusion, confusion
 from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
@@ -56,6 +58,8 @@ class Evaluation:
     signatures: Mapping[str, str]
     """Metric → version and settings, to be quoted beside a figure."""
     notes: tuple[str, ...]
+    confusion: Confusion | None
+    """Of labels: what the run published, by the label that is right."""
     agreement: tuple[AgentPair, ...]
     confidences: tuple[ConfidenceQuality, ...]
     costs: tuple[AgentFacts, ...]
@@ -138,11 +142,21 @@ def evaluate(
             *_notes(own, metrics, judged),
             *_better_alone(judged, alone, metrics.goal),
         ),
+        confusion=_confusion(evidence, job),
         agreement=pairwise_agreement(evidence, own.answer_kind, seed),
         confidences=_confidences(evidence, metrics, seed),
         costs=agents_of(run),
         scaling=scaling([run, *compare]) if compare else (),
     )
+
+
+def _confusion(evidence: Evidence, job: Job) -> Confusion | None:
+    (run,) = evidence.of(Kind.RUN)
+    pairs = Counter(
+        (evidence.references[record], evidence.answers[candidate] or "")
+        for record, candidate in zip(run.records.tolist(), run.candidates.tolist(), strict=True)
+    )
+    return confusion(pairs, job.task.labels or ())
 
 
 def _always_asked(job: Job) -> frozenset[str]:

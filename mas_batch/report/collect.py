@@ -20,10 +20,10 @@ from mas_batch.report.facts import (
     Spread,
     Totals,
 )
+from mas_batch.report.findings import findings
 from mas_batch.report.label_counts import confusion, label_counts
 from mas_batch.report.scan import failed_answers, scan_failures, scan_results
 from mas_batch.report.timing import spreads, time_facts
-from mas_batch.report.verdict import findings
 from mas_batch.report.walk import stride
 from mas_batch.run_folder.kept_job import job_facts
 from mas_batch.run_folder.read import Run

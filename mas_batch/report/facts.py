@@ -8,6 +8,7 @@ from typing import Any
 
 from mas_batch.aggregate.reliability import Reliability
 from mas_batch.quality import KeptEvaluation
+from mas_batch.report.findings import Finding
 from mas_batch.report.label_counts import Confusion, LabelCounts
 from mas_batch.report.record_facts import (
     FailedAnswers,
@@ -15,7 +16,6 @@ from mas_batch.report.record_facts import (
     RecordFacts,
     Scope,
 )
-from mas_batch.report.verdict import Finding
 
 
 @dataclass(frozen=True, slots=True)

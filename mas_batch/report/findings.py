@@ -123,7 +123,7 @@ def _favourites(labels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterat
 def _choices(manifest: Mapping[str, Any]) -> Iterator[Finding]:
     merge = manifest.get("merge") or {}
     if merge.get("chosen_by"):
-        yield Finding(f"Merged by {merge['method']}, chosen by auto: {merge['why']}.", False)
+        yield Finding(f"merge.method auto has chosen {merge['why']}.", False)
     escalation = manifest.get("escalation") or {}
     if "target" in escalation:
         of, picked = escalation["of"], escalation["picked"]
