@@ -132,7 +132,7 @@ def print_run(out: Console, run: Run, num_shown: int) -> None:
     if num_shown > 0:
         out.print(_records_table(run, num_shown))
     out.print(_agents_table(run))
-    if (labels := report.label_counts(run.manifest["counts"])) is not None:
+    if (labels := report.label_counts(run)) is not None:
         out.print(_labels_table(labels))
     for line in since_lines(run.manifest):
         out.print(Text(printable(line)))

@@ -70,7 +70,8 @@ def _worth(evaluation: KeptEvaluation | None, run: Run) -> Iterator[Finding]:
     if best.num_records < merge.num_records:
         agent += f", on the {best.num_records:,} records that it was asked about"
     if difference is None or difference.value == 0:
-        yield Finding(f"The merge ({merge.name}) is as good as {agent}, by {goal.metric}.", False)
+        same = f"as good as {agent}: {goal.metric} {_figure(goal.value)}"
+        yield Finding(f"The merge ({merge.name}) is {same}.", is_bad=False)
         return
     is_better = (difference.value > 0) != (goal.metric == "MAE")
     in_noise = difference.low <= 0 <= difference.high

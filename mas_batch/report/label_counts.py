@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.reductions import add_up
+from mas_batch.run_folder.kept_job import job_facts
+from mas_batch.run_folder.read import Run
 from mas_batch.safe_text import clip
 
 MAX_LABELS = 12
@@ -39,15 +40,19 @@ class Confusion:
     num_records: int
 
 
-def label_counts(counts: Mapping[str, Any]) -> LabelCounts | None:
-    """Read a manifest's counts; None: the answers are no labels, or the version counted none."""
-    found = counts.get("labels") or {}
+def label_counts(run: Run) -> LabelCounts | None:
+    """Read the manifest's counts; None: the answers are no labels, or the version counted none.
+
+    Labels come in the job's order, the most frequent ones if there are too many.
+    """
+    found = run.manifest["counts"].get("labels") or {}
     agents, published = found.get("agents") or {}, found.get("published") or {}
     if not agents:
         return None
     totals = add_up([published, *agents.values()])
-    names = sorted(totals, key=lambda label: (-published.get(label, 0), -totals[label], label))
-    shown = names[:MAX_LABELS]
+    order = job_facts(run)["task"].get("labels") or sorted(totals)
+    names = sorted(totals.keys() | {*order}, key=lambda label: (-totals.get(label, 0), label))
+    shown = sorted(names[:MAX_LABELS], key=[*order, *names].index)
     rows = [*sorted(agents.items()), (PUBLISHED, published)]
     return LabelCounts(
         labels=tuple(clip(label, LABEL_CHARS) for label in shown),
