@@ -202,7 +202,7 @@ def test_learned_weights_are_no_accuracies_of_other_methods(make_run: MakeRun) -
     job = read_job(run)
     specs, _ = other_specs(run, run_spec(run, job), job, None)
     assert specs.keys() == {"vote", "weighted", "reliability", "rover", "best", "auto"}
-    assert not any(spec.accuracies for spec in specs.values())
+    assert not any(spec.accuracies for name, spec in specs.items() if name != "auto")
     found = evaluate(run, "gold", num_resamples=10)
     assert "'a' has none" in found.skipped["weighted"]
     (best,) = (quality for quality in found.qualities if quality.name == "best")

@@ -20,6 +20,7 @@ from tests.test_report import page_of
 LABELS = ["yes", "no", "none"]
 LABEL_JOB: dict[str, Any] = {
     "name": "made",
+    "corpus": {"reference": "gold"},
     "task": {"kind": "classify", "labels": LABELS},
     "routing": {"policy": "least-loaded"},
     "output": {"max_failed_fraction": 0.05},
@@ -122,9 +123,10 @@ def test_warnings_of_a_merge_and_cut_answers_are_said(tmp_path: Path) -> None:
             "merge.method auto has chosen mbr: a reason.",
         ),
         (
-            {"escalation": {"agent_id": "large", "picked": 3, "of": 24, "labels": 8,
+            {"escalation": {"agent_id": "b", "picked": 3, "of": 48, "labels": 8,
                             "target": 0.9, "delta": 0.05}},
-            "with probability 0.95, published answers agree with its own on 90% of the records",
+            "b was asked about 24 of 48 records (50%), a sample of 8 among them: with probability "
+            "0.95, published answers agree with its own on 90% of all records",
         ),
     ],
 )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mas_batch.quality import KeptEvaluation, Kind, read_evaluation
+from mas_batch.run_folder.kept_job import job_facts
 from mas_batch.run_folder.read import Run
 from mas_batch.safe_text import clip
 
@@ -36,29 +38,34 @@ def findings(run: Run) -> tuple[Finding, ...]:
     """Return what is to be said first of a run, from its manifest and its last evaluation."""
     found = [
         *_worth(read_evaluation(run), run),
-        *(Finding(text, is_bad=True) for text in warnings_of(run.manifest)),
+        *(Finding(text, is_bad=True) for text in _warnings(run)),
         *_cut(run.manifest["counts"]),
         *_favourites(run.manifest["counts"].get("labels") or {}),
-        *_choices(run.manifest),
+        *_choices(run),
     ]
     return tuple(found)
 
 
-def warnings_of(manifest: Mapping[str, Any]) -> list[str]:
-    """Return the sentences in which a merge has warned of its outcome."""
-    merge = manifest.get("merge") or {}
-    places = (manifest, merge, merge.get("reliability") or {})
+def _warnings(run: Run) -> list[str]:
+    """Return the sentences in which the merge has warned of its outcome."""
+    merge = run.manifest.get("merge") or {}
+    places = [run.manifest, merge, merge.get("reliability") or {}]
+    if run.store.exists("learned.json"):
+        places.append(json.loads(run.store.read_bytes("learned.json")))
     said = [text for place in places for text in place.get("warnings") or ()]
     return [clip(str(text), _WARNING_CHARS) for text in dict.fromkeys(said)]
 
 
 def _worth(evaluation: KeptEvaluation | None, run: Run) -> Iterator[Finding]:
     if evaluation is None:
-        yield Finding(
-            "Not judged yet: `mas-batch evaluate` says whether the merge is better than its best "
-            "agent, if the corpus has references.",
-            is_bad=False,
-        )
+        if (job_facts(run).get("corpus") or {}).get("reference") and len(
+            run.manifest["agents"]
+        ) > 1:
+            yield Finding(
+                "Not judged yet: `mas-batch evaluate` says whether the merge is better than its "
+                "best agent.",
+                is_bad=False,
+            )
         return
     merge = next((q for q in evaluation.qualities if q.kind is Kind.RUN), None)
     agents = [q for q in evaluation.qualities if q.kind is Kind.AGENT]
@@ -121,17 +128,29 @@ def _favourites(labels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Iterat
             )
 
 
-def _choices(manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def _choices(run: Run) -> Iterator[Finding]:
+    manifest = run.manifest
     merge = manifest.get("merge") or {}
     if merge.get("chosen_by"):
         yield Finding(f"merge.method auto has chosen {merge['why']}.", False)
     escalation = manifest.get("escalation") or {}
     if "target" in escalation:
-        of, picked = escalation["of"], escalation["picked"]
+        agent_id, of = escalation["agent_id"], escalation["of"]
+        asked = _num_answers(manifest, agent_id) / _num_samples(run, agent_id)
         yield Finding(
-            f"{escalation['agent_id']} was asked about the least confident {picked:,} of {of:,} "
-            f"records ({picked / max(1, of):.0%}) and {escalation['labels']:,} of a sample: with "
-            f"probability {1 - escalation['delta']:g}, published answers agree with its own on "
-            f"{escalation['target']:.0%} of the records or more.",
+            f"{agent_id} was asked about {asked:,.0f} of {of:,} records ({asked / max(1, of):.0%}), "
+            f"a sample of {escalation['labels']:,} among them: with probability "
+            f"{1 - escalation['delta']:g}, published answers agree with its own on "
+            f"{escalation['target']:.0%} of all records or more.",
             False,
         )
+
+
+def _num_answers(manifest: Mapping[str, Any], agent_id: str) -> int:
+    counts = (agent for agent in manifest["agents"] if agent["agent_id"] == agent_id)
+    return sum(agent["answers"] + agent["failed_answers"] for agent in counts)
+
+
+def _num_samples(run: Run, agent_id: str) -> int:
+    agents = job_facts(run).get("agents") or ()
+    return next((agent["samples"] for agent in agents if agent["name"] == agent_id), 1)
