@@ -70,7 +70,9 @@ def test_a_merge_that_is_worse_than_its_best_agent_is_said_first(tmp_path: Path)
     run.store.replace("evaluation/quality.parquet", parquet_bytes(table))
     (text, is_bad), *_ = said_of(run)
     assert is_bad
-    assert text.startswith("The merge (vote) is WORSE than its best agent, a, beyond noise")
+    assert text.startswith(
+        "The merge (vote, accuracy 0.700) is WORSE than its best agent, a, beyond"
+    )
     page = page_of(run)
     assert page.text.index("WORSE than its best agent") < page.text.index("Exit 0")
     assert "WORSE" in terminal_of(run).splitlines()[0]

@@ -76,18 +76,18 @@ def _worth(evaluation: KeptEvaluation | None, run: Run) -> Iterator[Finding]:
     agent = f"its best agent, {best.name}"
     if best.num_records < merge.num_records:
         agent += f", on the {best.num_records:,} records that it was asked about"
+    subject = f"The merge ({merge.name}, {goal.metric} {_figure(goal.value)})"
     if difference is None or difference.value == 0:
-        same = f"as good as {agent}: {goal.metric} {_figure(goal.value)}"
-        yield Finding(f"The merge ({merge.name}) is {same}.", is_bad=False)
+        yield Finding(f"{subject} is as good as {agent}.", is_bad=False)
         return
     is_better = (difference.value > 0) != (goal.metric == "MAE")
     in_noise = difference.low <= 0 <= difference.high
     word = "better" if is_better else "worse" if in_noise else "WORSE"
     sign = "+" if difference.value > 0 else "-"
     yield Finding(
-        f"The merge ({merge.name}) is {word} than {agent}, {'within' if in_noise else 'beyond'} "
-        f"noise: {goal.metric} {_figure(goal.value)}, {sign}{_figure(abs(difference.value))}, "
-        f"p = {difference.p:.3f}, {merge.num_records:,} references.",
+        f"{subject} is {word} than {agent}, {'within' if in_noise else 'beyond'} noise: "
+        f"{sign}{_figure(abs(difference.value))}, p = {difference.p:.3f}, "
+        f"{merge.num_records:,} references.",
         is_bad=not is_better and not in_noise,
     )
 
@@ -138,8 +138,8 @@ def _choices(run: Run) -> Iterator[Finding]:
         agent_id, of = escalation["agent_id"], escalation["of"]
         asked = _num_answers(manifest, agent_id) / _num_samples(run, agent_id)
         yield Finding(
-            f"{agent_id} was asked about {asked:,.0f} of {of:,} records ({asked / max(1, of):.0%}), "
-            f"a sample of {escalation['labels']:,} among them: with probability "
+            f"{agent_id} was asked about {asked:,.0f} of {of:,} records "
+            f"({asked / max(1, of):.0%}), a sample of {escalation['labels']:,} among them: with probability "
             f"{1 - escalation['delta']:g}, published answers agree with its own on "
             f"{escalation['target']:.0%} of all records or more.",
             False,
