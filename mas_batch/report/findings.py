@@ -139,8 +139,8 @@ def _choices(run: Run) -> Iterator[Finding]:
         asked = _num_answers(manifest, agent_id) / _num_samples(run, agent_id)
         yield Finding(
             f"{agent_id} was asked about {asked:,.0f} of {of:,} records "
-            f"({asked / max(1, of):.0%}), a sample of {escalation['labels']:,} among them: with probability "
-            f"{1 - escalation['delta']:g}, published answers agree with its own on "
+            f"({asked / max(1, of):.0%}), a sample of {escalation['labels']:,} among them: with "
+            f"probability {1 - escalation['delta']:g}, published answers agree with its own on "
             f"{escalation['target']:.0%} of all records or more.",
             False,
         )
