@@ -278,16 +278,18 @@ def merge_command(
 
     The run stays as it is; the merge is kept beside it, in merges/.
     """
-    from distributed import Client
-
-    from mas_batch import remerge, show
+    from mas_batch import cluster, remerge, show
+    from mas_batch.job import Cluster
     from mas_batch.job_file import parse_overrides
     from mas_batch.run_folder.read import open_run
 
     changes = parse_overrides(overrides) | ({"method": method} if method else {})
     opened = open_run(run)
     with ExitStack() as stack:
-        client = stack.enter_context(Client(scheduler)) if scheduler else None
+        client = None
+        if scheduler:
+            settings = Cluster(scheduler=scheduler)
+            client = stack.enter_context(cluster.connect_to_scheduler(settings))
         merged = remerge.merge_again(opened, changes, name=name, client=client, emit=_tell)
     if as_json:
         click.echo(json.dumps(show.merge_facts(merged), ensure_ascii=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -37,6 +36,8 @@ from mas_batch.errors import JobError, RunError
 from mas_batch.job import Cluster, Job
 from mas_batch.routing.hosting import cluster_workers
 from mas_batch.routing.scaling import Scaler
+from mas_batch.safe_text import has_credentials, without_pieces
+from mas_batch.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,12 @@ def check_settings(cluster: Cluster) -> None:
     Raises:
         JobError: a file that they name is not there, or a setting is wrong or missing.
     """
+    if cluster.scheduler and "@" in cluster.scheduler:  # what stands before it may be a password
+        raise JobError(
+            "Dask's addresses have no user and no password; allowed: tcp://host:port, "
+            "tls://host:port (not shown: it may be a secret)",
+            key="cluster.scheduler",
+        )
     for key in ("scheduler_file", *_TLS_KEYS):
         file = getattr(cluster, key)
         if file and not Path(file).is_file():
@@ -144,7 +151,7 @@ def connect(
             _host(client, job, topic)
         else:
             if client is None:
-                client = stack.enter_context(_connect_to(job.cluster))
+                client = stack.enter_context(connect_to_scheduler(job.cluster))
             _host(client, job, topic)
             stack.callback(unregister, client, topic)
         yield Connection(client, scaler)
@@ -167,7 +174,7 @@ def connect_to_merge(
             processes = num_partitions > _PARTITIONS_IN_PROCESS
             client = stack.enter_context(local_workers(processes=processes))
         elif client is None:
-            client = stack.enter_context(_connect_to(job.cluster))
+            client = stack.enter_context(connect_to_scheduler(job.cluster))
         try:
             client.wait_for_workers(1, timeout=job.cluster.wait_s)
         except TimeoutError as error:
@@ -205,13 +212,13 @@ def current_client() -> Client | None:
 
 @contextmanager
 def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client, Scaler]]:
-    with tempfile.TemporaryDirectory(prefix="mas-batch-") as scratch:
+    with scratch_folder() as scratch:
         options = worker_options(
             job,
             specs,
             memory_bytes=MEMORY_LIMIT,
             devices=assign_devices(job, _devices()),
-            local_directory=scratch,
+            local_directory=str(scratch),
         )
         address = job.cluster.dashboard_address
         security = _security(job.cluster)
@@ -249,8 +256,15 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
 
 
 @contextmanager
-def _connect_to(cluster: Cluster) -> Iterator[Client]:
-    where = cluster.scheduler or cluster.scheduler_file
+def connect_to_scheduler(cluster: Cluster) -> Iterator[Client]:
+    """Yield a client of the scheduler that the settings name.
+
+    Raises:
+        JobError: it is no address, the encryption does not fit it, or as `check_settings`.
+        RunError: the scheduler cannot be reached.
+    """
+    check_settings(cluster)
+    where = str(cluster.scheduler or cluster.scheduler_file)
     try:
         client = Client(
             address=cluster.scheduler,
@@ -258,10 +272,12 @@ def _connect_to(cluster: Cluster) -> Iterator[Client]:
             security=_security(cluster),
             set_as_default=False,  # one that fails to connect would stay the current one
         )
-    except (TypeError, ValueError, RuntimeError) as error:  # TLS that does not fit the address, too
-        raise JobError(f"{where!r}: {error}", key="cluster.scheduler") from error
-    except (OSError, TimeoutError) as error:
-        raise RunError(f"the scheduler at {where} cannot be reached: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OSError, TimeoutError) as error:
+        said = without_pieces(str(error), where)  # Dask quotes the address, whole or in pieces
+        cause = None if has_credentials(where) else error
+        if isinstance(error, OSError):  # a time-out is one, too
+            raise RunError(f"the scheduler at {where} cannot be reached: {said}") from cause
+        raise JobError(f"{where!r}: {said}", key="cluster.scheduler") from cause
     with client:
         yield client
 

@@ -76,8 +76,35 @@ class EngineRefusedError(EngineError):
     """
 
 
+class EngineUnavailableError(EngineError):
+    """The server behind an engine is away: starting, overloaded, gone. It may answer later.
+
+    No record is to blame. A run commits nothing of the partition, leaves the replica alone for a
+    while and asks again; a pool lets the question wait.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0, wait_s: float = 600.0) -> None:
+        self.message = without_credentials(message)
+        self.retry_after_s = retry_after_s
+        """Seconds for which the server wants to be left alone; 0: it has not said."""
+        self.wait_s = wait_s
+        """Seconds after which the run ends if the server has answered nothing."""
+        super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive pickling
+        return (_unavailable, (self.message, self.retry_after_s, self.wait_s))
+
+
+def _unavailable(message: str, retry_after_s: float, wait_s: float) -> EngineUnavailableError:
+    return EngineUnavailableError(message, retry_after_s=retry_after_s, wait_s=wait_s)
+
+
 class RunError(MasBatchError):
     """The run cannot go on: a broken invariant, a lost cluster, an unwritable output."""
+
+
+class CorpusChangedError(RunError):
+    """A file of the corpus was rewritten or removed while it was read."""
 
 
 class OutputError(RunError):

@@ -123,6 +123,26 @@ class BreakerChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ServerAway(Event):
+    """The server that an agent asks is away, starting or overloaded: the run waits for it.
+
+    Nothing is committed; the partition goes back, and the router asks the worker again later.
+    """
+
+    partition: int
+    agent_id: str
+    worker: str
+    message: str
+    """Which server, and what came instead of an answer."""
+    away_s: float
+    """Since the worker first found it away."""
+    again_in_s: float
+    """Until the worker is asked again."""
+    wait_s: float
+    """The run ends when the server has been away for so long, to be resumed."""
+
+
+@dataclass(frozen=True, slots=True)
 class AgentsScaled(Event):
     """The numbers of replicas that the agents' backlogs call for have changed."""
 

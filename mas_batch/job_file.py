@@ -223,8 +223,10 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
 
 
 def _anchor(value: Any, base: Path, key: str) -> Any:
-    if not isinstance(value, str) or "://" in value or "::" in value:
+    if not isinstance(value, str) or "://" in value:
         return value
+    if "::" in value and not value.startswith(("/", "./", "../", "~")):
+        return value  # a chain of fsspec's filesystems
     if not value.strip():  # an empty path would mean the whole folder
         raise JobError("is empty; '.' is the folder itself", key=key)
     try:

@@ -15,9 +15,9 @@ from distributed import Client
 from mas_batch import cluster, report
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cards import card
-from mas_batch.corpus import CorpusReader
+from mas_batch.corpus import CorpusReader, open_corpus
 from mas_batch.engines.classical import examples
-from mas_batch.errors import ExitCode, JobError
+from mas_batch.errors import CorpusChangedError, ExitCode, JobError
 from mas_batch.events import AnswersReused, Emit, RunFinished
 from mas_batch.execution import execute, new_topic
 from mas_batch.incremental import (
@@ -45,6 +45,7 @@ from mas_batch.run_folder.names import (
     SAMPLE_PASS,
     SECOND_PASS,
     earlier_runs,
+    first_version,
     run_name,
 )
 from mas_batch.run_folder.plan import Plan, read_plan, stage
@@ -145,7 +146,7 @@ def run(
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
-    corpus = CorpusReader(job.corpus)
+    corpus = open_corpus(job)
     store, name = open_store(job, corpus)
     output = _output_store(job)
     retry = begin_retry(output, job.name, _base_name(job, corpus)) if retry_failed else None
@@ -153,6 +154,8 @@ def run(
         store, name = output.child(retry.name), retry.name
     if (summary := _published_summary(job, store, start)) is not None:
         remove_leftovers(store)
+        if not store.exists(report.NAME):  # an execution was killed before it wrote the report
+            _write_report(store, summary.manifest)
         return summary
     one_at_a_time = job_lock(output, job.name) if job.since else nullcontext()
     with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:
@@ -221,7 +224,7 @@ def preview(job: Job) -> Preview:
         JobError: the job cannot run as written.
     """
     check_merging(job)
-    corpus = CorpusReader(job.corpus)
+    corpus = open_corpus(job)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0
     for part in _partitions(job, corpus):
@@ -271,8 +274,8 @@ def _stage_corpus(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -
     write_job(store, job)
     try:
         return stage(store, corpus, _partitions(job, corpus))
-    except JobError:
-        lock.remove_run()  # a wrong job leaves nothing behind
+    except (JobError, CorpusChangedError):
+        lock.remove_run()  # what is wrong leaves nothing behind, and the next try has another name
         raise
 
 
@@ -307,7 +310,7 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     """
     job, memory = asking.job, asking.memory
     escalate = job.routing.escalate
-    phases, name = asking.execution.phases, asking.execution.name
+    phases, name = asking.execution.phases, first_version(asking.execution.name)
     first = tuple(agent.name for agent in job.first_agents)
     every = tuple(agent.name for agent in job.agents)
     if ref.merge.learning is None and escalate is None:

@@ -33,7 +33,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[openai]",
             holds="endpoint",
             computes_elsewhere=True,
-            operational=("concurrency", "timeout_s", "max_retries", "api_key_env"),
+            operational=("concurrency", "timeout_s", "max_retries", "wait_s", "api_key_env"),
             limits=("max_context_tokens",),
         ),
         "nearest": EngineInfo(

@@ -19,6 +19,15 @@ _USER_INFO = re.compile(
     r"|[^/?#\s:\"'{},]+@)"  # a user or token alone
 )
 _QUERY = re.compile(r"([?&]([\w.%-]+)=)[^&#\s'\"]+")
+_URL_QUERY = re.compile(r"((?:\bhttps?)?://(?:(?!://)[^\s?#'\"<>])*+\?)([^\s#'\"<>]+)")
+_HARMLESS_KEYS = frozenset(
+    (
+        *("version", "versionid", "version_id", "api-version", "ref", "rev", "revision"),
+        *("format", "gid", "alt", "dl", "download", "raw", "lang", "language"),
+        *("page", "per_page", "offset", "limit"),
+    )
+)
+"""Keys of a URL's query that say which content is meant, and no more; in lower case."""
 _SHORTEST_SECRET = 4
 """Characters; to blank out shorter pieces of credentials would garble a message, not guard it."""
 
@@ -36,13 +45,41 @@ _SIGNING = ("signature", "credential", "token", "secret", "password", "passwd", 
 
 _UNPRINTABLE = re.compile(
     # Control characters move cursors and hide text; of the others, these reverse what is read.
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
 def without_credentials(text: str) -> str:
-    """Strip users, passwords, tokens and signatures from the URLs in a text."""
-    return _QUERY.sub(_blanked, _USER_INFO.sub("", text))
+    """Strip users and passwords from the URLs in a text, and blank out their queries.
+
+    Of a query only the keys stay, and the values of those that are known to be harmless. Where the
+    URL's beginning is cut off, values stay whose keys are not called like a secret.
+    """
+    return _QUERY.sub(_blanked, _URL_QUERY.sub(_blanked_query, _USER_INFO.sub("", text)))
+
+
+def without_secret_query(url: str) -> str:
+    """Return the URL with only the harmless part of its query: the same when it is signed anew."""
+    location, _, query = url.partition("#")[0].partition("?")
+    kept = sorted(pair for pair in re.split("[&;]", query) if _is_harmless(pair))
+    return "?".join(filter(None, (location, "&".join(kept))))
+
+
+def _is_harmless(pair: str) -> bool:
+    return pair.partition("=")[0].lower() in _HARMLESS_KEYS
+
+
+def _blanked_query(match: re.Match[str]) -> str:
+    # Elsewhere than in HTTP a question mark may be a part of a file's name.
+    is_http = match[1].startswith("http")
+
+    def shown(pair: str) -> str:
+        name, equals, _ = pair.partition("=")
+        if _is_harmless(pair) or not (equals or is_http):
+            return pair
+        return f"{name}=***" if equals else "***"
+
+    return match[1] + "".join(p if p in "&;" else shown(p) for p in re.split("([&;])", match[2]))
 
 
 def _blanked(query: re.Match[str]) -> str:
@@ -62,6 +99,11 @@ def without_pieces(text: str, url: str) -> str:
         for piece in re.split("[:/@]", user_info):
             if len(piece) >= _SHORTEST_SECRET:
                 text = text.replace(piece, "***")
+    for query in _URL_QUERY.finditer(url):
+        for pair in re.split("[&;]", query[2]):
+            value = pair.rpartition("=")[2]
+            if len(value) >= _SHORTEST_SECRET and not _is_harmless(pair):
+                text = text.replace(value, "***")
     return without_credentials(text)
 
 

@@ -8,6 +8,7 @@ from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import (
     Abandon,
     Ask,
+    AwayNews,
     BreakerNews,
     Instruction,
     Merge,
@@ -45,6 +46,7 @@ class Simulation:
         self.merged: dict[int, tuple[str, ...]] = {}
         self.restarts: list[Restart] = []
         self.news: list[BreakerNews] = []
+        self.away_news: list[AwayNews] = []
         self.asks: list[Ask] = []
 
     def take(self, instructions: list[Instruction]) -> None:
@@ -61,6 +63,8 @@ class Simulation:
                     self.restarts.append(instruction)
                 case BreakerNews():
                     self.news.append(instruction)
+                case AwayNews():
+                    self.away_news.append(instruction)
 
     def _asked(self, ask: Ask) -> None:
         assert self.replicas[ask.replica_id] == ask.agent_id, "asked an agent's wrong worker"
@@ -122,6 +126,13 @@ class Simulation:
             self.failures[key] += 1
         out = self.dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id, self.now)
         self.take(out)
+
+    def find_away(self, ask: Ask, *, retry_after_s: float = 0.0, wait_s: float = 600.0) -> None:
+        """The server behind the replica is away."""
+        self.in_flight.remove(ask)
+        hints = {"retry_after_s": retry_after_s, "wait_s": wait_s}
+        ids = (ask.partition, ask.agent_id, ask.replica_id)
+        self.take(self.dispatcher.away(*ids, self.now, **hints))
 
     def merge(self, merge: Merge) -> None:
         self.to_merge.remove(merge)

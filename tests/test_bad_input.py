@@ -33,10 +33,18 @@ from click.testing import CliRunner
 
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.cli import main
-from mas_batch.corpus import CorpusReader, records_table
+from mas_batch.corpus import CorpusReader, open_corpus, records_table
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.errors import ExitCode, JobError, ModelError, Reason, RunError
+from mas_batch.errors import (
+    CorpusChangedError,
+    ExitCode,
+    JobError,
+    MasBatchError,
+    ModelError,
+    Reason,
+    RunError,
+)
 from mas_batch.job import Corpus, Task
 from mas_batch.job_file import load_job
 from mas_batch.models import fetch
@@ -287,20 +295,53 @@ def test_a_file_without_read_permission() -> None:
             refused(r"a\.jsonl cannot be opened: .*Permission denied", lambda: read(file))
 
 
-@kind("exit 2", "file that goes away")
-def test_a_file_that_was_listed_and_is_gone(tmp_path: Path) -> None:
+@kinds("exit 1", {"file that goes away": "removed", "file that is rewritten": "changed"})
+def test_a_file_that_was_listed_and_is_another(tmp_path: Path, case: str) -> None:
     file = write(tmp_path, "a.jsonl", jsonl({"text": "x"}))
     reader = CorpusReader(Corpus(path=str(file)))
-    file.unlink()
-    refused(r"a\.jsonl cannot be opened", lambda: list(reader))
+    file.unlink() if case == "removed" else file.write_bytes(b"")
+    with pytest.raises(CorpusChangedError, match=rf"a\.jsonl was {case} while") as caught:
+        list(reader)
+    assert caught.value.exit_code == ExitCode.RUN_FAILED
+
+
+@kind("exit 2", "output in the corpus")
+def test_an_output_where_the_corpus_is_looked_for(job_file: Path) -> None:
+    job = load_job(job_file, [f"corpus.path={job_file.parent}", f"output.path={job_file.parent}/x"])
+    refused(
+        f"{job_file.parent}/x' lies in the corpus '{job_file.parent}'", lambda: open_corpus(job)
+    )
+
+
+def not_listed(error: type[MasBatchError], failure: type[Exception]) -> None:
+    fsspec.register_implementation("failing", FailingDisk, clobber=True)
+    FailingDisk.failure = failure
+    try:
+        with pytest.raises(error, match=f"'failing://a.csv' cannot be listed: {failure.__name__}"):
+            read("failing://a.csv")
+    finally:
+        FailingDisk.failure = None
+
+
+@kind("exit 1", "store that is down")
+def test_a_store_that_cannot_be_reached() -> None:
+    not_listed(RunError, ConnectionResetError)
+
+
+@kind("exit 2", "store that forbids")
+def test_a_store_that_may_not_be_listed() -> None:
+    not_listed(JobError, PermissionError)
 
 
 class FailingDisk(fsspec.AbstractFileSystem):
     """Lists files and opens them, but cannot read them."""
 
     protocol = "failing"
+    failure: type[Exception] | None = None
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
+        if self.failure is not None:
+            raise self.failure
         return {"name": path, "size": 4096, "type": "file"}
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
@@ -451,7 +492,7 @@ JSON_ROWS = {
     Reason.EMPTY: {"empty text": b'{"text": ""}'},
     Reason.WHITESPACE: {
         "white space only": b'{"text": " \\t\\u3000"}',
-        "invisible characters only": b'{"text": "\\u200b\\ufeff"}',
+        "invisible characters only": b'{"text": "\\u200b\\u061c\\ufeff"}',
     },
     Reason.NUL_CHARACTER: {"NUL in a text": b'{"text": "a\\u0000b"}'},
     Reason.INVALID_UTF8: {

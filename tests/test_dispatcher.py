@@ -67,7 +67,10 @@ def drawn_simulation(data: st.DataObject) -> Simulation:
 
 
 def one_step(sim: Simulation, data: st.DataObject, number: int) -> None:
-    match data.draw(st.integers(0, 11)):
+    match data.draw(st.integers(0, 12)):
+        case 12 if sim.in_flight:
+            after_s = data.draw(st.sampled_from([0.0, 40.0]))
+            sim.find_away(data.draw(st.sampled_from(sim.in_flight)), retry_after_s=after_s)
         case 0 if sim.replicas:
             replica = data.draw(st.sampled_from(sorted(sim.replicas)))
             sim.leave(replica, blamed=data.draw(st.booleans()))
@@ -555,3 +558,91 @@ def test_every_policy_finishes_equal_work_on_equal_agents_in_turn(policy: str) -
         sim.join(f"a-{number}", "a")
     sim.finish()
     assert sorted(sim.merged) == list(range(40))
+
+
+def test_a_server_that_is_away_is_probed_at_growing_intervals_and_blames_nothing() -> None:
+    sim = Simulation({"a": 1}, plan_of(6), Rules(1))
+    sim.join("a-0", "a")
+    for cool_down_s in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
+        sim.find_away(sim.in_flight[0])
+        assert sim.in_flight == []
+        assert sim.away_news[-1].cool_down_s == cool_down_s
+        sim.wait(cool_down_s - 0.5)
+        assert sim.in_flight == []
+        sim.wait(1.0)
+        assert [(ask.partition, ask.purpose) for ask in sim.in_flight] == [(0, "probe")]
+        assert sim.in_flight[0].attempt == 1
+    assert sim.away_news[-1].away_s > 120
+    sim.answer(sim.in_flight[0])
+    assert sim.news[-1].state == "closed"
+    sim.find_away(sim.in_flight[0])
+    assert sim.away_news[-1].away_s == 0.0, "its time begins anew"
+    assert sim.away_news[-1].cool_down_s == 1.0
+    sim.finish()
+    assert set(sim.merged.values()) == {("a",)}
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks() -> None:
+    sim = Simulation({"a": 1}, plan_of(2), Rules(1))
+    sim.join("a-0", "a")
+    sim.find_away(sim.in_flight[0], retry_after_s=3600.0)
+    sim.wait(3599.0)
+    assert sim.in_flight == []
+    sim.wait(1.5)
+    assert sim.in_flight[0].purpose == "probe"
+
+
+def test_a_server_that_comes_back_broken_is_treated_as_a_replica_that_fails() -> None:
+    sim = Simulation({"a": 1}, plan_of(9), Rules(1))
+    sim.join("a-0", "a")
+    sim.find_away(sim.in_flight[0])
+    sim.wait(1.5)
+    sim.fail(sim.in_flight[0])
+    assert sim.news[-1].state == "open"
+    sim.wait(2.5)
+    sim.finish()
+    assert len(sim.merged) == 9
+
+
+def test_a_sibling_answers_for_a_replica_whose_server_is_away() -> None:
+    sim = Simulation({"a": 1}, plan_of(4), Rules(1))
+    sim.join("a-0", "a")
+    sim.find_away(sim.in_flight[0], wait_s=5.0)
+    sim.join("a-1", "a")
+    sim.now += 6.0  # no tick: it is not probed
+    assert sim.in_flight[0].replica_id == "a-1"
+    assert sim.dispatcher.overdue(sim.now) == {}
+
+
+def test_an_agent_whose_server_stays_away_does_not_hold_up_the_others() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(200), Rules(2))
+    sim.join("a-0", "a")
+    sim.join("b-0", "b")
+    sim.find_away(next(ask for ask in sim.in_flight if ask.agent_id == "a"), retry_after_s=1e6)
+    while sim.in_flight:
+        sim.answer(sim.in_flight[0])
+    assert sum("b" in answered for answered in sim.answered.values()) == 200
+    assert sim.merged == {}
+
+
+def test_a_server_that_is_away_for_too_long_is_overdue() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(4), Rules(2, speculate=False))
+    sim.join("a-0", "a")
+    sim.join("b-0", "b")
+    sim.find_away(next(ask for ask in sim.in_flight if ask.agent_id == "a"), retry_after_s=1e6)
+    sim.wait(599.0)
+    assert sim.dispatcher.overdue(sim.now) == {}
+    sim.wait(2.0)
+    assert sim.dispatcher.overdue(sim.now) == {"a": 601.0}
+    assert sim.dispatcher.distrusted_agents() == set()
+
+
+def test_an_agent_that_nobody_needs_is_not_overdue() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(4), Rules(1, speculate=False))
+    sim.join("a-0", "a")
+    sim.join("b-0", "b")
+    sim.find_away(next(ask for ask in sim.in_flight if ask.agent_id == "a"), retry_after_s=1e6)
+    sim.wait(700.0)
+    assert sim.dispatcher.overdue(sim.now) == {}
+    sim.finish()
+    assert set(sim.merged.values()) == {("b",)}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +21,13 @@ from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
 from mas_batch.engines.claims import MAX_CHARS_PER_TOKEN
-from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason
+from mas_batch.errors import (
+    EngineError,
+    EngineRefusedError,
+    EngineUnavailableError,
+    JobError,
+    Reason,
+)
 from mas_batch.models import fetch
 
 CANARY = "sk-canary-4711-never-to-be-seen"
@@ -35,6 +44,8 @@ class Server(ThreadingHTTPServer):
         self.keys: set[str] = set()
         self.tries: Counter[str] = Counter()
         self.lock = threading.Lock()
+        self.fault: Callable[[str], tuple[int, dict[str, str]] | None] = lambda text: None
+        """Text → status and headers of the server's own trouble; status 0: the connection ends."""
 
     @property
     def url(self) -> str:
@@ -52,15 +63,33 @@ class Handler(BaseHTTPRequestHandler):
             self.server.keys.add(self.headers["Authorization"])
             self.server.tries[text] += 1
             attempt = self.server.tries[text]
-        status, reply = self.reply_to(text, attempt, body)
+        fault = self.server.fault(text)
+        if fault is not None and fault[0] == 0:
+            self.close_connection = True
+            return
+        status, reply = (fault[0], {}) if fault else self.reply_to(text, attempt, body)
         content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         self.send_response(status)
         kind = "text/html" if content.startswith(b"<") else "application/json"
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("Retry-After-Ms", "1")
+        for name, value in (fault[1] if fault else {"Retry-After-Ms": "1"}).items():
+            self.send_header(name, value)
+        if text.startswith("drip header"):
+            self.flush_headers()
+            self.drip(b"X: " + b"y" * 10**6)
         self.end_headers()
+        if text.startswith("drip body"):
+            self.drip(content[:1] + b" " * 10**6)
         self.wfile.write(content)
+
+    def drip(self, content: bytes) -> None:
+        """Send a byte now and then, until the client has had enough."""
+        with suppress(OSError):
+            for byte in content:
+                self.connection.sendall(bytes([byte]))
+                time.sleep(0.02)
+        self.close_connection = True
 
     def reply_to(self, text: str, attempt: int, body: dict[str, Any]) -> tuple[int, Any]:
         if self.path != "/v1/chat/completions":
@@ -266,7 +295,7 @@ def test_a_busy_server_is_asked_again(server, load):
     [
         ("500 oops", Reason.ENGINE_ERROR, "InternalServerError: Error code: 500"),
         ("400 wrong", Reason.ENGINE_ERROR, "BadRequestError: Error code: 400"),
-        ("429 quota", Reason.ENGINE_ERROR, "RateLimitError: Error code: 429"),
+        ("429 Request too large: 9 tokens", Reason.TOO_LONG, "RateLimitError"),
         ("long text", Reason.TOO_LONG, "maximum context length is 8 tokens"),
         ("html", Reason.ENGINE_ERROR, "no chat completion"),
         ("broken", Reason.ENGINE_ERROR, "JSONDecodeError"),
@@ -298,9 +327,8 @@ def test_an_empty_reply_is_left_to_the_parser(load):
 
 def test_a_server_that_is_not_there(load):
     engine = load(base_url="http://127.0.0.1:9/v1", max_retries=0)
-    ((completion,),) = engine.generate([request("a")], GREEDY)
-    assert completion.reason is Reason.ENGINE_ERROR
-    assert "http://127.0.0.1:9/v1: APIConnectionError" in completion.message
+    with pytest.raises(EngineUnavailableError, match=r"http://127.0.0.1:9/v1: APIConnectionError"):
+        engine.generate([request("a")], GREEDY)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -319,6 +347,124 @@ def test_batching_does_not_halve_what_is_refused(server, load):
     with pytest.raises(EngineRefusedError):
         complete(load(concurrency=1), [request(f"401 {i}") for i in range(64)], GREEDY)
     assert len(server.bodies) == 1
+
+
+# --- A server that is away
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "after_s"),
+    [
+        (0, {}, 0),
+        (503, {}, 0),
+        (502, {"Retry-After": "7"}, 7),
+        (429, {}, 15),
+        (429, {"Retry-After": "86400"}, 86400),
+        (429, {"Retry-After": "Fri, 01 Jan 1999 00:00:00 GMT"}, 15),
+        (429, {"Retry-After-Ms": "90000", "Retry-After": "1"}, 90),
+        (503, {"Retry-After": "soon"}, 0),
+        (504, {"Retry-After": "nan"}, 0),
+    ],
+)
+def test_a_server_that_is_away_is_no_records_fault(server, load, status, headers, after_s):
+    server.fault = lambda text: (status, headers)
+    with pytest.raises(EngineUnavailableError, match=server.url) as caught:
+        load(max_retries=0, wait_s=5.0).generate([request("a")], GREEDY)
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (error.retry_after_s, error.wait_s) == (after_s, 5.0)
+    assert str(error) == str(caught.value)
+
+
+def test_a_long_retry_after_is_not_slept_through(server, load):
+    server.fault = lambda text: (429, {"Retry-After": "86400"})
+    with pytest.raises(EngineUnavailableError):
+        load(max_retries=9).generate([request("a")], GREEDY)
+    assert server.tries["a"] == 1
+
+
+def test_what_was_answered_before_the_server_went_away_is_not_asked_again(server, load):
+    engine, texts = load(max_retries=0, concurrency=2), [f"text {i}" for i in range(12)]
+    answered: Counter[str] = Counter()
+
+    def falls(text: str) -> tuple[int, dict[str, str]] | None:
+        if answered.total() >= 5:
+            return 0, {}
+        answered[text] += 1
+        return None
+
+    server.fault = falls
+    with pytest.raises(EngineUnavailableError):
+        engine.generate([request(t) for t in texts], GREEDY)
+    for _ in range(3):
+        with pytest.raises(EngineUnavailableError):
+            engine.generate([request(t) for t in texts], GREEDY)
+    assert server.tries["Hello"] == 3, "one small request finds out whether it is back"
+    before = Counter(server.tries)
+    server.fault = lambda text: None
+    rows = complete(engine, [request(t) for t in texts], GREEDY)
+    assert [row[0].text for row in rows] == [t.upper() for t in texts]
+    assert all(server.tries[t] == before[t] + (t not in answered) for t in texts)
+    assert all(row[0].compute_s > 0 for row in rows)
+
+
+def test_a_request_that_always_fells_the_server_fails_alone(server, load):
+    engine, texts = load(max_retries=0, concurrency=4), ["a", "b", "poison", "c", "d"]
+    server.fault = lambda text: (0, {}) if text == "poison" else None
+    rows, num_interruptions = None, 0
+    while rows is None:
+        try:
+            rows = complete(engine, [request(t) for t in texts], GREEDY)
+        except EngineUnavailableError:
+            num_interruptions += 1
+    assert num_interruptions == 3
+    assert server.tries["poison"] == 4
+    assert [row[0].text for row in rows] == ["A", "B", "", "C", "D"]
+    assert rows[2][0].reason is Reason.ENGINE_ERROR
+    assert "went away each time that it was asked" in rows[2][0].message
+
+
+def test_a_rate_limit_is_no_requests_fault_however_often_it_is_met(server, load):
+    engine = load(max_retries=0, concurrency=4)
+    server.fault = lambda text: (429, {}) if text == "large" else None
+    for _ in range(9):
+        with pytest.raises(EngineUnavailableError):
+            complete(engine, [request("a"), request("large")], GREEDY)
+    server.fault = lambda text: None
+    rows = complete(engine, [request("a"), request("large")], GREEDY)
+    assert [row[0].text for row in rows] == ["A", "LARGE"]
+    assert server.tries["a"] == 1
+
+
+@pytest.mark.parametrize("part", ["header", "body"])
+def test_a_reply_that_drips_is_ended_in_time(load, part):
+    engine = load(timeout_s=0.2)
+    with pytest.raises(EngineUnavailableError, match=r"no whole reply within 0\.2 s"):
+        engine.generate([request(f"drip {part}")], GREEDY)
+
+
+def test_a_request_without_a_reply_in_time_is_waited_for_and_not_sent_again_at_once(server, load):
+    release = threading.Event()
+
+    def hangs(text: str) -> tuple[int, dict[str, str]]:
+        release.wait()
+        return 0, {}
+
+    server.fault = hangs
+    engine = load(max_retries=4, timeout_s=0.05)
+    with pytest.raises(EngineUnavailableError, match="no whole reply within"):
+        engine.generate([request("a")], GREEDY)
+    release.set()
+    assert server.tries["a"] == 1
+
+
+def test_an_error_inside_a_server_is_the_records_only_if_others_are_answered(server, load):
+    engine = load(max_retries=0)
+    server.fault = lambda text: (500, {}) if text == "bad" else None
+    good, bad = engine.generate([request("good"), request("bad")], GREEDY)
+    assert (good[0].reason, bad[0].reason) == (None, Reason.ENGINE_ERROR)
+    server.fault = lambda text: (500, {})
+    with pytest.raises(EngineUnavailableError, match="500"):
+        engine.generate([request("good"), request("bad")], GREEDY)
 
 
 # --- What a server claims

@@ -29,6 +29,7 @@ from mas_batch.events import (
     PartitionAsked,
     PartitionMerged,
     PartitionUndecided,
+    ServerAway,
 )
 from mas_batch.explain import Explanation, explain, find_record, print_explanation, to_json
 from mas_batch.explain.story import Decision, News, OutcomeKind, Step, Story
@@ -291,6 +292,15 @@ def test_news_of_workers_that_were_asked_is_told_until_the_merge() -> None:
         "2 of 3 records are undecided: one more agent is asked about them",
         "merged: 2 answered, 1 failed",
     ]
+
+
+def test_a_try_that_met_no_server_was_put_off() -> None:
+    away = ServerAway(1, "small", "small-0", "http://x/v1: refused", 0.0, 1.0, 600.0)
+    first, second = decisions(
+        story(asked("small-0"), away, asked("small-0", purpose="probe"), answered("small-0"))
+    )
+    assert (first.outcome.kind, first.outcome.message) == ("put off", "http://x/v1: refused")
+    assert second.outcome.kind == "answered"
 
 
 def test_a_policy_of_another_version_is_named() -> None:

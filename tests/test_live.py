@@ -25,6 +25,7 @@ from mas_batch.events import (
     PhaseEnded,
     RunFinished,
     RunStarted,
+    ServerAway,
 )
 from mas_batch.monitor import inbox as inboxes
 from mas_batch.monitor import snapshot as snapshots
@@ -139,6 +140,20 @@ def test_what_a_replica_is_at() -> None:
     assert run.states == (1, 0, 3, 0)
 
 
+def test_a_replica_says_what_it_waits_for_and_since_when() -> None:
+    fold = new_fold()
+    take(fold, started(), AgentReady("a", "a-0", 0.1), asked(0))
+    run = take(fold, ServerAway(0, "a", "a-0", "http://x/v1: refused", 0.0, 1.0, 600.0), at=5.0)
+    assert (run.num_answering, run.agents["a"].num_failed_tries) == (0, 0)
+    again = ServerAway(0, "a", "a-0", "http://x/v1: refused", 1.5, 2.0, 600.0)
+    take(fold, asked(0, purpose="probe"), again, at=6.5)
+    row = overview_of(run).runs[0].replicas[0]
+    assert (row.state, run.replicas["a-0"].since, row.in_flight) == ("server away", 5.0, 0)
+    assert row.message == "waits up to 600 s for its server: http://x/v1: refused"
+    take(fold, asked(0, purpose="probe"), BreakerChanged("a", "a-0", "closed", "it answers again"))
+    assert run.replicas["a-0"].shown_state == "busy"
+
+
 def test_a_failed_try_and_the_end_of_a_run() -> None:
     fold = new_fold()
     run = take(fold, started(), asked(0), AnswerFailed(0, "a", "a-0", 1, "it broke", True))
@@ -216,6 +231,9 @@ some_events = st.lists(
             st.builds(lambda w: BreakerChanged(w[0], w, "open", "why"), workers),
             st.builds(
                 lambda p, w: AnswerFailed(p, w[0], w, 1, "broke", False), partitions, workers
+            ),
+            st.builds(
+                lambda p, w: ServerAway(p, w[0], w, "refused", 1.0, 2.0, 9.0), partitions, workers
             ),
             st.just(Escalated("b", 1, 2)),
         ),

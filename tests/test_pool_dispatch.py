@@ -12,7 +12,14 @@ from mas_batch import AgentPool
 from mas_batch.agents.texts import Answered
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule
-from mas_batch.errors import AnswerTimeoutError, EngineError, NoAnswerError, PoolClosedError, Reason
+from mas_batch.errors import (
+    AnswerTimeoutError,
+    EngineError,
+    EngineUnavailableError,
+    NoAnswerError,
+    PoolClosedError,
+    Reason,
+)
 from mas_batch.job import Agent, Job
 from mas_batch.latency.times import TaskTimes
 from mas_batch.records import Answer, Record
@@ -420,3 +427,49 @@ def test_a_pool_without_a_cluster_starts_its_own(make_job: Callable[..., Job]) -
     assert pool.stats().num_replied == 1
     with pytest.raises(PoolClosedError, match="opened once"), pool:
         pass
+
+
+async def is_away() -> str:
+    raise EngineUnavailableError("http://x/v1: APIConnectionError")
+
+
+def test_a_question_waits_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Breaker, "FIRST_S", 0.0)
+
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = is_away
+        setup = Setup(replicas, "a1")
+        asked = [setup.ask(f"text {i}") for i in range(3)]
+        for _ in range(4):
+            await settle()
+            setup.desk.tick()
+        assert not any(question.done() for question in asked)
+        del replicas.behaviours["a1"]
+        while not all(question.done() for question in asked):
+            await settle()
+            setup.desk.tick()
+        assert [question.result().answer for question in asked] == ["a"] * 3
+
+    run(test)
+
+
+def test_another_agent_answers_while_a_server_is_away() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = is_away
+        setup = Setup(replicas, "a1", "b1")
+        assert (await setup.ask(wanted=1, race=True)).answer == "b"
+
+    run(test)
+
+
+def test_a_question_that_waits_in_vain_says_for_what() -> None:
+    async def test() -> None:
+        replicas = Replicas()
+        replicas.behaviours["a1"] = is_away
+        setup = Setup(replicas, "a1")
+        with pytest.raises(AnswerTimeoutError, match=r"a \(its server is away: http://x/v1: API"):
+            await setup.ask(timeout_s=0.01)
+
+    run(test)

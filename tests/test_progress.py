@@ -20,6 +20,7 @@ from mas_batch.events import (
     PartitionUndecided,
     RunFinished,
     RunStarted,
+    ServerAway,
 )
 from mas_batch.monitor.progress import Bar, LogLines, Throughput
 
@@ -32,6 +33,7 @@ LOST = AgentLost("plain", "plain-0", "[Errno 2] no such [file]")
 ROUTING = (
     AgentDraining("plain", "plain-0", "the worker's status is 'paused'"),
     BreakerChanged("plain", "plain-1", "open", "3 failures in a row; no [file]"),
+    ServerAway(3, "plain", "plain-0", "http://x/v1: [refused]", 4.2, 8.0, 600.0),
     AgentsScaled({"plain": 4, "large": 1}, {"plain": 9, "large": 0}),
     PartitionUndecided(1, 6, 10),
 )
@@ -56,13 +58,15 @@ def test_the_bar_shows_records_rate_and_every_agent() -> None:
 
 def test_the_bar_tells_of_workers_and_counts_the_undecided() -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=130, color_system=None)
+    console = Console(file=screen, force_terminal=True, width=180, color_system=None)
     with Bar(console) as bar:
         for event in (STARTED, READY, *ROUTING, MERGED):
             bar(event)
     text = screen.getvalue()
     assert "plain on plain-0 is asked nothing further: the worker's status is 'paused'" in text
     assert "plain on plain-1, breaker open: 3 failures in a row; no [file]" in text
+    assert "plain on plain-0 waits for its server (4 s so far): http://x/v1: [refused]; " in text
+    assert "asked again in 8 s, given up after 600 s" in text
     assert "workers wanted: plain 4, large 1 (partitions to do: plain 9, large 0)" in text
     assert "6 asked further" in text
     assert "undecided" not in text, "what is counted needs no line"
@@ -80,6 +84,8 @@ def test_log_lines_tell_of_workers_and_count_the_undecided(
         "message=\"the worker's status is 'paused'\"",
         "event=breaker agent=plain worker=plain-1 state=open "
         'message="3 failures in a row; no [file]"',
+        "event=server_away agent=plain worker=plain-0 away_s=4 again_in_s=8 wait_s=600.0 "
+        'message="http://x/v1: [refused]"',
         'event=agents_scaled wanted="plain 4, large 1" backlog="plain 9, large 0"',
         "event=run_finished results=9 failures=1 undecided=6 wall_s=2.0",
     ]

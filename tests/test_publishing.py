@@ -85,6 +85,17 @@ def test_killed_after_the_manifest_it_is_complete_and_the_next_submit_cleans_up(
     assert folders(job) == (run, set())
 
 
+def test_killed_before_the_report_the_next_submit_writes_it(
+    make_job: MakeJob, cluster_client: Client
+) -> None:
+    summary = pipeline.run(make_job(), client=cluster_client)
+    report = Path(summary.run, "report.html")
+    written = report.read_bytes()
+    report.unlink()
+    assert pipeline.run(make_job(), client=cluster_client).already_complete
+    assert report.read_bytes() == written
+
+
 def test_what_another_process_still_removes_is_left_to_it(
     job: Job,
     cluster_client: Client,

@@ -12,6 +12,7 @@ from mas_batch import pipeline
 from mas_batch.engines.echo import EchoEngine
 from mas_batch.errors import JobError
 from mas_batch.events import AgentReady, AnswersReused, Event, PartitionMerged
+from mas_batch.stages.memory import Memory
 from tests.test_incremental_runs import V1, Nights, assert_same, row
 
 Faults = dict[str, str]
@@ -131,3 +132,17 @@ def test_of_a_raised_limit_only_what_depends_on_it_is_asked_again(
 def test_without_a_published_run_there_is_nothing_to_retry(job: Nights) -> None:
     with pytest.raises(JobError, match="no run of the job 'nightly' is published"):
         job.run(V1, retry_failed=True)
+
+
+def test_a_retry_is_no_new_lesson(
+    job: Nights, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It neither learns from the run that it is a retry of, nor is kept beside it."""
+    left_out: list[str] = []
+    monkeypatch.setattr(Memory, "prior", lambda self, besides="": left_out.append(besides))
+    job.sections |= {"merge": {"method": "reliability", "history": str(tmp_path / "history")}}
+    faults |= dict.fromkeys(texts(1), "error")
+    first = job.run(V1)
+    faults.clear()
+    job.run(None, retry_failed=True)
+    assert set(left_out) == {"", first.manifest["run"]}, "one asks for the policy, before any run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import threading
 import traceback
@@ -129,6 +131,19 @@ def test_a_folder_in_the_way_of_a_file_is_named_and_no_temporary_file_stays(tmp_
     with pytest.raises(RunError, match="/x cannot be read: Is a directory"):
         store.read_bytes("x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_filesystem_without_hard_links_is_named_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: object, target: object) -> None:  # as vfat does, which needs root to mount
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), source)
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OutputError, match=r"/x cannot be written: .* makes no hard link") as raised:
+        Store(str(tmp_path)).commit("x", b"1")
+    assert "output.path" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_to_be_unable_to_look_is_not_to_be_absent(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ class Report(StrEnum):
     LOADED = "load_agent"
     ANSWERED = "answer_partition"
     ANSWERING = "answer_progress"
+    AWAY = "answer_put_off"
     MERGED = "merge_partition"
 
 

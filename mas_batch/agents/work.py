@@ -26,7 +26,7 @@ from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import undecided
 from mas_batch.engines.base import Sampling
-from mas_batch.errors import EngineError, Reason
+from mas_batch.errors import EngineError, EngineUnavailableError, Reason
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch
 from mas_batch.records import ANSWERS, Answer, Record, join_answers
@@ -60,6 +60,8 @@ def answer_partition(
 ) -> None:
     """Ask this worker's agent about every usable record of the partition; commit the answers.
 
+    If the engine's server is away, nothing is committed, and the report says so.
+
     Args:
         careful: ask one record at a time, with a journal: a worker has died at this partition.
         earlier: ask only about records that these agents' answers leave undecided; empty: all.
@@ -71,7 +73,16 @@ def answer_partition(
         table = run.answered.read_table(name)
         watch.lap("read")
     else:
-        table = _ask_agent(run, spec, partition, attempt, watch, careful=careful, earlier=earlier)
+        try:
+            table = _ask_agent(
+                run, spec, partition, attempt, watch, careful=careful, earlier=earlier
+            )
+        except EngineUnavailableError as error:  # Dask would log the traceback of each try
+            facts = {"partition": partition, "agent_id": spec.agent_id, "message": error.message}
+            facts |= {"retry_after_s": error.retry_after_s, "wait_s": error.wait_s}
+            report(run.topic, Report.AWAY, facts)
+            host.end()
+            return
         watch.lap("process")
         if not run.answered.commit_table(name, table):
             table = run.answered.read_table(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -16,20 +17,36 @@ import numpy as np
 import pyarrow as pa
 
 from mas_batch import job
+from mas_batch.corpus.changes import check_unchanged
 from mas_batch.corpus.columns import Columns, as_text, conform, records_table
-from mas_batch.corpus.files import CorpusFile, Source, list_sources
+from mas_batch.corpus.files import CorpusFile, Source, list_sources, safe_cause, store_error
 from mas_batch.corpus.formats import READERS, common_format
 from mas_batch.corpus.opening import check_codec, codec_of
 from mas_batch.corpus.rows import Row, require_columns, roles_of
-from mas_batch.errors import JobError, MasBatchError, Reason
+from mas_batch.corpus.run_folders import check_outside
+from mas_batch.errors import CorpusChangedError, JobError, MasBatchError, Reason, RunError
 from mas_batch.records import Record
 
-__all__ = ["CorpusFile", "CorpusReader", "conform", "records_table"]
+__all__ = ["CorpusFile", "CorpusReader", "conform", "open_corpus", "records_table"]
 
 # White space by Unicode, plus what has no width: joiners, marks of direction, soft hyphen.
-_VISIBLE = re.compile(r"[^\s\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+_VISIBLE = re.compile(r"[^\s\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 
 _MAX_SUSPECTS = 1 << 16  # bounds the memory of one search for doubled ids
+
+
+def open_corpus(whole: job.Job) -> CorpusReader:
+    """List a job's corpus.
+
+    Raises:
+        JobError: what the job writes lies in the corpus; or as `CorpusReader`.
+        RunError: as `CorpusReader`.
+    """
+    options = whole.output.storage_options
+    check_outside(whole.corpus, whole.output.path, options, "output.path")
+    if whole.merge.history is not None:
+        check_outside(whole.corpus, whole.merge.history, options, "merge.history")
+    return CorpusReader(whole.corpus)
 
 
 class CorpusReader:
@@ -42,7 +59,8 @@ class CorpusReader:
             for missing columns, missing or doubled ids, a corpus without records, and a file
             that is damaged so that its rows cannot be counted (the message names the last row
             that was read).
-        RunError: while iterating, when the disk or the network fails; trying again may help.
+        RunError: when the store, the disk or the network fails; trying again may help.
+        CorpusChangedError: while iterating, a file has changed since it was listed.
     """
 
     def __init__(self, spec: job.Corpus) -> None:
@@ -81,7 +99,7 @@ class CorpusReader:
     def __iter__(self) -> Iterator[Record]:
         digests = bytearray()
         num_records = 0
-        for source, row in islice(self._rows(), self._spec.limit):
+        for source, row in self._rows():
             record = self._record_of(source.file, row)
             if self._spec.id is not None:
                 digests += _id_hash(record.record_id)
@@ -94,22 +112,30 @@ class CorpusReader:
             self._check_ids(digests)
 
     def _rows(self) -> Iterator[tuple[Source, Row]]:
-        read = READERS[self._format]
+        """Yield the first `limit` rows, each with its file."""
+        read, left = READERS[self._format], self._spec.limit
         for source in self._sources:
-            num_rows = 0
+            num_rows = num_read = 0
             try:
-                for row in read(source, self._spec, self._columns):
-                    num_rows = row.position + 1
+                for row in islice(read(source, self._spec, self._columns), left):
+                    num_rows, num_read = row.position + 1, num_read + 1
                     yield source, row
-            except (MasBatchError, MemoryError):
+            except (RunError, MemoryError):
                 raise
             except Exception as error:  # codecs raise anything
+                with suppress(JobError):  # where it cannot be looked at, the first error says more
+                    _check_unchanged(source)  # a file that is written just now looks damaged
+                if isinstance(error, MasBatchError):
+                    raise
                 raise JobError(
                     f"{source.file.url} cannot be read after row {num_rows}: "
                     f"{type(error).__name__}: {error}; it is damaged or not {self._format}: "
                     "restore it, or leave it out",
                     key="corpus.path",
                 ) from error
+            _check_unchanged(source)
+            if left is not None and (left := left - num_read) == 0:
+                return
 
     def _record_of(self, file: CorpusFile, row: Row) -> Record:
         if row.problem:
@@ -172,7 +198,7 @@ class CorpusReader:
 
     def _compare_ids(self, suspects: set[int]) -> None:
         first: dict[str, str] = {}
-        for source, row in islice(self._rows(), self._spec.limit):
+        for source, row in self._rows():
             identity = self._identity(source.file, row)
             if int.from_bytes(_id_hash(identity), "little") not in suspects:
                 continue
@@ -182,6 +208,17 @@ class CorpusReader:
                     f"id {identity!r} occurs twice: {first[identity]} and {here}", key="corpus.id"
                 )
             first[identity] = here
+
+
+def _check_unchanged(source: Source) -> None:
+    url = source.file.url
+    try:
+        check_unchanged(source.filesystem, source.path, url, source.facts)
+    except CorpusChangedError:
+        raise
+    except Exception as error:  # remote filesystems raise anything
+        cause = safe_cause(error, source.path)
+        raise store_error(f"{url} cannot be looked at again", error, source.path) from cause
 
 
 def problem_of(text: Any) -> tuple[Reason, str] | None:

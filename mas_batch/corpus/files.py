@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
-import stat
-from collections import Counter
+import logging
+import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count, takewhile
-from pathlib import Path
+from glob import escape, has_magic
+from itertools import chain
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mas_batch import job
+from mas_batch.corpus.changes import facts_of, version_of
 from mas_batch.corpus.columns import valid_text
-from mas_batch.errors import JobError
+from mas_batch.corpus.names import HTTP, last_part, stable_path, with_distinct_names
+from mas_batch.corpus.run_folders import HIDDEN, without_run_folders
+from mas_batch.errors import JobError, MasBatchError, RunError
+from mas_batch.filesystems import answered_by_http, filesystem_of, is_absent, is_for_good
 from mas_batch.safe_text import has_credentials, without_credentials, without_pieces
+
+logger = logging.getLogger(__name__)
 
 FORMATS = {
     "parquet": (".parquet", ".parq", ".pq"),
@@ -34,10 +39,6 @@ CODECS = {
     ".lz4": "lz4",
 }
 _BACKEND_PACKAGES = {"s3": "pip install 'mas_batch[s3]'", "s3a": "pip install 'mas_batch[s3]'"}
-_VERSION_KEYS = ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created")
-
-_MAGIC = re.compile(r"[*?\[]")
-HIDDEN = re.compile(r"(^|/)[._]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,15 @@ class Source:
     file: CorpusFile
     filesystem: Any
     path: str
+    name: str
+    """The path without a query, which says format and compression."""
+    facts: Mapping[str, Any]
+    """Size and version as listed; see `changes.facts_of`."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Tells files apart that have the same path on unlike filesystems."""
+        return str(self.filesystem.protocol), self.path
 
 
 # --- Listing -------------------------------------------------------------------------------
@@ -70,44 +80,73 @@ def list_sources(spec: job.Corpus) -> tuple[Source, ...]:
     """Return the files that the job names, sorted by relative path, each of them once.
 
     Raises:
-        JobError: a path that cannot be listed, or matches no data file.
+        JobError: a path that matches no data file, or that its filesystem refuses to list.
+        RunError: the filesystem is down, or cannot be reached; trying again may help.
     """
     patterns = spec.path if isinstance(spec.path, tuple) else (spec.path,)
-    found: dict[str, Source] = {}
+    found: dict[Any, Source] = {}
     for pattern in patterns:
         if not pattern.strip():
             raise JobError("is empty; '.' is the working directory", key="corpus.path")
         for source in _list_pattern(pattern, spec):
             # A file that two patterns match counts once. Its name is relative to the wider root,
             # whatever the order of the patterns.
-            known = found.setdefault(source.file.url, source)
+            known = found.setdefault(source.key, source)
             if len(source.file.relative) > len(known.file.relative):
-                found[source.file.url] = source
-    return tuple(sorted(_with_distinct_names(list(found.values())), key=lambda s: s.file.relative))
+                found[source.key] = source
+    sources = _without_links(list(found.values()))
+    names = with_distinct_names(
+        [source.file.relative for source in sources],
+        [valid_text(stable_path(source.path)) for source in sources],
+        [s.file.url if s.name == s.path else valid_text(stable_path(s.path)) for s in sources],
+    )
+    named = [
+        replace(source, file=replace(source.file, relative=name))
+        for source, name in zip(sources, names, strict=True)
+    ]
+    return tuple(sorted(named, key=lambda source: source.file.relative))
+
+
+def store_error(done: str, error: Exception, url: str) -> MasBatchError:
+    """Return the error for a filesystem's own, as wrong job or as a store that may come back.
+
+    Args:
+        done: which URL could not be what, in words that may be shown.
+        url: with the credentials that the filesystem's words may quote.
+    """
+    origin = answered_by_http(error) or error
+    said = " ".join(f"{type(origin).__name__}: {origin}".split())
+    message = f"{done}: {without_pieces(said, url)}"
+    if is_for_good(error):
+        return JobError(message, key="corpus.path")
+    return RunError(f"corpus.path: {message}; the same command tries again")
+
+
+def safe_cause(error: Exception, url: str) -> Exception | None:
+    """Return the error to chain; None if its traceback would show the URL's credentials."""
+    return None if has_credentials(url) else error
 
 
 def _list_pattern(pattern: str, spec: job.Corpus) -> list[Source]:
     filesystem, path = _filesystem(pattern, spec.storage_options)
     suffixes = FORMATS.get(spec.format) or tuple(chain(*FORMATS.values()))
     try:
-        found = _find_files(filesystem, path.rstrip("/"), suffixes)
+        found, num_left_out = _find_files(filesystem, path, suffixes)
         sources = [_source(filesystem, info, relative) for info, relative in found]
-    except FileNotFoundError as error:
-        missing = error.filename or pattern  # a broken link, or the whole path
-        # fsspec calls an HTTP server that does not answer "not found" too; the cause says more.
-        cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise JobError(f"{missing!r}: no such file or folder{cause}", key="corpus.path") from None
     except JobError:
         raise
     except Exception as error:  # remote filesystems raise anything
-        said = without_pieces(f"{type(error).__name__}: {error}", pattern)
-        raise JobError(f"{pattern!r} cannot be listed: {said}", key="corpus.path") from _safe_cause(
-            error, pattern
-        )
+        cause = safe_cause(error, pattern)
+        if isinstance(error, FileNotFoundError) and is_absent(error):
+            missing = error.filename or pattern  # a broken link, or the whole path
+            message = f"{missing!r}: no such file or folder"
+            raise JobError(without_pieces(message, pattern), key="corpus.path") from cause
+        raise store_error(f"{pattern!r} cannot be listed", error, pattern) from cause
     if not sources:
+        also = f"; {num_left_out} files of runs are left out" if num_left_out else ""
         raise JobError(
             f"{pattern!r} matches no data file (in folders: {', '.join(suffixes)}, also "
-            "compressed; names that start with '.' or '_' are skipped)",
+            f"compressed; names that start with '.' or '_' are skipped{also})",
             key="corpus.path",
         )
     return sources
@@ -115,82 +154,98 @@ def _list_pattern(pattern: str, spec: job.Corpus) -> list[Source]:
 
 def _filesystem(pattern: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     try:
-        filesystem, path = fsspec.core.url_to_fs(pattern, **options)
+        filesystem, path = filesystem_of(pattern, options)
         filesystem.invalidate_cache()
     except ImportError as error:
         protocol = pattern.split("://")[0].rsplit("::", 1)[-1]
         hint = _BACKEND_PACKAGES.get(protocol, str(error))
         message = f"{pattern!r} needs a package: {hint}"
-        raise JobError(message, key="corpus.path") from _safe_cause(error, pattern)
-    except Exception as error:  # an unknown protocol, or options that the backend rejects
-        message = f"{pattern!r} cannot be opened: {without_pieces(str(error), pattern)}"
-        raise JobError(message, key="corpus.path") from _safe_cause(error, pattern)
-    return filesystem, path
-
-
-def _safe_cause(error: Exception, url: str) -> Exception | None:
-    """Return the error to chain; None if its traceback would show the URL's credentials."""
-    return None if has_credentials(url) else error
+        raise JobError(message, key="corpus.path") from safe_cause(error, pattern)
+    except Exception as error:  # an unknown protocol, options that it rejects, or no connection
+        cause = safe_cause(error, pattern)
+        raise store_error(f"{pattern!r} cannot be opened", error, pattern) from cause
+    # The last character of a signed URL may be a slash that belongs to the signature.
+    return filesystem, path if HTTP.match(path) and "?" in path else path.rstrip("/")
 
 
 def _find_files(
     filesystem: Any, path: str, suffixes: Sequence[str]
-) -> list[tuple[Mapping[str, Any], str]]:
-    """Return the files that `path` means, each with its path relative to the corpus root."""
+) -> tuple[list[tuple[Mapping[str, Any], str]], int]:
+    """Find the files that `path` means, literally or else as a pattern.
+
+    Returns:
+        The files, each with its path relative to the corpus root, and the number of those that
+        are left out because they are files of runs.
+    """
     try:
         info = filesystem.info(path)
-    except FileNotFoundError:
-        if not _MAGIC.search(path):
+    except FileNotFoundError as error:
+        is_pattern = has_magic(path.partition("?")[0] if HTTP.match(path) else path)
+        if not is_pattern or not is_absent(error):
             raise
-        root = "/".join(takewhile(lambda part: not _MAGIC.search(part), path.split("/")))
-        matches = filesystem.glob(path, detail=True).values()
+        root, pattern = _literal_root(filesystem, path)
+        matches = filesystem.glob(pattern, detail=True).values()
         files = [info for info in matches if info["type"] != "directory"]
         folders = [info["name"] for info in matches if info["type"] == "directory"]
     else:
         if info["type"] != "directory":
-            return [(info, path.rsplit("/", 1)[-1])]
+            return [(info, last_part(stable_path(path)))], 0
         root, files, folders = path, [], [path]
     # By default a local walk skips unreadable folders; lost files must not go unnoticed.
     strict = {"on_error": "raise"} if isinstance(filesystem, LocalFileSystem) else {}
     for folder in folders:
         inside = filesystem.find(folder, detail=True, **strict).values()
         files += [info for info in inside if data_name(info["name"]).endswith(tuple(suffixes))]
-    named = [(info, info["name"][len(root) :].lstrip("/")) for info in files]
-    return [(info, relative) for info, relative in named if not HIDDEN.search(relative)]
+    named = [(info, stable_path(info["name"])[len(root) :].lstrip("/")) for info in files]
+    visible = [(info, relative) for info, relative in named if not HIDDEN.search(relative)]
+    kept = list(without_run_folders(filesystem, root, visible))
+    return kept, len(visible) - len(kept)
+
+
+def _literal_root(filesystem: Any, pattern: str) -> tuple[str, str]:
+    """Return the folder that a pattern begins with, and the pattern with that folder escaped.
+
+    A folder that is there under just that name is meant, though its name could be a pattern.
+    """
+    parts = pattern.split("/")
+    num_literal = 0
+    for num_literal, part in enumerate(parts):
+        if has_magic(part) and not filesystem.isdir("/".join(parts[: num_literal + 1])):
+            break
+    root = parts[:num_literal]
+    escaped = [escape(part) if has_magic(part) else part for part in root]
+    return "/".join(root), "/".join([*escaped, *parts[num_literal:]])
 
 
 def _source(filesystem: Any, info: Mapping[str, Any], relative: str) -> Source:
     path = info["name"]
-    if isinstance(filesystem, LocalFileSystem):
-        status = Path(path).stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe, for example, cannot be read twice
-            raise JobError(f"{path!r} is not a regular file", key="corpus.path")
-        url, version = path, str(status.st_mtime_ns)
-    else:
-        # No file is opened by this URL: it is for messages, and may become a part of record ids.
-        url = without_credentials(filesystem.unstrip_protocol(path))
-        version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "").strip('"')
-    file = CorpusFile(valid_text(url), info.get("size"), version, valid_text(relative))
-    return Source(file, filesystem, path)
+    facts = facts_of(filesystem, info)
+    is_local = isinstance(filesystem, LocalFileSystem)
+    # No file is opened by this URL: it is for messages.
+    url = path if is_local else without_credentials(filesystem.unstrip_protocol(path))
+    version = version_of(facts)
+    file = CorpusFile(valid_text(url), facts.get("size"), version, valid_text(relative))
+    name = path.partition("?")[0] if HTTP.match(path) else path
+    return Source(file, filesystem, path, name, facts)
 
 
-def _with_distinct_names(sources: Sequence[Source]) -> list[Source]:
-    """Give files of equal relative paths distinct ones, by as many parent folders as needed."""
-    names = [source.file.relative for source in sources]
-    for depth in count(1):
-        doubled = {name for name, times in Counter(names).items() if times > 1}
-        if not doubled:
-            break
-        for i, source in enumerate(sources):
-            if names[i] in doubled:
-                parts = source.path.split("/")
-                num_parts = source.file.relative.count("/") + 1 + depth
-                longer = "/".join(parts[-num_parts:])
-                names[i] = longer if num_parts <= len(parts) else source.file.url
-    return [
-        replace(source, file=replace(source.file, relative=name))
-        for source, name in zip(sources, names, strict=True)
-    ]
+def _without_links(sources: Sequence[Source]) -> list[Source]:
+    """Leave out names that lead, through a symbolic link, to a file of another name."""
+    alike: defaultdict[Any, list[Source]] = defaultdict(list)
+    for source in sources:
+        alike[source.facts.get("place", source.key)].append(source)
+    kept: list[Source] = []
+    for group in alike.values():
+        best: dict[str, Source] = {}  # hard links are files of their own: their real paths differ
+        for source in sorted(group, key=lambda each: each.file.relative):
+            real = os.path.realpath(source.path) if len(group) > 1 else source.path
+            if real not in best or source.path == real:
+                best[real] = source
+        kept += best.values()
+    if len(kept) < len(sources):
+        num_links = len(sources) - len(kept)
+        logger.info("%d links to other files of the corpus are not read again", num_links)
+    return kept
 
 
 def data_name(path: str) -> str:

@@ -56,7 +56,7 @@ def common_format(spec: job.Corpus, sources: Sequence[Source]) -> str:
 
 
 def _format_of(source: Source) -> str:
-    name = data_name(source.path)
+    name = data_name(source.name)
     for kind, suffixes in FORMATS.items():
         if name.endswith(suffixes):
             return kind
@@ -72,7 +72,7 @@ def _format_of(source: Source) -> str:
 
 def _jsonl_rows(source: Source, spec: job.Corpus, columns: Columns) -> Iterator[Row]:
     # Only .json is ambiguous: it may be one document over many lines, or one big list.
-    doubtful = data_name(source.path).endswith(".json")
+    doubtful = data_name(source.name).endswith(".json")
     with open_source(source, spec) as stream:
         lines = chain([stream.readline().removeprefix(_BOM)], stream)
         for index, line in enumerate(lines):
@@ -125,7 +125,7 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_object_of_distinct_keys).deco
 
 def _csv_rows(source: Source, spec: job.Corpus, columns: Columns) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    is_tsv = spec.delimiter == "," and data_name(source.path).endswith(".tsv")
+    is_tsv = spec.delimiter == "," and data_name(source.name).endswith(".tsv")
     with open_source(source, spec) as stream:
         lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
         rows = csv.reader(lines, delimiter="\t" if is_tsv else spec.delimiter, strict=True)

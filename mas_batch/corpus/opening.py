@@ -13,7 +13,8 @@ from typing import Any
 import fsspec.compression
 
 from mas_batch import job
-from mas_batch.corpus.files import CODECS, HIDDEN, Source
+from mas_batch.corpus.files import CODECS, Source, safe_cause, store_error
+from mas_batch.corpus.run_folders import HIDDEN
 from mas_batch.errors import JobError, RunError
 
 BUFFER_BYTES = 1 << 20
@@ -43,7 +44,7 @@ def codec_of(spec: job.Corpus, source: Source) -> str | None:
     """Return the codec that the job sets or the file's name implies, None for no codec."""
     if spec.compression != "infer":
         return spec.compression
-    return CODECS.get(Path(source.path).suffix.lower())
+    return CODECS.get(Path(source.name).suffix.lower())
 
 
 def check_codec(source: Source, codec: str | None, kind: str) -> None:
@@ -67,15 +68,15 @@ def open_stored(source: Source) -> Iterator[Any]:
 
     Raises:
         JobError: the filesystem refuses to open it.
-        RunError: here and from the stream, the filesystem fails to read what it has opened.
+        RunError: the filesystem may open it later; from the stream, it fails to read what it has
+            opened.
     """
     with ExitStack() as stack:
         try:
             stream = stack.enter_context(source.filesystem.open(source.path, "rb"))
-        except OSError as error:
-            raise JobError(
-                f"{source.file.url} cannot be opened: {error}", key="corpus.path"
-            ) from error
+        except Exception as error:  # remote filesystems raise anything
+            done = f"{source.file.url} cannot be opened"
+            raise store_error(done, error, source.path) from safe_cause(error, source.path)
         yield _StoredStream(stream, source.file.url)
 
 

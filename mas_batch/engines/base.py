@@ -144,6 +144,7 @@ class Engine(Protocol):
         Raises:
             OutOfMemoryError: the batch did not fit; the engine is usable again.
             EngineRefusedError: no batch can succeed; the whole task fails.
+            EngineUnavailableError: the server is away; the whole task is put off.
             EngineError: anything else the engine can name; other exceptions count as that too.
         """
         ...

@@ -12,7 +12,12 @@ from dataclasses import replace
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, tokenized_prompt
 from mas_batch.engines.claims import checked
-from mas_batch.errors import EngineRefusedError, OutOfMemoryError, Reason
+from mas_batch.errors import (
+    EngineRefusedError,
+    EngineUnavailableError,
+    OutOfMemoryError,
+    Reason,
+)
 
 
 def plan_batches(
@@ -84,7 +89,7 @@ def _answers(
     try:
         replies = engine.generate(batch, sampling)
         return [[checked(reply, sampling) for reply in row] for row in replies]
-    except EngineRefusedError:
+    except (EngineRefusedError, EngineUnavailableError):
         raise
     except Exception as error:
         if middle := len(batch) // 2:

@@ -1,6 +1,9 @@
 """Any chat endpoint that speaks OpenAI's protocol: a hosted API, or a server of one's own.
 
 The key is read from the worker's environment and goes nowhere but into the requests.
+
+When the server is away the partition is put off (`endpoint`). What was answered before is kept for
+then, and a small request asks first whether the server is back.
 """
 
 from __future__ import annotations
@@ -9,17 +12,14 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
-import openai
 from openai.types.chat import ChatCompletion
 from openai.types.chat.chat_completion import Choice
-from pydantic import Field
 
 from mas_batch.engines.base import (
     Completion,
@@ -30,42 +30,27 @@ from mas_batch.engines.base import (
     tokenized_prompt,
 )
 from mas_batch.engines.claims import MAX_COUNT
-from mas_batch.engines.options import EngineOptions, read_options
-from mas_batch.errors import EngineError, EngineRefusedError, JobError, Reason, RecordError
+from mas_batch.engines.endpoint import (
+    OFFICIAL_URL,
+    Endpoint,
+    Options,
+    RateLimitedError,
+)
+from mas_batch.engines.interrupted import Interrupted, key_of
+from mas_batch.engines.options import read_options
+from mas_batch.errors import (
+    EngineError,
+    EngineUnavailableError,
+    JobError,
+    Reason,
+    RecordError,
+)
 from mas_batch.models import ModelFiles, parse_source
 
-OFFICIAL_URL = "https://api.openai.com/v1"
 BYTES_PER_TOKEN = 4
 """For estimates: an endpoint does not tell how it tokenises. About right for English."""
 TOKENS_PER_MESSAGE = 4
 """What chat templates put around a turn, about."""
-REFUSED = (401, 403, 404)
-"""No key, no right, no such model: what fails one request fails all."""
-MAX_MESSAGE_CHARS = 300
-
-_TOO_LONG = re.compile(r"context[ _](?:length|size|window)|maximum (?:number of )?tokens", re.I)
-
-
-class Options(EngineOptions):
-    """What `agents.options` may hold for this engine."""
-
-    base_url: Annotated[str, Field(pattern=r"^https?://[^/@?#]+(/[^@?#]*)?$")] = OFFICIAL_URL
-    """No user, password or query in it: the HTTP library logs the URLs that it asks."""
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "OPENAI_API_KEY"
-    """Name of the environment variable on the worker that holds the key. An endpoint of one's
-    own that wants no key needs none, unless this is set."""
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Requests under way at a time."""
-    timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
-    """For one try of one request."""
-    max_retries: Annotated[int, Field(ge=0, le=100)] = 4
-    """Further tries after 408, 409, 429, 5xx and lost connections, with growing pauses."""
-    max_context_tokens: Annotated[int, Field(ge=1)] = 8192
-    """Prompt plus completion, by estimate. What the server finds too long is reported so."""
-    logprobs: bool = False
-    """Ask for log-probabilities. Not every endpoint has them; most leave the end token out."""
-    extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the body of every request."""
 
 
 class OpenAIEngine:
@@ -91,15 +76,9 @@ class OpenAIEngine:
             )
         self._model = parse_source(model.source).name
         self._options = options
-        self._has_key = bool(key)
-        self._refusal: str | None = None
+        self._endpoint = Endpoint(options, self._model, key)
+        self._interrupted = Interrupted()
         self.max_context_tokens = options.max_context_tokens
-        self._client = openai.OpenAI(
-            api_key=key or "none",  # the library insists on one
-            base_url=options.base_url,
-            timeout=options.timeout_s,
-            max_retries=options.max_retries,
-        )
         self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="openai")
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -112,20 +91,26 @@ class OpenAIEngine:
 
         Raises:
             EngineRefusedError: the endpoint refuses the key or the model.
+            EngineUnavailableError: the server is away. Answers that it has given are kept.
             EngineError: it cannot decode this way.
         """
         if sampling.num_beams > 1:
             raise EngineError("openai endpoints have no beam search; set sampling.num_beams to 1")
-        self._refusal = None  # the last batch's; a passing one deserves another try
         start = time.perf_counter()
-        asked = [self._threads.submit(self._answer, r, sampling) for r in requests]
-        done, waiting = wait(asked, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
-        for future in done:
-            future.result()  # raises the refusal
-        answers = [future.result() for future in asked]
-        return _share_time(answers, time.perf_counter() - start)
+        n = sampling.num_samples
+        keys = [key_of(self._body(request, sampling, n, 0), n) for request in requests]
+        answers = {i: kept for i, key in enumerate(keys) if (kept := self._interrupted.take(key))}
+        missing = [i for i in range(len(requests)) if i not in answers]
+        alone = [i for i in missing if self._interrupted.is_suspect(keys[i])]
+        together = [i for i in missing if i not in alone]
+        try:
+            for group in (together, *([i] for i in alone)):
+                answers |= self._ask(group, requests, keys, sampling)
+        finally:
+            if len(answers) < len(requests):
+                for i, answer in answers.items():
+                    self._interrupted.keep(keys[i], answer)
+        return _share_time([answers[i] for i in range(len(requests))], time.perf_counter() - start)
 
     def describe(self) -> Mapping[str, Any]:
         """Name the endpoint and the model."""
@@ -141,11 +126,54 @@ class OpenAIEngine:
 
     def close(self) -> None:
         """Close the connections; requests that wait are not asked."""
+        self._endpoint.halted.set()
         self._threads.shutdown(cancel_futures=True)
-        self._client.close()
+        self._endpoint.close()
+
+    def _ask(
+        self, group: Sequence[int], requests: Sequence[Request], keys: Sequence[str], how: Sampling
+    ) -> dict[int, list[Completion]]:
+        """Ask about some of the requests at a time; returns position → completions.
+
+        Raises:
+            EngineRefusedError, EngineUnavailableError: what is answered by then is kept.
+        """
+        if self._endpoint.is_away and group:
+            self._endpoint.knock()
+        self._endpoint.go_on()
+        asked = {i: self._threads.submit(self._answer, requests[i], how) for i in group}
+        wait(asked.values(), return_when=FIRST_EXCEPTION)
+        begun = {i: future for i, future in asked.items() if not future.cancel()}
+        wait(begun.values())
+        answers: dict[int, list[Completion]] = {}
+        for i, future in begun.items():
+            error = future.exception()
+            if error is None and future.result():
+                answers[i] = future.result()
+                self._interrupted.answered(keys[i])
+            elif isinstance(error, RateLimitedError):
+                continue
+            elif isinstance(error, EngineUnavailableError):
+                self._interrupted.met(keys[i])
+                if self._interrupted.is_to_blame(keys[i]):
+                    self._interrupted.answered(keys[i])
+                    message = f"the server went away each time that it was asked: {error}"
+                    answers[i] = self._failed(requests[i], how.num_samples, message)
+            elif error is not None and not isinstance(error, EngineError):
+                raise error
+        if self._endpoint.halt is not None and len(answers) < len(group):
+            for i, answer in answers.items():
+                self._interrupted.keep(keys[i], answer)
+            raise self._endpoint.halt
+        return answers
 
     def _answer(self, request: Request, sampling: Sampling) -> list[Completion]:
-        """Return `num_samples` completions; each one's seconds are its share of the request's."""
+        """Return `num_samples` completions; each one's seconds are its share of the request's.
+
+        None at all if the batch has been halted before.
+        """
+        if self._endpoint.halted.is_set():
+            return []
         start = time.perf_counter()
         done: list[Completion] = []
         missing = sampling.num_samples
@@ -153,24 +181,25 @@ class OpenAIEngine:
             while missing:
                 # Greedy requests, and servers that ignore `n`, give one: ask again for the rest.
                 body = self._body(request, sampling, missing, sample=len(done))
-                done += self._read(self._post(body), request)[:missing]
+                done += self._read(self._endpoint.post(body), request)[:missing]
                 missing = sampling.num_samples - len(done)
         except RecordError as error:
-            estimate = tokenized_prompt(self, request).num_tokens
-            failure = _failure(error.reason, error.message, estimate, num_tokens=0)
-            done += [failure] * missing
+            done += self._failed(request, missing, error.message, error.reason)
         share_s = (time.perf_counter() - start) / len(done)
         return [dataclasses.replace(completion, compute_s=share_s) for completion in done]
 
+    def _failed(
+        self, request: Request, count: int, message: str, reason: Reason = Reason.ENGINE_ERROR
+    ) -> list[Completion]:
+        estimate = tokenized_prompt(self, request).num_tokens
+        return [_failure(reason, message, estimate, num_tokens=0)] * count
+
     def _body(self, request: Request, sampling: Sampling, n: int, sample: int) -> dict[str, Any]:
-        # The official endpoint has renamed it; the servers that imitate it know the old name.
-        official = self._options.base_url == OFFICIAL_URL
-        limit = "max_completion_tokens" if official else "max_tokens"
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": m.role, "content": m.content} for m in request.messages],
             "temperature": sampling.temperature,
-            limit: sampling.max_new_tokens,
+            self._endpoint.limit: sampling.max_new_tokens,
         }
         if sampling.temperature > 0:
             seed = (request.seed + sample) & 0x7FFFFFFF  # some servers take 32 bits only
@@ -180,40 +209,6 @@ class OpenAIEngine:
         if self._options.logprobs:
             body["logprobs"] = True
         return body | self._options.extra_body
-
-    def _post(self, body: dict[str, Any]) -> ChatCompletion:
-        """Send one request.
-
-        Raises:
-            EngineRefusedError: no request to this endpoint can succeed.
-            RecordError: this one did not.
-        """
-        # The batch's other requests would be refused as well, and hundreds of calls with a
-        # wrong key are what gets accounts locked.
-        if self._refusal is not None:
-            raise EngineRefusedError(self._refusal)
-        try:
-            return self._client.post("/chat/completions", body=body, cast_to=ChatCompletion)
-        except openai.APIStatusError as error:
-            status, message = error.status_code, self._tell(error)
-        except (openai.APIError, ValueError) as error:  # ValueError: a reply that is not JSON
-            status, message = 0, self._tell(error)
-        # Not inside the clauses above: a chained exception would carry the response along.
-        if status in REFUSED:
-            self._refusal = message
-            raise EngineRefusedError(message)
-        too_long = status in (400, 413) and _TOO_LONG.search(message)
-        raise RecordError(Reason.TOO_LONG if too_long else Reason.ENGINE_ERROR, message)
-
-    def _tell(self, error: Exception) -> str:
-        """Put an error in words."""
-        return self._clean(f"{self._options.base_url}: {type(error).__name__}: {error}")
-
-    def _clean(self, message: str) -> str:
-        """Take the key out of what a server says, and bound it."""
-        if self._has_key:
-            message = message.replace(self._client.api_key, "[key]")
-        return message[:MAX_MESSAGE_CHARS]
 
     def _read(self, response: ChatCompletion, request: Request) -> list[Completion]:
         """Make completions of a response's choices.
@@ -241,7 +236,7 @@ class OpenAIEngine:
         refusal = choice.message.refusal
         if refusal or choice.finish_reason == "content_filter":
             why = f"the model refused: {refusal}" if refusal else "held back by a content filter"
-            message = self._clean(why)
+            message = self._endpoint.clean(why)
             return _failure(Reason.ENGINE_ERROR, message, prompt_tokens, num_tokens)
         logprobs = choice.logprobs.content if choice.logprobs else None
         return Completion(

@@ -9,9 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-import fsspec
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mas_batch import incremental
 from mas_batch.errors import RunError
@@ -113,9 +111,7 @@ def find_record(store: Store, record_id: str) -> int:
     """
     plan = _plan(store)
     for partition, _, _ in plan.sizes():
-        url = store.child(staged_name(partition)).url
-        with fsspec.open(url, "rb", **store.options) as file:
-            ids = pq.read_table(file, columns=["record_id"])["record_id"]
+        ids = store.read_column(staged_name(partition), "record_id")
         if pc.index(ids, record_id).as_py() >= 0:
             return partition
     raise RunError(

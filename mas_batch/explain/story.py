@@ -18,6 +18,8 @@ class OutcomeKind(StrEnum):
 
     ANSWERED = "answered"
     FAILED = "failed"
+    PUT_OFF = "put off"
+    """Its agent's server was away; the agent is asked again, and the try does not count."""
     LOST = "lost"
     """Its worker was lost, left or was restarted first."""
     OVERTAKEN = "overtaken"
@@ -147,6 +149,11 @@ class Story:
                 if index is not None:
                     why = {key: facts[key] for key in ("message", "given_up")}
                     self._end_try(index, event.time, OutcomeKind.FAILED, **why)
+            case "ServerAway":
+                index = self._tries.get((facts["agent_id"], facts["worker"]))
+                if index is not None:
+                    why = facts["message"]
+                    self._end_try(index, event.time, OutcomeKind.PUT_OFF, message=why)
             case "PartitionUndecided":
                 count = f"{facts['num_undecided']:,} of {facts['num_records']:,} records"
                 self._add(event, f"{count} are undecided: one more agent is asked about them")

@@ -36,6 +36,7 @@ _FIGURES = {
 _OUTCOMES = {
     OutcomeKind.ANSWERED: ("answered in", "green"),
     OutcomeKind.FAILED: ("failed after", "yellow"),
+    OutcomeKind.PUT_OFF: ("put off after", "yellow"),
     OutcomeKind.LOST: ("lost after", "yellow"),
     OutcomeKind.OVERTAKEN: ("not waited for", "dim"),
     OutcomeKind.OPEN: ("no outcome: it is at work, or the run's process ended", "dim"),

@@ -17,6 +17,8 @@ class ReplicaState(StrEnum):
     DRAINING = "draining"
     OPEN = "breaker open"
     PROBING = "probing"
+    AWAY = "server away"
+    """The server behind its engine is waited for."""
     LOST = "lost"
     RELEASED = "released"
     """The run has ended."""

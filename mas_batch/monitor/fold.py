@@ -26,6 +26,7 @@ from mas_batch.events import (
     PhaseEnded,
     RunFinished,
     RunStarted,
+    ServerAway,
 )
 from mas_batch.monitor.fleet import LiveAgent, LiveReplica, ReplicaState
 from mas_batch.monitor.live import LiveRun
@@ -73,6 +74,8 @@ class Fold:
                 num_tokens = self._answer(at, event)
             case AnswerFailed():
                 self._fail(event)
+            case ServerAway():
+                self._wait(at, event)
             case PartitionUndecided():
                 run.num_undecided += event.num_undecided
             case PartitionMerged():
@@ -197,6 +200,15 @@ class Fold:
             replica.num_failed += 1
         failed = (event.agent_id, event.worker)
         self._end_tries(event.partition, lambda attempt: attempt == failed)
+
+    def _wait(self, at: float, event: ServerAway) -> None:
+        agent, replica = self._agent(event.agent_id), self._replica(event.agent_id, event.worker)
+        agent.last_failure = event.message
+        since = replica.since if replica.state is ReplicaState.AWAY else at
+        why = f"waits up to {event.wait_s:g} s for its server: {event.message}"
+        replica.become(ReplicaState.AWAY, since, why)
+        put_off = (event.agent_id, event.worker)
+        self._end_tries(event.partition, lambda attempt: attempt == put_off)
 
     def _end_tries(self, partition: int, ended: Callable[[tuple[str, str]], bool]) -> None:
         tries = self._open.get(partition, [])

@@ -37,6 +37,7 @@ from mas_batch.events import (
     PartitionUndecided,
     RunFinished,
     RunStarted,
+    ServerAway,
 )
 from mas_batch.safe_text import printable
 
@@ -200,6 +201,13 @@ def sentence(event: Event) -> str | None:
         case BreakerChanged(agent_id, worker, state, message):
             style = "green" if state == "closed" else "yellow"
             return f"[{style}]{agent_id} on {_safe(worker)}, breaker {state}: {_safe(message)}"
+        case ServerAway():
+            so_far = f" ({event.away_s:.0f} s so far)" if event.away_s else ""
+            return (
+                f"[yellow]{event.agent_id} on {_safe(event.worker)} waits for its server{so_far}: "
+                f"{_safe(event.message)}; asked again in {event.again_in_s:.0f} s, "
+                f"given up after {event.wait_s:g} s"
+            )
         case Learned(method, weights, why):
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
             return f"{method} has learned: {_safe(each)}; {_safe(why)}"
@@ -256,6 +264,14 @@ class LogLines:
                 _log("agent_draining", agent=agent_id, worker=worker, message=message)
             case BreakerChanged(agent_id, worker, state, message):
                 _log("breaker", agent=agent_id, worker=worker, state=state, message=message)
+            case ServerAway(_, agent_id, worker, message, away_s, again_in_s, wait_s):
+                seconds = {"away_s": round(away_s), "again_in_s": round(again_in_s)}
+                _log(
+                    "server_away",
+                    **{"agent": agent_id, "worker": worker, **seconds},
+                    wait_s=wait_s,
+                    message=message,
+                )
             case AgentsScaled(wanted, backlog):
                 _log("agents_scaled", wanted=_listed(wanted), backlog=_listed(backlog))
             case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from mas_batch.planning.rates import with_replicas
 from mas_batch.records import Record
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
+from mas_batch.scratch import scratch_folder
 
 _PARTITIONS_OF_SAMPLE = 4
 _SMALLER_BY = 4
@@ -49,14 +49,14 @@ def sampled(
     Raises:
         MasBatchError: a run of the sample failed, for the reason that the job's own would.
     """
-    with tempfile.TemporaryDirectory(prefix="mas-batch-plan-") as folder:
+    with scratch_folder() as folder:
         output = _output(job, client, folder)
         try:
             runs = []
             for number, sizing in enumerate(sizes(job, len(records))):
                 asked = records[:: number + 1]
                 tell(_sentence(job, len(asked), sizing))
-                corpus = Path(folder) / f"sample-{number}.jsonl"
+                corpus = folder / f"sample-{number}.jsonl"
                 corpus.write_text("".join(map(_line, asked)), encoding="utf-8")
                 part = _of_sample(job, corpus, output, sizing, any(r.context for r in asked))
                 runs.append(open_run(pipeline.run(part, client=client).run, output.options))
@@ -100,7 +100,7 @@ def _of_sample(
     )
 
 
-def _output(job: Job, client: Client | None, folder: str) -> Store:
+def _output(job: Job, client: Client | None, folder: Path) -> Store:
     """Return a folder that the job's workers can write to: on a user's cluster, near the runs."""
     if cluster.is_embedded(job.cluster, client or cluster.current_client()):
         return Store(f"{folder}/runs")

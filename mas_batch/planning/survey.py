@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mas_batch.corpus import CorpusReader
+from mas_batch.corpus import open_corpus
 from mas_batch.errors import JobError
 from mas_batch.job import Job
 from mas_batch.partition import partition
@@ -56,7 +56,7 @@ def survey(job: Job, num_sampled: int) -> Survey:
     sample = EvenlySpacedSample[Record](num_sampled)
     tokens_per_record = job.task.max_new_tokens
     for part in partition(
-        CorpusReader(job.corpus),
+        open_corpus(job),
         max_tokens=job.partition.max_tokens,
         max_records=job.partition.max_records,
         tokens_per_record=tokens_per_record,

@@ -32,6 +32,7 @@ from mas_batch.events import (
     PartitionAsked,
     PartitionMerged,
     PartitionUndecided,
+    ServerAway,
 )
 from mas_batch.job import Job
 from mas_batch.latency.times import TaskTimes
@@ -40,6 +41,7 @@ from mas_batch.routing.hosting import Failure, Hosting, watch
 from mas_batch.routing.instructions import (
     Abandon,
     Ask,
+    AwayNews,
     BreakerNews,
     Instruction,
     Merge,
@@ -157,8 +159,8 @@ class DaskRouter:
         """Feed the dispatcher until every partition of its plan is merged.
 
         Raises:
-            RunError: the scheduler is lost, an agent stays without workers or only fails, the
-                output cannot be written, or a merge fails.
+            RunError: the scheduler is lost, an agent stays without workers or only fails, its
+                server is away for too long, the output cannot be written, or a merge fails.
         """
         self._dispatcher = dispatcher
         self._hosting.listener = self
@@ -189,6 +191,12 @@ class DaskRouter:
         self._act(self._dispatcher.tick(time.monotonic()))
         self._hurry_merges()
         self._scale(self._dispatcher)
+        for agent_id, away_s in self._dispatcher.overdue(time.monotonic()).items():
+            raise RunError(
+                f"agent {agent_id!r} has waited {away_s:.0f} s for its server "
+                f"(agents.options.wait_s): {self._last_failure[agent_id]}; "
+                "start it and run the same command again: what is answered is kept"
+            )
         for agent_id in sorted(self._dispatcher.distrusted_agents()):
             raise RunError(
                 f"agent {agent_id!r} has failed on all that it was asked lately: "
@@ -242,6 +250,8 @@ class DaskRouter:
                 self._inbox.put(lambda: self._hosting.loaded(address, facts))
             case Report.ANSWERED:
                 self._inbox.put(lambda: self._answered(address, facts))
+            case Report.AWAY:
+                self._inbox.put(lambda: self._away(address, **facts))
             case Report.ANSWERING:
                 self._inbox.put(lambda: self._heard(address))
             case Report.MERGED:
@@ -295,6 +305,8 @@ class DaskRouter:
                     self._restart(instruction)
                 case BreakerNews():
                     self._emit(self._breaker_event(instruction))
+                case AwayNews():
+                    self._emit(self._away_event(instruction))
 
     def _restart(self, restart: Restart) -> None:
         message = (
@@ -313,6 +325,11 @@ class DaskRouter:
             )
         name = self._hosting.name(news.replica_id)
         return BreakerChanged(news.agent_id, name, news.state, message)
+
+    def _away_event(self, news: AwayNews) -> ServerAway:
+        name, why = self._hosting.name(news.replica_id), self._last_failure[news.agent_id]
+        seconds = (news.away_s, news.cool_down_s, news.wait_s)
+        return ServerAway(news.partition, news.agent_id, name, why, *seconds)
 
     def _ask(self, ask: Ask) -> None:
         with dask.annotate(executor=self._run.topic):
@@ -358,6 +375,16 @@ class DaskRouter:
             self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
         self._act(self._dispatcher.answered(partition, agent_id, address, time.monotonic()))
 
+    def _away(
+        self, address: str, partition: int, agent_id: str, message: str, **hints: float
+    ) -> None:
+        """Take note that a worker's server is away."""
+        if self._forget((partition, agent_id, address)) is None or self._dispatcher is None:
+            return  # it was abandoned
+        self._last_failure[agent_id] = message
+        now = time.monotonic()
+        self._act(self._dispatcher.away(partition, agent_id, address, now, **hints))
+
     def _heard(self, address: str) -> None:
         if self._dispatcher is not None:
             self._dispatcher.heard(address, time.monotonic())
@@ -371,11 +398,10 @@ class DaskRouter:
         self._forget(key)
         if isinstance(failure, OutputError):
             raise failure  # no other worker could write it either
+        now = time.monotonic()
         failure = failure or RunError("the task ended without a report")
         self._last_failure[ask.agent_id] = f"{type(failure).__name__}: {failure}"
-        instructions = self._dispatcher.failed(
-            ask.partition, ask.agent_id, ask.replica_id, time.monotonic()
-        )
+        instructions = self._dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id, now)
         self._emit(
             AnswerFailed(
                 ask.partition,
@@ -384,7 +410,7 @@ class DaskRouter:
                 ask.attempt,
                 self._last_failure[ask.agent_id],
                 self._dispatcher.given_up(ask.partition, ask.agent_id),
-                time.monotonic() - asked.sent,
+                now - asked.sent,
             )
         )
         self._act(instructions)

@@ -23,6 +23,7 @@ from mas_batch.routing.board import Board, OpenPartition
 from mas_batch.routing.instructions import (
     Abandon,
     Ask,
+    AwayNews,
     BreakerNews,
     Instruction,
     Merge,
@@ -38,6 +39,8 @@ from mas_batch.routing.speculation import Late, is_worth_it, latest_first
 _MAX_GIVEN_UP = 3
 """Partitions that an untrusted agent is given up on before the run stops."""
 _RESTART_AGAIN_S = 120.0
+_MAX_OPEN_WHILE_AWAY = 50_000
+"""Partitions that may be open while an agent's server is away; each takes about a kilobyte."""
 _COPIES_CONSIDERED = 8
 """Of the latest tasks, per idle replica: with a thousand of each the rest is not worth a look."""
 
@@ -165,6 +168,35 @@ class Dispatcher:
             self._settle(state, out)
         return self._advance(out, now)
 
+    def away(
+        self,
+        partition: int,
+        agent_id: str,
+        replica_id: str,
+        now: float,
+        *,
+        retry_after_s: float,
+        wait_s: float,
+    ) -> list[Instruction]:
+        """A try met a server that is away. It blames nothing: the partition goes back.
+
+        Args:
+            retry_after_s: how long the server wants to be left alone; 0: it has not said.
+            wait_s: how long it may be away, see `overdue`.
+        """
+        out: list[Instruction] = []
+        replica = self._pool.get(replica_id)
+        if replica is not None and replica.away(partition, now, retry_after_s, wait_s):
+            self._pool.update(replica, now)
+            assert replica.away_since is not None
+            away_s, breaker = now - replica.away_since, replica.breaker
+            left_s = max(0.0, breaker.opened + breaker.cool_down_s - now)
+            out.append(AwayNews(replica_id, agent_id, partition, away_s, left_s, wait_s))
+        state = self._board.get(partition)
+        if state is not None and state.take_back(agent_id, replica_id):
+            self._settle(state, out)
+        return self._advance(out, now)
+
     def heard(self, replica_id: str, now: float) -> None:
         """A replica has made progress on what it is working on."""
         replica = self._pool.get(replica_id)
@@ -258,6 +290,21 @@ class Dispatcher:
                 missing |= state.given_up - served
         return missing
 
+    def overdue(self, now: float) -> dict[str, float]:
+        """Return agent → seconds for which its servers have been away: longer than they may be.
+
+        Only agents without which an open partition cannot do.
+        """
+        away = {agent_id for agent_id in self._samples if self._pool.is_away(agent_id)}
+        waited = {agent_id: self._pool.overdue_s(agent_id, now) for agent_id in sorted(away)}
+        if all(away_s is None for away_s in waited.values()):
+            return {}
+        needed: set[str] = set()
+        for state in self._board:
+            if state.samples_of(state.untried - away) < state.lacks:
+                needed |= state.untried & away
+        return {a: away_s for a, away_s in waited.items() if away_s is not None and a in needed}
+
     def distrusted_agents(self) -> set[str]:
         """Agents that only fail: what is wrong is not their partitions.
 
@@ -269,6 +316,7 @@ class Dispatcher:
             agent_id
             for agent_id, count in given_up.items()
             if not self._is_trusted(agent_id)
+            and not self._pool.is_away(agent_id)  # its time is `overdue`'s
             and (count >= _MAX_GIVEN_UP or self._is_idle(agent_id))
         }
 
@@ -376,10 +424,22 @@ class Dispatcher:
         # Every agent may be behind by its window, and the plan's end must be seen before the
         # windows run dry; more open partitions would only use memory.
         max_open = 16 + 4 * self._rules.max_window * len(self._pool)
-        while not self._board.is_exhausted and len(self._board.open) < max_open:
+        while not self._board.is_exhausted and (
+            len(self._board.open) < max_open or self._is_held_up()
+        ):
             state = self._board.pull()
             if state is not None:
                 self._settle(state, out)
+
+    def _is_held_up(self) -> bool:
+        """Whether what is open waits for an agent whose server is away, and others are idle."""
+        away = {agent_id for agent_id in self._samples if self._pool.is_away(agent_id)}
+        if not away or len(self._board.open) >= _MAX_OPEN_WHILE_AWAY:
+            return False
+        return any(
+            self._pool.free(agent_id) and self._first_waiting(agent_id, set()) is None
+            for agent_id in self._samples.keys() - away
+        )
 
     def _see_the_end(self, now: float) -> None:
         if self._board.is_exhausted and self._rules.max_window > 1:

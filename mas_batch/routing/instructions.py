@@ -104,4 +104,20 @@ class BreakerNews:
     cool_down_s: float
 
 
-Instruction = Ask | Merge | Abandon | Restart | BreakerNews
+@dataclass(frozen=True, slots=True)
+class AwayNews:
+    """The server of a replica is away: it is waited for; for people to read."""
+
+    replica_id: str
+    agent_id: str
+    partition: int
+    """What was asked in vain; it is asked again, of whoever can answer."""
+    away_s: float
+    """Since it was first found away."""
+    cool_down_s: float
+    """Until it is asked again."""
+    wait_s: float
+    """How long it may be away."""
+
+
+Instruction = Ask | Merge | Abandon | Restart | AwayNews | BreakerNews

@@ -103,6 +103,25 @@ class Pool:
         replicas = self._of[agent_id].values()
         return bool(replicas) and all(r.breaker.state is not BreakerState.CLOSED for r in replicas)
 
+    def is_away(self, agent_id: str) -> bool:
+        """Whether the agent has replicas and the server of every one is away."""
+        replicas = self._of[agent_id].values()
+        return bool(replicas) and all(r.away_since is not None for r in replicas)
+
+    def overdue_s(self, agent_id: str, now: float) -> float | None:
+        """Return for how long every server of the agent has been away, if that is too long.
+
+        None while one is there, may still come back, or is being asked.
+        """
+        away_s = []
+        for replica in self._of[agent_id].values():
+            if replica.away_since is None or replica.sent:
+                return None
+            away_s.append(now - replica.away_since)
+            if away_s[-1] < replica.wait_s:
+                return None
+        return min(away_s, default=None)
+
     def is_in_streak(self, agent_id: str) -> bool:
         """Whether the last that was heard of every replica of the agent is a failure."""
         replicas = self._of[agent_id].values()

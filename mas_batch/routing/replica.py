@@ -26,7 +26,8 @@ class Breaker:
     """Keeps a replica that fails on everything from attracting all the work by failing fast.
 
     Failures in a row on `LIMIT` different partitions open it: one bad partition is not the
-    replica's fault. Each probe that fails doubles the time until the next.
+    replica's fault. A server that is away opens it at once. Each probe that fails doubles the
+    time until the next.
 
     Source: the circuit breaker of Nygard, "Release It!", 2007.
     """
@@ -62,12 +63,22 @@ class Breaker:
         """Note a failure; returns whether the state changed."""
         self.failed_on.add(partition)
         self.num_failures += 1
-        if self.state is BreakerState.OPEN or len(self.failed_on) < self.LIMIT:
+        is_few = self.state is BreakerState.CLOSED and len(self.failed_on) < self.LIMIT
+        if self.state is BreakerState.OPEN or is_few:
             return False
+        self._open(now)
+        return True
+
+    def away(self, now: float, retry_after_s: float) -> None:
+        """Open at once: the replica's server is away, and wants to be left alone for so long."""
+        if self.state is not BreakerState.OPEN:
+            self._open(now)
+        self.cool_down_s = max(self.cool_down_s, now - self.opened + retry_after_s)
+
+    def _open(self, now: float) -> None:
         self.state = BreakerState.OPEN
         self.opened = now
         self.cool_down_s = min(self.MAX_S, 2 * self.cool_down_s or self.FIRST_S)
-        return True
 
 
 @dataclass(slots=True)
@@ -87,6 +98,12 @@ class Replica:
     num_asked: int = 0
     num_answered: int = 0
     breaker: Breaker = field(default_factory=Breaker)
+    away_since: float | None = None
+    """When its server was first found away; None: it is not."""
+    wait_s: float = 0.0
+    """How long the server may be away."""
+    away_message: str = ""
+    """Which server, and what came instead of an answer."""
     _began: float = 0.0  # work on the first in flight
     _heard: float = 0.0  # last sign of life
     _answers: float = 0.0  # partitions answered, decayed
@@ -112,6 +129,7 @@ class Replica:
         self._tokens = _DECAY * self._tokens + tokens
         self._seconds = _DECAY * self._seconds + (now - self._began)
         self._began = self._heard = now
+        self.away_since = None
         return self.breaker.succeeded()
 
     def failed(self, partition: int, now: float) -> bool:
@@ -119,7 +137,18 @@ class Replica:
         if self.sent.pop(partition, None) is None:
             return False
         self._began = self._heard = now
+        self.away_since = None
         return self.breaker.failed(partition, now)
+
+    def away(self, partition: int, now: float, retry_after_s: float, wait_s: float) -> bool:
+        """Note that its server is away; returns whether the partition was at it."""
+        if self.sent.pop(partition, None) is None:
+            return False
+        self._began = self._heard = now
+        self.away_since = now if self.away_since is None else self.away_since
+        self.wait_s = wait_s
+        self.breaker.away(now, retry_after_s)
+        return True
 
     def heard(self, now: float) -> None:
         """Note a sign of life from the task that is being worked on."""

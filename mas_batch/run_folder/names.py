@@ -129,6 +129,11 @@ def retry_name(name: str, number: int) -> str:
     return f"{name}-retry-{number}" if number else name
 
 
+def first_version(name: str) -> str:
+    """Return the name of the run of which this is a retry, or its own."""
+    return _RETRY.sub("", name)
+
+
 def retries(output: Store, name: str) -> list[int]:
     """List the numbers of a run's retries, published or not."""
     found = (_RETRY.search(other) for other in output.list("") if other.startswith(f"{name}-"))
@@ -138,11 +143,11 @@ def retries(output: Store, name: str) -> list[int]:
 
 def earlier_runs(output: Store, job_name: str, current: str) -> list[str]:
     """List the other runs of a job of that name: another job file, another corpus, retries."""
-    length = len(_RETRY.sub("", current))
+    length = len(first_version(current))
     return sorted(
         name
         for name in output.list("")
         if name != current
         and name.startswith(f"{job_name}-")
-        and len(_RETRY.sub("", name)) == length
+        and len(first_version(name)) == length
     )

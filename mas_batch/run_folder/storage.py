@@ -14,18 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mas_batch.errors import JobError, MasBatchError, OutputError, RunError
+from mas_batch.filesystems import filesystem_of
 from mas_batch.safe_text import has_credentials, without_credentials, without_pieces
 
 _TEMPORARY = ".tmp-"
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Store:
     @cached_property
     def _filesystem(self) -> tuple[Any, str]:
         try:
-            filesystem, root = fsspec.core.url_to_fs(self.url, **self.options)
+            filesystem, root = filesystem_of(self.url, self.options)
         except ImportError as error:
             message = f"{without_credentials(self.url)!r}: {self._error_text(error)}"
             raise JobError(message, key="output.path") from self._safe_cause(error)
@@ -128,6 +130,18 @@ class Store:
         ):
             return pq.read_schema(file)
 
+    def read_column(self, name: str, column: str) -> pa.ChunkedArray:
+        """Read one column of the Parquet file `name`, and no more of the file than that takes.
+
+        Raises:
+            FileNotFoundError, RunError: as `read_bytes`.
+        """
+        with (
+            self._translated_errors(name, "read"),
+            self._filesystem[0].open(self.path(name), "rb") as file,
+        ):
+            return pq.read_table(file, columns=[column])[column]
+
     def list(self, folder: str) -> set[str]:
         """List the committed names directly below `folder`, without the folder; empty if absent.
 
@@ -187,10 +201,19 @@ class Store:
             self._filesystem[0].rm_file(self.path(name))
 
     def remove_folder(self, folder: str) -> None:
-        """Remove a folder and all below it, if it is there."""
-        filesystem, _ = self._filesystem
-        if filesystem.exists(self.path(folder)):
-            filesystem.rm(self.path(folder), recursive=True)
+        """Remove a folder and all below it, if it is there.
+
+        Raises:
+            RunError: the filesystem cannot tell whether it is there, or refused to remove it.
+        """
+        if not self.exists(folder):
+            return
+        filesystem, path = self._filesystem[0], self.path(folder)
+        with self._translated_errors(folder, "removed", OutputError), suppress(FileNotFoundError):
+            if has_magic(path) and not self.is_local:
+                _remove_literally(filesystem, path)
+            else:
+                filesystem.rm(path, recursive=True)
 
     def remove_orphans(self) -> int:
         """Remove temporary files that killed writers left behind; returns how many.
@@ -270,6 +293,14 @@ class Store:
             os.link(temporary, self.path(name))
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            raise OutputError(
+                f"{self.location(name)} cannot be written: the filesystem makes no hard link "
+                f"({error.strerror}), by which a file is created only if it is absent; choose "
+                "another output.path, a local disk or an object store"
+            ) from error
         finally:
             temporary.unlink()
         return True
@@ -286,6 +317,17 @@ class Store:
                 return False
             raise
         return True
+
+
+def _remove_literally(filesystem: Any, path: str) -> None:
+    """Remove what is below a path that fsspec's `rm` would take for a pattern of other paths."""
+    below = filesystem.find(path, withdirs=True, detail=True)
+    folders = {name for name, info in below.items() if info["type"] == "directory"}
+    for name in below.keys() - folders:
+        filesystem.rm_file(name)
+    for name in sorted({path, *folders}, key=len, reverse=True):
+        with suppress(OSError, NotImplementedError):  # object stores have no folders
+            filesystem.rmdir(name)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

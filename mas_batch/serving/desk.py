@@ -173,9 +173,13 @@ class Desk:
                 await self._gather(question, asking)
         except TimeoutError:
             if not question.quorum.num_answers:
-                agents = ", ".join(question.parts) or "no agent"
+                agents = ", ".join(map(self._named, question.parts)) or "no agent"
                 message = f"no answer within {asking.timeout_s:g} s; asked: {agents}"
                 raise AnswerTimeoutError(message) from None
+
+    def _named(self, agent_id: str) -> str:
+        awaited = self._queues.awaited(agent_id)
+        return f"{agent_id} (its server is away: {awaited})" if awaited else agent_id
 
     async def _gather(self, question: Question, asking: AskingRules) -> None:
         """Ask agents until there are answers enough, or no agent is left to ask."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
-from mas_batch.errors import MasBatchError, Reason
+from mas_batch.errors import EngineUnavailableError, MasBatchError, Reason
 from mas_batch.job import Agent
 from mas_batch.records import Answer, Record
 from mas_batch.routing.instructions import Rules
@@ -107,6 +107,12 @@ class AgentQueues:
         return bool(self._pool.free(agent_id)) or any(
             replica.sent for replica in self._pool.of(agent_id).values()
         )
+
+    def awaited(self, agent_id: str) -> str:
+        """Return what is known of the agent's server if it is away, else nothing."""
+        if not self._pool.is_away(agent_id):
+            return ""
+        return next(replica.away_message for replica in self._pool.of(agent_id).values())
 
     def views(self, agent_id: str) -> Iterator[ReplicaView]:
         """Yield the agent's replicas as a policy sees them; `in_flight` counts questions here."""
@@ -202,6 +208,7 @@ class AgentQueues:
         # A text that several callers ask about at the same time is sent once.
         records = {part.record.record_id: part.record for part in parts}
         works = False
+        away: EngineUnavailableError | None = None
         limit = asyncio.timeout(replica.max_silent_s(self._rules.timeout_s))
         try:
             async with limit:
@@ -216,6 +223,9 @@ class AgentQueues:
             if self._pool.get(address) is replica:
                 raise  # `close` has cancelled this call
             self._died(address, parts, "its worker left the cluster")
+        except EngineUnavailableError as error:
+            away = error
+            self._put_off(address, parts)
         except Exception as error:
             message = str(error) if isinstance(error, MasBatchError) else repr(error)
             self._failed(address, parts, Reason.AGENT_FAILED, message)
@@ -224,6 +234,9 @@ class AgentQueues:
             self._at_work.pop(address, None)
         if works:
             replica.answered(number, self._now())
+        elif away is not None:
+            replica.away(number, self._now(), away.retry_after_s, math.inf)
+            replica.away_message = away.message
         else:
             replica.failed(number, self._now())
         if self._pool.get(address) is replica:
@@ -262,6 +275,13 @@ class AgentQueues:
             else:
                 self._fail(part, reason, message)
 
+    def _put_off(self, address: str, parts: Sequence[AgentPart]) -> None:
+        """Let each part wait for its agent's server; the question's timeout bounds that."""
+        for part in parts:
+            part.tried.discard(address)
+            if part.leave(address):
+                self._backlogs[part.agent_id].add_again(part)
+
     def _died(self, address: str, parts: Sequence[AgentPart], message: str) -> None:
         """Ask again, each part alone, in case one of them killed the worker."""
         for part in parts:
@@ -280,7 +300,8 @@ class AgentQueues:
         for part in backlog.take_hopeless(self._pool.of(agent_id).keys()):
             if not part.at:  # else a replica still works on it, and only its copy is dropped
                 self._fail(part, Reason.AGENT_FAILED, "it failed at every worker of the agent")
-        if self._pool.is_failing(agent_id) and not self.is_served(agent_id):
+        is_failing = self._pool.is_failing(agent_id) and not self._pool.is_away(agent_id)
+        if is_failing and not self.is_served(agent_id):
             for part in backlog:
                 self._fail(part, Reason.AGENT_FAILED, "every worker of the agent is failing")
 

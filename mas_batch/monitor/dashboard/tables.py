@@ -26,6 +26,7 @@ STATE_COLOURS = {
     "draining": "#bdbdbd",
     "breaker open": "#d94801",
     "probing": "#fd8d3c",
+    "server away": "#d94801",
     "lost": "#a50f15",
     "released": "#bdbdbd",
 }
