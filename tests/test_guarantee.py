@@ -91,7 +91,8 @@ def found(results: pa.Table, theirs: dict[str, str], sample: Sample, target: flo
     """What a run does, but that all answers are known."""
     lots = SAMPLE.chunk(results, sample)["lots"]
     sample = Sample(sample.seed, len(lots), lots[-1])
-    rows = [r for r in results.to_pylist() if sample.lot(r["record_id"]) <= sample.last_lot]
+    mask = [sample.lot(record) <= sample.last_lot for record in theirs]
+    rows = results.filter(pa.array(mask)).to_pylist()
     labelled = pa.Table.from_pylist([{**row, "key": "same"} for row in rows])
     labels = LABELS.chunk(labelled, {row["record_id"]: theirs[row["record_id"]] for row in rows})
     assert labels["labels"] == sample.size

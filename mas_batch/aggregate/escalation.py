@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any
 
@@ -224,6 +225,10 @@ def _bin(confidence: float | None) -> int:
 
 def _lot(record_id: str, seed: str = "") -> float:
     """Return a number in [0, 1) that only the id and the seed decide."""
-    key = hashlib.blake2b(seed.encode(), digest_size=16).digest() if seed else b""
-    digest = hashlib.blake2b(record_id.encode(), digest_size=8, key=key).digest()
+    digest = hashlib.blake2b(record_id.encode(), digest_size=8, key=_key(seed)).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+@lru_cache(maxsize=64)
+def _key(seed: str) -> bytes:
+    return hashlib.blake2b(seed.encode(), digest_size=16).digest() if seed else b""
