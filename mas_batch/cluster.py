@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_INET
 from typing import Any
 
 import dask
+import psutil
 from dask.system import CPU_COUNT
 from dask.utils import parse_bytes
 from distributed import (
@@ -29,6 +31,7 @@ from distributed import (
 from distributed.diagnostics import nvml
 from distributed.system import MEMORY_LIMIT
 
+from mas_batch import dask_compat
 from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
@@ -186,6 +189,7 @@ def connect_to_merge(
 def local_workers(*, processes: bool) -> Iterator[Client]:
     """Yield a client of workers on this machine that host no agent: processes, or threads here."""
     with (
+        dask.config.set(dask_compat.refuse_other_origins()),
         LocalCluster(
             n_workers=CPU_COUNT if processes else 1,
             threads_per_worker=1 if processes else CPU_COUNT,
@@ -238,7 +242,12 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
         started = [replica_name(a.name, number) for a in job.agents for number in range(a.count)]
         workers = {name: possible[name] for name in started}
         with (
-            dask.config.set({"distributed.nanny.pre-spawn-environ": _keep_freed_memory()}),
+            dask.config.set(
+                {
+                    "distributed.nanny.pre-spawn-environ": _keep_freed_memory(),
+                    **dask_compat.refuse_other_origins(),
+                }
+            ),
             SpecCluster(
                 workers=workers,
                 scheduler=scheduler,
@@ -248,6 +257,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             ) as cluster,
             Client(cluster) as client,
         ):
+            dask_compat.allow_origins(cluster.scheduler, _own_hosts(address or ""))
             try:
                 client.wait_for_workers(len(workers), timeout=_EMBEDDED_START_S)
             except TimeoutError as error:
@@ -375,6 +385,17 @@ def _keep_freed_memory() -> dict[str, object]:
     environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
     environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     return environ
+
+
+def _own_hosts(address: str) -> set[str]:
+    """Return the names under which browsers find a dashboard at this address."""
+    host = address.rpartition(":")[0]
+    names = {"127.0.0.1", "localhost", "[::1]"}
+    if host in {*names, "::1"}:
+        return names
+    interfaces = psutil.net_if_addrs().values()
+    numbers = {each.address for found in interfaces for each in found if each.family == AF_INET}
+    return {*names, *numbers, socket.gethostname(), socket.getfqdn(), host} - {""}
 
 
 def _free_address(address: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
+import dask
 from distributed import Client, Worker
 
 # Workers
@@ -233,10 +234,44 @@ def add_url(scheduler: Any, path: str, handler: type, options: Mapping[str, Any]
 
 def _bokeh_of(scheduler: Any) -> Any:
     """Return Dask's own Bokeh application on a scheduler, or None without a dashboard."""
+    return next(iter(_bokehs_of(scheduler)), None)
+
+
+def _bokehs_of(scheduler: Any) -> list[Any]:
+    """Return the Bokeh applications of a scheduler's dashboard, Dask's own first."""
     from distributed.dashboard.core import DaskBokehTornado
 
     applications = scheduler.http_application.applications
-    return next((app for app in applications if isinstance(app, DaskBokehTornado)), None)
+    return [app for app in applications if isinstance(app, DaskBokehTornado)]
+
+
+_ORIGINS = "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin"
+
+
+def refuse_other_origins() -> dict[str, Any]:
+    """Return configuration of Dask under which new dashboards send nothing to other sites' pages.
+
+    Uses the key `allow_websocket_origin`, which holds for workers' dashboards too. Its default is
+    any origin: without ours any web page in the user's browser reads a dashboard on loopback. A
+    setting that is not the default stays.
+    """
+    return {_ORIGINS: []} if dask.config.get(_ORIGINS) == ["*"] else {}
+
+
+def allow_origins(scheduler: Any, hosts: Iterable[str]) -> None:
+    """Let pages under these hosts, with the port of the dashboard, open its websocket.
+
+    Uses `BokehTornado._websocket_origins`: configuration would need the port before it is known.
+    Without it an embedded cluster's pages stay empty, but under `localhost`.
+    """
+    port = scheduler.http_server.port
+    for bokeh in _bokehs_of(scheduler):
+        bokeh._websocket_origins |= {f"{host.lower()}:{port}" for host in hosts}
+
+
+def allowed_origins(scheduler: Any) -> set[str]:
+    """Return the origins whose pages may open a dashboard's websocket; `*` is any."""
+    return {origin for bokeh in _bokehs_of(scheduler) for origin in bokeh.websocket_origins}
 
 
 def use_dasks_theme(doc: Any) -> None:

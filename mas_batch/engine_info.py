@@ -14,6 +14,10 @@ class EngineInfo:
     """Has `load(model, config) -> Engine`; imported on the worker, when a model is loaded."""
     extra: str | None = None
     """What `pip install` needs where the module's libraries are missing: `mas_batch[cpu]`."""
+    options: str | None = None
+    """`module:function` that reads `agents.options`: given the mapping, it returns an
+    `engines.options.EngineOptions` or raises a JobError. The submitting process calls it before a
+    cluster starts, so it imports no model library. None: options are read by `load` alone."""
     holds: Literal["files", "nothing", "endpoint"] = "files"
     """What `agents.model` names: files, which are verified and handed to `load`; nothing, written
     `NAME[:LABEL]`, the label telling the families of several agents apart; or a model somewhere

@@ -111,6 +111,22 @@ class OutputError(RunError):
     """The output cannot be written: full, read-only, forbidden. No agent is to blame for it."""
 
 
+class VersionError(RunError):
+    """A worker has other code than the submitting process: it is asked nothing."""
+
+    def __init__(self, address: str, name: str, has: str, wanted: str) -> None:
+        self.address = address
+        self._facts = (address, name, has, wanted)
+        super().__init__(
+            f"worker {name} ({address}) has mas_batch {has}, and this run is of {wanted}: it is "
+            "asked nothing; give it the same code and start it again, or allow other code by "
+            "cluster.mixed_versions: allow"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (VersionError, self._facts)
+
+
 class RunLockedError(RunError):
     """Another process is working on this run, or on a run of the same job."""
 

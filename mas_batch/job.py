@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from mas_batch.cards import card
+from mas_batch.code_version import code_version
 from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError
 from mas_batch.models import parse_source
@@ -97,6 +98,13 @@ Slug = Annotated[str, AfterValidator(slug)]
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Restore a pickled model; fields that another version did not know have their default."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            if name not in self.__dict__ and not field.is_required():
+                self.__dict__[name] = field.get_default(call_default_factory=True)
+
     def with_changes(self, **changes: Any) -> Self:
         """Return a copy with other values, checked as those of a job file are.
 
@@ -126,7 +134,7 @@ class Corpus(_Model):
     """Column with background for `reply` tasks."""
     keep: Names | None = None
     """Columns to carry into the results; None keeps all."""
-    limit: PositiveInt | None = None
+    limit: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Read only the first so many records."""
     record: Literal["line", "file"] = "line"
     """Plain text: a record is a line or a whole file."""
@@ -450,6 +458,14 @@ class Cluster(_Model):
     """How long a run waits while an agent has no worker, or a merge none at all: at the start, on
     a user's cluster, and whenever the last one has left. A spot instance may take minutes to
     be replaced, a restarted process takes seconds."""
+
+    mixed_versions: Literal["refuse", "allow"] = "refuse"
+    """Whether a worker may answer whose mas_batch is of another version, or has other code."""
+
+    @property
+    def code(self) -> str:
+        """The code that every worker must have; empty: any."""
+        return code_version() if self.mixed_versions == "refuse" else ""
 
     @model_validator(mode="after")
     def _one_scheduler(self) -> Self:

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import dask.config
-import yaml
 from pydantic import BaseModel, ValidationError
-from yaml.composer import ComposerError
-from yaml.constructor import ConstructorError
 
 from mas_batch.errors import JobError
 from mas_batch.job import Job
+from mas_batch.job_yaml import parse_yaml
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -54,9 +52,35 @@ def check_job(raw: Mapping[str, Any], *, file: str | None = None) -> Job:
         JobError: the job is wrong; the message names the first wrong key and the number of others.
     """
     try:
+        _check_text(raw, (), file)
         return Job.model_validate(raw)
+    except RecursionError:
+        raise JobError("is nested too deeply, or contains itself", file=file) from None
     except ValidationError as error:
         raise _first_error(error, file) from None
+
+
+def _check_text(value: Any, location: tuple[str, ...], file: str | None) -> None:
+    """Raise JobError for text that UTF-8 cannot hold: it could be neither hashed nor written.
+
+    The message does not show it: it may be a secret.
+    """
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise JobError(
+                f"character {error.start + 1} is half a surrogate pair, which UTF-8 cannot hold",
+                key=".".join(location) or None,
+                file=file,
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_text(key, (*location, "(a key)"), file)
+            _check_text(item, (*location, str(key)), file)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_text(item, (*location, str(index)), file)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -67,7 +91,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"cannot be read: {error}", file=str(file)) from error
     try:
-        raw = _parse_yaml(text)
+        raw = parse_yaml(text)
     except ValueError as error:
         raise JobError(f"not valid YAML: {error}", file=str(file)) from error
     if not isinstance(raw, dict):
@@ -75,51 +99,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
             "must be a mapping with the keys " + ", ".join(Job.model_fields), file=str(file)
         )
     return raw
-
-
-_QUOTED = re.compile(r"'[^']*'")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses what PyYAML accepts silently: a key that is given twice, or is not text."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                problem = f"a key must be text, not {key.tag.rpartition(':')[2]}: put it in quotes"
-            elif key.value in seen:
-                problem = f"key {key.value!r} occurs twice"
-            else:
-                seen.add(key.value)
-                continue
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        return node
-
-
-def _parse_yaml(text: str) -> Any:
-    """Read YAML.
-
-    Raises:
-        ValueError: the text is not valid; the message is one line, with the place if it is known.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        words = ", ".join(filter(None, (error.context, error.problem)))
-        if isinstance(error, (ComposerError, ConstructorError)):
-            # They quote a text that begins like an alias or a tag, as a password may.
-            words = _QUOTED.sub("…", words) + "; text that begins with *, & or ! needs quotes"
-        raise ValueError(f"{place}{words}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:  # YAML's own types: 2024-13-45 looks like a date
-        raise ValueError(f"{error}; text that looks like a date or a number needs quotes") from None
 
 
 def _site_defaults() -> dict[str, Any]:
@@ -153,7 +132,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise JobError(f"{override!r} is not key.path=value", key="--set")
     try:
-        value = _parse_yaml(text) if text else None
+        value = parse_yaml(text) if text else None
     except ValueError as error:
         # The message leaves the value out: it may be a secret.
         raise JobError(f"value of {key!r} is not valid YAML: {error}", key="--set") from error

@@ -17,6 +17,7 @@ from mas_batch.agents.spec import agent_specs
 from mas_batch.cards import card
 from mas_batch.corpus import CorpusReader, open_corpus
 from mas_batch.engines.classical import examples
+from mas_batch.engines.job_options import check_options
 from mas_batch.errors import CorpusChangedError, ExitCode, JobError
 from mas_batch.events import AnswersReused, Emit, RunFinished
 from mas_batch.execution import execute, new_topic
@@ -143,6 +144,7 @@ def run(
     start = time.perf_counter()
     phases = Phases(READING, start)
     merge, stopping = check_merging(job)
+    check_options(job)
     cluster.check_settings(job.cluster)
     if cluster.is_embedded(job.cluster, client):
         client = cluster.current_client()
@@ -157,13 +159,15 @@ def run(
         if not store.exists(report.NAME):  # an execution was killed before it wrote the report
             _write_report(store, summary.manifest)
         return summary
+    is_embedded = cluster.is_embedded(job.cluster, client)
+    if job.since is None:
+        check_options(job, environment=is_embedded)
     one_at_a_time = job_lock(output, job.name) if job.since else nullcontext()
     with one_at_a_time as job_held, RunLock(store, within=job_held) as lock:
         # The process that held the lock before may have completed the run.
         if (summary := _published_summary(job, store, start)) is not None:
             return summary
         plan = read_plan(store) or _stage_corpus(job, store, corpus, lock)
-        is_embedded = cluster.is_embedded(job.cluster, client)
         present = Present(job, store, plan, is_embedded)
         since: Since | None
         if retry is not None:
@@ -173,6 +177,8 @@ def run(
         else:
             since = read_since(store)  # an earlier execution may have taken answers over
         job_to_ask, facts = _job_of_agents_to_ask(job, since), _manifest_facts(job, since)
+        if job_to_ask is not None:
+            check_options(job_to_ask, environment=is_embedded)
         phases.begin(STARTING)
         specs = (
             agent_specs(job_to_ask, embedded=is_embedded, num_cores=CPU_COUNT) if job_to_ask else {}
@@ -182,7 +188,7 @@ def run(
         memory = Memory(job, merge) if job.merge.history else None
         ref = RunRef(
             store, topic, job.task, merge, stopping, plan.passthrough, job.output.keep_text,
-            reuses=since is not None and since.run is not None,
+            reuses=since is not None and since.run is not None, code=job.cluster.code,
         )  # fmt: skip
         connecting = (
             cluster.connect(job_to_ask, specs, topic, client, scaler)
@@ -199,7 +205,7 @@ def run(
             phases.begin(PUBLISHING)
             execution.log.ledger.flush()
             agents = [agent.name for agent in job.agents]
-            manifest = publish(ref, name, plan, agents, statistics, facts)
+            manifest = publish(ref, name, plan, agents, statistics, facts, job)
             phases.end()
             wall_s = time.perf_counter() - start
             counts = manifest["counts"]
@@ -224,6 +230,7 @@ def preview(job: Job) -> Preview:
         JobError: the job cannot run as written.
     """
     check_merging(job)
+    check_options(job)
     corpus = open_corpus(job)
     store, name = open_store(job, corpus)
     num_records = num_unusable = num_partitions = tokens = 0

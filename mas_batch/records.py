@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import Reason
 
 
@@ -44,6 +45,7 @@ class Parsed:
     value: float | None = None
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One agent's reply to one record: a row of the answers table. `reason` set = no answer."""

@@ -13,24 +13,34 @@ ENGINES: Registry[EngineInfo] = Registry(
     {
         "echo": EngineInfo(
             "mas_batch.engines.echo",
+            options="mas_batch.engines.echo:read",
             holds="nothing",
             computes_elsewhere=True,
             limits=("max_context_tokens",),
             random_options=("error_rate",),
             greedy_samples_differ=True,
         ),
-        "transformers": EngineInfo("mas_batch.engines.transformers.engine", "mas_batch[cpu]"),
+        "transformers": EngineInfo(
+            "mas_batch.engines.transformers.engine",
+            "mas_batch[cpu]",
+            options="mas_batch.engines.transformers.options:read",
+        ),
         "marian": EngineInfo(
             "mas_batch.engines.marian.engine",
             "mas_batch[cpu]",
+            options="mas_batch.engines.marian.options:read",
             detected_by=("*.intgemm.alphas.bin",),
         ),
         "ctranslate2": EngineInfo(
-            "mas_batch.engines.ctranslate2", "mas_batch[ctranslate2]", detected_by=("model.bin",)
+            "mas_batch.engines.ctranslate2",
+            "mas_batch[ctranslate2]",
+            options="mas_batch.engines.ctranslate2_options:read",
+            detected_by=("model.bin",),
         ),
         "openai": EngineInfo(
             "mas_batch.engines.openai",
             "mas_batch[openai]",
+            options="mas_batch.engines.openai:read",
             holds="endpoint",
             computes_elsewhere=True,
             operational=("concurrency", "timeout_s", "max_retries", "wait_s", "api_key_env"),
@@ -39,11 +49,24 @@ ENGINES: Registry[EngineInfo] = Registry(
         "nearest": EngineInfo(
             "mas_batch.engines.classical.nearest",
             "mas_batch[cpu]",
+            options="mas_batch.engines.classical.nearest_options:read",
             detected_by=("modules.json",),  # the sentence-transformers layout
         ),
-        "bayes": EngineInfo("mas_batch.engines.classical.bayes", holds="nothing"),
-        "keywords": EngineInfo("mas_batch.engines.classical.keywords", holds="nothing"),
-        "overlap": EngineInfo("mas_batch.engines.classical.overlap", holds="nothing"),
+        "bayes": EngineInfo(
+            "mas_batch.engines.classical.bayes",
+            options="mas_batch.engines.classical.bayes:read",
+            holds="nothing",
+        ),
+        "keywords": EngineInfo(
+            "mas_batch.engines.classical.keywords",
+            options="mas_batch.engines.classical.keywords:read",
+            holds="nothing",
+        ),
+        "overlap": EngineInfo(
+            "mas_batch.engines.classical.overlap",
+            options="mas_batch.engines.classical.overlap:read",
+            holds="nothing",
+        ),
     },
 )
 """Engine name → `EngineInfo`. Of several that detect a model's files, the first one has it."""

@@ -227,9 +227,11 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[str
 
 
 @kind("exit 2", "unknown engine option")
-def test_engine_options() -> None:
-    config = EngineConfig(options={"wrods": 2})
-    refused("wrods", lambda: load_engine("echo", fetch("echo"), config))
+def test_engine_options(job_file: Path) -> None:
+    write(job_file.parent, "corpus.jsonl", jsonl({"text": "a"}))
+    code, words = submit(job_file, "agents.a.options={wrods: 2}")
+    assert code == ExitCode.BAD_JOB
+    assert "agents.a.options.wrods: unknown option; the engine echo allows: " in words
 
 
 @kind("too_long", "text that no context can hold")

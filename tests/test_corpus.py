@@ -520,7 +520,8 @@ def test_parquet_types_pass_unchanged(tmp_path: Path) -> None:
     records = list(source)
     schema = source.passthrough_schema()
     assert source.has_schema
-    expected = pa.table(columns).drop_columns(["text"])
+    expected = pa.table({**columns, "view": columns["view"].cast(pa.string())})
+    expected = expected.drop_columns(["text"])
     assert schema == expected.schema
     for picked in ([0, 1, 2], [2, 0]):
         table = conform(records_table([records[i] for i in picked], schema), schema)

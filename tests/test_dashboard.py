@@ -12,19 +12,26 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from bokeh.util.token import generate_jwt_token, generate_session_id
 from distributed import Client, Worker
 from prometheus_client.parser import text_string_to_metric_families
 
-from mas_batch import pipeline
+from mas_batch import cluster, pipeline
+from mas_batch.agents.spec import agent_specs
 from mas_batch.errors import RunError
 from mas_batch.events import Event, PartitionAnswered
 from mas_batch.job import Job
+from mas_batch.job_file import load_job
 from mas_batch.monitor.dashboard.plugin import AgentsDashboard
 from tests.clusters import cluster_of
+from tests.recipes import write_job
 from tests.waiting import PATIENCE_S
 
 MakeJob = Callable[..., Job]
@@ -217,6 +224,37 @@ def test_the_page_lives_in_a_real_browser(
     browser_page.wait_for("window.Bokeh && Bokeh.documents.length == 1")
     assert browser_page.errors == []
 
+
+def test_a_page_of_another_origin_gets_nothing_of_an_embedded_cluster(
+    tmp_path: Path, browser_page: Any
+) -> None:
+    job = load_job(write_job(tmp_path), ["cluster.dashboard_address=127.0.0.1:0"])
+    with cluster.connect(job, agent_specs(job, embedded=True, num_cores=2), "test") as connection:
+        link = urlsplit(connection.client.dashboard_link)
+        own, socket = f"{link.scheme}://{link.netloc}", f"ws://{link.netloc}/status/ws"
+        token = generate_jwt_token(generate_session_id())  # anybody can make one
+        browser_page.open(f"{own}/status")
+        browser_page.wait_for("window.Bokeh && Bokeh.documents.length == 1")
+        assert browser_page.wait_for(OPENED, socket, token) == "opened"
+        assert browser_page.errors == []
+        (tmp_path / "evil.html").write_text("<h1>another site</h1>")
+        site = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+        with ThreadingHTTPServer(("127.0.0.1", 0), site) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            browser_page.open(f"http://127.0.0.1:{server.server_port}/evil.html")
+            assert browser_page.wait_for(OPENED, socket, token) == "refused"
+            server.shutdown()
+
+
+OPENED = """(() => {
+  if (!window.asked) {
+    window.asked = new WebSocket(arguments[0], ["bokeh", arguments[1]])
+    window.asked.onopen = () => { window.outcome = "opened" }
+    window.asked.onerror = () => { window.outcome ??= "refused" }
+  }
+  return window.outcome
+})()"""
+"""Opens a websocket at the first call; in the end whether the server let this page's origin in."""
 
 MODELS = "[...(window.Bokeh?.documents[0]?._all_models.values() ?? [])]"
 SOURCES = f"{MODELS}.filter(m => m.type == 'ColumnDataSource')"

@@ -6,8 +6,10 @@ import asyncio
 import json
 import urllib.request
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import dask
 import pytest
 from bokeh.document import Document
 from bokeh.models import Div
@@ -16,6 +18,7 @@ from tornado.web import RequestHandler
 
 from mas_batch import dask_compat
 from tests.clusters import cluster_of
+from tests.origins import ACCEPTED, REFUSED, handshake
 from tests.waiting import PATIENCE_S
 
 
@@ -92,6 +95,32 @@ class Hello(RequestHandler):
 
     def get(self) -> None:
         self.write(f"hello {self._name}")
+
+
+def test_a_dashboard_sends_nothing_to_pages_of_other_origins() -> None:
+    with (
+        dask.config.set(dask_compat.refuse_other_origins()),
+        cluster_of({}, dashboard=True) as cluster,
+        Client(cluster) as client,
+    ):
+        scheduler = cluster.scheduler
+        dask_compat.allow_origins(scheduler, ["127.0.0.1", "[::1]", "Machine"])
+        port = scheduler.http_server.port
+        hosts = ("localhost", "127.0.0.1", "[::1]", "machine")
+        assert dask_compat.allowed_origins(scheduler) == {f"{host}:{port}" for host in hosts}
+        ask = partial(handshake, client, f"http://127.0.0.1:{port}", "status")
+        assert all(ask(f"http://{host}:{port}") == ACCEPTED for host in hosts)
+        assert ask("http://evil.example") == REFUSED
+        assert ask(f"http://127.0.0.1:{port + 1}") == REFUSED
+
+
+def test_dasks_own_setting_of_origins_is_seen_and_one_of_the_users_stays(client: Client) -> None:
+    scheduler = client.cluster.scheduler
+    assert dask_compat.allowed_origins(scheduler) == {"*"}
+    base = f"http://127.0.0.1:{scheduler.http_server.port}"
+    assert handshake(client, base, "status", "http://evil.example") == ACCEPTED
+    with dask.config.set({dask_compat._ORIGINS: ["hub.example:443"]}):
+        assert dask_compat.refuse_other_origins() == {}
 
 
 def test_a_url_is_added_to_a_scheduler_that_runs(client: Client) -> None:

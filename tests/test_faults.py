@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -43,9 +46,11 @@ def job_file(tmp_path: Path) -> Path:
     return file
 
 
-def process(*command: str, log: Path) -> AbstractContextManager[subprocess.Popen[bytes]]:
+def process(
+    *command: str, log: Path, **options: Any
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """Start a module as a command; at the end end it and all its children."""
-    return started(["-m", *command], log)
+    return started(["-m", *command], log, **options)
 
 
 def wait_for(condition: Callable[[], object], child: subprocess.Popen[bytes], log: Path) -> None:
@@ -84,17 +89,36 @@ def test_a_terminated_run_ends_its_workers_and_says_how_to_go_on(
     wait_until(lambda: not [pid for pid in workers if Path(f"/proc/{pid}").exists()])
 
 
+def copy_of_the_package(folder: Path) -> Path:
+    """Return a folder for PYTHONPATH with a copy of mas_batch in which one line is changed."""
+    package = folder / "mas_batch"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(mas_batch.__file__).parent, package, ignore=ignored)
+    file = package / "tasks" / "summarize.py"
+    before = file.read_text()
+    file.write_text(before.replace("Summarize this", "Sum up this"))
+    assert file.read_text() != before
+    return folder
+
+
 def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "scheduler.json"
     scheduler = ["dask", "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     worker = ["dask", "worker", "--scheduler-file", str(file), "--no-dashboard", "--nthreads", "2"]
-    logs = [tmp_path / f"log-{i}" for i in range(3)]
+    changed = copy_of_the_package(tmp_path / "changed")
+    logs = [tmp_path / f"log-{i}" for i in range(4)]
     with (
         process(*scheduler, "--scheduler-file", str(file), log=logs[0]),
         process(*worker, "--name", "one", "--resources", "summarize=1,big=1", log=logs[1]) as one,
         process(*worker, "--name", "two", "--resources", "summarize=1", log=logs[2]) as two,
-    ):
-        wait_for(file.exists, one, logs[1])
+        process(
+            *worker, "--name", "changed", "--resources", "summarize=1", log=logs[3],
+            cwd=changed, env={**os.environ, "PYTHONPATH": str(changed)},
+        ) as other,
+    ):  # fmt: skip
+        wait_for(
+            lambda: all("Registered to" in log.read_text() for log in logs[1:]), other, logs[3]
+        )
         command = [sys.executable, "-m", "mas_batch.submit", str(job_file), "--json"]
         wants_big = ["--set", "agents.0.capabilities=[summarize, big]"]
         done = subprocess.run(
@@ -107,7 +131,8 @@ def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_p
         assert dict(answers.groupby("agent_id")["worker"].unique().str[0]) == {
             "a": "one",
             "b": "two",
-        }
+        }, "not `changed`, which is the first that b would get: it has other code"
+        assert "changed (tcp://" in done.stderr, "it is refused by name"
         refused = subprocess.run(
             [*command, "--scheduler-file", str(file), "--set", "agents.0.resources={GPU: 1}",
              "--set", "cluster.wait_s=1", "--output", str(tmp_path / "other")],
@@ -116,4 +141,5 @@ def test_a_users_cluster_of_unlike_workers_started_by_hand(job_file: Path, tmp_p
         assert refused.returncode == 2
         assert "one (tcp://" in refused.stderr
         assert one.poll() is None
-        assert two.poll() is None, "workers of a user's cluster must live on"
+        assert two.poll() is None
+        assert other.poll() is None, "workers of a user's cluster must live on"

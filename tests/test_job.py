@@ -53,6 +53,7 @@ def job_file(tmp_path: Path) -> Path:
         ("agents.c.count=1", "agents.c", "no item 'c'; allowed: a, b"),
         ("agents.5.count=1", "agents.5", "no item '5'; allowed: a, b"),
         ("agents=[]", "agents", "at least 1 item"),
+        ("corpus.limit=9223372036854775808", "corpus.limit", "9223372036854775808 is not allowed"),
         ("agents.0.name=b", "agents", "names must differ, got b, b"),
         ("agents.0.name=B", "agents", "names must differ, got B, b"),
         ("agents.0.name=../x", "agents.0.name", "'../x' is not allowed"),
@@ -109,6 +110,75 @@ def test_broken_files(tmp_path: Path, content: str, words: str) -> None:
         load_job(file)
     assert words in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        BOMB,
+        BOMB.replace("[", "{<<: [").replace("]", "]}").replace("[x", "[{k: x}"),
+        "a: &a " + "x" * 1_000_000 + "\nb: [" + ", ".join(["*a"] * 1000) + "]",
+    ],
+    ids=["lists", "merges", "long text"],
+)
+def test_aliases_that_stand_for_too_much(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(JobError, match=r"not valid YAML: line \d+, column \d+: the aliases stand"):
+        load_job(file)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a: &a [1, *a]", "a: &a {b: {c: *a}}", "a: &a {<<: *a}"],
+    ids=["list", "map", "merge"],
+)
+def test_an_anchor_that_contains_itself(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(JobError, match=r"line 1, column \d+: an anchor contains itself"):
+        load_job(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "at"),
+    [
+        ("task.prompt", "task.prompt"),
+        ("task.language", "task.language"),
+        ("name", "name"),
+        ("agents.a.name", "agents.0.name"),
+        ("agents.a.options.reply", "agents.0.options.reply"),
+        ("corpus.text", "corpus.text"),
+        ("agents.a.model", "agents.0.model"),
+        ("task.labels", "task.labels"),
+    ],
+)
+def test_text_that_utf_8_cannot_hold(job_file: Path, key: str, at: str) -> None:
+    with pytest.raises(JobError) as caught:
+        load_job(job_file, [f'{key}="{{text}}\\ud800"'])
+    assert caught.value.key == at
+    assert caught.value.message.startswith("character 7 is half a surrogate pair")
+
+
+def test_a_pair_of_escapes_is_a_character(job_file: Path) -> None:
+    assert (
+        load_job(job_file, ['task.prompt="{text} \\ud83d\\ude00"']).task.prompt
+        == "{text} \U0001f600"
+    )
+
+
+def test_a_key_that_utf_8_cannot_hold_and_a_dict_that_contains_itself() -> None:
+    with pytest.raises(JobError, match=r"task\.\(a key\): character 1 is half"):
+        check_job({"task": {"\ud800": 1}})
+    endless: dict[str, object] = {}
+    endless["task"] = endless
+    with pytest.raises(JobError, match="contains itself"):
+        check_job(endless)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -24,9 +24,15 @@ from hypothesis import strategies as st
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.errors import OutputError, RunError
+from mas_batch.incremental.taking import read_since
 from mas_batch.records import FAILURES, PLAN
 from mas_batch.run_folder.commits import commit_results, committed, merged_agents, read_results
-from mas_batch.run_folder.manifest import manifest_files, write_manifest
+from mas_batch.run_folder.manifest import (
+    manifest_files,
+    read_engines,
+    read_job_mapping,
+    write_manifest,
+)
 from mas_batch.run_folder.names import (
     FORMAT,
     answers_name,
@@ -204,6 +210,24 @@ def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
     write_manifest(Store(str(tmp_path)), later)
     with pytest.raises(RunError, match=r"format 4, .* reads 1 to 3; .*'mas_batch': '9\.0'"):
         open_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("manifest.json", lambda store: open_run(store.url)),
+        ("engines.json", read_engines),
+        ("since.json", read_since),
+        ("job.yaml", read_job_mapping),
+    ],
+)
+@pytest.mark.parametrize("content", [b'{"format": 3, "run": "x', b"", b"\xff\xfe", b"[]"])
+def test_a_file_that_is_cut_is_named(
+    tmp_path: Path, name: str, read: Callable[[Store], Any], content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RunError, match=rf"{name} is damaged: [^\n]+; restore it, or remove"):
+        read(Store(str(tmp_path)))
 
 
 def test_a_table_of_many_files_is_read_with_few_open_and_in_few_chunks(tmp_path: Path) -> None:

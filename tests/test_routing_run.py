@@ -114,6 +114,7 @@ def test_adaptive_asks_less_and_the_votes_come_out_the_same(
     adaptive = mas_batch.open_run(pipeline.run(job, client=cluster_client, emit=events).run)
     assert len(adaptive.arrow("answers")) < len(fixed.arrow("answers")) == 120
     assert len(adaptive.arrow()) == 60
+    assert [run.manifest["repeatable"] for run in (fixed, adaptive)] == [True, True]
 
 
 def test_adaptive_looks_at_the_first_answers_and_asks_one_more_where_they_differ(
@@ -131,6 +132,7 @@ def test_adaptive_looks_at_the_first_answers_and_asks_one_more_where_they_differ
         job = make_job(rows, **sections, routing={"adaptive": {"first": 2}})
         adaptive = pipeline.run(job, client=client, emit=events)
     assert adaptive.run != fixed.run, "it decides who is asked, so it is another run"
+    assert [summary.manifest["repeatable"] for summary in (fixed, adaptive)] == [True, False]
     expected, found = (mas_batch.open_run(s.run).pandas() for s in (fixed, adaptive))
     assert list(found["answer"]) == list(expected["answer"])
     undecided = sum(event.num_undecided for event in events.of(PartitionUndecided))

@@ -20,6 +20,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import psutil
@@ -42,6 +43,7 @@ from mas_batch.job_file import check_job, load_job
 from mas_batch.monitor.progress import sentence
 from mas_batch.run_folder import manifest
 from mas_batch.safe_text import names_a_secret, printable, without_credentials
+from tests.origins import ACCEPTED, NOT_THERE, REFUSED, handshake
 from tests.recipes import JOB, write_job
 from tests.test_engine_openai import Server
 from tests.waiting import PATIENCE_S
@@ -86,12 +88,23 @@ def listening() -> set[tuple[str, int]]:
     return {c.laddr[:2] for c in connections if c.status == psutil.CONN_LISTEN}
 
 
-def test_the_embedded_cluster_listens_on_loopback_only(tmp_path: Path) -> None:
+def test_the_embedded_cluster_listens_on_loopback_only_and_to_its_own_pages(
+    tmp_path: Path,
+) -> None:
     job = load_job(write_job(tmp_path), ["cluster.dashboard_address=127.0.0.1:0"])
     before = listening()
     with cluster.connect(job, agent_specs(job, embedded=True, num_cores=2), "test") as connection:
-        (worker,) = connection.client.scheduler_info()["workers"]
+        client = connection.client
+        ((worker, facts),) = client.scheduler_info()["workers"].items()
         new = listening() - before
+        port = urlsplit(client.dashboard_link).port
+        ask = partial(handshake, client, f"http://127.0.0.1:{port}", "agents")
+        for own in ("127.0.0.1", "localhost"):
+            assert ask(f"http://{own}:{port}") == ACCEPTED
+        for other in ("http://evil.example", f"http://evil.example:{port}", "http://127.0.0.1:1"):
+            assert ask(other) == REFUSED
+        of_worker = f"http://127.0.0.1:{facts['services']['dashboard']}"
+        assert handshake(client, of_worker, "status", of_worker) == NOT_THERE
     assert len(new) >= 5, "scheduler, nanny, worker, and the pages of two of them"
     assert {host for host, _ in new} == {"127.0.0.1"}
     assert worker.startswith("tcp://127.0.0.1:")

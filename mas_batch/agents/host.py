@@ -16,6 +16,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from distributed.metrics import context_meter
 
 from mas_batch.agents.spec import AgentSpec
+from mas_batch.code_version import code_version
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine
 from mas_batch.errors import RunError
@@ -36,6 +37,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
 
     def setup(self, worker: Worker) -> None:
         """Add the one-thread executor in which the model runs to the worker."""
+        code_version()  # now, before an upgrade changes the files of what is imported
         self._engine: Engine | None = None
         self._key = ""
         self._family_id = ""

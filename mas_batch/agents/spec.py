@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mas_batch.by_name import pickled_by_name
 from mas_batch.engines.base import EngineConfig
 from mas_batch.errors import JobError
 from mas_batch.job import Agent, Job, fingerprint
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
     """An agent as its worker needs it."""

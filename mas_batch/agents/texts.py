@@ -20,6 +20,7 @@ from mas_batch.agents.answering import answer_records
 from mas_batch.agents.host import AgentHost
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import profile_of
+from mas_batch.by_name import pickled_by_name
 from mas_batch.dask_compat import add_handler, remove_handler
 from mas_batch.errors import EngineError, MasBatchError, RunError
 from mas_batch.job import Task
@@ -28,6 +29,7 @@ from mas_batch.records import Answer, Record
 from mas_batch.tasks import make_task
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Answered:
     """A worker's reply to a batch of texts."""

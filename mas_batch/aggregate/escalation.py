@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from mas_batch.aggregate.guarantee import Place
 from mas_batch.aggregate.method import METHODS, methods_that
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
+from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import JobError
 
 NUM_BINS = 1000
@@ -31,6 +32,7 @@ NUM_BINS = 1000
 _UNANSWERED = -1
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Records that the agent is asked about to find the threshold: any answered one alike."""
@@ -46,6 +48,7 @@ class Sample:
         return _lot(record_id, self.seed)
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Escalation:
     """Picks records by confidence. Those without an answer always are, unless unusable."""

@@ -17,6 +17,7 @@ from mas_batch.aggregate.ballots import Ballot, Verdict
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.aggregate.reliability import History, Reliability
 from mas_batch.aggregate.utilities import EMBEDDING, UTILITIES
+from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import JobError
 from mas_batch.registry import Registry
 
@@ -121,6 +122,7 @@ def methods_that(holds: Callable[[Method], bool]) -> str:
     return ", ".join(name for name, method in METHODS.items() if holds(method))
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class MergeSpec:
     """How the answers to a record become one.

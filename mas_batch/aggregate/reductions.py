@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from mas_batch.aggregate.answer_kinds import ANSWER_KINDS
 from mas_batch.aggregate.normalise import deduplicate, normalise_text
+from mas_batch.by_name import pickled_by_name
 from mas_batch.records import ANSWERS, FAILURES, RESULT_FIELDS, STANDARD_ERROR
 
 Partial = dict[str, Any]
@@ -21,6 +22,7 @@ Partial = dict[str, Any]
 CONFIDENCE_BINS = 20
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """A statistic as data. `combine` is associative and commutative, to the byte."""

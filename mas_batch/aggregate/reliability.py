@@ -16,6 +16,7 @@ import numpy as np
 from mas_batch.aggregate import dawid_skene, open_set
 from mas_batch.aggregate.families import exponents, family_numbers
 from mas_batch.aggregate.patterns import MISSING, Floats, PatternTable, parse_patterns
+from mas_batch.by_name import pickled_by_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class History:
         return pseudo
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class AgentReliability:
     """What was learned about an agent."""
@@ -87,6 +89,7 @@ class AgentReliability:
     """Factor of its log-likelihoods where the whole family has answered; 1: independent."""
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Reliability:
     """What was learned about all agents."""

@@ -17,12 +17,14 @@ from mas_batch.aggregate.ballots import Ballot, Candidate
 from mas_batch.aggregate.merge import replies_by_record
 from mas_batch.aggregate.method import Encode, MergeSpec, Method, Stopping, methods_that
 from mas_batch.aggregate.verdicts import ballots_of, verdict_of
+from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import JobError
 
 # Weights are rounded to 1e-9: one agent of accuracy .9 must count as 90 % sure.
 _ROUNDING = 1e-8
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class StoppingRule:
     """When the answers to a record are enough.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from distributed import Client, Future, KilledWorker
 
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.dask_compat import workers_of
-from mas_batch.errors import MasBatchError, RunError
+from mas_batch.errors import MasBatchError, RunError, VersionError
+from mas_batch.task_call import TaskCall
 
 SPLIT_EVERY = 8
 
@@ -26,6 +29,7 @@ def tree_reduce(
     reduction: Reduction,
     *,
     wait_s: float,
+    code: str = "",
     split_every: int = SPLIT_EVERY,
     max_in_flight: int = 64,
 ) -> Any:
@@ -39,6 +43,7 @@ def tree_reduce(
 
     Args:
         wait_s: how long the cluster may be without any worker.
+        code: that a worker must have to run a task, as `code_version` says it; empty: any.
 
     Returns:
         The combined partial; None when there are no groups.
@@ -46,13 +51,14 @@ def tree_reduce(
     Raises:
         RunError: the scheduler was lost, no worker came for `wait_s`, or a task failed (an
             error of this package is raised as it is) or killed its workers, one after another.
+        VersionError: every worker has other code.
     """
     if split_every < 2:
         raise ValueError(f"split_every must be at least 2, got {split_every}")
-    tree = _Tree(client, reduction, split_every, wait_s)
+    tree = _Tree(client, reduction, split_every, wait_s, code)
     try:
         for group in groups:
-            tree.start(0, _LEAF_PRIORITY, leaf, *group)
+            tree.start(_Step(0, _LEAF_PRIORITY, TaskCall(code, leaf, *group)))
             tree.work_off(max_in_flight - 1)
         tree.work_off(0)
         return tree.root()
@@ -65,31 +71,48 @@ def combine_partials(reduction: Reduction, partials: list[Any]) -> Any:
     return reduction.combine(partials)
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A task of the tree."""
+
+    level: int
+    """Of its partial."""
+    priority: int
+    call: TaskCall
+    partials: tuple[list[Future], ...] = ()
+    """What it combines."""
+
+
 class _Tree:
     """What runs, and the partials that wait for their siblings: under `split_every` a level."""
 
     def __init__(
-        self, client: Client, reduction: Reduction, split_every: int, wait_s: float
+        self, client: Client, reduction: Reduction, split_every: int, wait_s: float, code: str
     ) -> None:
         self._client = client
         self._reduction = reduction
         self._split_every = split_every
         self._wait_s = wait_s
-        self._running: dict[Future, int] = {}  # → level of its partial
+        self._code = code
+        self._refused: set[str] = set()  # addresses of workers that have other code
+        self._workers: list[str] | None = None  # addresses of the others; None: all
+        self._running: dict[Future, _Step] = {}
         self._levels: list[list[Future]] = []
         self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._last_worker = time.monotonic()
 
-    def start(self, level: int, priority: int, function: Callable[..., Any], *args: Any) -> None:
-        future = self._client.submit(function, *args, pure=False, priority=priority)
-        self._running[future] = level
+    def start(self, step: _Step) -> None:
+        future = self._client.submit(
+            step.call, *step.partials, workers=self._workers, pure=False, priority=step.priority
+        )
+        self._running[future] = step
         future.add_done_callback(self._ended.put)
 
     def work_off(self, most: int) -> None:
         """Take what ends until at most so many tasks run."""
         while len(self._running) > most:
             future = self._next_ended()
-            level = self._running.pop(future)
+            level = self._running.pop(future).level
             while level >= len(self._levels):
                 self._levels.append([])
             self._levels[level].append(future)
@@ -113,7 +136,8 @@ class _Tree:
             future.release()
 
     def _combine(self, partials: list[Future], level: int) -> None:
-        self.start(level, _COMBINE_PRIORITY, combine_partials, self._reduction, partials)
+        call = TaskCall(self._code, combine_partials, self._reduction)
+        self.start(_Step(level, _COMBINE_PRIORITY, call, (list(partials),)))
 
     def _next_ended(self) -> Future:
         while True:
@@ -122,10 +146,21 @@ class _Tree:
             except queue.Empty:
                 self._check_cluster()
                 continue
+            if future.status == "error" and isinstance(error := future.exception(), VersionError):
+                self._start_elsewhere(self._running.pop(future), error)
+                continue
             if future.status in ("error", "cancelled"):  # "lost": Dask is doing it again
                 self._raise(future)
             self._last_worker = time.monotonic()
             return future
+
+    def _start_elsewhere(self, step: _Step, error: VersionError) -> None:
+        self._refused.add(error.address)
+        with suppress(OSError):  # no news this time: the next refusal tells more
+            self._workers = sorted(workers_of(self._client).keys() - self._refused)
+        if not self._workers:
+            raise error
+        self.start(step)
 
     def _result(self, future: Future) -> Any:
         """Gather a partial; that of a worker which is just dying comes when it is done again."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mas_batch.corpus.carried_types import Extremes
 from mas_batch.errors import JobError, RunError
 from mas_batch.records import RECORD_FIELDS, RESERVED_COLUMNS, Record
 
@@ -58,6 +59,7 @@ class Columns:
         self._names: dict[str, str | None] = {}
         self._kinds: dict[str, int] = {}
         self._declared = pa.schema([])
+        self._extremes = Extremes()
 
     @property
     def seen(self) -> Sequence[str]:
@@ -105,7 +107,8 @@ class Columns:
         """Add the typed columns of one file, under their new names.
 
         Raises:
-            JobError: a column's type has no common type with that of the files before.
+            JobError: a column's type has no common type with that of the files before, or one
+                that cannot hold their values.
         """
         fields = [field.remove_metadata().with_nullable(True) for field in schema]
         try:
@@ -119,6 +122,15 @@ class Columns:
                 "type, or leave it out with corpus.keep",
                 key="corpus.path",
             ) from error
+        self._extremes.check(self._declared)
+
+    def note(self, batch: pa.RecordBatch, where: str) -> None:
+        """Look at the carried values of a file, under their new names.
+
+        Raises:
+            JobError: a value that its column's common type cannot hold.
+        """
+        self._extremes.note(batch, self._declared, where)
 
     def schema(self) -> pa.Schema:
         """Return the types of the carried columns, as far as the corpus has been read."""

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mas_batch import job
+from mas_batch.corpus.carried_types import plain_type
 from mas_batch.corpus.columns import ArrowRow, Columns, as_text
 from mas_batch.corpus.files import Source
 from mas_batch.corpus.opening import BUFFER_BYTES, open_stored
@@ -43,7 +44,9 @@ class _Layout:
     kept: dict[str, str]
     """Column → the name under which it is carried."""
     carried: pa.Schema
-    """Types of the carried columns, by their new names."""
+    """Types that the carried columns get, by their new names."""
+    columns: Columns
+    """Sees what is carried."""
 
     @property
     def wanted(self) -> list[str]:
@@ -83,10 +86,20 @@ def _layout(source: Source, spec: job.Corpus, columns: Columns, schema: pa.Schem
     _require_text(url, spec, schema)
     named = {field.name: columns.name(field.name) for field in schema}
     kept = {column: name for column, name in named.items() if name is not None}
-    fields = [schema.field(c).with_name(n).with_nullable(True) for c, n in kept.items()]
+    fields = [_carried_field(url, schema.field(c)).with_name(n) for c, n in kept.items()]
     columns.declare(pa.schema(fields), url)
     roles = tuple(dict.fromkeys(roles_of(spec).values()))
-    return _Layout(url, spec.id, roles, kept, pa.schema(fields))
+    return _Layout(url, spec.id, roles, kept, pa.schema(fields), columns)
+
+
+def _carried_field(url: str, field: pa.Field) -> pa.Field:
+    try:
+        return pa.field(field.name, plain_type(field.type))
+    except TypeError as error:
+        raise JobError(
+            f"column {field.name!r} of {url} holds {error}; rewrite it, or leave it out",
+            key="corpus.keep",
+        ) from error
 
 
 def _group_rows(
@@ -133,10 +146,19 @@ def _sound_batches(
 def _batch_rows(batch: pa.RecordBatch, layout: _Layout, first: int) -> Iterator[Row]:
     values = {name: _python_values(batch.column(name)) for name in layout.roles}
     carried = _escaped_text(batch.select(list(layout.kept)), layout.url)
-    carried = carried.rename_columns(list(layout.kept.values()))
+    carried = _in_carried_types(carried, layout)
+    layout.columns.note(carried, layout.url)
     for i in range(batch.num_rows):
         row = {name: values[name][i] for name in layout.roles}
         yield Row(first + i, row, passthrough=ArrowRow(carried, i))
+
+
+def _in_carried_types(batch: pa.RecordBatch, layout: _Layout) -> pa.RecordBatch:
+    columns = [
+        column if column.type == kind else column.cast(kind)
+        for column, kind in zip(batch.columns, layout.carried.types, strict=True)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=layout.carried)
 
 
 def _lost_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 from mas_batch.engines.base import Engine, EngineConfig
 from mas_batch.errors import JobError, ModelError
@@ -12,10 +13,13 @@ from mas_batch.registries import ENGINES
 
 def detect_engine(model: ModelFiles) -> str:
     """Choose the engine for `engine: auto` from what the model's files are."""
-    if model.path is None:
-        return model.scheme
+    return model.scheme if model.path is None else engine_of_files(model.path)
+
+
+def engine_of_files(path: Path) -> str:
+    """Choose the engine for a folder of files, or one file."""
     for name, engine in ENGINES.items():
-        if any(next(model.path.glob(pattern), None) for pattern in engine.detected_by):
+        if any(next(path.glob(pattern), None) for pattern in engine.detected_by):
             return name
     return "transformers"
 

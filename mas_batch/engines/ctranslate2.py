@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import ctranslate2
-from pydantic import Field
 
 from mas_batch.engines.base import (
     Completion,
@@ -24,27 +23,16 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
+from mas_batch.engines.ctranslate2_options import read
 from mas_batch.engines.devices import pick_device
-from mas_batch.engines.options import EngineOptions, read_options
 from mas_batch.errors import JobError, ModelError, OutOfMemoryError
 from mas_batch.models import ModelFiles
 
 log = logging.getLogger(__name__)
 
 VOCABULARIES = ("shared_vocabulary.json", "target_vocabulary.json")
-MAX_CONTEXT_TOKENS = 512
-"""Source plus output. The converted files do not tell the model's limit; 512 positions is what
-opus-mt, T5 and most BART-like models have."""
 INNER_BATCH_TOKENS = 8192
 """Source tokens at once where the job sets no `max_batch_tokens`: CTranslate2 then splits."""
-
-
-class Options(EngineOptions):
-    """What `agents.options` may hold for this engine."""
-
-    compute_type: str | None = None
-    """The arithmetic, such as `int8`; None: by the agent's dtype."""
-    max_context_tokens: Annotated[int, Field(ge=2)] = MAX_CONTEXT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +74,7 @@ class CTranslate2Engine:
     samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        options = read_options(Options, config.options, "ctranslate2")
+        options = read(config.options)
         self.max_context_tokens = options.max_context_tokens
         self.max_batch_tokens = config.max_batch_tokens
         self._model = model

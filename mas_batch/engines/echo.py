@@ -12,6 +12,7 @@ import signal
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -74,6 +75,9 @@ class Options(EngineOptions):
         return value
 
 
+read = partial(read_options, Options, engine="echo")
+
+
 class EchoEngine:
     """Says what it was asked, or what its options say.
 
@@ -87,7 +91,7 @@ class EchoEngine:
     samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        options = read_options(Options, config.options, "echo")
+        options = read(config.options)
         if options.fail_to_load:
             raise ModelError(
                 f"{model.source}: it fails to load because options.fail_to_load is set"

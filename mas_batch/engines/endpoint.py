@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import re
 import threading
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from mas_batch.errors import (
     EngineError,
     EngineRefusedError,
     EngineUnavailableError,
+    JobError,
     Reason,
     RecordError,
 )
@@ -70,6 +72,15 @@ class Options(EngineOptions):
     """Ask for log-probabilities. Not every endpoint has them; most leave the end token out."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Merged over the body of every request."""
+
+    def check_environment(self) -> None:
+        """Find the key, where one is wanted."""
+        wanted = self.base_url == OFFICIAL_URL or "api_key_env" in self.model_fields_set
+        if wanted and not os.environ.get(self.api_key_env):
+            raise JobError(
+                f"the environment variable {self.api_key_env} is not set where the agent runs",
+                key="agents.options.api_key_env",
+            )
 
 
 class RateLimitedError(EngineUnavailableError):

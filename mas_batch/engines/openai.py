@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -31,7 +32,6 @@ from mas_batch.engines.base import (
 )
 from mas_batch.engines.claims import MAX_COUNT
 from mas_batch.engines.endpoint import (
-    OFFICIAL_URL,
     Endpoint,
     Options,
     RateLimitedError,
@@ -41,7 +41,6 @@ from mas_batch.engines.options import read_options
 from mas_batch.errors import (
     EngineError,
     EngineUnavailableError,
-    JobError,
     Reason,
     RecordError,
 )
@@ -51,6 +50,8 @@ BYTES_PER_TOKEN = 4
 """For estimates: an endpoint does not tell how it tokenises. About right for English."""
 TOKENS_PER_MESSAGE = 4
 """What chat templates put around a turn, about."""
+
+read = partial(read_options, Options, engine="openai", show_values=False)
 
 
 class OpenAIEngine:
@@ -66,14 +67,9 @@ class OpenAIEngine:
     max_batch_tokens: int | None = None  # the server makes its own batches: it gets all there is
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        options = read_options(Options, config.options, "openai", show_values=False)
+        options = read(config.options)
+        options.check_environment()
         key = os.environ.get(options.api_key_env)
-        wanted = options.base_url == OFFICIAL_URL or "api_key_env" in options.model_fields_set
-        if not key and wanted:
-            raise JobError(
-                f"the environment variable {options.api_key_env} is not set where the agent runs",
-                key="agents.options.api_key_env",
-            )
         self._model = parse_source(model.source).name
         self._options = options
         self._endpoint = Endpoint(options, self._model, key)

@@ -13,9 +13,19 @@ OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
 
 class EngineOptions(BaseModel):
-    """What the options of every engine have in common: unknown keys are errors."""
+    """What the options of every engine have in common: unknown keys are errors.
+
+    `engine_info.EngineInfo.options` names the function that reads them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def check_environment(self) -> None:
+        """Find what is missing in the environment of the process where the agent runs.
+
+        Raises:
+            JobError: a variable is not set; the message names it.
+        """
 
 
 def read_options(

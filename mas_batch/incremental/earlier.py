@@ -132,6 +132,9 @@ class EarlierRun:
 def last_published(output: Store, job_name: str, current: str) -> EarlierRun | None:
     """Find the run of a job of that name that was published last; None: there is no other run.
 
+    A run that another one has looked at as its last is not the last. Among the others, of which
+    there is one where every run is made with `since`, the time in the manifest decides.
+
     Raises:
         RunError: a run of the job cannot be read, so it is not known which run is the last.
     """
@@ -139,7 +142,9 @@ def last_published(output: Store, job_name: str, current: str) -> EarlierRun | N
         runs = list(_published_runs(output, job_name, current))
         if not runs:
             return None
-        last = max(runs, key=lambda run: (run.manifest["finished"], run.manifest["run"]))
+        followed = {(run.manifest.get("since") or {}).get("run") for run in runs}
+        latest = [run for run in runs if run.manifest["run"] not in followed]
+        last = max(latest or runs, key=lambda run: (run.manifest["finished"], run.manifest["run"]))
         return _with_plan(last)
     except (KeyError, OSError, RunError, ValueError) as error:
         raise _unreadable_run(output, error) from error

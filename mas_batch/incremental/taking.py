@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +61,7 @@ def read_since(run: Store) -> Since | None:
     """Return what `take_over` has found for this run; None: it was not called."""
     if not run.exists(FILE):
         return None
-    facts: dict[str, Any] = json.loads(run.read_bytes(FILE))
+    facts = run.read_facts(FILE)
     return Since(**{**facts, "to_ask": tuple(facts["to_ask"])})
 
 

@@ -7,12 +7,14 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mas_batch.by_name import pickled_by_name
 from mas_batch.records import Answer
 
 MODEL = "model"
 """Name of the lap in which an engine is asked; the model's own time is a part of it."""
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class TaskTimes:
     """Seconds of one task: read + write + compute + process are all of it."""

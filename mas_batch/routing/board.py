@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from mas_batch.routing.instructions import Rules, Work
+from mas_batch.routing.policies import Policy, order_of
+
+_COUNTED = 256
+"""Partitions by which it is estimated how often an ordered policy asks an agent."""
 
 
 @dataclass(slots=True)
@@ -19,6 +23,8 @@ class OpenPartition:
     """Agent → answers per record it gives when asked."""
     needed: int
     """Answers per record before it is merged, or looked at."""
+    order: tuple[str, ...] | None = None
+    """Agents in the order in which they are asked; None: whoever is free."""
     answered: set[str] = field(default_factory=set)
     asked: dict[str, list[str]] = field(default_factory=dict)
     """Agent → replicas that are at it, the original before its copy."""
@@ -52,12 +58,30 @@ class OpenPartition:
         """Answers per record that are needed and neither there nor under way."""
         if self.merging:
             return 0
+        if self.order is not None:  # all who have their turn: a later one may give enough alone
+            return self.samples_of(self.wanted)
         return self.needed - self.samples_of((*self.answered, *self.asked))
 
     @property
     def untried(self) -> set[str]:
         """Agents that may still be asked."""
         return self.samples.keys() - self.answered - self.asked.keys() - self.given_up
+
+    @property
+    def wanted(self) -> set[str]:
+        """Agents that may be asked now: any, or the first of the order that are enough.
+
+        One that is given up is passed over, and so the next one has its turn.
+        """
+        if self.order is None:
+            return self.untried
+        wanted, num_answers = self.untried, 0
+        for agent_id in self.order:
+            if num_answers >= self.needed:
+                wanted.discard(agent_id)
+            elif agent_id in self.answered or agent_id not in self.given_up:
+                num_answers += self.samples[agent_id]
+        return wanted
 
     @property
     def tokens(self) -> int:
@@ -90,10 +114,17 @@ class Board:
     """
 
     def __init__(
-        self, samples: Mapping[str, int], rules: Rules, plan: Iterable[Work], num_partitions: int
+        self,
+        samples: Mapping[str, int],
+        rules: Rules,
+        policy: Policy,
+        plan: Iterable[Work],
+        num_partitions: int,
     ) -> None:
         self._samples = samples
+        self._agents = tuple(samples)
         self._rules = rules
+        self._policy = policy
         self._plan = iter(plan)
         self._wanting: dict[str, list[int]] = {agent: [] for agent in samples}
         self.open: dict[int, OpenPartition] = {}
@@ -118,9 +149,28 @@ class Board:
         self.num_unpulled = max(0, self.num_unpulled - 1)
         most = self._rules.answers_per_record
         first = min(most, self._rules.first or most)
-        state = OpenPartition(work, self._samples, first, set(work.answered))
+        order = self._order(work.index)
+        state = OpenPartition(work, self._samples, first, order, set(work.answered))
         self.open[work.index] = state
         return state
+
+    def _order(self, index: int) -> tuple[str, ...] | None:
+        if not self._rules.ordered:
+            return None
+        return order_of(self._policy, index, self._agents, self._rules.weights)
+
+    def shares(self) -> dict[str, float]:
+        """Agent → share of the plan's partitions that it is asked about at most, estimated."""
+        most = self._rules.answers_per_record
+        if self._order(0) is None:
+            equal = min(1.0, most / sum(self._samples.values()))
+            return dict.fromkeys(self._agents, equal)
+        some = (
+            OpenPartition(Work(index, 1), self._samples, most, self._order(index)).wanted
+            for index in range(_COUNTED)
+        )
+        counts = Counter(agent_id for wanted in some for agent_id in wanted)
+        return {agent_id: counts[agent_id] / _COUNTED for agent_id in self._agents}
 
     def close(self, index: int) -> None:
         """Forget a merged partition."""
@@ -130,7 +180,7 @@ class Board:
         """Queue the partition with every agent that may be asked, if it lacks answers."""
         if state.lacks <= 0:
             return
-        for agent_id in state.untried:
+        for agent_id in state.wanted:
             heap = self._wanting[agent_id]
             heappush(heap, state.index)
             if len(heap) > 64 + 2 * len(self.open):  # an agent without a replica never looks
@@ -140,7 +190,7 @@ class Board:
     def wants(self, index: int, agent_id: str) -> bool:
         """Whether the partition is to be asked of the agent."""
         state = self.open.get(index)
-        return state is not None and state.lacks > 0 and agent_id in state.untried
+        return state is not None and state.lacks > 0 and agent_id in state.wanted
 
     def waiting(self, agent_id: str) -> Generator[OpenPartition]:
         """Yield what waits for the agent, lowest number first; for a consumer that stops early."""

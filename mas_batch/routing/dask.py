@@ -22,7 +22,7 @@ from distributed import Client, Future
 from mas_batch.agents.host import Report
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import answer_partition, merge_partition
-from mas_batch.errors import JobError, OutputError, RunError
+from mas_batch.errors import JobError, OutputError, RunError, VersionError
 from mas_batch.events import (
     AgentsScaled,
     AnswerFailed,
@@ -52,6 +52,7 @@ from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
 from mas_batch.routing.upkeep import Upkeep
 from mas_batch.run_folder.names import answers_name
 from mas_batch.run_folder.ref import RunRef
+from mas_batch.task_call import TaskCall
 
 _CHECK_EVERY_S = 1.0
 _MAX_MERGE_ATTEMPTS = 3
@@ -333,7 +334,8 @@ class DaskRouter:
 
     def _ask(self, ask: Ask) -> None:
         with dask.annotate(executor=self._run.topic):
-            future = self._client.submit(
+            call = TaskCall(
+                self._run.code,
                 answer_partition,
                 self._run,
                 self._specs[ask.agent_id],
@@ -341,10 +343,9 @@ class DaskRouter:
                 ask.attempt,
                 careful=ask.purpose == "careful",
                 earlier=ask.earlier,
-                # Pinned by address: the dispatcher takes it back when the worker leaves.
-                workers=[ask.replica_id],
-                pure=False,
             )
+            # Pinned by address: the dispatcher takes it back when the worker leaves.
+            future = self._client.submit(call, workers=[ask.replica_id], pure=False)
         key = (ask.partition, ask.agent_id, ask.replica_id)
         self._asked[key] = _Asked(ask, future, time.monotonic())
         self._emit(
@@ -428,16 +429,16 @@ class DaskRouter:
         workers: list[str] | None = None,
         patience_s: float = _MERGE_PATIENCE_S,
     ) -> None:
-        future = self._client.submit(
+        call = TaskCall(
+            self._run.code,
             merge_partition,
             self._run,
             merge.partition,
             merge.agents,
             final=merge.final,
-            workers=workers,
-            pure=False,
-            priority=10,
         )
+        workers = workers or self._hosting.merging_workers()
+        future = self._client.submit(call, workers=workers, pure=False, priority=10)
         merging = _Merging(merge, future, attempt, time.monotonic(), patience_s)
         self._merges[merge.partition] = merging
         self._watch(future, lambda failure: self._merge_ended(merging, failure))
@@ -479,6 +480,10 @@ class DaskRouter:
         merging.future.release()
         if isinstance(failure, (OutputError, JobError)):
             raise failure
+        if isinstance(failure, VersionError):
+            self._hosting.refuse(failure)
+            self._merge(merging.merge, merging.attempt)
+            return
         if merging.attempt >= _MAX_MERGE_ATTEMPTS:
             raise RunError(f"partition {partition} could not be merged: {failure}")
         self._merge(merging.merge, merging.attempt + 1)

@@ -69,7 +69,8 @@ class Dispatcher:
         self._rules = rules
         self._policy = policy
         self._policy_waits = getattr(policy, "waits", False)  # few do: spare the others the views
-        self._board = Board(self._samples, rules, plan, num_partitions)
+        self._board = Board(self._samples, rules, policy, plan, num_partitions)
+        self._shares = self._board.shares()
         self._pool = Pool(agents, rules)
         self._proven: set[str] = set()  # agents that have answered in this execution
         self._withheld: set[int] = set()  # complete, but for an agent that is not trusted
@@ -271,10 +272,10 @@ class Dispatcher:
 
         Where not all agents are asked, a partition that no agent has yet counts in proportion.
         """
-        share = min(1.0, self._rules.answers_per_record / sum(self._samples.values()))
-        backlog = dict.fromkeys(self._samples, round(share * self._board.num_unpulled))
+        num_unpulled = self._board.num_unpulled
+        backlog = {a: round(share * num_unpulled) for a, share in self._shares.items()}
         for state in self._board:
-            wanted = state.untried if state.lacks > 0 else set()
+            wanted = state.wanted if state.lacks > 0 else set()
             for agent_id in wanted | state.asked.keys():
                 backlog[agent_id] += 1
         return backlog
@@ -284,8 +285,8 @@ class Dispatcher:
         served = self._pool.served()
         missing: set[str] = set()
         for state in self._board:
-            if state.samples_of(state.untried & served) < state.lacks:
-                missing |= state.untried - served
+            if state.samples_of(state.wanted & served) < state.lacks:
+                missing |= state.wanted - served
             if state.index in self._withheld:
                 missing |= state.given_up - served
         return missing
@@ -377,7 +378,7 @@ class Dispatcher:
         """Queue the partition with whom it wants, or merge it if all that can be had is there."""
         if state.merging:
             return
-        if state.num_answers < state.needed:
+        if state.num_answers < state.needed or (state.order is not None and state.lacks):
             if state.asked or state.untried:
                 self._board.queue(state)
                 return
@@ -476,7 +477,7 @@ class Dispatcher:
     def _candidates(self, state: OpenPartition) -> list[Replica]:
         return [
             replica
-            for agent_id in self._by_rank(state.untried)
+            for agent_id in self._by_rank(state.wanted)
             for replica in self._pool.free(agent_id).values()
             if self._may_take(state, replica)
         ]
@@ -499,7 +500,7 @@ class Dispatcher:
         replica = self._pool.get((choice or views[candidates[0].replica_id]).replica_id)
         assert replica is not None
         agent_id = replica.agent_id
-        num_capable = sum(len(self._pool.of(a)) for a in state.untried | {agent_id})
+        num_capable = sum(len(self._pool.of(a)) for a in state.wanted | {agent_id})
         looked = state.num_undecided is not None
         ask = Ask(
             partition=state.index,
@@ -524,7 +525,7 @@ class Dispatcher:
             return ()
         return tuple(
             self._pool.view(replica)
-            for agent_id in self._by_rank(state.untried)
+            for agent_id in self._by_rank(state.wanted)
             for replica in self._pool.of(agent_id).values()
             if replica.sent
             and replica.replica_id not in self._pool.free(agent_id)
@@ -564,8 +565,8 @@ class Dispatcher:
     def _may_copy(self, free: Replica, task: Late) -> bool:
         """Whether the replica's answers would do: one copy of a task, careful ones never.
 
-        Of its own agent; and where not every agent has to answer, of another that gives no
-        more answers.
+        Of its own agent; and where not every agent has to answer, and the partition has no
+        order of agents, of another that gives no more answers.
         """
         state = self._board.open[task.partition]
         if task.agent_id in state.copied or state.deaths[task.agent_id]:
@@ -574,6 +575,7 @@ class Dispatcher:
             return True
         return (
             self._rules.first is None
+            and state.order is None
             and free.agent_id in state.untried
             and self._samples[free.agent_id] >= self._samples[task.agent_id]
         )

@@ -16,10 +16,11 @@ from distributed import Client, Future
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
 from mas_batch.agents.work import load_agent
 from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
-from mas_batch.errors import ModelError, RunError
+from mas_batch.errors import ModelError, RunError, VersionError
 from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Emit
 from mas_batch.job import Job
 from mas_batch.run_folder.ref import RunRef
+from mas_batch.task_call import TaskCall
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +191,8 @@ class Hosting:
         self._hosts[address] = agent_id
         self._emit(AgentLoading(agent_id, self.name(address)))
         with dask.annotate(executor=self._run.topic):
-            future = self._client.submit(
-                load_agent, self._run, self._specs[agent_id], workers=[address], pure=False
-            )
+            call = TaskCall(self._run.code, load_agent, self._run, self._specs[agent_id])
+            future = self._client.submit(call, workers=[address], pure=False)
         self._loading[address] = _Load(future, time.monotonic())
         self._watch(future, lambda failure: self._load_ended(address, future, failure))
 
@@ -217,21 +217,47 @@ class Hosting:
         load = self._loading.get(address)
         if load is None or load.future is not future:
             return  # it has reported, or its worker left
-        self._refuse(address, failure or RunError("the task ended without a report"))
+        self._load_failed(address, failure or RunError("the task ended without a report"))
 
-    def _refuse(self, address: str, error: Exception) -> None:
+    def _load_failed(self, address: str, error: Exception) -> None:
         self._loading.pop(address).future.release()
         agent_id = self._hosts.pop(address)
+        missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+        if missing.startswith("mas_batch."):  # a version that does not even know what it is asked
+            error = VersionError(address, self.name(address), "another", self._run.code)
         self._refused[address] = _Refusal(agent_id, error, time.monotonic())
-        message = f"could not load the model: {error}"
-        self._emit(AgentLost(agent_id, self.name(address), message))
+        if isinstance(error, VersionError):
+            self._emit(AgentLost(agent_id, self.name(address), str(error)))
+            self.refresh()  # at once: another worker may do in its place
+        else:
+            message = f"could not load the model: {error}"
+            self._emit(AgentLost(agent_id, self.name(address), message))
+
+    def refuse(self, failure: VersionError) -> None:
+        """A worker that was asked something has other code: ask it nothing further."""
+        if failure.address not in self._refused:
+            logger.warning("%s", failure)
+        self._refused[failure.address] = _Refusal("", failure, time.monotonic())
+
+    def merging_workers(self) -> list[str] | None:
+        """Return the workers that may merge; None: all of them.
+
+        Raises:
+            VersionError: there are none but with other code.
+        """
+        errors = {address: refusal.error for address, refusal in self._refused.items()}
+        refused = {a: error for a, error in errors.items() if isinstance(error, VersionError)}
+        allowed = sorted(self._seen.keys() - refused.keys())
+        if refused and not allowed:
+            raise next(iter(refused.values()))
+        return allowed if refused else None
 
     def _give_up_late_loads(self) -> None:
         """Refuse the workers that are loading for too long, and end what hangs there."""
         before = time.monotonic() - self._load_timeout_s
         for address in [a for a, load in self._loading.items() if load.since < before]:
             limit = f"{self._load_timeout_s:g} s (routing.load_timeout_s)"
-            self._refuse(address, ModelError(f"it was not loaded within {limit}"))
+            self._load_failed(address, ModelError(f"it was not loaded within {limit}"))
             self._end_process(address)
 
     # Workers that come, pause, leave or hang
@@ -251,7 +277,8 @@ class Hosting:
         for address in sorted(self._hosts.keys() - present):
             self._drop(address)
         for address, refusal in list(self._refused.items()):
-            if address not in present or time.monotonic() - refusal.since > _LOAD_AGAIN_S:
+            is_old = time.monotonic() - refusal.since > _LOAD_AGAIN_S
+            if address not in present or (is_old and not isinstance(refusal.error, VersionError)):
                 del self._refused[address]  # a download that failed may succeed now
         for worker in workers:
             self._note_status(worker)

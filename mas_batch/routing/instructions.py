@@ -36,6 +36,8 @@ class Rules:
     """Agent → share of its turns, for policies that go by it."""
     accuracies: Mapping[str, float] = field(default_factory=dict)
     """Agent → how often it is right, as far as the job says, for policies that go by it."""
+    ordered: bool = True
+    """Whether agents are asked in the policy's order, if it has one; else who is free is asked."""
     speculate: bool = True
     timeout_s: float | None = None
     """Longest silence of a replica at work; None: by its measured rate."""

@@ -4,14 +4,19 @@ A policy is asked only about candidates that may take the partition: capable, no
 before, with room in their window, not paused and not failing. It sees facts and returns one
 of them: no clock, no network, no chance that a second run would not repeat. Adding one is a
 class and a line in `registries.POLICIES`.
+
+Which worker is free when is different in every run. So a policy that is to ask the same agents
+in every run (`Ordered`) says their order by the partition's number alone; it then only chooses
+among the workers of the agents whose turn it is.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from hashlib import blake2b
+from typing import Protocol, runtime_checkable
 
 from mas_batch import registries
 from mas_batch.registry import Registry
@@ -83,11 +88,45 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """A policy that asks the same agents in every run of a job."""
+
+    def order(
+        self, index: int, agents: Sequence[str], weights: Mapping[str, float]
+    ) -> Sequence[str] | None:
+        """Return all agents in the order in which they are asked about the partition.
+
+        Args:
+            index: the partition's number.
+            agents: in the job's order.
+            weights: agent → its share, as far as the job gives shares.
+
+        Returns:
+            None where the job does not say enough: then whoever is free is asked.
+        """
+        ...
+
+
+def order_of(
+    policy: Policy, index: int, agents: Sequence[str], weights: Mapping[str, float]
+) -> tuple[str, ...] | None:
+    """Return the agents in the order in which they are asked; None: it goes by who is free."""
+    order = policy.order(index, agents, weights) if isinstance(policy, Ordered) else None
+    return None if order is None else tuple(order)
+
+
 class Capability:
     """The first capable agent in the job's order; its least busy replica."""
 
     name = "capability"
     rule = "the agent that comes first in the job, at its least busy worker"
+
+    def order(
+        self, index: int, agents: Sequence[str], weights: Mapping[str, float]
+    ) -> Sequence[str]:
+        """Return the job's order."""
+        return agents
 
     def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
         """Return the replica that shall answer the partition."""
@@ -104,6 +143,13 @@ class RoundRobin:
         self._turn = 0
         self._last: dict[str, int] = {}
 
+    def order(
+        self, index: int, agents: Sequence[str], weights: Mapping[str, float]
+    ) -> Sequence[str]:
+        """Return the job's order, begun one agent later for every partition."""
+        first = index % len(agents)
+        return [*agents[first:], *agents[:first]]
+
     def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
         """Return the replica that shall answer the partition."""
         chosen = min(
@@ -119,7 +165,13 @@ class Random:
     """Any of them."""
 
     name = "random"
-    rule = "any worker, by lot; the lot is the partition's number"
+    rule = "any agent, by lot; the lot is the partition's number"
+
+    def order(
+        self, index: int, agents: Sequence[str], weights: Mapping[str, float]
+    ) -> Sequence[str]:
+        """Return the agents in an order by lot, which is the same in every version of Python."""
+        return sorted(agents, key=lambda agent: blake2b(f"{index}.{agent}".encode()).digest())
 
     def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
         """Return the replica that shall answer the partition."""
@@ -163,13 +215,39 @@ class WeightedRoundRobin:
     come from the job, else from the measured rate; who has neither gets the candidates' mean.
 
     Source: the algorithm of nginx's upstream balancer, 2012.
+
+    Where the job weighs every agent, which agents are asked goes by a point in [0, 1) instead:
+    the partition's number times the golden ratio, of which the whole part is left out. These
+    points are evenly spread, whatever the numbers of the partitions that are left to do.
     """
 
     name = "weighted-round-robin"
     rule = "turns in proportion to the weights, or to the measured rates, spread evenly"
 
+    _GOLDEN_RATIO = 0.6180339887498949
+
     def __init__(self) -> None:
         self._credit: dict[str, float] = {}
+
+    def order(
+        self, index: int, agents: Sequence[str], weights: Mapping[str, float]
+    ) -> Sequence[str] | None:
+        """Return whose share of [0, 1) the point is in, then the same of the others."""
+        if any(agent not in weights for agent in agents):
+            return None
+        point, order, left = index * self._GOLDEN_RATIO % 1.0, list[str](), list(agents)
+        while left:
+            point *= sum(weights[agent] for agent in left)
+            chosen = left[-1]
+            for agent in left:
+                if point < weights[agent]:
+                    chosen = agent
+                    break
+                point -= weights[agent]
+            point = min(point / weights[chosen], 1.0)  # where in its share, again in [0, 1)
+            order.append(chosen)
+            left.remove(chosen)
+        return order
 
     def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
         """Return the replica that shall answer the partition."""

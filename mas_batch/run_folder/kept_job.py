@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic import ValidationError
@@ -30,7 +29,7 @@ def job_facts(run: Run) -> dict[str, Any]:
         if not is_merge or not whole.exists("job.yaml"):
             raise RunError(f"{run.store.location('job.yaml')}: not there; the run is not whole")
         if run.store.exists(MERGE_SECTION):
-            section = {"merge": json.loads(run.store.read_bytes(MERGE_SECTION))}
+            section = {"merge": run.store.read_facts(MERGE_SECTION)}
     job = read_job_mapping(whole)
     facts: dict[str, Any] = without_credentials_in({**job, **section})
     return facts

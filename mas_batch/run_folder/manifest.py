@@ -29,9 +29,16 @@ def write_job(run: Store, job: Job) -> None:
 
 def read_job_mapping(run: Store) -> dict[str, Any]:
     """Return job.yaml as plain data, without keys that only earlier versions had."""
-    job: dict[str, Any] = yaml.safe_load(run.read_bytes("job.yaml"))
-    job["routing"].pop("mode", None)  # it never changed a result
+    job = run.read_facts("job.yaml", _parse_yaml)
+    job.get("routing", {}).pop("mode", None)  # it never changed a result
     return job
+
+
+def _parse_yaml(content: bytes) -> Any:
+    try:
+        return yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def without_credentials_in(value: Any) -> Any:
@@ -73,8 +80,7 @@ def read_engines(run: Store) -> dict[str, Any]:
     """Return agent → what its engine said of itself when it was last loaded."""
     if not run.exists("engines.json"):
         return {}
-    facts: dict[str, Any] = json.loads(run.read_bytes("engines.json"))
-    return facts
+    return run.read_facts("engines.json")
 
 
 def manifest_files(
@@ -110,8 +116,11 @@ def write_manifest(run: Store, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(run: Store) -> dict[str, Any] | None:
-    """Return the manifest of a published run, else None."""
+    """Return the manifest of a published run, else None.
+
+    Raises:
+        RunError: it is cut or damaged.
+    """
     if not run.exists("manifest.json"):
         return None
-    manifest: dict[str, Any] = json.loads(run.read_bytes("manifest.json"))
-    return manifest
+    return run.read_facts("manifest.json")

@@ -9,10 +9,12 @@ import pyarrow as pa
 from mas_batch.aggregate.escalation import Escalation
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.stopping import StoppingRule
+from mas_batch.by_name import pickled_by_name
 from mas_batch.job import Task
 from mas_batch.run_folder.storage import Store
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class RunRef:
     """What every task on a worker needs to know of its run."""
@@ -38,6 +40,8 @@ class RunRef:
     """Folder of the run in which answers are committed; empty: they are the run's own."""
     reuses: bool = False
     """Whether `reused/` may hold answers of an earlier run: workers ask only for the others."""
+    code: str = ""
+    """The code that every worker must have, as `code_version` says it; empty: any."""
 
     @property
     def merged(self) -> Store:

@@ -8,9 +8,10 @@ first copy wins, and every later copy learns that it lost.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,6 +112,27 @@ class Store:
         with self._translated_errors(name, "read"):
             content: bytes = self._filesystem[0].cat_file(self.path(name))
         return content
+
+    def read_facts(self, name: str, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
+        """Return the mapping in the JSON file `name`; raises what `read_bytes` raises.
+
+        Args:
+            parse: reads another format; raises a ValueError for what is damaged.
+
+        Raises:
+            RunError: it is cut or damaged; the message names it.
+        """
+        content = self.read_bytes(name)
+        try:
+            facts, problem = parse(content), "it holds no mapping"
+        except ValueError as error:
+            facts, problem = None, str(error)
+        if isinstance(facts, dict):
+            return facts
+        raise RunError(
+            f"{self.location(name)} is damaged: {problem}; restore it, or remove the run's folder "
+            "and run the job again"
+        )
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the Parquet file `name`, or some of its columns; raises what `read_bytes` raises."""

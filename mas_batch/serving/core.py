@@ -16,6 +16,7 @@ from distributed import Client
 
 from mas_batch import cluster
 from mas_batch.aggregate.method import MergeSpec
+from mas_batch.engines.job_options import check_options
 from mas_batch.errors import JobError, MasBatchError, PoolClosedError
 from mas_batch.job import Job
 from mas_batch.merging import merge_spec, stopping_rule
@@ -89,7 +90,10 @@ class PoolCore:
         spec = pool_spec(job, learned_from)
         topic = f"mas-batch-pool-{job.name}-{uuid.uuid4().hex[:8]}"
         store = Store(job.output.path, job.output.storage_options)
-        run = RunRef(store, topic, job.task, spec, None, pa.schema([]), keep_text=False)
+        run = RunRef(
+            store, topic, job.task, spec, None, pa.schema([]), keep_text=False,
+            code=job.cluster.code,
+        )  # fmt: skip
         self._residence = Residence(job, run, _client_to_use(job, client))
         queues = AgentQueues(
             job.agents,
@@ -283,6 +287,7 @@ def _check_servable(job: Job) -> Job:
     if job.routing.escalate is not None:
         message = "which records are the least confident is known of a corpus only; remove it"
         raise JobError(f"a pool does not escalate: {message}", key="routing.escalate")
+    check_options(job)
     cluster.check_settings(job.cluster)
     return job
 

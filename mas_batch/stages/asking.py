@@ -90,7 +90,7 @@ class Asking:
             self._write_engine_facts(ref.store, router)
             dispatcher = Dispatcher(
                 {agent.name: agent.samples for agent in job.agents},
-                rules_of(job, known),
+                rules_of(job, known, reuses=ref.reuses),
                 POLICIES[job.routing.policy](),
                 _unmerged(self.plan, done),
                 self.plan.num_partitions - done.num_merged,

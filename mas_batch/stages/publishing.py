@@ -16,7 +16,9 @@ import pyarrow as pa
 from mas_batch.agents.statistics import COMMITTED
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import MasBatchError
+from mas_batch.job import Job
 from mas_batch.latency.summary import summarize
+from mas_batch.repeatable import repeatable_facts
 from mas_batch.run_folder.commits import has_passes, remove_passes
 from mas_batch.run_folder.lock import RunLock
 from mas_batch.run_folder.manifest import (
@@ -27,6 +29,7 @@ from mas_batch.run_folder.manifest import (
 )
 from mas_batch.run_folder.names import FORMAT
 from mas_batch.run_folder.plan import Plan
+from mas_batch.run_folder.ranges import Ranges
 from mas_batch.run_folder.read import read_ledger
 from mas_batch.run_folder.ref import RunRef
 from mas_batch.run_folder.storage import Store, parquet_bytes
@@ -41,6 +44,7 @@ def publish(
     agents: Sequence[str],
     partial: Any,
     facts: Mapping[str, Any] = MappingProxyType({}),
+    job: Job | None = None,
 ) -> dict[str, Any]:
     """Check the invariant, write the agents table and the manifest; returns the manifest.
 
@@ -51,6 +55,7 @@ def publish(
         name: the name of the run, or of a merge that was made afterwards.
         partial: a partial of `agents.statistics.COMMITTED`.
         facts: further facts for the manifest.
+        job: the run's; None of a merge that was made afterwards.
 
     Raises:
         RunError: records were lost or doubled; nothing is published.
@@ -70,6 +75,7 @@ def publish(
         "engines": read_engines(run.store),
         "merge": _merge_facts(run.merge),
         **_escalation_facts(run.store),
+        **_repeatable_facts(run, job, statistics["answers"], plan.num_partitions),
         **facts,
         "versions": {
             "python": platform.python_version(),
@@ -91,6 +97,14 @@ def publish(
     write_manifest(store, manifest)
     remove_passes(store)
     return manifest
+
+
+def _repeatable_facts(
+    run: RunRef, job: Job | None, answers: Mapping[str, Ranges], num_partitions: int
+) -> dict[str, Any]:
+    if job is None:
+        return {}
+    return repeatable_facts(job, answers, num_partitions, reuses=run.reuses)
 
 
 def remove_leftovers(store: Store) -> None:

@@ -71,7 +71,8 @@ class AllAnswers:
             (self.run, indices[first : first + per_leaf], self.agents)
             for first in indices[::per_leaf]
         )
-        partial = tree_reduce(self.client, leaf, groups, reduction, wait_s=self.wait_s)
+        code, wait_s = self.run.code, self.wait_s
+        partial = tree_reduce(self.client, leaf, groups, reduction, wait_s=wait_s, code=code)
         return reduction.combine([]) if partial is None else partial
 
     def statistics(self, *, merge: bool) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -36,6 +37,9 @@ class Options(ExampleOptions):
     """Added to every count (1 is Laplace's); less trusts single words more."""
     prior: Literal["examples", "uniform"] = "examples"
     """How likely a label is before a word is read: as often as in the examples, or all alike."""
+
+
+read = partial(read_options, Options, engine="bayes")
 
 
 class NaiveBayes(Predictor):
@@ -106,7 +110,7 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
         JobError: an option is unknown or has a value that is not allowed, or the examples
             cannot be read.
     """
-    options = read_options(Options, config.options, "bayes")
+    options = read(config.options)
     examples = read_examples(options)
     facts = {
         "engine": "bayes",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
@@ -21,6 +22,9 @@ class Options(EngineOptions):
 
     labels: Annotated[dict[Label, str], Field(min_length=1)]
     """Label → its words, apart by spaces; whole words count, without case."""
+
+
+read = partial(read_options, Options, engine="keywords")
 
 
 class Keywords(Predictor):
@@ -46,6 +50,6 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
     Raises:
         JobError: an option is unknown, missing or has a value that is not allowed.
     """
-    options = read_options(Options, config.options, "keywords")
+    options = read(config.options)
     facts = {"engine": "keywords", "options": options.model_dump(mode="json")}
     return PredictingEngine(Keywords(options), facts, config)

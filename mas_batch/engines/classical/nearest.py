@@ -8,17 +8,24 @@ to each other, as a number for the task `score`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.classical.examples import ExampleOptions, Examples, read_examples
-from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
+from mas_batch.engines.classical.examples import Examples, read_examples
+from mas_batch.engines.classical.halves import halves, scaled
+from mas_batch.engines.classical.nearest_options import (
+    Centroid,
+    FromExamples,
+    Knn,
+    Similarity,
+    Voting,
+    ZeroShot,
+    read,
+)
 from mas_batch.engines.classical.predicting import (
     PredictingEngine,
     Prediction,
@@ -26,61 +33,7 @@ from mas_batch.engines.classical.predicting import (
     most_likely,
 )
 from mas_batch.engines.encoder import Encoder
-from mas_batch.engines.options import EngineOptions, read_options
-from mas_batch.errors import JobError
 from mas_batch.models import ModelFiles
-
-Label = Annotated[str, Field(min_length=1)]
-
-
-class Voting(EngineOptions):
-    """Options of every method that chooses among answers."""
-
-    temperature: Annotated[float, Field(gt=0.0)] = 0.07
-    """Of the softmax over cosines: lower makes the nearest count more, and confidences higher."""
-    prefix: str = ""
-    """Put before the text, as some encoders want it: `query: `."""
-
-
-class FromExamples(Voting, ExampleOptions):
-    """Options of the methods that read examples."""
-
-    example_prefix: str = ""
-    """Put before every example: `passage: `."""
-
-
-class Knn(FromExamples):
-    """Options of `method: knn`."""
-
-    method: Literal["knn"] = "knn"
-    k: Annotated[int, Field(ge=1)] = 10
-    """Examples that vote."""
-
-
-class Centroid(FromExamples):
-    """Options of `method: centroid`."""
-
-    method: Literal["centroid"]
-
-
-class ZeroShot(Voting):
-    """Options of `method: zero-shot`."""
-
-    method: Literal["zero-shot"]
-    labels: Annotated[dict[Label, str], Field(min_length=1)]
-    """Label → a description of what it covers, which is what is compared."""
-
-
-class Similarity(HalvesOptions):
-    """Options of `method: similarity`."""
-
-    method: Literal["similarity"]
-
-
-Method = Knn | Centroid | ZeroShot | Similarity
-METHODS: dict[str, type[Method]] = {
-    "knn": Knn, "centroid": Centroid, "zero-shot": ZeroShot, "similarity": Similarity,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +115,7 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
             examples cannot be read.
         ModelError: the files are not an encoder's.
     """
-    options = _options(config.options)
+    options = read(config.options)
     encoder = Encoder.load(model, config)
     facts = {
         "engine": "nearest",
@@ -189,15 +142,6 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
     predictor = Nearest(encoder, prototypes, options, k)
     reads_context = isinstance(options, FromExamples) and options.context
     return PredictingEngine(predictor, facts, config, reads_context=reads_context)
-
-
-def _options(given: Mapping[str, Any]) -> Method:
-    method = given.get("method", "knn")
-    if method not in METHODS:
-        raise JobError(
-            f"{method!r} is not allowed; allowed: {', '.join(METHODS)}", key="agents.options.method"
-        )
-    return read_options(METHODS[method], given, f"nearest with method {method}")
 
 
 def place(encoder: Encoder, examples: Examples, prefix: str) -> Prototypes:

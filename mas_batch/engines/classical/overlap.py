@@ -7,12 +7,15 @@ how much of the summary stands in the text. Case, order and frequency do not mat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.classical.halves import HalvesOptions, halves, scaled
 from mas_batch.engines.classical.predicting import PredictingEngine, Prediction, Predictor, words
 from mas_batch.engines.options import read_options
 from mas_batch.models import ModelFiles
+
+read = partial(read_options, HalvesOptions, engine="overlap")
 
 
 class Overlap(Predictor):
@@ -40,6 +43,6 @@ def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
     Raises:
         JobError: an option is unknown or has a value that is not allowed.
     """
-    options = read_options(HalvesOptions, config.options, "overlap")
+    options = read(config.options)
     facts = {"engine": "overlap", "options": options.model_dump(mode="json", exclude_defaults=True)}
     return PredictingEngine(Overlap(options), facts, config)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
-from pydantic import Field
 
 from mas_batch.engines.base import (
     Completion,
@@ -28,21 +27,11 @@ from mas_batch.engines.decoding import Decoded, completions, greedy
 from mas_batch.engines.marian.decoding import beam_search, decode
 from mas_batch.engines.marian.format import read_marian
 from mas_batch.engines.marian.network import Network, State
-from mas_batch.engines.options import EngineOptions, read_options
+from mas_batch.engines.marian.options import read
 from mas_batch.engines.sampling import Sampler
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device, wait_for
 from mas_batch.errors import EngineError, JobError, ModelError
 from mas_batch.models import ModelFiles
-
-MAX_CONTEXT_TOKENS = 1024
-"""Source plus translation. Sinusoidal positions have no end, but these models are trained on
-sentences: callers split long texts before they ask."""
-
-
-class Options(EngineOptions):
-    """What `agents.options` may hold for this engine."""
-
-    max_context_tokens: Annotated[int, Field(ge=2)] = MAX_CONTEXT_TOKENS
 
 
 class MarianEngine:
@@ -60,7 +49,7 @@ class MarianEngine:
     samples = True
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
-        options = read_options(Options, config.options, "marian")
+        options = read(config.options)
         self.max_context_tokens = options.max_context_tokens
         self.max_batch_tokens = config.max_batch_tokens
         self._model = model

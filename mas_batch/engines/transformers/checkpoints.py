@@ -7,33 +7,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from filelock import FileLock
-from pydantic import Field
 
-from mas_batch.engines.options import EngineOptions
+from mas_batch.engines.transformers.options import Options
 from mas_batch.engines.transformers.transformers_compat import cache_argument, dequantized
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
-
-
-class Options(EngineOptions):
-    """What `agents.options` may hold for this engine; all but the first are encoder-decoder's."""
-
-    max_context_tokens: Annotated[int, Field(ge=2)] | None = None
-    """At most the model's own limit, which is also the default."""
-    reads: Literal["text", "messages"] = "text"
-    """`text`: the record alone, as translation models do. `messages`: the prompt's turns joined
-    by blank lines, for encoder-decoders that follow instructions or summarize."""
-    prefix: str = ""
-    """Put before what is read: T5's `translate English to German: `."""
-    source_lang: str | None = None
-    """Language code for the tokenizer (NLLB, mBART): `eng_Latn`."""
-    target_lang: str | None = None
-    """Language token that the output has to begin with: `por_Latn`."""
 
 
 def checkpoint(model: ModelFiles, dtype: str) -> Path:

@@ -25,15 +25,14 @@ from mas_batch.engines.base import (
     tokenized_prompt,
 )
 from mas_batch.engines.decoding import Decoded, completions
-from mas_batch.engines.options import read_options
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
 from mas_batch.engines.transformers.checkpoints import (
-    Options,
     checkpoint,
     load_model,
     load_tokenizer,
 )
 from mas_batch.engines.transformers.decoding import decode
+from mas_batch.engines.transformers.options import Options, read
 from mas_batch.engines.transformers.streams import SpecialTokens
 from mas_batch.engines.transformers.transformers_compat import model_length
 from mas_batch.errors import EngineError, JobError
@@ -146,7 +145,7 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
         JobError: an option, device or dtype that is unknown or not to be had here.
         ModelError: no safetensors, no tokenizer, or an architecture that cannot be decoded.
     """
-    options = read_options(Options, config.options, "transformers")
+    options = read(config.options)
     device = torch_device(config, ("cuda", "mps", "cpu"))
     if config.dtype not in DTYPES:
         raise JobError(f"{config.dtype!r}; allowed: {', '.join(DTYPES)}", key="agents.dtype")

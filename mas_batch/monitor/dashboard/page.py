@@ -16,6 +16,7 @@ from mas_batch.dask_compat import (
     add_pages,
     add_pages_to_new_schedulers,
     add_url,
+    allowed_origins,
     use_dasks_template,
     use_dasks_theme,
 )
@@ -56,6 +57,7 @@ class AgentsPage:
             row([chart.root for chart in charts[:3]], **wide),
             row([chart.root for chart in charts[3:]], **wide),
             replicas.root,
+            Div(text=_openness(allowed_origins(scheduler)), **wide),
             **wide,
         )
 
@@ -89,6 +91,18 @@ def _summary(run: RunRow | None) -> str:
         html.escape(run.message),
     ]
     return " · ".join(filter(None, facts))
+
+
+def _openness(origins: set[str]) -> str:
+    """Say which sites' pages can read this one in a viewer's browser."""
+    if "*" in origins:
+        return (
+            "<small>Any other site's page in your browser can read this one: Dask's setting <code>"
+            "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin</code>"
+            " is <code>*</code>, its default.</small>"
+        )
+    own = ", ".join(map(html.escape, sorted(origins)))
+    return f"<small>Only pages of these hosts can read this one: {own}.</small>"
 
 
 def agents_doc(scheduler: Any, extra: Mapping[str, Any], doc: Any) -> None:

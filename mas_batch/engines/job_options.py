@@ -1,0 +1,77 @@
+"""`agents.options` of a whole job, looked at before a cluster starts and a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
+
+from mas_batch.engine_info import EngineInfo
+from mas_batch.engines import engine_of_files
+from mas_batch.engines.options import EngineOptions
+from mas_batch.errors import JobError
+from mas_batch.job import Agent, Job
+from mas_batch.models import parse_source
+from mas_batch.registries import ENGINES
+
+
+def check_options(job: Job, *, environment: bool = False) -> None:
+    """Find options that an agent's engine does not know, or not with this value.
+
+    Left to the worker are engines whose libraries the options need and that are not installed here,
+    and those that do not say how they read options.
+
+    Args:
+        environment: whether the agents run in this process' environment; then what they need there
+            is looked for too.
+
+    Raises:
+        JobError: an option is wrong; the message names the agent's key and what is allowed.
+    """
+    for agent in job.agents:
+        try:
+            options = _read(agent)
+            if options is not None and environment:
+                options.check_environment()
+        except JobError as error:
+            key = (error.key or "agents.options").replace("agents.", f"agents.{agent.name}.", 1)
+            raise JobError(error.message, key=key) from None
+
+
+def _read(agent: Agent) -> EngineOptions | None:
+    """Return the agent's options as its engine reads them; None: that cannot be known here.
+
+    Of several engines that `auto` may stand for where the files are not here, one has to know them.
+
+    Raises:
+        JobError: no engine that it may be reads them.
+    """
+    errors: list[JobError] = []
+    for engine in _possible_engines(agent):
+        if engine.options is None:
+            return None
+        try:
+            options: EngineOptions = resolve_name(engine.options)(agent.options)
+        except ModuleNotFoundError:
+            return None
+        except JobError as error:
+            errors.append(error)
+        else:
+            return options
+    if len(errors) == 1:
+        raise errors[0]
+    said = (f"{(e.key or '').removeprefix('agents.options.')}: {e.message}" for e in errors)
+    raise JobError(f"no engine that {agent.model} may be for takes these: {'; or '.join(said)}")
+
+
+def _possible_engines(agent: Agent) -> Iterator[EngineInfo]:
+    if agent.engine_info is not None:
+        yield agent.engine_info
+        return
+    source = parse_source(agent.model)
+    path = Path(agent.model).expanduser()
+    if source.scheme == "path" and path.exists():
+        yield ENGINES[engine_of_files(path)]
+        return
+    yield ENGINES["transformers"]  # what `auto` is where no file tells another
+    yield from (engine for engine in ENGINES.values() if engine.detected_by)
