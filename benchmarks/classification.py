@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.learning import learn
-from mas_batch.aggregate.patterns import count_patterns
+from mas_batch.aggregate.patterns import pattern_of
 from mas_batch.aggregate.posterior_vote import by_reliability
 from mas_batch.aggregate.vote import vote, weighted_log_odds
 from mas_batch.engines.base import EngineConfig
@@ -37,7 +37,8 @@ from mas_batch.engines.classical.bayes import Options as BayesOptions
 from mas_batch.engines.classical.examples import Examples
 from mas_batch.engines.classical.keywords import Keywords
 from mas_batch.engines.classical.keywords import Options as KeywordOptions
-from mas_batch.engines.classical.nearest import Nearest, Voting, centroids, place
+from mas_batch.engines.classical.nearest import Nearest, centroids, place
+from mas_batch.engines.classical.nearest_options import Voting
 from mas_batch.engines.classical.predicting import Predictor
 from mas_batch.engines.encoder import Encoder
 from mas_batch.models import fetch
@@ -140,9 +141,8 @@ def merged(
             for b, f in zip(ballots, fold, strict=True)
         ],
     )
-    replies = {str(i): given for i, given in enumerate(ballots)}
     names = sorted(answers)
-    patterns = count_patterns(replies, names, labels)
+    patterns = Counter(pattern_of(given, names, labels) for given in ballots if given)
     learned = learn(patterns, names, {n: FAMILIES.get(n, n) for n in names}, labels)
     yield f"reliability ({learned.method})", [by_reliability(b, learned).answer for b in ballots]
 
