@@ -250,6 +250,11 @@ class Store:
             orphan.unlink(missing_ok=True)
         return len(orphans)
 
+    def has_orphans(self, *folders: str) -> bool:
+        """Whether a killed writer has left a temporary file directly in one of these folders."""
+        places = [Path(self.path(folder)) for folder in folders] if self.is_local else []
+        return any(True for place in places for _ in place.glob(f"{_TEMPORARY}*"))
+
     @contextmanager
     def _translated_errors(
         self, name: str, done: str, kind: type[RunError] = RunError
