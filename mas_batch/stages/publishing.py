@@ -19,8 +19,8 @@ from mas_batch.errors import MasBatchError
 from mas_batch.job import Job
 from mas_batch.latency.summary import summarize
 from mas_batch.repeatable import repeatable_facts
-from mas_batch.run_folder import lock
 from mas_batch.run_folder.commits import has_passes, remove_passes
+from mas_batch.run_folder.lock import RunLock
 from mas_batch.run_folder.manifest import (
     check_invariant,
     manifest_files,
@@ -113,8 +113,8 @@ def remove_leftovers(store: Store) -> None:
     The run is complete with or without them: if they cannot be removed, that is only logged.
     """
     try:
-        if has_passes(store) or store.has_orphans("", lock.FOLDER):
-            with lock.RunLock(store):  # not while the process that published still removes them
+        if has_passes(store) or store.has_orphans():
+            with RunLock(store):  # not while the process that published still removes them
                 remove_passes(store)
                 store.remove_orphans()
     except (MasBatchError, OSError) as error:
