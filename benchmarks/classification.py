@@ -37,7 +37,8 @@ from mas_batch.engines.classical.bayes import Options as BayesOptions
 from mas_batch.engines.classical.examples import Examples
 from mas_batch.engines.classical.keywords import Keywords
 from mas_batch.engines.classical.keywords import Options as KeywordOptions
-from mas_batch.engines.classical.nearest import Nearest, Voting, centroids, place
+from mas_batch.engines.classical.nearest import Nearest, centroids, place
+from mas_batch.engines.classical.nearest_options import Voting
 from mas_batch.engines.classical.predicting import Predictor
 from mas_batch.engines.encoder import Encoder
 from mas_batch.models import fetch

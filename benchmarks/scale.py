@@ -42,6 +42,7 @@ from mas_batch.corpus import CorpusReader
 from mas_batch.events import Event, PartitionMerged
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
+from mas_batch.merging import merge_spec
 from mas_batch.partition import partition
 from mas_batch.records import ANSWERS, FAILURES
 from mas_batch.run_folder.commits import Committed, commit_results, committed
@@ -144,9 +145,7 @@ def write_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     staging = measure(lambda: stage(store, corpus, partitions), num_partitions)
     records = read_records(store, 0, corpus.passthrough_schema())
     answers = {agent: answers_of(agent, records) for agent in AGENTS}
-    merged, none = merge_answers(
-        records, pa.concat_tables(answers.values()), pipeline.merge_spec(job)
-    )
+    merged, none = merge_answers(records, pa.concat_tables(answers.values()), merge_spec(job))
     failed = pa.Table.from_pylist(
         [{"record_id": "r0", "stage": "answer", "reason": "too_long"}], schema=FAILURES
     )
@@ -174,9 +173,7 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     assert plan is not None
     done = committed(store, plan, AGENTS)
     nothing_merged = Committed(np.zeros_like(done.merged), done.answered)
-    ref = RunRef(
-        store, "", job.task, pipeline.merge_spec(job), None, plan.passthrough, keep_text=True
-    )
+    ref = RunRef(store, "", job.task, merge_spec(job), None, plan.passthrough, keep_text=True)
     counted = range(min(COUNTED, num_partitions))
 
     def publish() -> None:
@@ -197,7 +194,7 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     steps: dict[str, Callable[[], object]] = {
         "reading the plan": lambda: read_plan(store),
         "listing what is committed": lambda: committed(store, plan, AGENTS),
-        "iterating over the work": lambda: exhaust(asking._work(plan, nothing_merged)),
+        "iterating over the work": lambda: exhaust(asking._unmerged(plan, nothing_merged)),
         "manifest": publish,
         "collecting orphans": store.remove_orphans,
         "opening the run, its files' names": list_names,

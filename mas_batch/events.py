@@ -245,6 +245,17 @@ class Escalated(Event):
     agent_id: str
     num_records: int
     num_records_of_all: int
+    why: str = ""
+    """Explanation for people: by what sample and with which guarantee; empty: the job's limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EscalationSampled(Event):
+    """All other agents have answered: a sample goes to one more agent, to find which must."""
+
+    agent_id: str
+    num_records: int
+    num_records_of_all: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
@@ -315,7 +316,7 @@ class Adaptive(_Model):
 class Escalate(_Model):
     """Ask one more agent, about the least confident records only, when all others have answered.
 
-    Its answer is one more vote, not the last word.
+    With `fraction` and `below` its answer is one more vote, with `target` the last word.
     """
 
     agent: str
@@ -324,12 +325,42 @@ class Escalate(_Model):
     """The share of all records that it is asked about at most."""
     below: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Or: every record whose confidence is lower. Records that no agent answered always count."""
+    target: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Or: as few as leave merged answers that agree with this agent's on that share of the
+    records; which those are, a sample of its answers shows."""
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Of `target`: the probability, over the draw of the sample, that it is missed, at most.
+    None: 0.05."""
+    labels: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Of `target`: size of the sample, in records; a larger one escalates fewer of the others.
+    None: 400."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
-        if (self.fraction is None) == (self.below is None):
-            raise ValueError("give either fraction or below")
+        given = [self.fraction, self.below, self.target]
+        if sum(limit is not None for limit in given) != 1:
+            raise ValueError("give either fraction or below or target")
+        if self.target is None:
+            if self.delta is not None or self.labels is not None:
+                raise ValueError("delta and labels go with target only")
+            return self
+        needed = math.ceil(math.log(self.miss_rate) / math.log(self.target) - 1e-9)
+        if self.sample_size < needed:
+            raise ValueError(
+                f"labels: {self.sample_size} cannot show target {self.target:g} with delta "
+                f"{self.miss_rate:g}; allowed: {needed} or more"
+            )
         return self
+
+    @property
+    def miss_rate(self) -> float:
+        """`delta`, its default filled in."""
+        return 0.05 if self.delta is None else self.delta
+
+    @property
+    def sample_size(self) -> int:
+        """`labels`, its default filled in."""
+        return 400 if self.labels is None else self.labels
 
 
 class Routing(_Model):
@@ -611,7 +642,10 @@ class Job(_Model):
         if adaptive is not None:
             whole["routing"]["adaptive"] = adaptive.model_dump(mode="json")
         if self.routing.escalate is not None:
-            whole["routing"]["escalate"] = self.routing.escalate.model_dump(mode="json")
+            escalate = self.routing.escalate.model_dump(mode="json")
+            if self.routing.escalate.target is None:  # the names of earlier runs had none of these
+                escalate = {key: escalate[key] for key in ("agent", "fraction", "below")}
+            whole["routing"]["escalate"] = escalate
         if adaptive or self.answers_per_record < sum(a.samples for a in self.first_agents):
             whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
             whole["routing"]["weights"] = self.routing.weights

@@ -24,7 +24,7 @@ def check_merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
     """
     merge = merge_spec(job)
     if job.routing.escalate is not None:
-        check_method(merge.method)
+        check_method(merge.method, compares=job.routing.escalate.target is not None)
     if merge.calibrate is not None:
         read_labels(merge)
     return merge, stopping_rule(job)
@@ -33,8 +33,9 @@ def check_merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
 def merge_spec(job: Job) -> MergeSpec:
     """Fill the job's merge section with the task's defaults."""
     task, calibrate = make_task(job.task), job.merge.calibrate
+    escalate = job.routing.escalate
     return MergeSpec(
-        method=job.merge.method or task.default_merge,
+        method=job.merge.method or _default_method(job, task.default_merge),
         utility=job.merge.utility or task.default_utility,
         accuracies=job.merge.accuracies,
         weights=job.merge.weights,
@@ -46,6 +47,7 @@ def merge_spec(job: Job) -> MergeSpec:
         encoder=job.merge.encoder,
         covers_text=task.covers_text,
         calibrate=calibrate.labels if calibrate else None,
+        last_word=escalate.agent if escalate is not None and escalate.target is not None else None,
     )
 
 
@@ -105,6 +107,14 @@ def _as_labels() -> Iterator[None]:
         yield
     except JobError as error:
         raise JobError(error.message, key=_LABELS_KEY) from error
+
+
+def _default_method(job: Job, default: str) -> str:
+    """Return the task's default: where that is `auto`, `mbr` for a single answer per record, and
+    for weights that are given."""
+    merge = job.merge
+    is_clear = job.answers_per_record < 2 or merge.weights or merge.accuracies
+    return "mbr" if default == "auto" and is_clear else default
 
 
 def stopping_rule(job: Job) -> StoppingRule | None:

@@ -43,6 +43,7 @@ from mas_batch.run_folder.lock import RunLock, job_lock
 from mas_batch.run_folder.manifest import read_manifest, write_job
 from mas_batch.run_folder.names import (
     FIRST_PASS,
+    SAMPLE_PASS,
     SECOND_PASS,
     earlier_runs,
     first_version,
@@ -55,7 +56,13 @@ from mas_batch.run_folder.storage import Store
 from mas_batch.stages.asking import Asking
 from mas_batch.stages.memory import Memory
 from mas_batch.stages.publishing import publish, remove_leftovers
-from mas_batch.stages.whole_corpus import escalation, learned
+from mas_batch.stages.whole_corpus import (
+    AllAnswers,
+    escalation,
+    guaranteed_escalation,
+    learned,
+    sample_to_escalate,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -324,18 +331,35 @@ def _answer_and_merge(asking: Asking, ref: RunRef) -> tuple[RunRef, Any]:
     phases.begin(LEARNING)
     answers = asking.all_answers(replace(ref, stopping=None, passes=(FIRST_PASS,)), first)
     prior = memory.prior(besides=name) if memory else None
-    if escalate is not None:
+    if escalate is None:
+        answers = learned(answers, "learned.json", prior)
+    elif escalate.target is None:
         ranked = learned(answers, "learned-before-escalation.json", prior)
         chosen = escalation(ranked, escalate)
         asking.escalate(replace(ranked.run, escalation=chosen, into=SECOND_PASS))
         phases.begin(LEARNING)
-        both = replace(answers.run, passes=(FIRST_PASS, SECOND_PASS))
-        answers = replace(answers, run=both, agents=every)
-    answers = learned(answers, "learned.json", prior)
+        answers = learned(_with_escalated(answers, every), "learned.json", prior)
+    else:
+        # Nothing is learned of the escalated answers: what they were compared with stays.
+        ranked = learned(answers, "learned.json", prior)
+        # By the job's name: with `since`, the next run finds most of its sample answered.
+        sampled = sample_to_escalate(ranked, escalate, seed=job.name)
+        asking.escalate(
+            replace(ranked.run, escalation=sampled, into=SAMPLE_PASS, answers_into=SAMPLE_PASS)
+        )
+        phases.begin(LEARNING)
+        chosen = guaranteed_escalation(ranked, escalate, sampled)
+        asking.escalate(replace(ranked.run, escalation=chosen, into=SECOND_PASS))
+        answers = _with_escalated(ranked, every)
     if memory is not None and answers.run.merge.reliability is not None:
         memory.keep(name, answers.run.merge.reliability)
     phases.begin(COUNTING)
     return answers.run, answers.statistics(merge=True)
+
+
+def _with_escalated(answers: AllAnswers, agents: tuple[str, ...]) -> AllAnswers:
+    both = replace(answers.run, passes=(FIRST_PASS, SECOND_PASS))
+    return replace(answers, run=both, agents=agents)
 
 
 def _published_summary(job: Job, store: Store, start: float) -> Summary | None:

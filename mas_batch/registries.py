@@ -106,6 +106,7 @@ METHODS: Registry[Any] = Registry(
         "mbr": "mas_batch.aggregate.mbr:MBR",
         "rover": "mas_batch.aggregate.rover:ROVER",
         "best": "mas_batch.aggregate.best:BEST",
+        "auto": "mas_batch.aggregate.auto:AUTO",
     },
 )
 """`aggregate.method.Method`."""

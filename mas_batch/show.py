@@ -18,6 +18,7 @@ from mas_batch.monitor.progress import Throughput
 from mas_batch.pipeline import Preview, Summary
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.safe_text import clip, printable, without_credentials
+from mas_batch.terminal import plain_table
 
 
 def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
@@ -127,11 +128,13 @@ def print_summary(
 
 def print_run(out: Console, run: Run, num_shown: int) -> None:
     """Print a published run: some records, every agent, failures by reason, where the files are."""
-    for warning in run.manifest["merge"].get("warnings", ()):
-        out.print(Text(printable(warning), style="bold red"))
+    for finding in report.findings(run):
+        out.print(Text(printable(finding.text), style="bold red" if finding.is_bad else "bold"))
     if num_shown > 0:
         out.print(_records_table(run, num_shown))
     out.print(_agents_table(run))
+    if (labels := report.label_counts(run)) is not None:
+        out.print(_labels_table(labels))
     for line in since_lines(run.manifest):
         out.print(Text(printable(line)))
     for reason, count in sorted(run.manifest["counts"]["failures_by_reason"].items()):
@@ -198,6 +201,13 @@ def _backers(row: dict[str, Any]) -> str:
     return text + (
         f"\nagainst {len(others)} other{'s' if len(others) > 1 else ''}" if others else ""
     )
+
+
+def _labels_table(found: report.LabelCounts) -> Table:
+    table = plain_table(["said", *map(printable, found.labels)])
+    for name, counts in found.rows:
+        table.add_row(Text(name), *(f"{count:,}" for count in counts))
+    return table
 
 
 def _agents_table(run: Run) -> Table:

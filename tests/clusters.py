@@ -32,9 +32,9 @@ def cluster_of(workers: Mapping[str, Mapping[str, Any]], **scheduler: Any) -> It
 
 
 @contextmanager
-def summarizers(count: int = 3) -> Iterator[Client]:
-    """Yield a client of workers in this process that can summarize."""
-    options = {"nthreads": 3, "resources": {"summarize": 1.0}}
+def summarizers(count: int = 3, capability: str = "summarize") -> Iterator[Client]:
+    """Yield a client of workers in this process that can summarize, or do what is said."""
+    options = {"nthreads": 3, "resources": {capability: 1.0}}
     workers = {
         f"w-{i}": {"cls": Worker, "options": {"name": f"w-{i}", **options}} for i in range(count)
     }

@@ -34,7 +34,7 @@ from mas_batch.run_folder.plan import read_records, stage
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
 
-Replies = Mapping[str, Sequence[str | None]]
+Replies = Mapping[str, Sequence[str | tuple[str, ...] | None]]
 MakeRun = Callable[..., Run]
 LABELS = ["x", "y", "z"]
 COUNTED = {
@@ -46,7 +46,8 @@ COUNTED = {
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """Build a run's folder from what each agent replied: None failed, "" was never asked."""
+    """Build a run's folder from what each agent replied: None failed, "" was never asked; a tuple
+    holds its samples."""
 
     def make(
         references: Sequence[str | None],
@@ -109,7 +110,7 @@ def _answers(
     index: int,
     records: pa.Table,
     agent: str,
-    replies: Sequence[str | None],
+    replies: Sequence[str | tuple[str, ...] | None],
     kind: str,
 ) -> pa.Table:
     rows = []
@@ -117,21 +118,23 @@ def _answers(
         reply = replies[int(record_id[1:])]
         if reply == "":
             continue
-        answer = Answer(
-            record_id,
-            agent,
-            agent,
-            0,
-            reply,
-            label=reply if kind == "classify" else None,
-            value=float(reply) if kind == "score" and reply else None,
-            prompt_tokens=10,
-            completion_tokens=4,
-            t_compute_s=0.5,
-            reason=Reason.UNPARSABLE_ANSWER if reply is None else None,
-        )
-        times = {"attempt": 1, "t_transfer_s": 0.1, "t_processing_s": 0.4}
-        rows.append({**asdict(answer), **times})
+        samples = reply if isinstance(reply, tuple) else (reply,)
+        for sample_id, said in enumerate(samples):
+            answer = Answer(
+                record_id,
+                agent,
+                agent,
+                sample_id,
+                said,
+                label=said if kind == "classify" else None,
+                value=float(said) if kind == "score" and said else None,
+                prompt_tokens=10,
+                completion_tokens=4,
+                t_compute_s=0.5,
+                reason=Reason.UNPARSABLE_ANSWER if said is None else None,
+            )
+            times = {"attempt": 1, "t_transfer_s": 0.1, "t_processing_s": 0.4}
+            rows.append({**asdict(answer), **times})
     table = pa.Table.from_pylist(rows, ANSWERS)
     store.commit_table(answers_name(index, agent), table)
     return table
@@ -198,8 +201,8 @@ def test_learned_weights_are_no_accuracies_of_other_methods(make_run: MakeRun) -
     run.manifest["merge"] |= {"weights": "learned", "accuracies": {"a": 0.4, "b": 1.0, "c": 0.1}}
     job = read_job(run)
     specs, _ = other_specs(run, run_spec(run, job), job, None)
-    assert specs.keys() == {"vote", "weighted", "reliability", "rover", "best"}
-    assert not any(spec.accuracies for spec in specs.values())
+    assert specs.keys() == {"vote", "weighted", "reliability", "rover", "best", "auto"}
+    assert not any(spec.accuracies for name, spec in specs.items() if name != "auto")
     found = evaluate(run, "gold", num_resamples=10)
     assert "'a' has none" in found.skipped["weighted"]
     (best,) = (quality for quality in found.qualities if quality.name == "best")
@@ -475,3 +478,21 @@ def test_a_real_run_is_judged(cluster_client: Client, make_job: Callable[..., Jo
     assert found.scaling[0].wall_s > 0
     write(found, run.store)
     assert "quality.parquet" in run.store.list("evaluation")
+
+
+def test_the_best_agent_s_own_samples_stand_beside_the_mix(make_run: MakeRun) -> None:
+    agents = [
+        {"name": "good", "model": "echo:good", "samples": 3},
+        {"name": "bad", "model": "echo:bad"},
+    ]
+    replies: Replies = {
+        "good": [("x", "x", "y"), ("y", "y", "y"), ("z", "x", "z")],
+        "bad": ["z", "x", "y"],
+    }
+    found = evaluate(make_run(["x", "y", "z"], replies, agents=agents), "gold", num_resamples=50)
+    assert accuracies(found)["good × 3 samples"] == 1
+    assert any("good × 3 samples, without the other agents" in note for note in found.notes)
+    assert "bad × 1 samples" not in accuracies(found)
+    assert found.confusion is not None
+    assert [row[i] for i, row in enumerate(found.confusion.counts)] == [1, 1, 1]
+    assert "a row per right label" in printed(found)

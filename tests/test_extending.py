@@ -70,7 +70,7 @@ def test_its_options_are_checked_at_the_door(
 def test_its_names_are_allowed_where_it_is_installed(
     outside: dict[str, Any], make_job: Any
 ) -> None:
-    with pytest.raises(JobError, match=r"merge\.method: .* allowed: vote, .*, best, shortest$"):
+    with pytest.raises(JobError, match=r"merge\.method: .* allowed: vote, .*, auto, shortest$"):
         make_job(ROWS, **{**outside, "merge": {"method": "longest"}})
     job = make_job(ROWS, **{**outside, "routing": {"adaptive": {"confidence": 0.9}}})
     with pytest.raises(JobError, match="cannot stop early: a shorter answer may still come"):

@@ -21,7 +21,7 @@ from mas_batch.job import Job
 from mas_batch.latency import phases
 from mas_batch.records import LEDGER
 from mas_batch.run_folder.read import Run, read_ledger
-from tests.waiting import PATIENCE_S
+from tests.waiting import wait_until
 
 MakeJob = Callable[..., Job]
 
@@ -111,7 +111,8 @@ def test_dasks_own_timings_hold_ours(cluster_client: Client, make_job: MakeJob) 
 
 
 def test_fine_performance_metrics_know_the_parts(cluster_client: Client, make_job: MakeJob) -> None:
-    _, _, run = run_slowly(cluster_client, make_job, merge={"method": "vote"})
+    """Not all of every task: Dask drops what a task took that we let go of before it has ended."""
+    run_slowly(cluster_client, make_job, merge={"method": "vote"})
 
     def known(dask_scheduler: Any) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -120,12 +121,10 @@ def test_fine_performance_metrics_know_the_parts(cluster_client: Client, make_jo
                 found[key[-2]] = found.get(key[-2], 0.0) + value
         return found
 
-    deadline = time.monotonic() + PATIENCE_S
-    wanted = total(run.ledger(), "compute_s")
-    while (found := cluster_client.run_on_scheduler(known)).get("mas-batch-compute", 0) < wanted:
-        assert time.monotonic() < deadline, found  # they come with the workers' heartbeats
-        time.sleep(0.1)
-    assert {"mas-batch-read", "mas-batch-write"} <= found.keys()
+    parts = {"mas-batch-compute", "mas-batch-read", "mas-batch-write"}
+    # They come with the workers' heartbeats.
+    wait_until(lambda: parts <= cluster_client.run_on_scheduler(known).keys())
+    assert cluster_client.run_on_scheduler(known)["mas-batch-compute"] >= min(REST_S.values())
 
 
 def test_the_manifest_says_where_the_time_went(cluster_client: Client, make_job: MakeJob) -> None:

@@ -207,7 +207,7 @@ def test_a_file_in_the_way(site: Site, undisturbed: dict[str, bytes]) -> None:
     run = site.run_folder()
     site.runs.rmdir()
     for file, words in (
-        (site.runs, rf"{run}/locks cannot be listed: Not a directory"),
+        (site.runs, rf"{site.runs} is in the way: a folder must be there"),
         (run / "results", rf"{run}/results is in the way: a folder must be there"),
         (run / "answers", rf"{run}/answers/agent=a cannot be listed: Not a directory"),
     ):

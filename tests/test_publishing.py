@@ -107,4 +107,4 @@ def test_what_another_process_still_removes_is_left_to_it(
     with RunLock(Run(Store(str(run)), {}).store):
         assert pipeline.run(job, client=cluster_client).already_complete
     assert folders(job) == (run, left)
-    assert "its provisional merges are not removed" in caplog.text
+    assert "what was left is not removed" in caplog.text

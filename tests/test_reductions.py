@@ -77,6 +77,7 @@ def test_counts_of_a_partition() -> None:
         "abstained": 0,
         "cut": 1,
         "split": 1,
+        "labels": {},
     }
     assert (histogram[15], histogram[10], sum(histogram)) == (1, 1, 2)  # 3 of 4, and 1 of 2
     assert agents["a"] == {

@@ -121,9 +121,9 @@ def test_a_merge_that_does_not_say_how_it_was_made_is_left_alone(
 def test_the_tasks_default_method_is_a_method_like_any_other(
     make_job: MakeJob, client: Client
 ) -> None:
-    """The job says `utility` and leaves `method` to the task: mbr, for summaries."""
+    """The job says `utility` and leaves `method` to the task: auto, for summaries."""
     run = summarized(make_job, client, {"utility": "bleu"})
-    explicit = merge_again(run, {"method": "mbr"}, client=client)
+    explicit = merge_again(run, {"method": "auto"}, client=client)
     assert explicit.manifest["merge"]["utility"] == "bleu"
     default = merge_again(run, {"method": None}, client=client)
     assert default.store.url == explicit.store.url, "the same merge has the same name"

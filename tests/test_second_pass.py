@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from mas_batch import pipeline
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.cli import main
 from mas_batch.errors import JobError, RunError
-from mas_batch.events import Escalated, Event, Learned
+from mas_batch.events import Escalated, EscalationSampled, Event, Learned, PartitionAnswered
 from mas_batch.job import Job
 from mas_batch.merging import check_merging
 from mas_batch.monitor.progress import sentence
 from mas_batch.remerge import merge_again
-from mas_batch.run_folder.names import FIRST_PASS, SECOND_PASS
+from mas_batch.run_folder.names import FIRST_PASS, SAMPLE_PASS, SECOND_PASS
 from mas_batch.run_folder.read import Run
+from mas_batch.run_folder.storage import Store
 from mas_batch.show import print_run
 from tests.clusters import cluster_of
 from tests.test_routing_run import contents, labelling
@@ -338,3 +340,53 @@ def test_an_expected_utility_is_not_calibrated() -> None:
             method="mbr", utility="chrf", accuracies={}, weights=None, abstain_below=0.0,
             answer_kind="text", num_labels=None, calibrate="labels.csv",
         )  # fmt: skip
+
+
+GUARANTEED = {
+    "error_rates": {"a": 0.05, "b": 0.1, "c": 0.15, "expert": 0.0},
+    "routing": {"escalate": {"agent": "expert", "target": 0.9, "delta": 0.1, "labels": 80}},
+}
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_at_expert(event: Event) -> None:
+    """Die at the expert's first answers of an execution."""
+    if isinstance(event, PartitionAnswered) and event.agent_id == "expert":
+        raise StopError
+
+
+def test_a_guaranteed_cascade_asks_a_sample_and_what_it_must_and_goes_on_when_killed(
+    make_job: MakeJob, four_workers: Any
+) -> None:
+    recorder = Recorder()
+    job = job_of(make_job, {"method": "reliability"}, **GUARANTEED)
+    job = job.with_changes(partition=job.partition.with_changes(max_records=120))
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
+    asked = [row["record_id"] for row in answers_of(run) if row["agent_id"] == "expert"]
+    assert len(asked) == len(set(asked)), "the sample is not asked about again"
+    (sampled,) = recorder.of(EscalationSampled)
+    (escalated,) = recorder.of(Escalated)
+    assert (sampled.num_records, sampled.num_records_of_all) == (80, len(ROWS))
+    assert 80 <= len(asked) < len(ROWS)
+    assert "with probability 0.9" in escalated.why
+    answered = [e for e in recorder.of(PartitionAnswered) if e.agent_id == "expert"]
+    assert sum(event.num_answers for event in answered) == len(asked), "each is counted once"
+    rows = {row["record_id"]: row for row in run.arrow().to_pylist()}
+    expert = {r["record_id"]: r["label"] for r in run.arrow("answers").to_pylist()
+              if r["agent_id"] == "expert"}  # fmt: skip
+    assert {r: rows[r]["answer"] for r in asked} == expert, "its answer is the last word"
+    assert {rows[r]["confidence"] for r in asked} == {None}
+    assert run.manifest["escalation"]["labels"] == 80
+    assert not run.store.list(SAMPLE_PASS)
+    again = job.with_changes(output=job.output.with_changes(path=f"{job.output.path}-again"))
+    stages: list[bool] = []
+    store = Store(f"{again.output.path}/{run.manifest['run']}")
+    while not store.exists("manifest.json"):
+        with suppress(StopError):
+            pipeline.run(again, client=four_workers, emit=stop_at_expert)
+        stages.append(store.exists("escalation.json"))
+    assert {*stages} == {False, True}, "killed while the sample is asked, and after"
+    assert contents(mas_batch.open_run(store.url)) == contents(run)

@@ -40,11 +40,11 @@ def refused(task, reply: str) -> RecordError:
 @pytest.mark.parametrize(
     ("kind", "answer_kind", "merge", "utility"),
     [
-        ("summarize", "text", "mbr", "rouge-l"),
-        ("translate", "text", "mbr", "chrf"),
+        ("summarize", "text", "auto", "rouge-l"),
+        ("translate", "text", "auto", "chrf"),
         ("classify", "label", "vote", "chrf"),
         ("score", "value", "mean", "chrf"),
-        ("reply", "text", "mbr", "chrf"),
+        ("reply", "text", "auto", "chrf"),
     ],
 )
 def test_defaults(kind, answer_kind, merge, utility):

@@ -1,26 +1,30 @@
-"""Worker side of `since: last`: an earlier run's answers are joined with the new ones."""
+"""Worker side: answers that an earlier run or a sample has are joined with the new ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.records import ANSWERS, Record
-from mas_batch.run_folder.names import reused_name
-from mas_batch.run_folder.storage import Store
+from mas_batch.run_folder.names import SAMPLE_PASS, answers_name, reused_name
+from mas_batch.run_folder.ref import RunRef
 
 
 def known_answers(
-    run: Store, partition: int, agent_id: str, records: Sequence[Record]
+    run: RunRef, partition: int, agent_id: str, records: Sequence[Record]
 ) -> tuple[pa.Table, list[Record], list[Record]]:
     """Return earlier answers to these records, the records that have them, and the others."""
-    name = reused_name(partition, agent_id)
-    try:
-        rows = run.read_table(name)
-    except FileNotFoundError:
-        return ANSWERS.empty_table(), [], list(records)
+    rows = ANSWERS.empty_table()
+    names = [reused_name(partition, agent_id)] * run.reuses
+    names += [_sampled_name(partition, agent_id)] * _follows_sample(run)
+    for name in names:
+        with suppress(FileNotFoundError):
+            found = run.store.read_table(name)
+            new = pc.invert(pc.is_in(found["record_id"], rows["record_id"].combine_chunks()))
+            rows = pa.concat_tables([rows, found.filter(new)])
     rows = rows.filter(pc.is_in(rows["record_id"], _record_ids(records)))
     known = set(rows["record_id"].to_pylist())
     return (
@@ -28,6 +32,17 @@ def known_answers(
         [record for record in records if record.record_id in known],
         [record for record in records if record.record_id not in known],
     )
+
+
+def without_sampled(run: RunRef, partition: int, agent_id: str, answers: pa.Table) -> pa.Table:
+    """Return the answers but those that were counted when the escalation's sample was asked."""
+    if not _follows_sample(run):
+        return answers
+    try:
+        sampled = run.store.read_table(_sampled_name(partition, agent_id))["record_id"]
+    except FileNotFoundError:
+        return answers
+    return answers.filter(pc.invert(pc.is_in(answers["record_id"], sampled.combine_chunks())))
 
 
 def in_order(answers: Sequence[pa.Table], records: Sequence[Record]) -> pa.Table:
@@ -42,6 +57,16 @@ def in_order(answers: Sequence[pa.Table], records: Sequence[Record]) -> pa.Table
 def asked_now(answers: pa.Table) -> pa.Table:
     """Return the answers that this run has asked for."""
     return answers.filter(pc.is_null(answers["reused_from"]))
+
+
+def _follows_sample(run: RunRef) -> bool:
+    """Whether the agent was asked about a sample before."""
+    sampled = run.escalation is not None and run.escalation.sample is not None
+    return sampled and not run.answers_into
+
+
+def _sampled_name(partition: int, agent_id: str) -> str:
+    return f"{SAMPLE_PASS}/{answers_name(partition, agent_id)}"
 
 
 def _record_ids(records: Sequence[Record]) -> pa.Array:

@@ -6,6 +6,7 @@ Only counts travel up a tree. The worker that reads a partition merges its texts
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,12 +21,12 @@ from mas_batch.agents.work import (
     merge_committed,
     merge_partition,
 )
-from mas_batch.aggregate.escalation import CONFIDENCES
+from mas_batch.aggregate.escalation import CONFIDENCES, LABELS, SAMPLE
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
 from mas_batch.aggregate.verdicts import key_of
 from mas_batch.errors import RunError
-from mas_batch.run_folder.names import results_name, staged_name
+from mas_batch.run_folder.names import SAMPLE_PASS, results_name, staged_name
 from mas_batch.run_folder.plan import read_records
 from mas_batch.run_folder.ref import RunRef
 
@@ -61,7 +62,8 @@ def labelled_confidences(
         merged, _ = merge_answers(records, answers, run.merge, encode)
         for row in merged.select(["record_id", "answer", "confidence"]).to_pylist():
             right = key(row["answer"]) == labels[row["record_id"]]
-            pairs.append([row["record_id"], row["confidence"], right])
+            if row["confidence"] is not None:  # a single answer may have none
+                pairs.append([row["record_id"], row["confidence"], right])
     return {"pairs": pairs}
 
 
@@ -79,6 +81,19 @@ def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[s
     return CONFIDENCES.combine(
         [_confidence_counts_of(run, partition, agents) for partition in partitions]
     )
+
+
+def sample_lots(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Find the lowest lots of these partitions' answered records, for the escalation's sample."""
+    assert run.escalation is not None
+    sample = run.escalation.sample
+    merged = (_merged_by(run, partition, agents)[0] for partition in partitions)
+    return SAMPLE.combine([SAMPLE.chunk(results, sample) for results in merged])
+
+
+def sample_labels(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
+    """Compare merged answers with those that the escalation's agent gave to the sample."""
+    return LABELS.combine([_labels_of(run, partition, agents) for partition in partitions])
 
 
 def merge_known(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:
@@ -99,12 +114,40 @@ def merge_and_count(run: RunRef, partitions: Sequence[int], agents: Sequence[str
 
 
 def _confidence_counts_of(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+    return CONFIDENCES.chunk(*_merged_by(run, partition, agents))
+
+
+def _merged_by(run: RunRef, partition: int, agents: Sequence[str]) -> tuple[pa.Table, pa.Table]:
+    """Merge what these agents have answered; returns results, and failures that can be asked."""
     records = run.store.read_table(staged_name(partition))
     voters = agents_merged(run, partition, agents)
     merged, failures = merge_committed(run, partition, voters, records)
     askable = records.filter(pc.is_null(records["reason"]))["record_id"]
-    asked = failures.filter(pc.is_in(failures["record_id"], askable))
-    return CONFIDENCES.chunk(merged, asked)
+    return merged, failures.filter(pc.is_in(failures["record_id"], askable))
+
+
+def _labels_of(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:
+    """Compare with the sample's answers; to have been asked in vain counts as another answer."""
+    assert run.escalation is not None
+    agent_id, sample = run.escalation.agent_id, run.escalation.sample
+    assert sample is not None
+    results, _ = _merged_by(run, partition, agents)
+    sampled = [sample.lot(record) <= sample.last_lot for record in results["record_id"].to_pylist()]
+    results = results.filter(pa.array(sampled, pa.bool_()))
+    records = run.store.read_table(staged_name(partition))
+    own = replace(run, answers_into=SAMPLE_PASS, passes=(SAMPLE_PASS,))
+    voters = agents_merged(own, partition, [agent_id])
+    theirs, _ = merge_committed(own, partition, voters, records)
+    key = key_of(run.merge)
+    said = dict(zip(*(theirs[name].to_pylist() for name in ("record_id", "answer")), strict=True))
+    keys = pa.array([key(answer) for answer in results["answer"].to_pylist()], pa.string())
+    return LABELS.chunk(
+        results.append_column("key", keys),
+        {
+            record: key(said[record]) if record in said else None
+            for record in results["record_id"].to_pylist()
+        },
+    )
 
 
 def _merge_and_count_one(run: RunRef, partition: int, agents: Sequence[str]) -> Partial:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from mas_batch.agents.checks import check_engine
 from mas_batch.agents.encoding import encoder_for
 from mas_batch.agents.host import Report, current_host, peak_memory_bytes, report, report_timed
 from mas_batch.agents.quarantine import Journal, answer_carefully
-from mas_batch.agents.reuse import asked_now, in_order, known_answers
+from mas_batch.agents.reuse import asked_now, in_order, known_answers, without_sampled
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.aggregate.escalation import picked
 from mas_batch.aggregate.merge import merge_answers
@@ -69,8 +69,8 @@ def answer_partition(
     host, watch = current_host(run.topic), Stopwatch()
     idle_s = host.begin()
     name = answers_name(partition, spec.agent_id)
-    if run.store.exists(name):  # a copy of this task finished first
-        table = run.store.read_table(name)
+    if run.answered.exists(name):  # a copy of this task finished first
+        table = run.answered.read_table(name)
         watch.lap("read")
     else:
         try:
@@ -84,13 +84,13 @@ def answer_partition(
             host.end()
             return
         watch.lap("process")
-        if not run.store.commit_table(name, table):
-            table = run.store.read_table(name)
+        if not run.answered.commit_table(name, table):
+            table = run.answered.read_table(name)
         watch.lap("write")
     if careful:
         Journal(run.store, partition, spec.agent_id).remove()
     facts = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
-    facts |= _counts_of_answers(asked_now(table))
+    facts |= _counts_of_answers(asked_now(without_sampled(run, partition, spec.agent_id, table)))
     watch.lap("process")
     report_timed(run.topic, Report.ANSWERED, facts, watch.times(idle_s))
     host.end()
@@ -110,9 +110,7 @@ def _ask_agent(
     engine, family_id, _ = host.engine(spec)
     watch.lap("process")
     records = _records_to_ask(run, partition, earlier)
-    known, answered, missing = ANSWERS.empty_table(), list[Record](), records
-    if run.reuses:
-        known, answered, missing = known_answers(run.store, partition, spec.agent_id, records)
+    known, answered, missing = known_answers(run, partition, spec.agent_id, records)
     read_s = watch.lap("read")
     task, profile = make_task(run.task), profile_of(run.task, spec, family_id)
 
@@ -226,7 +224,7 @@ def committed_answers(run: RunRef, partition: int, agents: Sequence[str]) -> pa.
         FileNotFoundError: one of the agents has no answers.
     """
     names = [answers_name(partition, agent) for agent in agents]
-    return join_answers(run.store.read_table(name) for name in names)
+    return join_answers(run.answered.read_table(name) for name in names)
 
 
 def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
@@ -248,7 +246,7 @@ def agents_merged(run: RunRef, partition: int, agents: Sequence[str]) -> list[st
 def agents_with_answers(run: RunRef, partition: int, agents: Sequence[str]) -> list[str]:
     """Return those of the agents, in their order, whose answers to the partition are committed."""
     names = ((agent, answers_name(partition, agent)) for agent in agents)
-    return [agent for agent, name in names if run.store.exists(name)]
+    return [agent for agent, name in names if run.answered.exists(name)]
 
 
 def _agreement(
@@ -284,8 +282,9 @@ def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list
     table = run.store.read_table(staged_name(partition))
     if run.escalation is not None:
         others = [a for a in run.merge.agents if a != run.escalation.agent_id]
-        voters = agents_merged(run, partition, others)
-        merged, failures = merge_committed(run, partition, voters, table)
+        run_of_others = replace(run, answers_into="")
+        voters = agents_merged(run_of_others, partition, others)
+        merged, failures = merge_committed(run_of_others, partition, voters, table)
         return _usable_records(picked(run.escalation, table, merged, failures))
     if not earlier or run.stopping is None:
         return _usable_records(table)

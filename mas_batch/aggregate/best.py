@@ -18,6 +18,7 @@ from mas_batch.aggregate.ballots import (
     verdict,
 )
 from mas_batch.aggregate.method import EVERY_COLUMN, MergeSpec, Method, Shared
+from mas_batch.aggregate.reductions import Partial, Reduction, add_up
 
 
 def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
@@ -38,7 +39,7 @@ def best(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
     """
     likelihoods = _comparable(ballots)
     if likelihoods is None:
-        return _most_preferred(ballots, preference)
+        return most_preferred(ballots, preference)
     support = _by_highest(ballots, [to_units(likelihood) for likelihood in likelihoods])
     weights = [math.exp(candidate.score / UNITS) for candidate in support]
     margin = weights[0] - sum(weights[1:2])
@@ -54,6 +55,32 @@ def mean_logprob(ballot: Ballot) -> float | None:
     return mean if math.isfinite(mean) else None
 
 
+def likelihoods_of(ballots: Sequence[Ballot]) -> Partial:
+    """Add up how likely each agent's answers to a record are: agent → [sum of their mean
+    log-probabilities in 1e-9 nats, answers that say, answers]."""
+    sums: dict[str, list[int]] = {}
+    for ballot in ballots:
+        mean = mean_logprob(ballot)
+        own = sums.setdefault(ballot.agent_id, [0, 0, 0])
+        own[0] += 0 if mean is None else to_units(mean)
+        own[1] += mean is not None
+        own[2] += 1
+    return sums
+
+
+def _mean_probabilities(sums: Partial) -> dict[str, float]:
+    """Return agent → geometric mean of its tokens' probabilities, of agents that always say."""
+    return {
+        agent: math.exp(units / (UNITS * told))
+        for agent, (units, told, answers) in sums.items()
+        if told == answers
+    }
+
+
+LIKELIHOODS = Reduction("likelihoods", likelihoods_of, add_up, _mean_probabilities)
+"""Of one record's ballots; the figures compare within a family only."""
+
+
 def _comparable(ballots: Sequence[Ballot]) -> list[float] | None:
     """Return every answer's mean log-probability; None where that of one does not compare."""
     likelihoods = [mean for ballot in ballots if (mean := mean_logprob(ballot)) is not None]
@@ -61,7 +88,8 @@ def _comparable(ballots: Sequence[Ballot]) -> list[float] | None:
     return likelihoods if len(likelihoods) == len(ballots) and len(families) == 1 else None
 
 
-def _most_preferred(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
+def most_preferred(ballots: Sequence[Ballot], preference: Sequence[str]) -> Verdict:
+    """Return the answer of the first agent of the preference that has one; without confidence."""
     support = _by_highest(ballots, _places(ballots, preference))
     weights = [1.0] + [0.0] * (len(support) - 1)  # all of the trust is in the first
     support = [replace(c, weight=weight) for c, weight in zip(support, weights, strict=True)]

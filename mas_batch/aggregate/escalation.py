@@ -1,23 +1,28 @@
-"""Which records one more agent is asked about: the least confident ones, within a budget.
+"""Which records one more agent is asked about: the least confident ones.
 
-The choice needs one number per run, found by a reduction; then every worker can tell its own
+How many is a budget's matter, or a sample's of that agent's answers (module `guarantee`). Either
+way the choice is a few numbers per run, found by reductions; then every worker can tell its own
 records, and two workers that look at the same record always agree.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mas_batch.aggregate.guarantee import Place
 from mas_batch.aggregate.method import METHODS, methods_that
-from mas_batch.aggregate.reductions import Partial, Reduction
+from mas_batch.aggregate.reductions import Partial, Reduction, add_up
 from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import JobError
 
@@ -25,6 +30,22 @@ NUM_BINS = 1000
 """Confidences are told apart to a thousandth."""
 
 _UNANSWERED = -1
+
+
+@pickled_by_name
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Records that the agent is asked about to find the threshold: any answered one alike."""
+
+    seed: str
+    size: int
+    """Records of it, at most."""
+    last_lot: float = 1.0
+    """The highest lot of a record in it."""
+
+    def lot(self, record_id: str) -> float:
+        """Return the record's lot in [0, 1), which has nothing to do with other seeds' lots."""
+        return _lot(record_id, self.seed)
 
 
 @pickled_by_name
@@ -37,11 +58,15 @@ class Escalation:
     """Every record of a lower confidence bin."""
     share: float
     """Of the records in that bin, the part that the budget has room for, chosen by their ids."""
+    sample: Sample | None = None
+    """Whose records are picked too."""
 
-    def picks(self, record_id: str, confidence: float | None) -> bool:
-        """Whether the agent is asked about the record; confidence None: no agent answered it."""
-        own = _bin(confidence)
-        return own < self.below or (own == self.below and _lot(record_id) < self.share)
+    def picks(self, record_id: str, own: int) -> bool:
+        """Whether the agent is asked about the record of that bin; -1: no agent answered it."""
+        if own < self.below or (own == self.below and _lot(record_id) < self.share):
+            return True
+        sample = self.sample
+        return sample is not None and own >= 0 and sample.lot(record_id) <= sample.last_lot
 
     def expected(self, counts: Partial) -> int:
         """Return how many records it picks, of those of `CONFIDENCES`, to within the lots' luck."""
@@ -73,12 +98,36 @@ def below(agent_id: str, confidence: float) -> Escalation:
     return Escalation(agent_id, _bin(confidence), 0.0)
 
 
-def check_method(method: str) -> None:
+def sample_only(agent_id: str, sample: Sample) -> Escalation:
+    """Return the escalation that takes the records of the sample and no others."""
+    return Escalation(agent_id, _UNANSWERED, 0.0, sample)
+
+
+def up_to(agent_id: str, place: Place | None, sample: Sample | None) -> Escalation:
+    """Return the escalation that takes all records up to the place, itself included, and the
+    sample; None: of the answered ones only the sample."""
+    if place is None:
+        return Escalation(agent_id, 0, 0.0, sample)
+    return Escalation(agent_id, place.bin, math.nextafter(place.lot, math.inf), sample)
+
+
+def check_method(method: str, *, compares: bool = False) -> None:
     """Refuse a merge method whose confidence says nothing of how sure an answer is.
+
+    Args:
+        compares: whether merged answers are compared with the agent's: then they must not be
+            texts of which no two are the same.
 
     Raises:
         JobError: it is such a method.
     """
+    if compares and METHODS[method].exact:
+        allowed = methods_that(lambda each: not each.exact and each.not_escalated is None)
+        raise JobError(
+            f"merge.method {method!r} publishes free texts, and two agents' are hardly ever the "
+            f"same; allowed: fraction or below, or merge.method {allowed}",
+            key="routing.escalate.target",
+        )
     if (why := METHODS[method].not_escalated) is not None:
         allowed = methods_that(lambda each: each.not_escalated is None)
         raise JobError(
@@ -115,27 +164,74 @@ CONFIDENCES = Reduction("confidences", _count, _add, _as_is)
 """Records per confidence bin, from (results, failures)."""
 
 
+def _lowest_lots(results: pa.Table, sample: Sample) -> Partial:
+    lots = (sample.lot(record_id) for record_id in results["record_id"].to_pylist())
+    return {"size": sample.size, "lots": heapq.nsmallest(sample.size, lots)}
+
+
+def _lowest_of_all(partials: Sequence[Partial]) -> Partial:
+    size = max((partial["size"] for partial in partials), default=0)
+    lots = chain.from_iterable(partial["lots"] for partial in partials)
+    return {"size": size, "lots": heapq.nsmallest(size, lots)}
+
+
+SAMPLE = Reduction("sample", _lowest_lots, _lowest_of_all, _as_is)
+"""The lots of the records in the sample, ascending, from (results, sample)."""
+
+
+def _compare(results: pa.Table, theirs: Mapping[str, str | None]) -> Partial:
+    """Compare merged answers with the agent's; both in the form in which equal ones are equal.
+
+    Args:
+        results: `record_id`, `confidence`, and `key`, the merged answer in that form.
+        theirs: record → the agent's answer in that form; None: it has none.
+    """
+    places = []
+    columns = (results[name].to_pylist() for name in ("record_id", "confidence", "key"))
+    for record_id, confidence, key in zip(*columns, strict=True):
+        if record_id in theirs and theirs[record_id] != key:
+            places.append([_bin(confidence), _lot(record_id)])
+    return {"labels": len(theirs), "disagreeing": places}
+
+
+def _join(partials: Sequence[Partial]) -> Partial:
+    both = add_up([{"labels": partial["labels"]} for partial in partials])
+    places = chain.from_iterable(partial["disagreeing"] for partial in partials)
+    return {"labels": both.get("labels", 0), "disagreeing": sorted(places)}
+
+
+LABELS = Reduction("labels", _compare, _join, _as_is)
+"""How many records of the sample the agent was asked about, and the places of those on which its
+answer is another."""
+
+
 def picked(
     escalation: Escalation, records: pa.Table, results: pa.Table, failures: pa.Table
 ) -> pa.Table:
     """Return the rows of `records` that the agent is asked about, in their order."""
-    confidences = dict.fromkeys(failures["record_id"].to_pylist()) | dict(
-        zip(results["record_id"].to_pylist(), results["confidence"].to_pylist(), strict=True)
-    )
+    bins = dict.fromkeys(failures["record_id"].to_pylist(), _UNANSWERED)
+    columns = (results[name].to_pylist() for name in ("record_id", "confidence"))
+    bins.update((record_id, _bin(value)) for record_id, value in zip(*columns, strict=True))
     usable = records.filter(pc.is_null(records["reason"]))
     mask = [
-        escalation.picks(record_id, confidences[record_id])
+        escalation.picks(record_id, bins[record_id])
         for record_id in usable["record_id"].to_pylist()
     ]
     return usable.filter(pa.array(mask, pa.bool_()))
 
 
 def _bin(confidence: float | None) -> int:
+    # Nothing is known of how sure a single answer is: it comes before all others.
     # Rounded, not floored: 0.29 must not fall below 0.29 for its binary digits.
-    return _UNANSWERED if confidence is None else round(confidence * NUM_BINS)
+    return 0 if confidence is None else round(confidence * NUM_BINS)
 
 
-def _lot(record_id: str) -> float:
-    """Return a number in [0, 1) that only the id decides."""
-    digest = hashlib.blake2b(record_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def _lot(record_id: str, seed: str = "") -> float:
+    """Return a number in [0, 1) that only the id and the seed decide."""
+    digest = hashlib.blake2b(record_id.encode(), digest_size=8, key=_key(seed)).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+@lru_cache(maxsize=64)
+def _key(seed: str) -> bytes:
+    return hashlib.blake2b(seed.encode(), digest_size=16).digest() if seed else b""

@@ -159,6 +159,10 @@ class MergeSpec:
     covers_text: bool = False
     """Whether answers are to say what the text says: of a text that was read in parts their
     coverage is counted."""
+    chosen: str | None = None
+    """Why `auto` has chosen the method; None: the job did."""
+    last_word: str | None = None
+    """The agent whose answer is published where it has one: of a cascade with a guarantee."""
     reliability: Reliability | None = None
     """What `reliability` has learned from the whole corpus; the method cannot do without."""
     calibrate: str | None = None

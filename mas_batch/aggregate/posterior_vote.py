@@ -57,8 +57,9 @@ def by_reliability(
         for candidate in gather(ballots, weights)
         for key in [candidate.backers[0].key]
     )
-    agreement = len(support[0].backers) / len(ballots)
-    confidence = (agreement + support[0].weight) / 2
+    softened_best, agreement = support[0].weight, len(support[0].backers) / len(ballots)
+    # A single answer agrees with itself only, which says nothing.
+    confidence = softened_best if len(ballots) < 2 else (agreement + softened_best) / 2
     margin = support[0].weight - sum(candidate.weight for candidate in support[1:2])
     kind = "agreement" if reliability.method == "vote" else "uncalibrated"
     rest = shares_of([candidate.weight for candidate in support])

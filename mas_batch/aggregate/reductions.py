@@ -47,6 +47,7 @@ def count_run(
         answers: `ANSWERS`; repeated rows of retries count once.
         answer_kind: of `ANSWER_KINDS`.
     """
+    answers = deduplicate(answers)
     return {
         "records": results.num_rows + failures.num_rows,
         "results": results.num_rows,
@@ -57,6 +58,7 @@ def count_run(
         "cut": _num_true(pc.equal(results["finish_reason"], "length")),
         "split": _num_true(pc.greater(results["num_parts"], 1)),
         "confidence_histogram": _histogram(results),
+        "labels": _count_labels(results, answers) if answer_kind == "label" else {},
         "agents": _count_agents(results, answers, answer_kind),
     }
 
@@ -98,7 +100,7 @@ def _count_agents(
     merged = dict(zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True))
     agents: dict[str, Counter[str]] = {}
     won: set[tuple[str, str]] = set()
-    for row in deduplicate(answers).to_pylist():
+    for row in answers.to_pylist():
         counts = agents.setdefault(row["agent_id"], Counter(dict.fromkeys(_AGENT_COUNTS, 0)))
         counts.update(_spent(row))
         if row["reason"] is not None:
@@ -114,6 +116,20 @@ def _count_agents(
             won.add((row["agent_id"], row["record_id"]))
             counts["wins"] += 1
     return {agent_id: dict(sorted(counts.items())) for agent_id, counts in sorted(agents.items())}
+
+
+def _count_labels(results: pa.Table, answers: pa.Table) -> dict[str, Any]:
+    """Count how often each label was published, and said by each agent."""
+    said: dict[str, Counter[str]] = {}
+    for row in answers.select(["agent_id", "label", "reason"]).to_pylist():
+        counts = said.setdefault(row["agent_id"], Counter())
+        if row["reason"] is None:
+            counts[row["label"]] += 1
+    published = Counter(results["answer"].to_pylist())
+    return {
+        "published": dict(sorted(published.items())),
+        "agents": {agent: dict(sorted(counts.items())) for agent, counts in sorted(said.items())},
+    }
 
 
 _AGENT_COUNTS = (

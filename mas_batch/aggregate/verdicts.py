@@ -7,8 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from mas_batch.aggregate.ballots import Ballot, Verdict
+from mas_batch.aggregate.best import most_preferred
 from mas_batch.aggregate.calibration import CALIBRATED
 from mas_batch.aggregate.method import Encode, MergeSpec, Shared
+
+_OF_AGREEMENT = ("agreement", "weight-share", "expected_utility", "word_agreement")
+"""Kinds of confidence that count how far answers agree."""
 
 
 def ballots_of(rows: Sequence[Mapping[str, Any]], spec: MergeSpec) -> list[Ballot]:
@@ -24,6 +28,9 @@ def verdict_of(
 ) -> Verdict:
     """Merge at least one valid answer to a record by the spec's method.
 
+    The confidence of a single answer is None where it would say only that the answer agrees
+    with itself.
+
     Args:
         encode: as `merge_answers` takes it.
         known: what the method found for other records; filled and used.
@@ -32,7 +39,11 @@ def verdict_of(
         JobError: `weighted` lacks an agent's accuracy.
         RunError: `reliability` has not learned anything yet.
     """
+    if spec.last_word is not None and any(b.agent_id == spec.last_word for b in ballots):
+        return most_preferred(ballots, [spec.last_word])
     found = spec.rules.verdict(ballots, spec, Shared(encode, {} if known is None else known))
+    if len(ballots) == 1 and found.confidence_kind in _OF_AGREEMENT:
+        return replace(found, confidence=None, margin=None)
     if spec.calibrated is None or found.confidence is None:
         return found
     confidence = spec.calibrated.calibration.apply(found.confidence)

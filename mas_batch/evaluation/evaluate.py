@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +15,16 @@ from mas_batch.errors import RunError
 from mas_batch.evaluation.agreement import AgentPair, pairwise_agreement
 from mas_batch.evaluation.confidence import ConfidenceQuality, judge_confidence
 from mas_batch.evaluation.gather import EvidenceRequest, gather
-from mas_batch.evaluation.metrics import Metrics, metrics_for
+from mas_batch.evaluation.metrics import Metrics, SumMetric, metrics_for
 from mas_batch.evaluation.scoring import Worth, best_agent, qualities, worth_of
-from mas_batch.evaluation.specs import other_specs, run_spec
+from mas_batch.evaluation.specs import other_specs, own_samples, run_spec
 from mas_batch.evaluation.speedup import Scale, scaling
 from mas_batch.evaluation.systems import Evidence, oracle
 from mas_batch.job import Job
 from mas_batch.quality import Kind, Quality
 from mas_batch.report.collect import agents_of
 from mas_batch.report.facts import AgentFacts
+from mas_batch.report.label_counts import Confusion, confusion
 from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
@@ -56,6 +58,8 @@ class Evaluation:
     signatures: Mapping[str, str]
     """Metric → version and settings, to be quoted beside a figure."""
     notes: tuple[str, ...]
+    confusion: Confusion | None
+    """Of labels: what the run published, by the label that is right."""
     agreement: tuple[AgentPair, ...]
     confidences: tuple[ConfidenceQuality, ...]
     costs: tuple[AgentFacts, ...]
@@ -107,7 +111,9 @@ def evaluate(
     own = spec or run_spec(run, job)
     others, skipped = other_specs(run, own, job, methods)
     agents = tuple(agent.name for agent in job.agents)
-    request = EvidenceRequest(reference, own, others, merges or {}, agents, _always_asked(job))
+    alone = own_samples(own, job)
+    asked = _always_asked(job)
+    request = EvidenceRequest(reference, own, others, merges or {}, alone, agents, asked)
     evidence = gather(run, request)
     metrics = metrics_for(job.task, own.answer_kind, evidence)
     baseline = best_agent(evidence.of(Kind.AGENT), metrics.goal)
@@ -131,12 +137,26 @@ def evaluate(
         qualities=judged,
         skipped={**skipped, **evidence.skipped},
         signatures=metrics.signatures,
-        notes=(*metrics.notes, *_notes(own, metrics, judged)),
+        notes=(
+            *metrics.notes,
+            *_notes(own, metrics, judged),
+            *_better_alone(judged, alone, metrics.goal),
+        ),
+        confusion=_confusion(evidence, job),
         agreement=pairwise_agreement(evidence, own.answer_kind, seed),
         confidences=_confidences(evidence, metrics, seed),
         costs=agents_of(run),
         scaling=scaling([run, *compare]) if compare else (),
     )
+
+
+def _confusion(evidence: Evidence, job: Job) -> Confusion | None:
+    (run,) = evidence.of(Kind.RUN)
+    pairs = Counter(
+        (evidence.references[record], evidence.answers[candidate] or "")
+        for record, candidate in zip(run.records.tolist(), run.candidates.tolist(), strict=True)
+    )
+    return confusion(pairs, job.task.labels or ())
 
 
 def _always_asked(job: Job) -> frozenset[str]:
@@ -172,6 +192,18 @@ def _notes(own: MergeSpec, metrics: Metrics, judged: Sequence[Quality]) -> list[
             "records that both were asked about"
         )
     return notes
+
+
+def _better_alone(judged: Sequence[Quality], names: Collection[str], goal: SumMetric) -> list[str]:
+    """Say which agent's own samples, merged without the others' answers, are as good or better."""
+    sign = 1 if goal.perfect else -1
+    (mix,) = (quality.score(goal.name).value for quality in judged if quality.kind is Kind.RUN)
+    return [
+        f"{quality.name}, without the other agents, are at least as good as the mix"
+        for quality in judged
+        if quality.kind is Kind.MERGE and quality.name in names
+        if sign * ((quality.score(goal.name).value or 0) - (mix or 0)) >= 0
+    ]
 
 
 def _most(judged: Sequence[Quality]) -> int:

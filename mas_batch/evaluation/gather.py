@@ -45,6 +45,8 @@ class EvidenceRequest:
     """Method → how to merge the stored answers once more."""
     merges: Mapping[str, pa.Table]
     """Name → merged already: `record_id`, `answer`, `confidence` and `confidence_kind`."""
+    alone: Mapping[str, tuple[str, MergeSpec]]
+    """Name → an agent, and how to merge its own samples without the other agents' answers."""
     agents: tuple[str, ...]
     """In the job's order."""
     always_asked: frozenset[str]
@@ -151,6 +153,11 @@ class _Gathering:
         self._add_merge((Kind.RUN, own.method), published.get(record_id))
         for name, table in self.merges.items():
             self._add_merge((Kind.MERGE, name), table.get(record_id))
+        for name, (agent, spec) in self.request.alone.items():
+            if own_rows := [row for row in rows if row["agent_id"] == agent]:
+                self._add_merge((Kind.MERGE, name), _merge(own_rows, spec))
+            else:
+                self._add_merge((Kind.MERGE, name), None, asked=agent in self.request.always_asked)
         for method, spec in list(self.others.items()):
             try:
                 merged = _merge(rows, spec)
@@ -159,9 +166,9 @@ class _Gathering:
             else:
                 self._add_merge((Kind.MERGE, method), merged)
 
-    def _add_merge(self, key: Key, merged: Published | None) -> None:
+    def _add_merge(self, key: Key, merged: Published | None, *, asked: bool = True) -> None:
         answer, confidence, kind = merged or _NOTHING
-        self.builder.add(*key, [answer])
+        self.builder.add(*key, [answer] if asked else [])
         self.confidences.setdefault(key, []).append(math.nan if confidence is None else confidence)
         if kind:
             self.confidence_kinds[key] = kind

@@ -24,6 +24,8 @@ def run_spec(run: Run, job: Job) -> MergeSpec:
         method=facts["method"],
         utility=utility,
         accuracies=facts["accuracies"],
+        weights=facts["weights"] if "weights" in facts else merge_spec(job).weights,
+        chosen=facts.get("why"),
     )
 
 
@@ -50,7 +52,12 @@ def other_specs(
             continue
         try:
             other = replace(
-                own, method=method, utility=utility, weights=None, accuracies=accuracies
+                own,
+                method=method,
+                utility=utility,
+                weights=None,
+                accuracies=accuracies,
+                chosen=None,
             )
         except JobError as error:  # not for this kind of answer
             if methods:
@@ -62,6 +69,24 @@ def other_specs(
         if plain is not None and (weights := _weights_to_learn(plain)) is not None:
             specs[f"{method}, {weights}"] = _taught(replace(plain, weights=weights), run)
     return specs, skipped
+
+
+def own_samples(own: MergeSpec, job: Job) -> dict[str, tuple[str, MergeSpec]]:
+    """Return name → (agent, how to merge its samples alone), for agents with several samples.
+
+    More samples of the best agent are the other way to spend what a mix of agents costs, and often
+    the better one: Li et al., "Rethinking mixture-of-agents" (Self-MoA), 2025.
+    """
+    plain = {"label": "vote", "value": "mean", "text": "mbr"}
+    by_samples = ("vote", "mean", "mbr", "rover")
+    method = own.method if own.method in by_samples else plain[own.kind.column]
+    utility = make_task(job.task).default_utility if own.utility == EMBEDDING else own.utility
+    spec = replace(own, method=method, utility=utility, weights=None, chosen=None, last_word=None)
+    return {
+        f"{agent.name} × {agent.samples} samples": (agent.name, spec)
+        for agent in job.agents
+        if agent.samples > 1 and len(job.agents) > 1
+    }
 
 
 def _weights_to_learn(plain: MergeSpec) -> str | None:

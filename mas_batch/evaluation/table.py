@@ -15,6 +15,7 @@ from mas_batch.evaluation.scoring import Worth
 from mas_batch.evaluation.speedup import Scale
 from mas_batch.quality import Difference, Kind, MetricScore, Quality
 from mas_batch.report.facts import AgentFacts
+from mas_batch.report.label_counts import Confusion
 from mas_batch.terminal import plain_table, print_section
 
 _KINDS = {
@@ -41,6 +42,8 @@ def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print an evaluation: the verdict first, then quality, agreement, confidence and cost."""
     _print_head(console, evaluation)
     _print_quality(console, evaluation)
+    if evaluation.confusion is not None:
+        _print_confusion(console, evaluation.confusion)
     if evaluation.agreement:
         _print_agreement(console, evaluation.agreement)
     if evaluation.confidences:
@@ -151,6 +154,15 @@ def _difference_cells(difference: Difference | None, show: Callable[[float], str
         return ["", "", ""]
     low, high = (_signed(value, show) for value in (difference.low, difference.high))
     return [_signed(difference.value, show), f"{low} {high}", f"{difference.p:.3f}"]
+
+
+def _print_confusion(console: Console, found: Confusion) -> None:
+    table = plain_table(["", *found.labels])
+    for label, row in zip(found.labels, found.counts, strict=True):
+        pairs = zip(found.labels, row, strict=True)
+        cells = (Text(f"{n:,}", style="bold" if said == label else "") for said, n in pairs)
+        table.add_row(Text(label), *cells)
+    print_section(console, "Confusion", "a row per right label, a column per published one", table)
 
 
 def _print_agreement(console: Console, pairs: Sequence[AgentPair]) -> None:

@@ -17,6 +17,7 @@ from mas_batch.events import (
     AnswerFailed,
     BreakerChanged,
     Escalated,
+    EscalationSampled,
     Event,
     PartitionAnswered,
     PartitionAsked,
@@ -81,7 +82,7 @@ class Fold:
                 num_records = self._merge(at, event)
             case PhaseEnded(phase=phase, wall_s=wall_s):
                 run.phases[phase] = run.phases.get(phase, 0.0) + wall_s
-            case Escalated():
+            case Escalated() | EscalationSampled():
                 # The second pass merges every partition again: their count begins anew.
                 run.stage, run.num_merged = "escalating", 0
             case RunFinished():

@@ -29,6 +29,7 @@ from mas_batch.events import (
     AnswersReused,
     BreakerChanged,
     Escalated,
+    EscalationSampled,
     Event,
     Learned,
     PartitionAnswered,
@@ -54,6 +55,7 @@ class Throughput:
         """Times that one more agent was asked about a record."""
         self._start: float | None = None
         self._last = 0.0
+        self._counts_records = True
 
     def __call__(self, event: Event) -> None:
         """Take note of an event."""
@@ -67,8 +69,10 @@ class Throughput:
                 self._last = now
             case PartitionUndecided():
                 self.undecided += event.num_undecided
+            case Escalated() | EscalationSampled():
+                self._counts_records = False  # all have been counted: what comes is a second pass
             case PartitionMerged():
-                self.records += event.num_results + event.num_failures
+                self.records += (event.num_results + event.num_failures) * self._counts_records
                 self._last = now
 
     @property
@@ -116,7 +120,7 @@ class Bar:
         match event:
             case RunStarted():
                 self._started(event)
-            case Escalated():
+            case Escalated() | EscalationSampled():
                 self._escalated(event)
             case PartitionAnswered():
                 self._answered(event)
@@ -146,9 +150,10 @@ class Bar:
             "merged", total=event.num_records, completed=event.records_done, rate=""
         )
 
-    def _escalated(self, event: Escalated) -> None:
+    def _escalated(self, event: Escalated | EscalationSampled) -> None:
         self._console.log(_escalation(event))
-        self._total = self._progress.add_task("escalated", total=event.num_records, rate="")
+        what = "escalated" if isinstance(event, Escalated) else "sampled"
+        self._total = self._progress.add_task(what, total=event.num_records, rate="")
         self._add_agent(event.agent_id, event.num_records)
 
     def _answered(self, event: PartitionAnswered) -> None:
@@ -165,11 +170,15 @@ class Bar:
         self._agents[agent_id] = self._progress.add_task(f"  {agent_id}", total=total, rate="")
 
 
-def _escalation(event: Escalated) -> str:
-    return (
-        f"{event.agent_id} is asked about the least confident {event.num_records:,} "
-        f"of {event.num_records_of_all:,} records"
-    )
+def _escalation(event: Escalated | EscalationSampled) -> str:
+    of = f"{event.num_records:,} of {event.num_records_of_all:,} records"
+    if isinstance(event, EscalationSampled):
+        return (
+            f"{event.agent_id} is asked about a sample, {of}, to find which it must be asked about"
+        )
+    share = event.num_records / max(1, event.num_records_of_all)
+    line = f"{event.agent_id} is asked about the least confident {of} ({share:.1%})"
+    return f"{line}: {event.why}" if event.why else line
 
 
 def sentence(event: Event) -> str | None:
@@ -271,8 +280,10 @@ class LogLines:
                 _log("answer_failed", **which, attempt=attempt, given_up=given_up, message=message)
             case Learned(method, weights, why, warnings):
                 _log("learned", method=method, why=why, warnings=" ".join(warnings), **weights)
-            case Escalated(agent_id, num_records, num_of_all):
-                _log("escalated", agent=agent_id, records=f"{num_records}/{num_of_all}")
+            case EscalationSampled(agent_id, num_records, num_of_all):
+                _log("escalation_sampled", agent=agent_id, records=f"{num_records}/{num_of_all}")
+            case Escalated(agent_id, num_records, num_of_all, why):
+                _log("escalated", agent=agent_id, records=f"{num_records}/{num_of_all}", why=why)
             case RunFinished():
                 _log(
                     "run_finished",

@@ -52,6 +52,8 @@ def escalated_share(runs: Sequence[Run], job: Job) -> float:
         return 0.0
     if escalate.fraction is not None:
         return escalate.fraction
+    if escalate.below is None:
+        return 1.0  # a sample's answers decide; before, there is no telling
     num_below = num_records = 0
     for run in runs:
         counts, confidence = run.manifest["counts"], run.arrow()["confidence"]

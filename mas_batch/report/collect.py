@@ -20,6 +20,8 @@ from mas_batch.report.facts import (
     Spread,
     Totals,
 )
+from mas_batch.report.findings import findings
+from mas_batch.report.label_counts import confusion, label_counts
 from mas_batch.report.scan import failed_answers, scan_failures, scan_results
 from mas_batch.report.timing import spreads, time_facts
 from mas_batch.report.walk import stride
@@ -46,7 +48,8 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
     manifest = run.manifest
     job = job_facts(run)
     every = 1 if whole else stride(run)
-    results = scan_results(run, every, keep_text=job["output"].get("keep_text", True))
+    keep_text, labels = job["output"].get("keep_text", True), job["task"].get("labels") or ()
+    results = scan_results(run, every, keep_text=keep_text, with_labels=bool(labels))
     agents = sorted(agent["agent_id"] for agent in manifest["agents"])
     histogram = manifest["counts"].get("confidence_histogram") or []
     return Facts(
@@ -57,14 +60,16 @@ def collect(run: Run, *, whole: bool = False) -> Facts:
         method=manifest["merge"]["method"],
         policy=job["routing"]["policy"],
         outcome=_outcome(manifest["counts"], job),
+        findings=findings(run),
         totals=totals(run),
         quality=_evaluation(run),
         time=time_facts(run),
         agents=agents_of(run)[:MAX_AGENTS],
         num_agents_left_out=len(agents[MAX_AGENTS:]),
+        labels=label_counts(run),
+        confusion=confusion(results.confusion, labels),
         agreement=_agreement(agents, results.pairs),
         reliability=_reliability(manifest["merge"].get("reliability")),
-        warnings=tuple(manifest["merge"].get("warnings", ())),
         confidence=tuple(histogram) if any(histogram) else (),
         confidence_kind=results.confidence_kind,
         doubtful=results.doubtful,

@@ -8,6 +8,8 @@ from typing import Any
 
 from mas_batch.aggregate.reliability import Reliability
 from mas_batch.quality import KeptEvaluation
+from mas_batch.report.findings import Finding
+from mas_batch.report.label_counts import Confusion, LabelCounts
 from mas_batch.report.record_facts import (
     FailedAnswers,
     FailureGroup,
@@ -138,15 +140,17 @@ class Facts:
     method: str
     policy: str
     outcome: ExitFacts
+    findings: tuple[Finding, ...]
+    """What is to be read first."""
     totals: Totals
     quality: KeptEvaluation | None
     time: TimeFacts | None
     agents: tuple[AgentFacts, ...]
     num_agents_left_out: int
+    labels: LabelCounts | None
+    confusion: Confusion | None
     agreement: Agreement | None
     reliability: Reliability | None
-    warnings: tuple[str, ...]
-    """Sentences on what is wrong with what the merge has learned."""
     confidence: tuple[int, ...]
     """Results by confidence, in equal bins over [0, 1]; empty: not on that scale."""
     confidence_kind: str | None

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from mas_batch.records import STANDARD_ERROR
 from mas_batch.report.agreeing_pairs import PAIRS
+from mas_batch.report.label_counts import count_confusion
 from mas_batch.report.record_facts import (
     CandidateFacts,
     FailedAnswers,
@@ -53,23 +54,32 @@ class ResultsScan:
     pairs: Mapping[str, Mapping[str, float]]
     """See `agreeing_pairs.PAIRS`."""
     confidence_kind: str | None
+    confusion: Mapping[tuple[str, str], int]
+    """(Reference, published answer) → records; empty where references are not to be shown."""
 
 
-def scan_results(run: Run, every: int, *, keep_text: bool) -> ResultsScan:
+def scan_results(
+    run: Run, every: int, *, keep_text: bool, with_labels: bool = False
+) -> ResultsScan:
     """Read every so many partitions of the results; one is in memory at a time.
 
     Args:
+        with_labels: whether answers are labels, which are counted against the references.
         keep_text: the job's `output.keep_text`; False: references are not to be shown either.
     """
     doubtful: list[dict[str, Any]] = []
     pairs, num_records, kind = PAIRS.combine([]), 0, None
+    confused: Counter[tuple[str, str]] = Counter()
     for table in tables(run, "results", every):
         num_records += table.num_rows
         pairs = PAIRS.combine([pairs, PAIRS.chunk(table)])
         kind = kind or next(iter(table["confidence_kind"].to_pylist()), None)
+        if keep_text and with_labels:
+            confused.update(count_confusion(table))
         doubtful = heapq.nlargest(NUM_SHOWN, [*doubtful, *_most_doubtful(table)], key=_by_doubt)
     records = tuple(_record(row, keep_text) for row in doubtful)
-    return ResultsScan(Scope(every, num_records), records, PAIRS.finalize(pairs), kind)
+    agreeing = PAIRS.finalize(pairs)
+    return ResultsScan(Scope(every, num_records), records, agreeing, kind, confused)
 
 
 def failed_answers(run: Run, every: int) -> tuple[FailedAnswers, ...]:

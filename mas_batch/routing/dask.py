@@ -283,7 +283,8 @@ class DaskRouter:
             committed = [
                 partition
                 for partition, agent_id, worker in self._asked
-                if worker == address and self._run.store.exists(answers_name(partition, agent_id))
+                if worker == address
+                and self._run.answered.exists(answers_name(partition, agent_id))
             ]
             instructions = self._dispatcher.replica_left(
                 address, time.monotonic(), blamed=blamed, committed=committed

@@ -11,6 +11,7 @@
         agents.parquet                        per agent: answers, failures, tokens, times
         learned.json                          what the merge learned from the whole corpus
         calibration.json                      what labelled records say of its confidences
+        escalation-sample.json                of which sample one more agent was asked first
         escalation.json                       which records one more agent was asked about
         merges/<name>/                        the answers merged again: results, failures, manifest,
                                               and merge.json, which says how
@@ -22,6 +23,8 @@
         evaluation/                           what `mas-batch evaluate` has found
         journal/                              while a record that kills its worker is searched for
         first-pass/                           provisional merges, if a merge needs the whole corpus
+        sample-pass/                          one more agent's answers to a sample, until it has
+                                              answered the other records that are escalated
         manifest.json                         valid files, counts, versions; published last
         report.html                           the run for people; see `report`
 
@@ -49,6 +52,9 @@ FORMAT = 3
 FIRST_PASS = "first-pass"
 """Folder of provisional merges, used until the whole corpus is answered."""
 
+SAMPLE_PASS = "sample-pass"
+"""Folder of an agent's answers to the sample by which an escalation finds its threshold."""
+
 SECOND_PASS = "second-pass"
 """Folder of merges that only mark the partitions whose escalated records are answered."""
 
@@ -71,7 +77,7 @@ machines of the next one may be better."""
 LEDGER_FOLDER = "ledger"
 """Folder of the files of the run's ledger; see `latency.ledger`."""
 
-PASSES = (JOURNAL, REUSED, FIRST_PASS, SECOND_PASS)
+PASSES = (JOURNAL, REUSED, FIRST_PASS, SAMPLE_PASS, SECOND_PASS)
 """Folders that are removed when the run is published."""
 
 

@@ -36,6 +36,8 @@ class RunRef:
     Answers committed later are ignored, else results would depend on timing. Empty: no folders."""
     escalation: Escalation | None = None
     """Which records are escalated to its agent; all other agents are asked about every record."""
+    answers_into: str = ""
+    """Folder of the run in which answers are committed; empty: they are the run's own."""
     reuses: bool = False
     """Whether `reused/` may hold answers of an earlier run: workers ask only for the others."""
     code: str = ""
@@ -45,3 +47,8 @@ class RunRef:
     def merged(self) -> Store:
         """The folder in which merges are committed."""
         return self.store.child(self.into) if self.into else self.store
+
+    @property
+    def answered(self) -> Store:
+        """The folder in which answers are committed."""
+        return self.store.child(self.answers_into) if self.answers_into else self.store

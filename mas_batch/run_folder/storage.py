@@ -250,6 +250,11 @@ class Store:
             orphan.unlink(missing_ok=True)
         return len(orphans)
 
+    def has_orphans(self) -> bool:
+        """Whether a killed writer has left a temporary file here or in a folder directly below."""
+        places = (Path(self.path("")).glob(f"{depth}{_TEMPORARY}*") for depth in ("", "*/"))
+        return self.is_local and any(True for place in places for _ in place)
+
     @contextmanager
     def _translated_errors(
         self, name: str, done: str, kind: type[RunError] = RunError

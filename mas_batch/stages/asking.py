@@ -65,7 +65,7 @@ class Asking:
         """Ask the escalation's agent about the records that were chosen for it."""
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
-        done = committed(ref.store, self.plan, [agent_id], ref.merged)
+        done = committed(ref.answered, self.plan, [agent_id], ref.merged)
         job = self.job.with_agents([agent_id])
         routing = job.routing.with_changes(answers_per_record=None, adaptive=None)
         self._route(job.with_changes(routing=routing), ref, done, {})

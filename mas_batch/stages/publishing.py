@@ -74,6 +74,7 @@ def publish(
         "agents": table,
         "engines": read_engines(run.store),
         "merge": _merge_facts(run.merge),
+        **_escalation_facts(run.store),
         **_repeatable_facts(run, job, statistics["answers"], plan.num_partitions),
         **facts,
         "versions": {
@@ -107,16 +108,23 @@ def _repeatable_facts(
 
 
 def remove_leftovers(store: Store) -> None:
-    """Remove the provisional merges that an execution left which was killed after publishing.
+    """Remove what an execution left that was killed after publishing: passes, temporary files.
 
     The run is complete with or without them: if they cannot be removed, that is only logged.
     """
     try:
-        if has_passes(store):
+        if has_passes(store) or store.has_orphans():
             with RunLock(store):  # not while the process that published still removes them
                 remove_passes(store)
+                store.remove_orphans()
     except (MasBatchError, OSError) as error:
-        logger.warning("%s: its provisional merges are not removed: %s", store.location(""), error)
+        logger.warning("%s: what was left is not removed: %s", store.location(""), error)
+
+
+def _escalation_facts(run: Store) -> dict[str, Any]:
+    """Say which records were escalated, and by which guarantee, if the run is a cascade."""
+    name = "escalation.json"
+    return {"escalation": json.loads(run.read_bytes(name))} if run.exists(name) else {}
 
 
 def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
@@ -124,6 +132,8 @@ def _merge_facts(spec: MergeSpec) -> dict[str, Any]:
     facts: dict[str, Any] = {"method": spec.method, "accuracies": dict(spec.accuracies)}
     if spec.rules.uses_utility:
         facts |= {"utility": spec.utility, "weights": spec.weights}
+    if spec.chosen is not None:
+        facts |= {"chosen_by": "auto", "why": spec.chosen}
     if spec.reliability is not None:
         facts["reliability"] = json.loads(spec.reliability.to_json())
     if spec.calibrated is not None:

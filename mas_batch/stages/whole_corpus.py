@@ -21,15 +21,28 @@ from mas_batch.agents.second_pass import (
     corpus_counts,
     labelled_confidences,
     merge_and_count,
+    sample_labels,
+    sample_lots,
 )
 from mas_batch.agents.statistics import COMMITTED, partition_statistics
 from mas_batch.aggregate.calibration import MIN_LABELS, Calibrated, calibrate
-from mas_batch.aggregate.escalation import CONFIDENCES, Escalation, below, choose
+from mas_batch.aggregate.escalation import (
+    CONFIDENCES,
+    LABELS,
+    SAMPLE,
+    Escalation,
+    Sample,
+    below,
+    choose,
+    sample_only,
+    up_to,
+)
+from mas_batch.aggregate.guarantee import Place, last_escalated
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.reliability import History
 from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.errors import RunError
-from mas_batch.events import Emit, Escalated, Learned
+from mas_batch.events import Emit, Escalated, EscalationSampled, Learned
 from mas_batch.job import Escalate
 from mas_batch.merging import read_labels
 from mas_batch.run_folder.manifest import read_engines
@@ -128,6 +141,62 @@ def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
     return replace(answers, run=replace(run, merge=replace(spec, calibrated=found)))
 
 
+def sample_to_escalate(answers: AllAnswers, escalate: Escalate, seed: str) -> Escalation:
+    """Draw the sample that shows where the threshold is; committed as escalation-sample.json."""
+    wanted = Sample(seed, escalate.sample_size)
+    drawing = replace(answers.run, escalation=sample_only(escalate.agent, wanted))
+
+    def find() -> str:
+        lots = replace(answers, run=drawing).reduce(sample_lots, SAMPLE)["lots"]
+        counts = answers.reduce(confidence_counts, CONFIDENCES)
+        facts = {"last_lot": lots[-1] if lots else 0.0, "size": len(lots), "of": counts["records"]}
+        return json.dumps(facts, indent=1)
+
+    facts = json.loads(_read_or_commit(answers.run.store, "escalation-sample.json", find))
+    answers.emit(EscalationSampled(escalate.agent, facts["size"], facts["of"]))
+    return sample_only(escalate.agent, replace(wanted, last_lot=facts["last_lot"]))
+
+
+def guaranteed_escalation(
+    answers: AllAnswers, escalate: Escalate, sampled: Escalation
+) -> Escalation:
+    """Find by the sample's answers which records are escalated; committed as escalation.json."""
+    assert escalate.target is not None
+    target, delta = escalate.target, escalate.miss_rate
+    labelled = replace(answers, run=replace(answers.run, escalation=sampled))
+
+    def find() -> str:
+        found = labelled.reduce(sample_labels, LABELS)
+        counts = answers.reduce(confidence_counts, CONFIDENCES)
+        num_answered = sum(n for number, n in counts["bins"].items() if int(number) >= 0)
+        disagreeing = [Place(*place) for place in found["disagreeing"]]
+        place = last_escalated(
+            disagreeing, num_answered, found["labels"], target=target, delta=delta
+        )
+        chosen = up_to(escalate.agent, place, sampled.sample)
+        facts = {
+            "agent_id": escalate.agent,
+            "picked": chosen.expected(counts),
+            "of": counts["records"],
+            "target": target,
+            "delta": delta,
+            "labels": found["labels"],
+            "disagreeing": len(disagreeing),
+            "place": place and asdict(place),
+        }
+        return json.dumps(facts, indent=1)
+
+    facts = json.loads(_read_or_commit(answers.run.store, "escalation.json", find))
+    agreed = 1 - facts["disagreeing"] / max(1, facts["labels"])
+    why = (
+        f"in a sample of {facts['labels']:,} the merged answer is its own for {agreed:.1%}; with "
+        f"probability {1 - delta:g}, merged answers then agree with it on {target:.1%} or more"
+    )
+    answers.emit(Escalated(escalate.agent, facts["picked"], facts["of"], why))
+    place = facts["place"] and Place(**facts["place"])
+    return up_to(escalate.agent, place, sampled.sample)
+
+
 def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
     """Decide which records are escalated; the decision is committed as escalation.json."""
 
@@ -137,13 +206,13 @@ def escalation(answers: AllAnswers, escalate: Escalate) -> Escalation:
             chosen = choose(counts, escalate.agent, escalate.fraction)
         else:
             chosen = below(escalate.agent, escalate.below or 0.0)
-        picked = chosen.expected(counts)
-        return json.dumps({**asdict(chosen), "picked": picked, "of": counts["records"]}, indent=1)
+        limits = {"below": chosen.below, "share": chosen.share}
+        picked = {"picked": chosen.expected(counts), "of": counts["records"]}
+        return json.dumps({"agent_id": escalate.agent, **limits, **picked}, indent=1)
 
     facts = json.loads(_read_or_commit(answers.run.store, "escalation.json", find))
-    picked, of = facts.pop("picked"), facts.pop("of")
-    answers.emit(Escalated(escalate.agent, picked, of))
-    return Escalation(**facts)
+    answers.emit(Escalated(escalate.agent, facts["picked"], facts["of"]))
+    return Escalation(escalate.agent, facts["below"], facts["share"])
 
 
 def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ class Reply(Task):
     """An answer to the record, in the job's language."""
 
     answer_kind: ClassVar[str] = "text"
-    default_merge: ClassVar[str] = "mbr"
+    default_merge: ClassVar[str] = "auto"
     system_template: ClassVar[str] = "You answer briefly and to the point, in {language}."
     user_template: ClassVar[str] = "{text}"
     context_template: ClassVar[str] = "{context}\n\nUse the information above to answer:\n{text}"

@@ -18,7 +18,7 @@ class Summarize(Task):
 
     answer_kind: ClassVar[str] = "text"
     covers_text: ClassVar[bool] = True
-    default_merge: ClassVar[str] = "mbr"
+    default_merge: ClassVar[str] = "auto"
     # chrF drifts to long candidates where their lengths differ as much as summaries' do.
     default_utility: ClassVar[str] = "rouge-l"
     # One sentence and no system turn: small models then end by themselves more often, with a

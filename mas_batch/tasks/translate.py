@@ -16,7 +16,7 @@ class Translate(Task):
     """The record in another language."""
 
     answer_kind: ClassVar[str] = "text"
-    default_merge: ClassVar[str] = "mbr"
+    default_merge: ClassVar[str] = "auto"
     is_translation: ClassVar[bool] = True
     goal: ClassVar[str] = "chrF"
     system_template: ClassVar[str] = "You translate from {source_language} to {language}."
