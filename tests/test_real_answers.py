@@ -20,7 +20,9 @@ from mas_batch.aggregate.calibration import calibration_error
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.reliability import Reliability
 
-SMALL = [each for each in read_sets() if len(each.truth) <= 900]
+CHOSEN = ("dialogue", "editorials", "fit", "help", "movies", "sections", "tweets-150")
+"""Those of fewer patterns; `python benchmarks/real_answers.py` takes them all."""
+SMALL = [each for each in read_sets() if each.name in CHOSEN]
 SETS = {each.name: each for each in [*SMALL, *degenerate_sets(SMALL)]}
 
 
@@ -55,9 +57,9 @@ def test_published_confidences_are_as_honest_as_the_share_of_agreement(name: str
     assert published <= votes + 0.06
 
 
-@pytest.mark.parametrize("name", ["movies", "tweets", "dialogue"])
+@pytest.mark.parametrize("name", ["movies", "dialogue"])
 def test_a_hundred_labels_calibrate(name: str) -> None:
-    after, noise = calibrated_error(judged(name), 100, draws=12)
+    after, noise = calibrated_error(judged(name), 100, draws=8)
     assert np.sqrt(max(0.0, after**2 - noise**2)) <= 0.08
 
 

@@ -156,7 +156,7 @@ def test_what_is_learned_is_accurate_and_calibrated(name: str) -> None:
     assert np.mean(errors) <= 0.04
 
 
-@pytest.mark.parametrize(("num_yes", "num_spam"), [(1, 0), (2, 1), (1, 3)])
+@pytest.mark.parametrize(("num_yes", "num_spam"), [(1, 0), (2, 2)])
 @pytest.mark.parametrize("num_records", [150, 1000])
 @pytest.mark.parametrize("sharing", [0.0, 0.6])
 def test_agents_that_know_nothing_and_errors_that_are_shared(
@@ -164,7 +164,7 @@ def test_agents_that_know_nothing_and_errors_that_are_shared(
 ) -> None:
     """Four that share errors, yes-men and spammers: never under the vote or the best agent."""
     lead, most = [], 0.0
-    for seed in range(4):
+    for seed in range(3):
         simulation = shared_errors((0.8, 0.7, 0.65, 0.6), (sharing,) * 4, num_records, seed)
         simulation = with_degenerate(simulation, num_yes, num_spam, seed)
         found, given = simulation.patterns()
