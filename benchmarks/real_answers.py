@@ -8,9 +8,11 @@ the time (`yes`) or anything at all (`spam`).
 
 `best`: the best agent in hindsight. `gap`: reliability less the better of vote and best agent, with
 the 95 % interval of a paired bootstrap over records. ECE (15 bins): of the vote's share of
-agreement, of the posterior as the model has it, and as published. `100`, `400`: published,
+agreement, of the posterior as the model has it, and as published. `ECE 100`, `ECE 400`: published,
 calibrated by so many labels that `mas-batch label` would choose, of the other records, mean of the
-draws; beside it that of a perfectly calibrated confidence, the noise of so few records.
+draws; beside it that of a perfectly calibrated confidence, the noise of so few records. `gap 100`,
+`gap 400`: `gap` of what is published with so many labels, on the other records, mean of the draws
+and of their bootstraps' intervals; behind it the number of draws in which the interval is below 0.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mas_batch.aggregate.ballots import Ballot
-from mas_batch.aggregate.calibration import calibrate, calibration_error
+from mas_batch.aggregate.ballots import Ballot, Verdict
+from mas_batch.aggregate.calibration import calibration_error, learn_from_labels
+from mas_batch.aggregate.label_weights import Labelled, features
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.posterior_vote import by_reliability
 from mas_batch.aggregate.reliability import Reliability
@@ -75,6 +78,9 @@ class Judged:
     """`vote`, `reliability` and every agent → right or wrong."""
     confidence: Mapping[str, NDArray[Any]]
     """`vote`, `raw` and `published`."""
+    verdicts: Sequence[Verdict]
+    """By reliability."""
+    truth: Sequence[str]
 
 
 def read_sets() -> Iterator[AnswerSet]:
@@ -132,14 +138,20 @@ def judge(each: AnswerSet) -> Judged:
             "published": np.array([f[1].confidence for f in found]),
             "raw": np.array([f[2] for f in found]),
         },
+        [f[1] for f in found],
+        truth,
     )
 
 
 def gap(judged: Judged, num_resamples: int) -> tuple[float, float, float]:
     """Return reliability less the better of vote and best agent, and its 95 % interval."""
-    merged = judged.correct["reliability"].astype(float)
-    others = [right for name, right in judged.correct.items() if name != "reliability"]
-    difference = merged - max(others, key=lambda right: right.mean())
+    everything = np.arange(len(judged.truth))
+    return _gap(judged, judged.correct["reliability"], everything, num_resamples)
+
+
+def _gap(judged: Judged, correct: Any, rows: Any, num_resamples: int) -> tuple[float, float, float]:
+    others = [right[rows] for name, right in judged.correct.items() if name != "reliability"]
+    difference = correct.astype(float) - max(others, key=lambda right: right.mean())
     random = np.random.default_rng(0)
     size = (num_resamples, len(difference))
     means = difference[random.integers(len(difference), size=size)].mean(axis=1)
@@ -147,22 +159,48 @@ def gap(judged: Judged, num_resamples: int) -> tuple[float, float, float]:
     return float(difference.mean()), float(low), float(high)
 
 
-def calibrated_error(judged: Judged, num_labels: int, draws: int) -> tuple[float, float]:
-    """Return the mean ECE of records that were not labelled, and that of perfect confidences."""
-    confidence, right = judged.confidence["published"], judged.correct["reliability"].astype(float)
-    errors = []
+@dataclass(frozen=True)
+class WithLabels:
+    """Of the records that were not labelled, in every draw."""
+
+    gaps: NDArray[Any]
+    """[draws, 3]: as `gap`."""
+    errors: NDArray[Any]
+    """[draws, 2]: ECE, and that of perfect confidences."""
+
+
+def with_labels(judged: Judged, num_labels: int, draws: int, num_resamples: int) -> WithLabels:
+    """Let labelled records decide what is published, and how sure it is."""
+    confidence, truth = judged.confidence["published"], judged.truth
+    gaps, errors = [], []
     for seed in range(draws):
         random = np.random.default_rng(seed)
-        ids = [str(lot) for lot in random.permutation(len(right))]
+        ids = [str(lot) for lot in random.permutation(len(truth))]
         labelled = spread(confidence, ids, num_labels)
-        rest = np.setdiff1d(np.arange(len(right)), labelled)
-        mapped = calibrate(confidence[labelled], right[labelled]).calibration.apply(
-            confidence[rest]
+        rest = np.setdiff1d(np.arange(len(truth)), labelled)
+        lesson = learn_from_labels(
+            [_labelled(judged.verdicts[row], truth[row]) for row in labelled], "reliability"
         )
+        weights = lesson.weights
+        found = [
+            judged.verdicts[row] if weights is None else weights.apply(judged.verdicts[row])
+            for row in rest
+        ]
+        correct = np.array(
+            [each.answer == truth[row] for each, row in zip(found, rest, strict=True)]
+        )
+        mapped = lesson.calibration.apply(np.array([each.confidence for each in found]))
         lucky = random.random(len(rest)) < mapped
-        errors.append((calibration_error(mapped, right[rest]), calibration_error(mapped, lucky)))
-    after, noise = np.mean(errors, axis=0)
-    return float(after), float(noise)
+        gaps.append(_gap(judged, correct, rest, num_resamples))
+        errors.append((calibration_error(mapped, correct), calibration_error(mapped, lucky)))
+    return WithLabels(np.array(gaps), np.array(errors))
+
+
+def _labelled(found: Verdict, truth: str) -> Labelled:
+    answers = [candidate.answer for candidate in found.support]
+    right = answers.index(truth) if truth in answers else -1
+    assert found.confidence is not None
+    return Labelled(found.confidence, right, features(found))
 
 
 def row(each: AnswerSet, num_resamples: int, draws: int) -> str:
@@ -182,9 +220,14 @@ def row(each: AnswerSet, num_resamples: int, draws: int) -> str:
     cells.append(f"{difference:+.3f} ({low:+.3f} to {high:+.3f})")
     cells += [f"{error:.3f}" for error in errors]
     for num_labels in (100, 400):
-        enough = number >= num_labels + 200
-        after = calibrated_error(judged, num_labels, draws) if enough else None
-        cells.append(f"{after[0]:.3f} ({after[1]:.3f})" if after else "–")
+        if number < num_labels + 200:
+            cells += ["–", "–"]
+            continue
+        after = with_labels(judged, num_labels, draws, min(num_resamples, 400))
+        (difference, low, high), missed = after.gaps.mean(axis=0), (after.gaps[:, 2] < 0).sum()
+        cells.append(f"{difference:+.3f} ({low:+.3f} to {high:+.3f}) {missed}")
+        error, noise = after.errors.mean(axis=0)
+        cells.append(f"{error:.3f} ({noise:.3f})")
     return f"| {' | '.join(cells)} |"
 
 
@@ -194,7 +237,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=30, help="of labelled records")
     options = parser.parse_args()
     sets = list(read_sets())
-    head = "set, records, best, vote, reliability, gap, agreement, raw, published, 100, 400"
+    head = "set, records, best, vote, reliability, gap, agreement, raw, published"
+    head += ", gap 100, ECE 100, gap 400, ECE 400"
     print(f"| {head.replace(', ', ' | ')} |\n|{'---|' * len(head.split(', '))}")
     for each in [*sets, *degenerate_sets(sets)]:
         print(row(each, options.resamples, options.draws), flush=True)

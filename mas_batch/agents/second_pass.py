@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,9 +23,10 @@ from mas_batch.agents.work import (
     merge_partition,
 )
 from mas_batch.aggregate.escalation import CONFIDENCES, LABELS, SAMPLE
-from mas_batch.aggregate.merge import merge_answers
+from mas_batch.aggregate.label_weights import Labelled, features
+from mas_batch.aggregate.merge import replies_by_record
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
-from mas_batch.aggregate.verdicts import key_of
+from mas_batch.aggregate.verdicts import ballots_of, key_of, verdict_of
 from mas_batch.errors import RunError
 from mas_batch.run_folder.names import SAMPLE_PASS, results_name, staged_name
 from mas_batch.run_folder.plan import read_records
@@ -45,11 +47,11 @@ def corpus_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str])
     return combined
 
 
-def labelled_confidences(
+def labelled_records(
     labels: Mapping[str, str], run: RunRef, partitions: Sequence[int], agents: Sequence[str]
 ) -> Partial:
-    """Merge the records whose right answer is known: how sure, and whether right."""
-    key, pairs = key_of(run.merge), []
+    """Merge the records whose right answer is known: what speaks for which answer."""
+    found = []
     for partition in partitions:
         records = run.store.read_table(staged_name(partition))
         records = records.filter(pc.is_in(records["record_id"], pa.array(labels)))
@@ -58,22 +60,30 @@ def labelled_confidences(
         voters = agents_merged(run, partition, agents)
         answers = committed_answers(run, partition, voters)
         answers = answers.filter(pc.is_in(answers["record_id"], records["record_id"]))
-        encode = encoder_for(run.merge, answers)
-        merged, _ = merge_answers(records, answers, run.merge, encode)
-        for row in merged.select(["record_id", "answer", "confidence"]).to_pylist():
-            right = key(row["answer"]) == labels[row["record_id"]]
-            if row["confidence"] is not None:  # a single answer may have none
-                pairs.append([row["record_id"], row["confidence"], right])
-    return {"pairs": pairs}
+        known: dict[str, Any] = {}
+        for record_id, rows in replies_by_record(records, answers).items():
+            ballots = ballots_of(rows, run.merge)
+            verdict = verdict_of(ballots, run.merge, known=known) if ballots else None
+            if verdict is None or verdict.confidence is None:
+                continue  # a single answer may have no confidence
+            keys = [candidate.backers[0].key for candidate in verdict.support]
+            right = keys.index(labels[record_id]) if labels[record_id] in keys else -1
+            labelled = Labelled(verdict.confidence, right, features(verdict))
+            found.append((record_id, labelled))
+    return {"records": found}
 
 
 LABELLED = Reduction(
     "labelled",
-    labelled_confidences,
-    lambda partials: {"pairs": sorted(pair for each in partials for pair in each["pairs"])},
+    labelled_records,
+    lambda partials: {
+        "records": sorted(
+            (pair for each in partials for pair in each["records"]), key=lambda pair: pair[0]
+        )
+    },
     dict,
 )
-"""[record, confidence, whether right] of labelled records."""
+"""(record, `Labelled`) of labelled records, in order of their ids."""
 
 
 def confidence_counts(run: RunRef, partitions: Sequence[int], agents: Sequence[str]) -> Partial:

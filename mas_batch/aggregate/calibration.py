@@ -15,7 +15,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from mas_batch.aggregate.label_weights import Labelled, LabelWeights, weigh
 from mas_batch.aggregate.patterns import Floats
+from mas_batch.by_name import pickled_by_name
 
 CALIBRATED = "calibrated"
 """The `confidence_kind` of a confidence that labels have made a probability of being right."""
@@ -109,9 +111,13 @@ MAPS: Mapping[str, Callable[[Floats, Floats], Calibration]] = {
 }
 
 
+@pickled_by_name
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """The chosen map, and what cross-validation says of it."""
+    """What labelled records have taught: what is published, and what its confidence is worth.
+
+    The confidence's map is the chosen one, with what cross-validation says of it.
+    """
 
     calibration: Calibration
     kind: str
@@ -120,16 +126,21 @@ class Calibrated:
     error: float
     """Expected calibration error of records that the map was not fitted on."""
     error_before: float
-    """Of the same records' confidences as they were."""
+    """Of the same records' answers and confidences as the method has them."""
     noise: float
     """What so few records would show of confidences that are right."""
+    weights: LabelWeights | None = None
+    """By which the published answer is chosen; None: it is the method's."""
+    chosen: str = ""
+    """For people: which of the two, and why."""
 
     @property
     def why(self) -> str:
         """For people: by what, and how well."""
+        chosen = f"{self.chosen}; " if self.chosen else ""  # none by earlier versions
         return (
-            f"confidences are calibrated by {self.num_records} labelled records ({self.kind} "
-            f"map): calibration error {self.error:.3f} in cross-validation, of which "
+            f"{chosen}confidences are calibrated by {self.num_records} labelled records "
+            f"({self.kind} map): calibration error {self.error:.3f} in cross-validation, of which "
             f"{self.noise:.3f} is the noise of so few; {self.error_before:.3f} before"
         )
 
@@ -153,7 +164,23 @@ class Calibrated:
         """Read what `to_json` has written."""
         facts = json.loads(text)
         facts.pop("why")
-        return cls(**{**facts, "calibration": Calibration.from_json(facts["calibration"])})
+        facts["calibration"] = Calibration.from_json(facts["calibration"])
+        weights = facts.get("weights")  # none by earlier versions
+        return cls(**{**facts, "weights": LabelWeights(**weights) if weights else None})
+
+
+def learn_from_labels(records: Sequence[Labelled], method: str) -> Calibrated:
+    """Learn what is published, and what its confidences are worth; see `weigh` and `calibrate`.
+
+    Args:
+        records: in an order that is always the same.
+    """
+    found = weigh(records, method)
+    calibrated = calibrate(found.confidences, found.correct)
+    own = np.array([record.confidence for record in records])
+    right = np.array([record.right == 0 for record in records], dtype=np.float64)
+    before = calibration_error(own, right)
+    return replace(calibrated, error_before=before, weights=found.weights, chosen=found.why)
 
 
 def calibrate(confidences: Floats, correct: Floats) -> Calibrated:

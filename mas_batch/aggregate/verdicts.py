@@ -29,7 +29,7 @@ def verdict_of(
     """Merge at least one valid answer to a record by the spec's method.
 
     The confidence of a single answer is None where it would say only that the answer agrees
-    with itself.
+    with itself. Of several, labelled records may have taught to publish another than the method's.
 
     Args:
         encode: as `merge_answers` takes it.
@@ -46,6 +46,8 @@ def verdict_of(
         return replace(found, confidence=None, margin=None)
     if spec.calibrated is None or found.confidence is None:
         return found
+    if spec.calibrated.weights is not None:
+        found = spec.calibrated.weights.apply(found)
     confidence = spec.calibrated.calibration.apply(found.confidence)
     return replace(found, confidence=confidence, confidence_kind=CALIBRATED)
 

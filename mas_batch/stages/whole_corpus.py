@@ -12,20 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from distributed import Client
 
 from mas_batch.agents.second_pass import (
     LABELLED,
     confidence_counts,
     corpus_counts,
-    labelled_confidences,
+    labelled_records,
     merge_and_count,
     sample_labels,
     sample_lots,
 )
 from mas_batch.agents.statistics import COMMITTED, partition_statistics
-from mas_batch.aggregate.calibration import MIN_LABELS, Calibrated, calibrate
+from mas_batch.aggregate.calibration import MIN_LABELS, Calibrated, learn_from_labels
 from mas_batch.aggregate.escalation import (
     CONFIDENCES,
     LABELS,
@@ -90,9 +89,9 @@ class AllAnswers:
 def learned(answers: AllAnswers, name: str, prior: History | None = None) -> AllAnswers:
     """Learn what the merge needs from all answers; return them with the merge so completed.
 
-    What is learned is committed to the run as `name`, and what labelled records say of confidences
-    as `name` with `calibration` for `learned`. Where the merge needs nothing of the corpus, the
-    answers are returned as they are.
+    What is learned is committed to the run as `name`, and what labelled records teach as `name`
+    with `calibration` for `learned`. Where the merge needs nothing of the corpus, the answers are
+    returned as they are.
 
     Args:
         prior: for methods that keep a history: what earlier runs have learned.
@@ -114,7 +113,7 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
 
 
 def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
-    """Learn from the labelled records what confidences are worth, if the job has such records.
+    """Learn from labelled records what to publish and how sure it is, if the job has any.
 
     Raises:
         RunError: too few of them were answered.
@@ -125,14 +124,13 @@ def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
 
     def find() -> str:
         labels = read_labels(spec)
-        pairs = answers.reduce(partial(labelled_confidences, labels), LABELLED)["pairs"]
-        if len(pairs) < MIN_LABELS:
+        found = answers.reduce(partial(labelled_records, labels), LABELLED)["records"]
+        if len(found) < MIN_LABELS:
             raise RunError(
-                f"merge.calibrate: {len(pairs)} of the {len(labels)} labelled records are answered "
+                f"merge.calibrate: {len(found)} of the {len(labels)} labelled records are answered "
                 f"ones of this corpus; {MIN_LABELS} are needed"
             )
-        _, confidences, correct = zip(*pairs, strict=True)
-        return calibrate(np.array(confidences), np.array(correct, dtype=np.float64)).to_json()
+        return learn_from_labels([record for _, record in found], spec.method).to_json()
 
     found = Calibrated.from_json(
         _read_or_commit(run.merged, name.replace("learned", "calibration"), find)
