@@ -179,7 +179,9 @@ def with_labels(judged: Judged, num_labels: int, draws: int, num_resamples: int)
         labelled = spread(confidence, ids, num_labels)
         rest = np.setdiff1d(np.arange(len(truth)), labelled)
         lesson = learn_from_labels(
-            [_labelled(judged.verdicts[row], truth[row]) for row in labelled], "reliability"
+            [_labelled(judged.verdicts[row], truth[row]) for row in labelled],
+            "reliability",
+            judged.learned.weights,
         )
         weights = lesson.weights
         found = [

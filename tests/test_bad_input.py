@@ -32,6 +32,7 @@ import zstandard
 from click.testing import CliRunner
 
 from mas_batch.agents.answering import AgentProfile, answer_records
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader, open_corpus, records_table
 from mas_batch.engines import load_engine
@@ -47,6 +48,7 @@ from mas_batch.errors import (
 )
 from mas_batch.job import Corpus, Task
 from mas_batch.job_file import load_job
+from mas_batch.merging import read_labels
 from mas_batch.models import fetch
 from mas_batch.records import Record
 from mas_batch.tasks import make_task
@@ -471,6 +473,36 @@ def test_a_corrupt_corpus_is_exit_code_2_and_leaves_no_run_behind(job_file: Path
     exit_code, message = submit(job_file, f"corpus.path={job_file.parent}/corpus.jsonl.gz")
     assert (exit_code, message.count("\n")) == (ExitCode.BAD_JOB, 1)
     assert not list(job_file.parent.glob("runs/*"))
+
+
+LABELLED = [{"record_id": str(i), "label": "good"} for i in range(50)]
+LABEL_FILES: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "labels file that is not there": ([], "no such file"),
+    "labels without the column record_id": ([{"id": "1", "label": "good"}], "record_id"),
+    "labels without the column label": ([{"record_id": "1", "right": "good"}], "label"),
+    "label that is none of the task's": (
+        [{"record_id": "7", "label": "blue"}],
+        "record '7' is labelled 'blue'; allowed: good, bad",
+    ),
+    "too few labels": (
+        [*LABELLED[1:], {"record_id": "0", "label": " "}],
+        "has 49 rows with a label",
+    ),
+    "record labelled twice": ([*LABELLED, {"record_id": "7", "label": "bad"}], "7"),
+}
+
+
+@kinds("exit 2", LABEL_FILES)
+def test_labels_that_cannot_be_used_are_refused_before_anybody_is_asked(
+    tmp_path: Path, case: tuple[list[dict[str, Any]], str]
+) -> None:
+    rows, words = case
+    file = write(tmp_path, "labels.jsonl", jsonl(*rows)) if rows else tmp_path / "labels.jsonl"
+    spec = MergeSpec(
+        method="vote", utility=None, accuracies={}, weights=None, abstain_below=0.0,
+        answer_kind="label", num_labels=2, labels=("good", "bad"), calibrate=str(file),
+    )  # fmt: skip
+    refused(words, lambda: read_labels(spec), "merge.calibrate.labels")
 
 
 # --- Rows that are counted as failures -----------------------------------------------------

@@ -22,7 +22,6 @@ from mas_batch.cli import main
 from mas_batch.errors import JobError, RunError
 from mas_batch.events import Escalated, EscalationSampled, Event, Learned, PartitionAnswered
 from mas_batch.job import Job
-from mas_batch.merging import check_merging
 from mas_batch.monitor.progress import sentence
 from mas_batch.remerge import merge_again
 from mas_batch.run_folder.names import FIRST_PASS, SAMPLE_PASS, SECOND_PASS
@@ -292,7 +291,11 @@ def test_labels_make_confidences_probabilities(
     facts = merged.manifest["merge"]["calibration"]
     assert facts == json.loads(merged.store.read_bytes("calibration.json"))
     assert facts["num_records"] == 100
+    assert facts["weights"]["agents"].keys() == UNEQUAL.keys()
+    assert "labels weigh the agents: of 100 labelled records" in recorder.of(Learned)[-1].why
     assert "calibrated by 100 labelled records" in recorder.of(Learned)[-1].why
+    unlabelled = merge_again(run, {"method": "reliability"}, client=four_workers)
+    assert accuracy(merged, right) >= accuracy(unlabelled, right)
     mean = sum(table["confidence"].to_pylist()) / table.num_rows
     assert mean == pytest.approx(accuracy(merged, right), abs=0.08)
     doubted = [row["confidence"] < 0.5 for row in table.select(["confidence"]).to_pylist()]
@@ -311,27 +314,6 @@ def test_a_job_may_be_calibrated_from_the_start(
     run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
     assert set(run.arrow()["confidence_kind"].to_pylist()) == {"calibrated"}
     assert not run.store.list(FIRST_PASS)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "no such file"),
-        ([{"record_id": "r001", "label": "blue"}], "record 'r001' is labelled 'blue'; allowed: "),
-        ([{"id": "r001"}], "record_id"),
-        ([{"record_id": "r001", "label": ""}], "has 0 rows with a label; 50 are needed"),
-    ],
-)
-def test_labels_that_cannot_be_used_are_refused_before_anybody_is_asked(
-    make_job: MakeJob, tmp_path: Path, rows: list[Any], message: str
-) -> None:
-    file = tmp_path / "labels.jsonl"
-    if rows:
-        file.write_text("\n".join(map(json.dumps, rows)))
-    job = job_of(make_job, {"method": "vote", "calibrate": {"labels": str(file)}})
-    with pytest.raises(JobError, match=message) as error:
-        check_merging(job)
-    assert error.value.key == "merge.calibrate.labels"
 
 
 def test_an_expected_utility_is_not_calibrated() -> None:

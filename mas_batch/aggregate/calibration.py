@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mas_batch.aggregate.label_weights import Labelled, LabelWeights, weigh
+from mas_batch.aggregate.label_weights import Labelled, LabelWeights, starts_of, weigh
 from mas_batch.aggregate.patterns import Floats
 from mas_batch.by_name import pickled_by_name
 
@@ -169,13 +169,16 @@ class Calibrated:
         return cls(**{**facts, "weights": LabelWeights(**weights) if weights else None})
 
 
-def learn_from_labels(records: Sequence[Labelled], method: str) -> Calibrated:
+def learn_from_labels(
+    records: Sequence[Labelled], method: str, log_odds: Mapping[str, float]
+) -> Calibrated:
     """Learn what is published, and what its confidences are worth; see `weigh` and `calibrate`.
 
     Args:
         records: in an order that is always the same.
+        log_odds: agent → what its answer counts, as far as that is known without labels.
     """
-    found = weigh(records, method)
+    found = weigh(records, method, starts_of(log_odds))
     calibrated = calibrate(found.confidences, found.correct)
     own = np.array([record.confidence for record in records])
     right = np.array([record.right == 0 for record in records], dtype=np.float64)

@@ -21,10 +21,10 @@ from mas_batch.aggregate.patterns import Floats
 from mas_batch.by_name import pickled_by_name
 
 START = 0.5
-"""What everything weighs before any label: half of what the method says, half a vote each."""
+"""What weighs before any label: half of the method's share, and half a vote of the best agent."""
 
 RIDGE = 6.0
-"""How hard weights are held at `START`; of 3, 6 and 10 that which misses least on real answers
+"""How hard weights are held where they start: of 3, 6 and 10 a good one on real answers
 (benchmarks/README.md)."""
 
 NUM_FOLDS = 5
@@ -59,10 +59,11 @@ class LabelWeights:
     def apply(self, found: Verdict) -> Verdict:
         """Publish the answer of the highest sum of weights in the place of the method's.
 
-        The confidence is e^sum as a share of all candidates' and of e^0, for an answer that nobody
-        gave.
+        The confidence is the geometric mean of two figures: e^sum as a share of all candidates' and
+        of e^0, for an answer that nobody gave; and what the method says of the answer.
         """
-        sums = [self._sum(each) for each in features(found)]
+        candidates = features(found)
+        sums = [self._sum(each) for each in candidates]
         chances = _softmax([*sums, 0.0])
         support = rank_candidates(
             replace(candidate, score=to_units(total), weight=chance)
@@ -70,8 +71,10 @@ class LabelWeights:
         )
         weights = [candidate.weight for candidate in support]
         margin = weights[0] - sum(weights[1:2])
+        best = chances.index(weights[0])
+        confidence = _confidence(chances[best], best, found.confidence or 0.0, candidates[best])
         return verdict_of_support(
-            support, shares_of(weights), weights[0], found.confidence_kind, margin
+            support, shares_of(weights), confidence, found.confidence_kind, margin
         )
 
     def _sum(self, candidate: Mapping[str, float]) -> float:
@@ -82,7 +85,9 @@ class LabelWeights:
         """Return the published confidence of a labelled record, and whether it is right."""
         sums = [self._sum(each) for each in record.candidates]
         best = max(range(len(sums)), key=sums.__getitem__)
-        return _softmax([*sums, 0.0])[best], best == record.right
+        chance = _softmax([*sums, 0.0])[best]
+        confidence = _confidence(chance, best, record.confidence, record.candidates[best])
+        return confidence, best == record.right
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,19 @@ def features(found: Verdict) -> list[dict[str, float]]:
     ]
 
 
-def weigh(records: Sequence[Labelled], method: str) -> Weighing:
+def starts_of(log_odds: Mapping[str, float]) -> dict[str, float]:
+    """Return what each agent's word weighs before any label: `START` for the highest log-odds, the
+    others in proportion, and none for agents below chance.
+
+    Agents of which nothing is known start at `START`.
+    """
+    highest = max(log_odds.values(), default=0.0)
+    if highest <= 0:
+        return {}
+    return {agent: START * max(0.0, weight) / highest for agent, weight in log_odds.items()}
+
+
+def weigh(records: Sequence[Labelled], method: str, starts: Mapping[str, float]) -> Weighing:
     """Learn the weights, unless the method alone is right more often by over a standard error.
 
     That is by pairs, every labelled record being judged by weights of other folds; the outcome
@@ -122,8 +139,9 @@ def weigh(records: Sequence[Labelled], method: str) -> Weighing:
     folds = np.random.default_rng(0).permutation(len(records)) % NUM_FOLDS
     outcomes: list[Any] = [None] * len(records)
     for fold in range(NUM_FOLDS):
-        weights = fit([r for r, f in zip(records, folds, strict=True) if f != fold])
-        for place in np.flatnonzero(folds == fold):
+        others = [r for r, f in zip(records, folds, strict=True) if f != fold]
+        weights = fit(others, starts)
+        for place in np.flatnonzero(folds == fold).tolist():
             outcomes[place] = weights._outcome(records[place])
     confidences, correct = (
         np.array(each, dtype=np.float64) for each in zip(*outcomes, strict=True)
@@ -136,14 +154,14 @@ def weigh(records: Sequence[Labelled], method: str) -> Weighing:
     if gain.mean() < -gain.std() / math.sqrt(len(gain)):
         own = np.array([record.confidence for record in records])
         return Weighing(None, own, before, f"published is what {method} says: {told}")
-    return Weighing(fit(records), confidences, correct, f"labels weigh the agents: {told}")
+    return Weighing(fit(records, starts), confidences, correct, f"labels weigh the agents: {told}")
 
 
-def fit(records: Sequence[Labelled]) -> LabelWeights:
+def fit(records: Sequence[Labelled], starts: Mapping[str, float]) -> LabelWeights:
     """Learn weights w under which the right answers given are likeliest, P(c) ∝ e^(w · x_c).
 
     It is the conditional logit (McFadden, "Conditional logit analysis of qualitative choice
-    behavior", 1974) by Newton's method, with the squared distance from `START` as a penalty;
+    behavior", 1974) by Newton's method, with the squared distance from `starts` as a penalty;
     records on which nobody is right say nothing of it.
     """
     names = sorted({name for r in records for each in r.candidates for name in each} | {_METHOD})
@@ -156,13 +174,14 @@ def fit(records: Sequence[Labelled]) -> LabelWeights:
             given[row, place] = True
             x[row, place] = [candidate.get(name, 0.0) for name in names]
     right = x[np.arange(len(telling)), [record.right for record in telling]] if telling else x[:, 0]
-    found = np.full(len(names), START)
+    start = np.array([starts.get(name, START) for name in names])
+    found = start
     for _ in range(50):
         sums = np.where(given, x @ found, -np.inf)
         chances = np.exp(sums - sums.max(axis=1, keepdims=True))
         chances /= chances.sum(axis=1, keepdims=True)
         means = np.einsum("rc,rcf->rf", chances, x)
-        slope = (right - means).sum(axis=0) - RIDGE * (found - START)
+        slope = (right - means).sum(axis=0) - RIDGE * (found - start)
         bend = np.einsum("rc,rcf,rcg->fg", chances, x, x) - means.T @ means
         step = np.clip(np.linalg.solve(bend + RIDGE * np.eye(len(names)), slope), -1.0, 1.0)
         found = found + step
@@ -170,6 +189,11 @@ def fit(records: Sequence[Labelled]) -> LabelWeights:
             break
     values = dict(zip(names, (round(value, _DIGITS) for value in found.tolist()), strict=True))
     return LabelWeights(values.pop(_METHOD), values)
+
+
+def _confidence(chance: float, place: int, own: float, candidate: Mapping[str, float]) -> float:
+    """Labels are chosen by the method's confidence, so what is calibrated must go by it too."""
+    return math.sqrt(chance * (own if place == 0 else math.exp(candidate[_METHOD])))
 
 
 def _words(candidate: Candidate, samples: Mapping[str, int]) -> dict[str, float]:

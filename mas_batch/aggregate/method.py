@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mas_batch import registries
 from mas_batch.aggregate.answer_kinds import ANSWER_KINDS, AnswerKind
-from mas_batch.aggregate.ballots import Ballot, Verdict
+from mas_batch.aggregate.ballots import Ballot, Verdict, log_odds
 from mas_batch.aggregate.calibration import Calibrated
 from mas_batch.aggregate.reductions import Partial, Reduction
 from mas_batch.aggregate.reliability import History, Reliability
@@ -240,6 +240,14 @@ class MergeSpec:
         """Sentences for people: what is wrong with what was learned of the whole corpus."""
         learned = self.reliability.warnings if self.reliability is not None else ()
         return learned + (self.calibrated.warnings if self.calibrated is not None else ())
+
+    @property
+    def log_odds(self) -> dict[str, float]:
+        """Agent → log-odds of its being right, as far as they are known."""
+        if self.reliability is not None:
+            return self.reliability.weights
+        num_wrong = max(1, (self.num_labels or 0) - 1)
+        return {agent: log_odds(p, num_wrong) for agent, p in self.accuracies.items()}
 
     @property
     def needs_encoder(self) -> bool:

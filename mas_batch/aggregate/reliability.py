@@ -123,6 +123,11 @@ class Reliability:
         """Accuracy of every agent of which it is known."""
         return {name: a.accuracy for name, a in self.agents.items() if a.accuracy is not None}
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Log-odds of every agent of which they are known, untempered."""
+        return {name: a.weight for name, a in self.agents.items() if a.weight is not None}
+
     def to_json(self) -> str:
         """Write it down; `from_json` reads it back."""
         return json.dumps(asdict(self), ensure_ascii=False)

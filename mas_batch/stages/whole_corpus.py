@@ -130,7 +130,8 @@ def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
                 f"merge.calibrate: {len(found)} of the {len(labels)} labelled records are answered "
                 f"ones of this corpus; {MIN_LABELS} are needed"
             )
-        return learn_from_labels([record for _, record in found], spec.method).to_json()
+        labelled = [record for _, record in found]
+        return learn_from_labels(labelled, spec.method, spec.log_odds).to_json()
 
     found = Calibrated.from_json(
         _read_or_commit(run.merged, name.replace("learned", "calibration"), find)
