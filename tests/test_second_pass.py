@@ -294,6 +294,10 @@ def test_labels_make_confidences_probabilities(
     assert facts["weights"]["agents"].keys() == UNEQUAL.keys()
     assert "labels weigh the agents: of 100 labelled records" in recorder.of(Learned)[-1].why
     assert "calibrated by 100 labelled records" in recorder.of(Learned)[-1].why
+    out = Console(file=io.StringIO(), width=400)
+    print_run(out, merged, 0)
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "Labels weigh the agents: of 100 labelled records" in shown
     unlabelled = merge_again(run, {"method": "reliability"}, client=four_workers)
     assert accuracy(merged, right) >= accuracy(unlabelled, right)
     mean = sum(table["confidence"].to_pylist()) / table.num_rows
@@ -303,6 +307,27 @@ def test_labels_make_confidences_probabilities(
     rows[:60].to_csv(file, index=False)
     again = merge_again(run, changes, client=four_workers)
     assert again.manifest["run"] != merged.manifest["run"], "other labels are another merge"
+
+
+def test_labels_replace_the_vote_where_agreement_teaches_nothing(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    rates = {"a": 0.5, "good": 0.02}
+    right = right_answers(make_job, four_workers)
+    file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
+    merge = {"method": "reliability", "calibrate": {"labels": file}}
+    recorder = Recorder()
+    job = job_of(make_job, merge, error_rates=rates)
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
+    assert accuracy(run, right) > 0.95, "two answers are a tie to agreement"
+    assert "warnings" not in run.manifest["merge"]
+    assert not any("The vote is published" in (sentence(e) or "") for e in recorder.of(Learned))
+    assert "The vote is published" not in run.store.read_bytes("report.html").decode()
+    expected = contents(run)
+    Path(run.store.path("manifest.json")).unlink()
+    Path(run.store.path("results/part-000003.parquet")).unlink()
+    again = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    assert contents(again) == expected
 
 
 def test_a_job_may_be_calibrated_from_the_start(

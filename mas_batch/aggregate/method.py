@@ -239,7 +239,12 @@ class MergeSpec:
     def warnings(self) -> tuple[str, ...]:
         """Sentences for people: what is wrong with what was learned of the whole corpus."""
         learned = self.reliability.warnings if self.reliability is not None else ()
-        return learned + (self.calibrated.warnings if self.calibrated is not None else ())
+        if self.calibrated is None:
+            return learned
+        if self.calibrated.weights is not None and self.reliability is not None:
+            # That the vote is published for want of something to learn from is no longer so.
+            learned = () if self.reliability.method == "vote" else learned
+        return learned + self.calibrated.warnings
 
     @property
     def log_odds(self) -> dict[str, float]:

@@ -49,8 +49,11 @@ def findings(run: Run) -> tuple[Finding, ...]:
 def _warnings(run: Run) -> list[str]:
     """Return the sentences in which the merge has warned of its outcome."""
     merge = run.manifest.get("merge") or {}
-    places = [run.manifest, merge, merge.get("reliability") or {}]
-    if run.store.exists("learned.json"):
+    places = [run.manifest, merge]
+    weighed = (merge.get("calibration") or {}).get("weights")  # then `merge` has what still holds
+    if not weighed:
+        places.append(merge.get("reliability") or {})
+    if not weighed and run.store.exists("learned.json"):
         places.append(json.loads(run.store.read_bytes("learned.json")))
     said = [text for place in places for text in place.get("warnings") or ()]
     return [clip(str(text), _WARNING_CHARS) for text in dict.fromkeys(said)]
@@ -133,6 +136,8 @@ def _choices(run: Run) -> Iterator[Finding]:
     merge = manifest.get("merge") or {}
     if merge.get("chosen_by"):
         yield Finding(f"merge.method auto has chosen {merge['why']}.", False)
+    if chosen := (merge.get("calibration") or {}).get("chosen"):
+        yield Finding(f"{chosen[0].upper()}{chosen[1:]}.", False)
     escalation = manifest.get("escalation") or {}
     if "target" in escalation:
         agent_id, of = escalation["agent_id"], escalation["of"]

@@ -107,7 +107,7 @@ def learned(answers: AllAnswers, name: str, prior: History | None = None) -> All
         return learning.find(counts, spec, answers.agents, families, prior)
 
     lesson = learning.read(spec, _read_or_commit(run.merged, name, find))
-    warnings = lesson.spec.warnings
+    warnings = () if spec.calibrate else lesson.spec.warnings  # labels may mend what is wrong
     answers.emit(Learned(spec.method, dict(lesson.accuracies), lesson.why, warnings))
     return _calibrated(replace(answers, run=replace(run, merge=lesson.spec)), name)
 
@@ -136,8 +136,9 @@ def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
     found = Calibrated.from_json(
         _read_or_commit(run.merged, name.replace("learned", "calibration"), find)
     )
-    answers.emit(Learned(spec.method, {}, found.why, found.warnings))
-    return replace(answers, run=replace(run, merge=replace(spec, calibrated=found)))
+    taught = replace(spec, calibrated=found)
+    answers.emit(Learned(spec.method, {}, found.why, taught.warnings))
+    return replace(answers, run=replace(run, merge=taught))
 
 
 def sample_to_escalate(answers: AllAnswers, escalate: Escalate, seed: str) -> Escalation:
