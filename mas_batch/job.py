@@ -392,7 +392,7 @@ class Routing(_Model):
 
 
 class Calibrate(_Model):
-    """Records whose right answer is known: what a confidence is worth is learned from them."""
+    """Records whose right answer is known: they tell which agents to believe, and how far."""
 
     labels: Annotated[str, Field(min_length=1)]
     """File, folder, glob or any fsspec URL, in any format of a corpus, with the columns `record_id`

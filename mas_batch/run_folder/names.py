@@ -10,7 +10,7 @@
         review/part-….parquet                 records in a tie or of low confidence, for people
         agents.parquet                        per agent: answers, failures, tokens, times
         learned.json                          what the merge learned from the whole corpus
-        calibration.json                      what labelled records say of its confidences
+        calibration.json                      what labelled records have taught
         escalation-sample.json                of which sample one more agent was asked first
         escalation.json                       which records one more agent was asked about
         merges/<name>/                        the answers merged again: results, failures, manifest,
