@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # Three at a time on two cores: half of what the tests do is wait for processes. The models are small.
 TOGETHER := --numprocesses 3 --dist loadgroup
+# These wait for nothing: a process per core.
+FAST   := --numprocesses 2 --dist loadgroup
 TESTS  := $(TOGETHER) -m "not nightly"
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
@@ -21,8 +23,8 @@ demo: $(VENV)/run.done  ## answer the bundled data with real models on an embedd
 test: $(VENV)/dev.done  ## run the tests of every commit
 	$(BIN)/python -m pytest $(TESTS)
 
-test-fast: $(VENV)/dev.done  ## run the tests without processes, clusters and models
-	$(BIN)/python -m pytest $(TOGETHER) -m "not (processes or cluster or torch or nightly)"
+test-fast: $(VENV)/dev.done  ## run the tests without processes, clusters, models and long sums
+	$(BIN)/python -m pytest $(FAST) -m "not (processes or cluster or torch or figures or nightly)"
 
 test-under-load: $(VENV)/dev.done  ## run the tests three times beside two busy processes per core
 	$(BIN)/python tests/under_load.py $(BIN)/python -m pytest $(TESTS)

@@ -14,6 +14,7 @@ MARKERS = {
     "processes": "starts processes",
     "cluster": "runs a Dask cluster, in this process at least",
     "torch": "imports torch",
+    "figures": "computes published figures anew, for seconds",
     "nightly": "runs in `make nightly` and not in `make test`",
 }
 FILES: Mapping[str, str] = {
@@ -36,6 +37,7 @@ FILES: Mapping[str, str] = {
         ("test_engine_ctranslate2", "test_engine_marian", "test_engine_nearest"), "torch"
     ),
     **dict.fromkeys(("test_engine_transformers", "test_transformers_compat"), "torch"),
+    **dict.fromkeys(("test_guarantee", "test_real_answers", "test_reliability_proof"), "figures"),
 }
 """Module → what its tests need; those that need more say so themselves."""
 FIXTURES = {
