@@ -151,7 +151,7 @@ def run(
     corpus = open_corpus(job)
     store, name = open_store(job, corpus)
     output = _output_store(job)
-    retry = begin_retry(output, job.name, _base_name(job, corpus)) if retry_failed else None
+    retry = begin_retry(output, job.name, first_version(name)) if retry_failed else None
     if retry is not None and (retry.earlier.name != name or not retry.is_in_vain):
         store, name = output.child(retry.name), retry.name
     if (summary := _published_summary(job, store, start)) is not None:
@@ -254,16 +254,12 @@ def preview(job: Job) -> Preview:
 
 def open_store(job: Job, corpus: CorpusReader) -> tuple[Store, str]:
     """Return the store and the name of this job's run on this corpus: of its latest version."""
-    output = _output_store(job)
-    name = latest_version(output, _base_name(job, corpus))
-    return output.child(name), name
-
-
-def _base_name(job: Job, corpus: CorpusReader) -> str:
     taught = [examples.fingerprint(agent.options) for agent in job.agents]
     if job.merge.calibrate is not None:
         taught.append(labels_version(job))
-    return run_name(job, corpus.fingerprint, taught)
+    output = _output_store(job)
+    name = latest_version(output, run_name(job, corpus.fingerprint, taught))
+    return output.child(name), name
 
 
 def _output_store(job: Job) -> Store:

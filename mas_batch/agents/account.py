@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mas_batch.engines.base import Completion
-from mas_batch.engines.claims import MAX_COUNT
+from mas_batch.engines.claims import valid_count
 from mas_batch.errors import RecordError
 from mas_batch.records import Answer, Parsed
 
@@ -43,9 +43,7 @@ def _sum_if_all_known(values: Sequence[float | None]) -> float | None:
 
 
 def _sum_of_counts(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    total = sum(known)
-    return total if len(known) == len(values) and total <= MAX_COUNT else None
+    return valid_count(_sum_if_all_known(values))
 
 
 def succeeded(answer: Answer, parsed: Parsed) -> Answer:

@@ -25,8 +25,8 @@ def checked(completion: Completion, sampling: Sampling) -> Completion:
     """
     done = replace(
         completion,
-        num_tokens=_count(completion.num_tokens),
-        prompt_tokens=_count(completion.prompt_tokens),
+        num_tokens=valid_count(completion.num_tokens),
+        prompt_tokens=valid_count(completion.prompt_tokens),
         sum_logprob=_finite(completion.sum_logprob),
         compute_s=_seconds(completion.compute_s) or 0.0,
         prefill_s=_seconds(completion.prefill_s),
@@ -50,8 +50,9 @@ def checked(completion: Completion, sampling: Sampling) -> Completion:
     return done
 
 
-def _count(number: int | None) -> int | None:
-    return number if number is not None and 0 <= number <= MAX_COUNT else None
+def valid_count(claimed: object) -> int | None:
+    """Return a count that a table can hold; None: it is none, whatever it is."""
+    return claimed if isinstance(claimed, int) and 0 <= claimed <= MAX_COUNT else None
 
 
 def _finite(number: float | None) -> float | None:

@@ -30,7 +30,7 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
-from mas_batch.engines.claims import MAX_COUNT
+from mas_batch.engines.claims import valid_count
 from mas_batch.engines.endpoint import (
     Endpoint,
     Options,
@@ -216,7 +216,7 @@ class OpenAIEngine:
         try:
             usage = response.usage
             estimate = tokenized_prompt(self, request).num_tokens
-            prompt_tokens = _count(usage.prompt_tokens) if usage else estimate
+            prompt_tokens = valid_count(usage.prompt_tokens) if usage else estimate
             counted = zip(response.choices, _num_tokens(response), strict=True)
             done = [self._completion(choice, prompt_tokens, n) for choice, n in counted]
         except (AttributeError, TypeError, ValueError, OverflowError):
@@ -255,11 +255,6 @@ def _failure(
     return Completion(*facts, reason=reason, message=message)
 
 
-def _count(claimed: object) -> int | None:
-    """Return a count that a server claims; None: it is no number. The library checks no types."""
-    return claimed if isinstance(claimed, int) else None
-
-
 def _num_tokens(response: ChatCompletion) -> list[int] | list[None]:
     """Count each choice's tokens; None: the server's total makes no sense.
 
@@ -268,8 +263,8 @@ def _num_tokens(response: ChatCompletion) -> list[int] | list[None]:
     sizes = [_estimate(choice.message.content or "") for choice in response.choices]
     if response.usage is None:
         return sizes
-    total, whole = _count(response.usage.completion_tokens), sum(sizes) or 1
-    if total is None or not 0 <= total <= MAX_COUNT:
+    total, whole = valid_count(response.usage.completion_tokens), sum(sizes) or 1
+    if total is None:
         return [None] * len(sizes)
     bounds = [total * part // whole for part in itertools.accumulate(sizes, initial=0)]
     bounds[-1] = total
