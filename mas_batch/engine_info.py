@@ -24,8 +24,15 @@ class EngineInfo:
     else, written `NAME:MODEL`."""
     detected_by: tuple[str, ...] = ()
     """Patterns of file names: `engine: auto` takes it for a model whose folder has one of them."""
+    agent_options: tuple[str, ...] = ()
+    """Options that say how one agent asks, not what is held: agents that differ in these alone
+    share hosts (`("*",)`: all options). The loaded engine has `for_agent(options)`."""
+    concurrent: int = 2
+    """How many partitions keep one engine busy; a loaded engine may know better (`concurrent`)."""
     computes_elsewhere: bool = False
     """It waits for something else than the cores of the worker's machine."""
+    uses_threads: bool = True
+    """It computes with as many threads as it is given."""
     operational: tuple[str, ...] = ()
     """Options that change no answer, only how fast it comes or who pays for it."""
     limits: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mas_batch.errors import EngineError, Reason
 
@@ -155,6 +155,64 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that waits for a stepping engine to begin with it."""
+
+    key: int
+    """Names the request from `begin` to `Finished`; unique among those under way."""
+    request: Request
+    """With its `tokenized` prompt."""
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All completions of a request that a stepping engine has ended."""
+
+    key: int
+    completions: list[Completion]
+    """`sampling.num_samples`, each with its share of the steps that it was in."""
+
+
+@runtime_checkable
+class SteppingEngine(Engine, Protocol):
+    """An engine in which a request may begin while others are under way.
+
+    It decodes step by step, and a request that ends makes room for the next one, of whatever
+    partition or agent: continuous batching (Yu et al., "Orca", OSDI 2022). One thread calls it.
+    """
+
+    def can_step(self, sampling: Sampling) -> bool:
+        """Whether requests that are decoded so can be stepped; others go through `generate`."""
+        ...
+
+    def begin(self, waiting: Sequence[Waiting]) -> list[int]:
+        """Begin with as many of these as there is room for; returns their positions in `waiting`.
+
+        The engine chooses whom, so that prompts of like length are read together, but the first
+        does not wait for ever. If nothing is under way it begins at least one. An exception means
+        that none has begun, and leaves those under way as they are; `OutOfMemoryError` too.
+        """
+        ...
+
+    def step(self) -> list[Finished]:
+        """Decode one more token of everything under way; returns what has ended by it.
+
+        After an exception the state of what is under way is undefined: call `drop`.
+        """
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Requests under way."""
+        ...
+
+    def drop(self) -> None:
+        """Forget everything under way; the engine is usable again."""
         ...
 
 
