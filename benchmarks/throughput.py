@@ -3,15 +3,16 @@
 Three ways to summarise the same documents with the same model and greedy decoding, in turn,
 several rounds:
 
-    mas_batch    two replicas of one thread on an embedded cluster, from models ready to manifest
-    direct       the same engine and partitions in two bare processes, no Dask, nothing stored
+    mas_batch    hosts on an embedded cluster, partition by partition, from models ready to manifest
+    direct       the same engine in as many bare processes, each given its share of all documents at
+                 once: no partitions, no Dask, nothing stored
     pipeline     a Hugging Face `pipeline` loop, batch size 8, file order, one process, two threads
 
 Loading the model is not timed in any of them. Quoted are medians over the rounds of
 direct ÷ mas_batch (orchestration efficiency) and pipeline ÷ mas_batch (speed-up), and how many
 answers are the same word for word.
 
-    python benchmarks/throughput.py [--documents 48] [--new-tokens 32] [--rounds 3]
+    python benchmarks/throughput.py [--hosts 2] [--threads 1] [--rounds 3] [--no-pipeline]
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ Outcome = tuple[float, dict[str, str]]
 """Seconds, and the answers by record id."""
 
 
-def make_job(folder: Path, documents: int, new_tokens: int, per_partition: int) -> Job:
+def make_job(folder: Path, options: argparse.Namespace) -> Job:
+    corpus = {"path": str(ROOT / "data/help_pages.jsonl"), "id": "id", "limit": options.documents}
+    agent = {"name": "a", "model": MODEL, "count": options.hosts, "threads": options.threads}
     return check_job(
         {
             "name": "throughput",
-            "corpus": {"path": str(ROOT / "data/help_pages.jsonl"), "id": "id", "limit": documents},
-            "task": {"kind": "summarize", "max_new_tokens": new_tokens},
-            "agents": [{"name": "a", "model": MODEL, "count": 2, "threads": 1}],
+            "corpus": corpus,
+            "task": {"kind": "summarize", "max_new_tokens": options.new_tokens},
+            "agents": [agent],
             "merge": {"method": "vote"},
-            "partition": {"max_records": per_partition, "max_tokens": 1_000_000},
+            "partition": {"max_records": options.per_partition, "max_tokens": 1_000_000},
             "output": {"path": str(folder)},
             "cluster": {"dashboard_address": None},
         }
@@ -76,43 +79,40 @@ def run_mas_batch(job: Job) -> Outcome:
     return times[RunFinished] - times[AgentReady], answers
 
 
-def read_partitions(job: Job) -> list[list[Record]]:
-    rows = [json.loads(line) for line in (ROOT / "data/help_pages.jsonl").read_text().splitlines()]
-    records = [Record(row["id"], row["text"]) for row in rows[: job.corpus.limit]]
-    size = job.partition.max_records
-    return [records[i : i + size] for i in range(0, len(records), size)]
+def read_records(job: Job) -> list[Record]:
+    lines = (ROOT / "data/help_pages.jsonl").read_text().splitlines()
+    rows = map(json.loads, lines[: job.corpus.limit])
+    return [Record(row["id"], row["text"]) for row in rows]
 
 
-def serve_partitions(job: Job, inbox: Any, outbox: Any) -> None:
-    """Answer partitions in a bare process, as a worker's agent would."""
-    engine = load_engine("auto", fetch(MODEL), EngineConfig(threads=1))
+def serve_all(job: Job, inbox: Any, outbox: Any) -> None:
+    """Answer all that is given, at once, in a bare process."""
+    engine = load_engine("auto", fetch(MODEL), EngineConfig(threads=job.agents[0].threads))
     profile = AgentProfile("a", "m", None, None, Sampling(job.task.max_new_tokens))
     outbox.put(None)
-    while (records := inbox.get()) is not None:
-        answers = answer_records(records, make_task(job.task), engine, profile)
-        outbox.put({a.record_id: a.text for a in answers})
+    answers = answer_records(inbox.get(), make_task(job.task), engine, profile)
+    outbox.put({a.record_id: a.text for a in answers})
 
 
 def run_direct(job: Job) -> Outcome:
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
+    num_hosts = job.agents[0].count
     processes = [
-        context.Process(target=serve_partitions, args=(job, inbox, outbox)) for _ in range(2)
+        context.Process(target=serve_all, args=(job, inbox, outbox)) for _ in range(num_hosts)
     ]
     for process in processes:
         process.start()
     for _ in processes:
         outbox.get()
-    partitions = read_partitions(job)
+    records = read_records(job)
     start = time.perf_counter()
-    for records in partitions:
-        inbox.put(records)
+    for number in range(num_hosts):
+        inbox.put(records[number::num_hosts])
     answers: dict[str, str] = {}
-    for _ in partitions:
+    for _ in processes:
         answers |= outbox.get()
     seconds = time.perf_counter() - start
-    for _ in processes:
-        inbox.put(None)
     for process in processes:
         process.join()
     return seconds, answers
@@ -130,7 +130,7 @@ def serve_pipeline(job: Job, outbox: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=8)
     task = make_task(job.task)
-    records = [record for partition in read_partitions(job) for record in partition]
+    records = read_records(job)
     prompts = [
         tokenizer.apply_chat_template(
             [
@@ -167,28 +167,33 @@ def run_pipeline(job: Job) -> Outcome:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=48)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--per-partition", type=int, default=12)
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of each host")
+    parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--per-partition", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-pipeline", action="store_true")
     options = parser.parse_args()
     ways: dict[str, Callable[[Job], Outcome]] = {
         "mas_batch": run_mas_batch,
         "direct": run_direct,
         "pipeline": run_pipeline,
     }
+    if options.no_pipeline:
+        del ways["pipeline"]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     answers: dict[str, dict[str, str]] = {}
     for number in range(1, options.rounds + 1):
         for name, way in ways.items():
             with tempfile.TemporaryDirectory() as folder:
-                job = make_job(
-                    Path(folder), options.documents, options.new_tokens, options.per_partition
-                )
-                spent, answers[name] = way(job)
+                spent, answers[name] = way(make_job(Path(folder), options))
             seconds[name].append(spent)
             print(f"round {number}  {name:<10} {spent:7.2f} s", flush=True)
-    for other, what in (("direct", "orchestration efficiency"), ("pipeline", "speed-up")):
+    compared = {"direct": "orchestration efficiency", "pipeline": "speed-up"}
+    for other, what in compared.items():
+        if other not in ways:
+            continue
         ratios = [b / a for a, b in zip(seconds["mas_batch"], seconds[other], strict=True)]
         same = sum(answers["mas_batch"].get(k) == v for k, v in answers[other].items())
         each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
