@@ -30,6 +30,7 @@ import mas_batch
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
+from mas_batch.engines.client import DirectClient
 from mas_batch.events import AgentReady, Event, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
@@ -85,11 +86,11 @@ def read_partitions(job: Job) -> list[list[Record]]:
 
 def serve_partitions(job: Job, inbox: Any, outbox: Any) -> None:
     """Answer partitions in a bare process, as a worker's agent would."""
-    engine = load_engine("auto", fetch(MODEL), EngineConfig(threads=1))
+    client = DirectClient(load_engine("auto", fetch(MODEL), EngineConfig(threads=1)))
     profile = AgentProfile("a", "m", None, None, Sampling(job.task.max_new_tokens))
     outbox.put(None)
     while (records := inbox.get()) is not None:
-        answers = answer_records(records, make_task(job.task), engine, profile)
+        answers = answer_records(records, make_task(job.task), client, profile)
         outbox.put({a.record_id: a.text for a in answers})
 
 

@@ -1,8 +1,8 @@
 """Worker side of a pool: texts come with a call to the worker, and its reply holds the answers.
 
 This is a handler of the worker, not a task: a task passes the scheduler twice, and takes ten times
-as long as the reply of an idle worker (docs/decisions/0007). `AgentHost` holds the model, which
-runs in the host's one thread.
+as long as the reply of an idle worker (docs/decisions/0007). `EngineHost` holds the engine, and
+calls run in the host's threads, as tasks do: a text joins what the engine is doing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distributed import Worker, WorkerPlugin
 from distributed.protocol import to_serialize
 
 from mas_batch.agents.answering import answer_records
-from mas_batch.agents.host import AgentHost
+from mas_batch.agents.host import EngineHost
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import profile_of
 from mas_batch.by_name import pickled_by_name
@@ -39,14 +39,14 @@ class Answered:
     times: TaskTimes
     """Times of the whole batch; nothing is read or written."""
     waited_s: float
-    """Waiting for the model's thread before that."""
+    """Waiting for a thread of the host before that."""
 
 
 class TextHost(WorkerPlugin):  # type: ignore[misc]
     """Adds a handler, named like the plugin, by which a worker is called with agent and records.
 
     Args:
-        topic: name of the `AgentHost` whose engine answers.
+        topic: name of the `EngineHost` whose engine answers.
         task: what is asked of every text.
         specs: agents by name.
     """
@@ -86,17 +86,15 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
 
     def _ask(self, agent_id: str, records: Sequence[Record], arrived: float) -> Answered:
         waited_s = time.perf_counter() - arrived
-        host: AgentHost = self._worker.plugins[self._topic]
+        host: EngineHost = self._worker.plugins[self._topic]
         spec, watch = self._specs[agent_id], Stopwatch()
-        idle_s = host.begin()
-        engine, family_id, _ = host.engine(spec)
-        profile = profile_of(self._task, spec, family_id)
+        client = host.client(spec)
+        profile = profile_of(self._task, spec, host.family_id(spec))
         watch.lap("process")
-        answers = answer_records(records, make_task(self._task), engine, profile)
+        answers = answer_records(records, make_task(self._task), client, profile)
         host.check_open()
-        watch.model(answers)
-        host.end()
-        return Answered(tuple(answers), watch.times(idle_s), waited_s)
+        watch.model(answers, client.asked_s)
+        return Answered(tuple(answers), watch.times(host.take_idle_s()), waited_s)
 
 
 def texts_op(topic: str) -> str:
