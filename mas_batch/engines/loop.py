@@ -103,7 +103,8 @@ class EngineLoop:
     def __init__(self, load: Callable[[], Engine]) -> None:
         self._changed = threading.Condition()
         self._open: set[Future[Any]] = set()  # what callers wait for
-        self._num_callers = 0
+        self.num_callers = 0
+        """Who wait for something now."""
         self._closed = False
         self._idle_s = 0.0
         self._idle_since = 0.0
@@ -139,15 +140,16 @@ class EngineLoop:
         positions = prepared.fitting
         if not positions:
             return prepared.with_answers({})
-        with self._caller():
-            if getattr(engine, "threadsafe", False):
+        if getattr(engine, "threadsafe", False):
+            with self._caller():
                 return complete(engine, prepared.requests, sampling)
-            call = _Call(engine, sampling, len(positions))
-            items = [
-                _Item(call, i, Waiting(next(self._keys), prepared.requests[i], sampling))
-                for i in positions
-            ]
-            return prepared.with_answers(self._wait_for(call.future, items))
+        call = _Call(engine, sampling, len(positions))
+        items = [
+            _Item(call, i, Waiting(next(self._keys), prepared.requests[i], sampling))
+            for i in positions
+        ]
+        with self._caller(call.future, items):
+            return prepared.with_answers(call.future.result())
 
     def run(self, function: Callable[[], T]) -> T:
         """Call a function in the loop's thread, after what the engine is doing; blocks.
@@ -157,8 +159,8 @@ class EngineLoop:
             Exception: what the function raises.
         """
         errand = _Errand(function)
-        with self._caller():
-            result: T = self._wait_for(errand.future, errand)
+        with self._caller(errand.future, errand):
+            result: T = errand.future.result()
             return result
 
     @property
@@ -169,7 +171,7 @@ class EngineLoop:
     def take_idle_s(self) -> float:
         """Return for how many seconds nobody has asked anything, since this was called last."""
         with self._changed:
-            if self._num_callers == 0:
+            if self.num_callers == 0:
                 self._pause_idle(time.perf_counter())
             idle_s, self._idle_s = self._idle_s, 0.0
             return idle_s
@@ -184,42 +186,41 @@ class EngineLoop:
         with self._changed:
             self._closed = True
             if drain:
-                self._changed.wait_for(lambda: self._num_callers == 0)
+                self._changed.wait_for(lambda: self.num_callers == 0)
         self._end(RunError("the worker is closing its model"))
         self._inbox.put(None)
         if drain:
             self._thread.join()
 
-    def _wait_for(self, future: Future[T], news: list[_Item] | _Errand) -> T:
-        with self._changed:
-            self._check_open()
-            self._open.add(future)
-            self._inbox.put(news)
-        return future.result()
-
     @contextmanager
-    def _caller(self) -> Iterator[None]:
-        """Count a caller: the engine is idle when there is none, and is freed after the last."""
+    def _caller(
+        self, future: Future[Any] | None = None, news: list[_Item] | _Errand | None = None
+    ) -> Iterator[None]:
+        """Count a caller: the engine is idle when there is none, and is freed after the last.
+
+        Args:
+            future: what the caller waits for: `news` is put to the thread, and settles it.
+        """
         with self._changed:
-            self._check_open()
-            if self._num_callers == 0:
+            if self._closed:
+                raise RunError("the worker is closing its model")
+            if self.num_callers == 0:
                 self._pause_idle(time.perf_counter())
-            self._num_callers += 1
+            self.num_callers += 1
+            if future is not None:
+                self._open.add(future)
+                self._inbox.put(news)
         try:
             yield
         finally:
             with self._changed:
-                self._num_callers -= 1
+                self.num_callers -= 1
                 self._idle_since = time.perf_counter()
                 self._changed.notify_all()
 
     def _pause_idle(self, now: float) -> None:
         self._idle_s += now - self._idle_since
         self._idle_since = now
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RunError("the worker is closing its model")
 
     def _close_at_exit(self) -> None:
         self.close()
@@ -243,7 +244,7 @@ class EngineLoop:
                 self._closed = True
             self._end(RunError(f"the engine's loop broke: {type(error).__name__}: {error}"))
         with self._changed:
-            self._changed.wait_for(lambda: self._num_callers == 0)
+            self._changed.wait_for(lambda: self.num_callers == 0)
         engine.close()
         atexit.unregister(self._close_at_exit)
 
