@@ -104,6 +104,11 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         for executor in self._executors:
             executor.shutdown(wait=False)
 
+    @property
+    def closing(self) -> bool:
+        """Whether it is being torn down."""
+        return self._closing
+
     def check_open(self) -> None:
         """Call it before a commit: answers of an engine that is being closed must not be committed.
 

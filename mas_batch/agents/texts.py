@@ -22,7 +22,7 @@ from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import profile_of
 from mas_batch.by_name import pickled_by_name
 from mas_batch.dask_compat import add_handler, remove_handler
-from mas_batch.errors import EngineError, MasBatchError, RunError
+from mas_batch.errors import EngineError, MasBatchError
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch, TaskTimes
 from mas_batch.records import Answer, Record
@@ -70,23 +70,26 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
         """Ask the agent about the records (id, text, context); returns an `Answered` or an error.
 
         Errors are returned: Dask would log a traceback on the worker for an error that is raised.
+        None: the worker no longer hosts the pool's agents, or is about to close.
         """
         arrived = time.perf_counter()
         asked = [Record(*record) for record in records]
         loop, executor = asyncio.get_running_loop(), self._worker.executors.get(self._topic)
+        host: EngineHost | None = self._worker.plugins.get(self._topic)
+        if host is None or executor is None:
+            return None
         try:
-            if executor is None:
-                raise RunError(f"worker {self._worker.name} no longer hosts an agent")
-            reply = await loop.run_in_executor(executor, self._ask, agent_id, asked, arrived)
+            reply = await loop.run_in_executor(executor, self._ask, host, agent_id, asked, arrived)
             return to_serialize(reply)
         except MasBatchError as error:
-            return to_serialize(error)
+            return None if host.closing else to_serialize(error)
         except Exception as error:  # of any type, also of one that cannot be pickled
             return to_serialize(EngineError(f"{type(error).__name__}: {error}"))
 
-    def _ask(self, agent_id: str, records: Sequence[Record], arrived: float) -> Answered:
+    def _ask(
+        self, host: EngineHost, agent_id: str, records: Sequence[Record], arrived: float
+    ) -> Answered:
         waited_s = time.perf_counter() - arrived
-        host: EngineHost = self._worker.plugins[self._topic]
         spec, watch = self._specs[agent_id], Stopwatch()
         client = host.client(spec)
         profile = profile_of(self._task, spec, host.family_id(spec))
