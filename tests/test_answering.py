@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +18,15 @@ from mas_batch.engines import load_engine
 from mas_batch.engines.base import (
     Completion,
     Engine,
+    EngineClient,
     EngineConfig,
     Request,
     Sampling,
     TokenizedPrompt,
     tokenized_prompt,
 )
-from mas_batch.engines.client import DirectClient
+from mas_batch.engines.client import DirectClient, LoopClient
+from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
@@ -320,6 +324,21 @@ def test_summaries_are_merged_level_by_level():
     assert answer.completion_tokens == 9 * 4
     assert answer.prompt_tokens == 84 + 4 * (9 + 8)
     assert engine.calls[1][0].messages[-1].content.split("\n\n")[0] == SHOWN
+
+
+def test_tasks_that_share_a_loop_are_answered_as_if_each_were_alone():
+    texts = [[words(30), "short", words(25)], [words(7), words(50)], [words(26)]]
+
+    def answered(asked: list[str], client: EngineClient) -> list[Answer]:
+        return answer_records(records_of(*asked), make_task(MERGE), client, samples(2))
+
+    engine = Recorder(max_context_tokens=24, max_batch_tokens=100)
+    loop = EngineLoop(lambda: engine)
+    with closing(loop), ThreadPoolExecutor(3) as threads:
+        found = [threads.submit(answered, each, LoopClient(loop, engine)) for each in texts]
+        for own, each in zip(found, texts, strict=True):
+            alone = Recorder(max_context_tokens=24, max_batch_tokens=100)
+            assert own.result() == answered(each, DirectClient(alone))
 
 
 def test_evidence_of_the_source_goes_along():

@@ -7,6 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +20,10 @@ from mas_batch import cluster
 from mas_batch.agents import host as host_module
 from mas_batch.agents.host import EngineHost, Report
 from mas_batch.agents.spec import AgentSpec
+from mas_batch.agents.texts import TextHost, texts_op
 from mas_batch.agents.work import answer_partition, load_agents
 from mas_batch.corpus import CorpusReader
+from mas_batch.dask_compat import call_worker
 from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import Completion, Engine, EngineConfig, Request, Sampling
 from mas_batch.engines.base import TokenizedPrompt as Prompt
@@ -281,6 +284,43 @@ def test_a_careful_task_asks_one_record_at_a_time_and_leaves_no_journal(
     assert at.answers("a", 0) == ["ONE", "TWO"]
     assert not at.run.store.list(f"{JOURNAL}/agent=a")
     assert len(at.facts(Report.ANSWERING, num=2)) == 2
+
+
+def test_partitions_whose_server_is_away_are_put_off_each(bench: Callable[..., Bench]) -> None:
+    at = bench(Counting(), "away 0", "1", "2", "away 3")
+    at.load("a")
+    for future in [at.ask("a", 0), at.ask("a", 1)]:
+        future.result(PATIENCE_S)
+    reports = at.facts(Report.AWAY, num=2)
+    assert {each["partition"] for each in reports} == {0, 1}
+    assert {(each["message"], each["retry_after_s"]) for each in reports} == {("gone", 7.0)}
+    assert not any(at.run.store.exists(answers_name(number, "a")) for number in (0, 1))
+
+
+def test_texts_of_a_pool_join_what_is_in_flight(bench: Callable[..., Bench]) -> None:
+    at = bench(engine := Counting(concurrent=3))
+    at.load("a")
+    cluster.register(at.client, TextHost(at.run.topic, at.run.task, at.specs))
+
+    def ask(text: str) -> Any:
+        records = [("r", text, None)]
+        call = (call_worker, at.client, at.worker.address, texts_op(at.run.topic))
+        return at.client.sync(*call, agent_id="a", records=records)
+
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(ask, "held")
+        engine.holding.wait(PATIENCE_S)
+        others = [threads.submit(ask, text) for text in ("x", "y")]
+        wait_until(lambda: at.host._resident and at.host._resident.loop.num_callers == 3)
+        engine.go_on.set()
+        found = [future.result(PATIENCE_S) for future in (first, *others)]
+    assert [reply.answers[0].text for reply in found] == ["HELD", "X", "Y"]
+    assert sorted(engine.batches[1]) == ["x", "y"]
+    assert all(reply.times.wait_s > 0 for reply in found)
+    cluster.unregister(at.client, at.run.topic)
+    assert ask("x") is None, "it no longer hosts the agent"
+    cluster.unregister(at.client, texts_op(at.run.topic))
+    cluster.register(at.client, EngineHost(at.run.topic))  # for the fixture
 
 
 def test_a_host_that_is_closed_lets_all_go_and_commits_nothing(
