@@ -66,7 +66,7 @@ class Counting(Capitals):
 class Slow(Counting):
     """Takes its time, and shares it among the requests of a batch."""
 
-    seconds: float = 0.1
+    seconds: float = 0.2
     busy_s: float = 0.0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
@@ -266,7 +266,8 @@ def test_the_ledger_of_partitions_that_share_an_engine_adds_up(
     times = [TaskTimes(**reports[number]["times"]) for number in range(4)]
     assert sum(each.compute_s for each in times) == pytest.approx(engine.busy_s)
     for own, wall_s in zip(times, walls_s, strict=True):
-        assert own.own_s == pytest.approx(wall_s, rel=0.02, abs=0.01)
+        # What is outside of the two is a report, and who else has the cores meanwhile.
+        assert 0.98 * wall_s - 0.05 <= own.own_s <= wall_s
     assert all(each.wait_s >= 0 for each in times)
     assert max(each.wait_s for each in times) > engine.seconds / 2, "the other was served"
     # What the engine did and the pauses are the host's time.
