@@ -230,6 +230,22 @@ def test_without_memory_for_another_one_it_goes_on_with_those_under_way() -> Non
     assert engine.steps == [["a a", "b"], ["a a"], ["c"]]
 
 
+def test_an_engine_that_begins_with_a_group_at_a_time_is_filled_up() -> None:
+    engine = StepByStep()
+    begin, sizes = engine.begin, []
+
+    def begin_one(waiting: Sequence[Any]) -> list[int]:
+        sizes.append(len(waiting))
+        return begin(waiting[:1])
+
+    engine.begin = begin_one  # type: ignore[method-assign]
+    with loop_of(engine) as loop:
+        texts = ("a a a a", "b b b", "c c", "d", "e")
+        assert spoken(loop.complete(requests(*texts), GREEDY)) == [t.upper() for t in texts]
+    assert [len(step) for step in engine.steps] == [1, 2, 3, 3, 1, 1]
+    assert sizes == [5, 4, 3, 2, 2, 1], "in vain it is asked once"
+
+
 TEXTS = st.lists(st.lists(st.text("ab ", min_size=1, max_size=9), max_size=5), max_size=5)
 
 

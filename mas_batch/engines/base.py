@@ -200,9 +200,10 @@ class SteppingEngine(Engine, Protocol):
         """Begin with as many of these as there is room for; returns their positions in `waiting`.
 
         The engine chooses whom, so that prompts of like length are read together, but the first
-        does not wait for ever. If nothing is under way it begins at least one. It is called again
-        when a request has ended or another one has come. An exception means that none has begun,
-        and leaves those under way as they are; `OutOfMemoryError` too.
+        does not wait for ever. If nothing is under way it begins at least one. It is called before
+        every step until it begins with none, and again when a request has ended or another one
+        has come. An exception means that none has begun, and leaves those under way as they are;
+        `OutOfMemoryError` too.
         """
         ...
 

@@ -302,7 +302,7 @@ class EngineLoop:
         if not begun and not self._under_way:
             self._ask_by_batch(offered, RunError("the engine begins with nothing"))
             return
-        self._may_begin = False
+        self._may_begin = bool(begun)  # one that reads prompts in groups may have room for more
         self._under_way.update({item.waiting.key: item for item in begun})
         self._pending = [item for item in self._pending if item.waiting.key not in self._under_way]
 
