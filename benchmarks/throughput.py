@@ -31,6 +31,7 @@ import mas_batch
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
+from mas_batch.engines.client import DirectClient
 from mas_batch.events import AgentReady, Event, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
@@ -87,10 +88,11 @@ def read_records(job: Job) -> list[Record]:
 
 def serve_all(job: Job, inbox: Any, outbox: Any) -> None:
     """Answer all that is given, at once, in a bare process."""
-    engine = load_engine("auto", fetch(MODEL), EngineConfig(threads=job.agents[0].threads))
+    config = EngineConfig(threads=job.agents[0].threads)
+    client = DirectClient(load_engine("auto", fetch(MODEL), config))
     profile = AgentProfile("a", "m", None, None, Sampling(job.task.max_new_tokens))
     outbox.put(None)
-    answers = answer_records(inbox.get(), make_task(job.task), engine, profile)
+    answers = answer_records(inbox.get(), make_task(job.task), client, profile)
     outbox.put({a.record_id: a.text for a in answers})
 
 

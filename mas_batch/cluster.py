@@ -33,7 +33,7 @@ from distributed.system import MEMORY_LIMIT
 
 from mas_batch import dask_compat
 from mas_batch.agents.devices import assign_devices
-from mas_batch.agents.host import AgentHost
+from mas_batch.agents.host import EngineHost
 from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Cluster, Job
@@ -307,7 +307,7 @@ def _security(cluster: Cluster) -> Security | None:
 def _host(client: Client, job: Job, topic: str) -> None:
     """Check that every agent has a capable worker, then make the workers able to host models."""
     _wait_for_capable_workers(client, job)
-    register(client, AgentHost(topic))
+    register(client, EngineHost(topic))
 
 
 def register(client: Client, plugin: WorkerPlugin) -> None:

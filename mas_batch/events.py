@@ -25,7 +25,7 @@ class TaskEnded(Event):
     """A task on a worker has ended; its seconds are those of `TaskTimes.heard_after`.
 
     compute + transfer + processing = wall, and transfer = read + write, processing = queue +
-    process, compute = prefill + decode.
+    wait + process, compute = prefill + decode.
     """
 
     wall_s: float = 0.0
@@ -37,11 +37,13 @@ class TaskEnded(Event):
     """Waiting at the scheduler and the worker, and the time that the report travels."""
     read_s: float = 0.0
     write_s: float = 0.0
+    wait_s: float = 0.0
+    """With the engine, which worked for other tasks, or had not begun."""
     process_s: float = 0.0
     prefill_s: float | None = None
     decode_s: float | None = None
     idle_s: float = 0.0
-    """How long the replica had nothing to do before the task."""
+    """How long the engine had nothing to do since the host's task before."""
 
 
 @dataclass(frozen=True, slots=True)

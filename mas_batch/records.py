@@ -99,7 +99,7 @@ ANSWERS = pa.schema(
         pa.field("t_compute_s", pa.float64()),  # the record's share of its batch's model time
         pa.field("t_prefill_s", pa.float64()),  # of that, for reading the prompt; null: not known
         pa.field("t_transfer_s", pa.float64()),  # its share of reading the records
-        pa.field("t_processing_s", pa.float64()),  # its share of tokenising, batching, parsing
+        pa.field("t_processing_s", pa.float64()),  # its share of tokenising, waiting, parsing
         pa.field("prompt_hash", pa.string()),
         pa.field("reason", pa.string()),
         pa.field("message", pa.string()),
@@ -188,8 +188,10 @@ LEDGER = pa.schema(
         pa.field("compute_s", pa.float64()),  # the model's own time
         pa.field("prefill_s", pa.float64()),  # of that, reading prompts; null: not known
         pa.field("decode_s", pa.float64()),  # and the rest of it
-        pa.field("process_s", pa.float64()),  # tokenising, batching, parsing, merging
-        pa.field("idle_s", pa.float64()),  # before it the replica had nothing to do for so long
+        pa.field("wait_s", pa.float64()),  # with the engine, which worked for other tasks
+        pa.field("process_s", pa.float64()),  # tokenising, parsing, merging
+        # Since the host's task before it the engine had nothing to do for so long; no part of it.
+        pa.field("idle_s", pa.float64()),
         pa.field("num_records", pa.int32()),
         pa.field("num_answers", pa.int32()),
         pa.field("prompt_tokens", pa.int64()),
@@ -197,8 +199,8 @@ LEDGER = pa.schema(
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker's process, so far
     ]
 )
-"""One row per thing that took time. Of a task, `wall_s` = queue + read + write + compute + process;
-phases follow one another and add up to the execution's wall time."""
+"""One row per thing that took time. Of a task, `wall_s` = queue + read + write + compute + wait +
+process; phases follow one another and add up to the execution's wall time."""
 
 RESERVED_COLUMNS = frozenset(f.name for f in (*RECORD_FIELDS, *RESULT_FIELDS))
 """A passthrough column of one of these names is kept as `source_<name>`."""

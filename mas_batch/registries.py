@@ -15,6 +15,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch.engines.echo",
             options="mas_batch.engines.echo:read",
             holds="nothing",
+            concurrent=1,  # some of its faults count batches: they must not depend on who is fast
             computes_elsewhere=True,
             uses_threads=False,
             limits=("max_context_tokens",),
@@ -25,6 +26,8 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch.engines.transformers.engine",
             "mas_batch[cpu]",
             options="mas_batch.engines.transformers.options:read",
+            # One ends, one is half-way, one begins, and one is being read or written meanwhile.
+            concurrent=4,
         ),
         "marian": EngineInfo(
             "mas_batch.engines.marian.engine",

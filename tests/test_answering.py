@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +18,15 @@ from mas_batch.engines import load_engine
 from mas_batch.engines.base import (
     Completion,
     Engine,
+    EngineClient,
     EngineConfig,
     Request,
     Sampling,
     TokenizedPrompt,
     tokenized_prompt,
 )
+from mas_batch.engines.client import DirectClient, LoopClient
+from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
@@ -95,7 +100,7 @@ def records_of(*texts: str) -> list[Record]:
 def ask(
     texts: Sequence[str], engine: Engine, kind: str = "translate", profile: AgentProfile = PROFILE
 ) -> list[Answer]:
-    return answer_records(records_of(*texts), task_of(kind), engine, profile)
+    return answer_records(records_of(*texts), task_of(kind), DirectClient(engine), profile)
 
 
 def samples(number: int) -> AgentProfile:
@@ -147,22 +152,26 @@ def test_one_answer_per_record_and_sample_in_order():
 def test_unusable_records_are_not_asked_about():
     bad = Record("bad", None, reason=Reason.MISSING_TEXT)
     engine = Recorder()
-    answers = answer_records([bad, *records_of("x")], task_of("translate"), engine, PROFILE)
+    answers = answer_records(
+        [bad, *records_of("x")], task_of("translate"), DirectClient(engine), PROFILE
+    )
     assert [answer.record_id for answer in answers] == ["r0"]
     assert engine.texts == [["x"]]
-    assert answer_records([bad], task_of("translate"), engine, PROFILE) == []
+    assert answer_records([bad], task_of("translate"), DirectClient(engine), PROFILE) == []
 
 
 def test_a_record_without_text_and_reason_breaks_the_contract():
     with pytest.raises(RunError, match="'odd' has neither"):
-        answer_records([Record("odd", None)], task_of("translate"), Recorder(), PROFILE)
+        answer_records(
+            [Record("odd", None)], task_of("translate"), DirectClient(Recorder()), PROFILE
+        )
 
 
 def test_the_agents_prompt_and_the_records_context_reach_the_engine():
     engine = Recorder()
     profile = replace(PROFILE, prompt="{context}: {text}", system="be {language}")
     record = Record("r", "where?", context="in Rome")
-    answer_records([record], task_of("reply"), engine, profile)
+    answer_records([record], task_of("reply"), DirectClient(engine), profile)
     ((request,),) = engine.calls
     assert [turn.content for turn in request.messages] == ["be English", "in Rome: where?"]
     assert request.text == "where?"
@@ -223,7 +232,7 @@ def test_answers_do_not_depend_on_the_partition():
     texts = [f"record {i} with some more words" for i in range(6)]
     whole = ask(texts, echo(), profile=samples(3))
     for i, record in enumerate(records_of(*texts)):
-        alone = answer_records([record], task_of("translate"), echo(), samples(3))
+        alone = answer_records([record], task_of("translate"), DirectClient(echo()), samples(3))
         expected = whole[3 * i : 3 * i + 3]
         assert [replace(a, t_compute_s=0.0) for a in alone] == [
             replace(a, t_compute_s=0.0) for a in expected
@@ -297,7 +306,7 @@ def summarize(
     text: str, engine: Engine, profile: AgentProfile = PROFILE, **keys: Any
 ) -> list[Answer]:
     task = make_task(MERGE.model_copy(update=keys))
-    return answer_records(records_of(text), task, engine, profile)
+    return answer_records(records_of(text), task, DirectClient(engine), profile)
 
 
 def test_summaries_are_merged_level_by_level():
@@ -317,6 +326,21 @@ def test_summaries_are_merged_level_by_level():
     assert engine.calls[1][0].messages[-1].content.split("\n\n")[0] == SHOWN
 
 
+def test_tasks_that_share_a_loop_are_answered_as_if_each_were_alone():
+    texts = [[words(30), "short", words(25)], [words(7), words(50)], [words(26)]]
+
+    def answered(asked: list[str], client: EngineClient) -> list[Answer]:
+        return answer_records(records_of(*asked), make_task(MERGE), client, samples(2))
+
+    engine = Recorder(max_context_tokens=24, max_batch_tokens=100)
+    loop = EngineLoop(lambda: engine)
+    with closing(loop), ThreadPoolExecutor(3) as threads:
+        found = [threads.submit(answered, each, LoopClient(loop, engine)) for each in texts]
+        for own, each in zip(found, texts, strict=True):
+            alone = Recorder(max_context_tokens=24, max_batch_tokens=100)
+            assert own.result() == answered(each, DirectClient(alone))
+
+
 def test_evidence_of_the_source_goes_along():
     engine = Recorder(max_context_tokens=40)
     text = "The dam failed. " * 8 + "A cat sat. " + "Rain made the river rise. " * 6
@@ -330,7 +354,7 @@ def test_all_records_and_samples_share_the_call_of_a_level():
     engine = Recorder(max_context_tokens=24)
     texts = [words(30), "short", words(25)]
     records = records_of(*texts)
-    answers = answer_records(records, make_task(MERGE), engine, samples(2))
+    answers = answer_records(records, make_task(MERGE), DirectClient(engine), samples(2))
     assert [len(call) for call in engine.calls] == [5, 4]
     assert [(a.record_id, a.sample_id, a.text) for a in answers] == [
         ("r0", 0, "W0 W1 W2 W3"),
@@ -430,7 +454,7 @@ def test_a_context_too_long_shows_in_num_parts():
     record = Record("r", "red fox?", context="a dog runs. " * 40 + "The red fox sleeps.")
     profile = replace(PROFILE, prompt="{context} {text}")
     engine = Recorder(max_context_tokens=100)
-    (answer,) = answer_records([record], task_of("reply"), engine, profile)
+    (answer,) = answer_records([record], task_of("reply"), DirectClient(engine), profile)
     assert answer.num_parts > 1
     assert "The red fox sleeps." in engine.calls[0][0].messages[0].content
 

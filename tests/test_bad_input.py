@@ -37,6 +37,7 @@ from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader, open_corpus, records_table
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
+from mas_batch.engines.client import DirectClient
 from mas_batch.errors import (
     CorpusChangedError,
     ExitCode,
@@ -241,7 +242,9 @@ def test_a_text_over_the_context() -> None:
     engine = load_engine("echo", fetch("echo"), EngineConfig(options={"max_context_tokens": 4}))
     profile = AgentProfile("a", "echo", "{text}", "", Sampling(max_new_tokens=4))
     records = [Record("r", "far more words than the context")]
-    (answer,) = answer_records(records, make_task(Task(kind="translate")), engine, profile)
+    (answer,) = answer_records(
+        records, make_task(Task(kind="translate")), DirectClient(engine), profile
+    )
     assert answer.reason is Reason.TOO_LONG
 
 

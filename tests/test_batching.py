@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mas_batch.agents.account import add
 from mas_batch.engines.base import Completion, Message, Request, Sampling, TokenizedPrompt
-from mas_batch.engines.batching import complete, plan_batches
+from mas_batch.engines.batching import complete, next_batch, plan_batches
 from mas_batch.engines.claims import MAX_COUNT
 from mas_batch.errors import EngineError, OutOfMemoryError, Reason
 from mas_batch.records import Answer
@@ -91,6 +91,31 @@ def test_a_plan_leaves_no_room_for_the_next_request(lengths: list[int], budget: 
 def test_without_a_budget_all_are_one_batch_and_none_makes_none() -> None:
     assert plan_batches([1, 3, 2], 8, None) == [[1, 2, 0]]
     assert plan_batches([], 8, None) == plan_batches([], 8, 100) == []
+
+
+@given(st.data(), st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(0, 50))
+def test_the_next_batch_holds_one_of_the_oldest_within_the_budget(
+    data: st.DataObject, lengths: list[int], new: int
+) -> None:
+    oldest = data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1))
+    budget = data.draw(st.none() | st.integers(1, 2000))
+
+    batch = next_batch(lengths, oldest, new, budget)
+
+    assert len(set(batch)) == len(batch)
+    assert oldest.intersection(batch)
+    longest = max(lengths[i] for i in batch)
+    assert budget is None or len(batch) * (longest + new) <= budget or len(batch) == 1
+    in_order = [lengths[i] for i in batch]
+    assert in_order == sorted(in_order, reverse=True)
+    if budget is None:
+        assert len(batch) == len(lengths)
+
+
+def test_the_last_batch_is_filled_up_with_longer_requests() -> None:
+    assert next_batch([1, 9, 1, 8, 2], {0}, 0, 18) == [4, 0, 2]
+    assert next_batch([1, 9, 9, 3, 4], {0}, 0, 12) == [4, 3, 0]
+    assert next_batch([9, 9, 1], {2}, 0, 9) == [2], "there is no room for a longer one"
 
 
 @given(

@@ -16,6 +16,7 @@ from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
+from mas_batch.engines.client import DirectClient
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
 from mas_batch.models import ModelFiles, fetch
 from mas_batch.records import Record
@@ -440,7 +441,9 @@ def test_a_prompt_is_rendered_and_tokenised_once(tiny: Callable[[str], ModelFile
     records = [Record(f"r{i}", text) for i, text in enumerate(("w1 w2", "w3", "w4 w5 w6"))]
     profile = AgentProfile("agent", "family", "{text}", "", Sampling(4))
 
-    answers = answer_records(records, make_task(job.Task(kind="translate")), engine, profile)
+    answers = answer_records(
+        records, make_task(job.Task(kind="translate")), DirectClient(engine), profile
+    )
 
     assert [answer.prompt_tokens for answer in answers] == [4, 3, 5]
     assert sorted(counting.rendered) == ["w1 w2", "w3", "w4 w5 w6"]

@@ -15,6 +15,7 @@ from mas_batch import job
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Sampling
+from mas_batch.engines.client import DirectClient
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.tasks import TASKS, make_task
@@ -211,7 +212,9 @@ def ask(
     sampling = Sampling(max_new_tokens, temperature=temperature, num_samples=samples)
     records = [Record(text[:12], text) for text in texts]
     task = make_task(job.Task(kind="summarize", max_new_tokens=max_new_tokens, **keys))
-    answers = answer_records(records, task, engine, AgentProfile("a", "f", None, None, sampling))
+    answers = answer_records(
+        records, task, DirectClient(engine), AgentProfile("a", "f", None, None, sampling)
+    )
     return [replace(answer, t_compute_s=0.0, t_prefill_s=None) for answer in answers]
 
 

@@ -25,6 +25,7 @@ from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
+from mas_batch.engines.client import DirectClient
 from mas_batch.errors import EngineError, EngineRefusedError, Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
@@ -56,7 +57,7 @@ def records_of(number: int, *, poison: Sequence[int] = ()) -> list[Record]:
 
 def asker(**options: Any) -> Callable[[Sequence[Record]], list[Answer]]:
     engine = load_engine("echo", fetch("echo"), EngineConfig(options=options))
-    return lambda records: answer_records(records, TASK, engine, PROFILE)
+    return lambda records: answer_records(records, TASK, DirectClient(engine), PROFILE)
 
 
 def timeless(answers: Sequence[Answer]) -> list[Answer]:

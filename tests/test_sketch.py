@@ -99,13 +99,15 @@ def test_laps_follow_one_another() -> None:
     time.sleep(0.01)
     watch.lap("read")
     time.sleep(0.02)
-    rest_s = watch.model([Answer("r", "a", "f", 0, text="x", t_compute_s=0.015, t_prefill_s=0.01)])
+    answer = Answer("r", "a", "f", 0, text="x", t_compute_s=0.01, t_prefill_s=0.006)
+    rest_s = watch.model([answer], asked_s=0.016)
     watch.lap("write")
     times = watch.times(idle_s=1.0)
     assert times.own_s <= time.perf_counter() - start
-    assert (times.compute_s, times.prefill_s, times.idle_s) == (0.015, 0.01, 1.0)
-    assert times.decode_s == pytest.approx(0.005)
-    assert times.process_s == pytest.approx(rest_s)
+    assert (times.compute_s, times.prefill_s, times.idle_s) == (0.01, 0.006, 1.0)
+    assert times.decode_s == pytest.approx(0.004)
+    assert times.wait_s == pytest.approx(0.006)
+    assert times.wait_s + times.process_s == pytest.approx(rest_s)
     heard = times.heard_after(10.0)
     assert heard["compute_s"] + heard["transfer_s"] + heard["processing_s"] == pytest.approx(10.0)
     assert heard["queue_s"] == pytest.approx(10.0 - times.own_s)
@@ -113,9 +115,11 @@ def test_laps_follow_one_another() -> None:
 
 def test_a_journals_seconds_are_not_this_tasks() -> None:
     watch = Stopwatch()
-    watch.model([Answer("r", "a", "f", 0, text="x", t_compute_s=100.0, t_prefill_s=50.0)])
+    answer = Answer("r", "a", "f", 0, text="x", t_compute_s=100.0, t_prefill_s=50.0)
+    watch.model([answer], asked_s=0.0)
     times = watch.times()
     assert times.own_s < 50.0
+    assert (times.compute_s, times.wait_s) == (0.0, 0.0)
     assert times.prefill_s is None
 
 

@@ -8,8 +8,14 @@ from functools import cached_property, partial
 from itertools import chain, count, islice
 
 from mas_batch.agents.account import add, failed, given_up, succeeded
-from mas_batch.engines.base import Completion, Engine, Message, Request, Sampling, TokenizedPrompt
-from mas_batch.engines.batching import complete
+from mas_batch.engines.base import (
+    Completion,
+    EngineClient,
+    Message,
+    Request,
+    Sampling,
+    TokenizedPrompt,
+)
 from mas_batch.errors import Reason, RecordError, RunError
 from mas_batch.job import fingerprint
 from mas_batch.records import Answer, Parsed, Record
@@ -61,18 +67,19 @@ def prompt_hash(task: Task, profile: AgentProfile) -> str:
 
 
 def answer_records(
-    records: Sequence[Record], task: Task, engine: Engine, profile: AgentProfile
+    records: Sequence[Record], task: Task, client: EngineClient, profile: AgentProfile
 ) -> list[Answer]:
     """Ask about every record that has no `reason`: one answer per record and sample, in order.
 
-    All first requests go to the engine in one call, so that its batches are full. A text over
-    the context is asked about in parts; where the task merges their answers by asking again,
-    each level of merging, of all records and samples, is one call too. What cannot be asked,
+    All first requests go to the engine in one call, so that its batches are full; requests of
+    other agents and partitions may share them. A text over the context is asked about in parts;
+    where the task merges their answers by asking again, each level of merging, of all records
+    and samples, is one call too. What cannot be asked,
     answered, parsed or merged becomes an answer with a reason. Tokens, seconds and
     log-probabilities are sums over all the completions behind an answer; `finish_reason` is
     the last merge's where there is one, else `length` if any part was cut.
     """
-    asker = _Asker(task, engine, profile)
+    asker = _Asker(task, client, profile)
     good = [record for record in records if record.reason is None]
     answers: dict[tuple[str, int], Answer] = {}
     outcomes = asker.ask(good)
@@ -117,7 +124,7 @@ def _blank(record: Record, profile: AgentProfile, sample: int) -> Answer:
 @dataclass(frozen=True)  # no slots: it keeps the tokens of the template
 class _Asker:
     task: Task
-    engine: Engine
+    client: EngineClient
     profile: AgentProfile
 
     def ask(self, records: Sequence[Record]) -> list[Answer | _Draft]:
@@ -134,7 +141,7 @@ class _Asker:
             else:
                 asked.append((record, fitted))
                 requests += about
-        replies = iter(complete(self.engine, requests, sampling))
+        replies = iter(self.client.complete(requests, sampling))
         for record, fitted in asked:
             outcomes += self._settle(record, fitted, list(islice(replies, len(fitted.parts))))
         return outcomes
@@ -158,7 +165,7 @@ class _Asker:
             if len(group) > 1
         ]
         sampling = replace(self.profile.sampling, num_samples=1)
-        replies = chain.from_iterable(complete(self.engine, requests, sampling))
+        replies = chain.from_iterable(self.client.complete(requests, sampling))
         outcomes += [self._settle_level(draft, groups, replies) for draft, groups in planned]
         return outcomes
 
@@ -170,12 +177,12 @@ class _Asker:
         """
         text, context = _text(record), record.context
         request = self._request((record.record_id, 0, 0, 0), text, context)
-        prompt = self.engine.tokenize(request)
+        prompt = self.client.tokenize(request)
         if self._has_room(prompt):
             return Fitted((Part(text),), context, 1), [replace(request, tokenized=prompt)]
 
         def fits(text: str, context: str | None) -> bool:
-            return self._has_room(self.engine.tokenize(self._request(("", 0, 0, 0), text, context)))
+            return self._has_room(self.client.tokenize(self._request(("", 0, 0, 0), text, context)))
 
         try:
             fitted = self.task.fit(text, context, fits)
@@ -187,17 +194,17 @@ class _Asker:
         ]
 
     def _has_room(self, prompt: TokenizedPrompt) -> bool:
-        room = self.engine.max_context_tokens - self.profile.sampling.max_new_tokens
+        room = self.client.max_context_tokens - self.profile.sampling.max_new_tokens
         return prompt.num_tokens <= room
 
     def _limits(self) -> str:
         return (
-            f"the context is {self.engine.max_context_tokens} tokens, "
+            f"the context is {self.client.max_context_tokens} tokens, "
             f"{self.profile.sampling.max_new_tokens} of them for the answer (task.max_new_tokens)"
         )
 
     def _mergeable(self, draft: _Draft, group: Sequence[Piece]) -> bool:
-        return self._has_room(self.engine.tokenize(self._merge_request(draft, group, 0)))
+        return self._has_room(self.client.tokenize(self._merge_request(draft, group, 0)))
 
     def _merge_request(self, draft: _Draft, group: Sequence[Piece], level: int) -> Request:
         place = (draft.answer.record_id, level, draft.answer.sample_id, group[0].first)
@@ -282,7 +289,7 @@ class _Asker:
         return self._num_prompt_tokens("")
 
     def _num_prompt_tokens(self, text: str) -> int:
-        return self.engine.tokenize(Request("", text, (Message("user", text),))).num_tokens
+        return self.client.tokenize(Request("", text, (Message("user", text),))).num_tokens
 
     def _parse_parts(self, completions: Sequence[Completion]) -> list[Parsed]:
         if len(completions) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,18 @@ def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
     texts = sorted({nfc(text) for text in answers["text"].to_pylist() if text is not None})
     if not texts:
         return None
-    vectors = dict(zip(texts, _load(spec.encoder).encode(texts), strict=True))
+    source = spec.encoder
+    found = _THREAD.submit(lambda: _load(source).encode(texts)).result()
+    vectors = dict(zip(texts, found, strict=True))
 
     def encode(asked: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.stack([vectors[text] for text in asked])
 
     return encode
+
+
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="mas-batch-encoder")
+"""Merges run in several threads; an encoder and torch's thread pool are for one."""
 
 
 @lru_cache(maxsize=1)

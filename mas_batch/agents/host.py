@@ -1,13 +1,14 @@
-"""Worker side: the plugin that keeps one model resident per worker."""
+"""Worker side: the plugin that holds one engine and answers for every agent of it."""
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
@@ -15,44 +16,98 @@ from typing import Any
 from distributed import Worker, WorkerPlugin, get_worker
 from distributed.metrics import context_meter
 
+from mas_batch.agents.held import HeldPartition, HeldPartitions
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.code_version import code_version
-from mas_batch.engines import load_engine
-from mas_batch.engines.base import Engine
+from mas_batch.engines import detect_engine, load_engine
+from mas_batch.engines.base import Engine, Request, TokenizedPrompt
+from mas_batch.engines.client import LoopClient
+from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import RunError
+from mas_batch.job import fingerprint
 from mas_batch.latency.times import TaskTimes
-from mas_batch.models import fetch
+from mas_batch.models import ModelFiles, fetch
+from mas_batch.registries import ENGINES
+from mas_batch.run_folder.ref import RunRef
 
 
-class AgentHost(WorkerPlugin):  # type: ignore[misc]
+@dataclass(slots=True, eq=False)
+class _Resident:
+    """An engine in memory, and the views of its agents."""
+
+    key: str
+    """`AgentSpec.engine_key`."""
+    name: str
+    """The engine's, in its registry."""
+    model: ModelFiles
+    loop: EngineLoop
+    views: dict[str, Engine] = field(default_factory=dict)
+    """By hash of an agent's own options."""
+    agents: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def wish(self) -> int:
+        """How many partitions keep it busy."""
+        own: int | None = getattr(self.loop.engine, "concurrent", None)
+        return ENGINES[self.name].concurrent if own is None else own
+
+    def view(self, spec: AgentSpec) -> Engine:
+        """Return the engine as this agent asks it; agents with the same options share a view."""
+        engine: Any = self.loop.engine
+        options = _agent_options(self.name, spec.agent.options)
+        key = fingerprint(options)
+        with self._lock:
+            self.agents.add(spec.agent_id)
+            if not ENGINES[self.name].agent_options:
+                return self.loop.engine
+            if key not in self.views:
+                self.views[key] = self.loop.run(lambda: engine.for_agent(options))
+            return self.views[key]
+
+
+class EngineHost(WorkerPlugin):  # type: ignore[misc]
     """Holds at most one engine. Dask sets it up again when the nanny restarts the worker.
 
     It is not an Actor, because an actor's state is lost for ever with its worker. `name` is the
     run's topic, so that two runs on one cluster do not remove each other's plugin; it also names
-    the one-thread executor in which the model runs, off the event loop and off the task threads.
+    the executor in whose threads the tasks of its agents run. The engine runs in a thread of its
+    own (`engines.loop`), and the executor has as many threads as partitions keep it busy, so that
+    Dask begins with no more of them.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def setup(self, worker: Worker) -> None:
-        """Add the one-thread executor in which the model runs to the worker."""
+        """Add the executor; it has one thread until an engine is loaded."""
         code_version()  # now, before an upgrade changes the files of what is imported
-        self._engine: Engine | None = None
-        self._key = ""
-        self._family_id = ""
+        self._worker = worker
+        self._resident: _Resident | None = None
+        self._held = HeldPartitions()
         self._closing = False
-        self._idle_since = time.perf_counter()
+        self._changing = threading.Lock()  # held while an engine is loaded
+        self._state = threading.Lock()
+        self._executors: list[ThreadPoolExecutor] = []
         self.worker_name = str(worker.name)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="mas-batch-agent")
-        worker.executors[self.name] = self._executor
+        self.concurrent = 0
+        self._admit(1)
 
     def teardown(self, worker: Worker) -> None:
-        """Free the model, after the generation that is running; the worker lives on."""
-        self._closing = True
-        worker.executors.pop(self.name, None)
-        self._executor.submit(self._close)
-        self._executor.shutdown(wait=False)
+        """Free the engine, after what it is generating; the worker lives on."""
+        with self._state:
+            self._closing = True
+            worker.executors.pop(self.name, None)
+            resident = self._resident
+        if resident is not None:
+            resident.loop.close()
+        for executor in self._executors:
+            executor.shutdown(wait=False)
+
+    @property
+    def closing(self) -> bool:
+        """Whether it is being torn down."""
+        return self._closing
 
     def check_open(self) -> None:
         """Call it before a commit: answers of an engine that is being closed must not be committed.
@@ -63,40 +118,125 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
         if self._closing:
             raise RunError("the worker is closing its model")
 
-    def engine(self, spec: AgentSpec) -> tuple[Engine, str, float]:
-        """Return the resident engine, its family id, and the seconds of loading (0 if resident).
+    def load(self, specs: Sequence[AgentSpec]) -> float:
+        """Make the agents' engine resident; returns the seconds that it took, 0.0 if it was.
 
-        Only for tasks in the host's executor: it has one thread, so there is nothing to lock.
+        An engine with another key is freed first, when it has answered whoever was asking it.
+
+        Args:
+            specs: agents of one engine: their `engine_key` is the same.
+
+        Raises:
+            ModelError, JobError: the engine cannot be loaded, or has no such view.
+            RunError: the host is being torn down.
         """
-        self.check_open()
-        if self._engine is not None and self._key == spec.engine_key:
-            return self._engine, self._family_id, 0.0
-        self._close()
         start = time.perf_counter()
+        with self._changing:
+            resident = self._usable(specs[0])
+            is_new = resident is None
+            if resident is None:
+                resident = self._replace(specs[0])
+            for spec in specs:
+                resident.view(spec)
+        return time.perf_counter() - start if is_new else 0.0
+
+    def family_id(self, spec: AgentSpec) -> str:
+        """Return the family of the agent's model."""
+        return self._of(spec).model.family_id
+
+    def engine(self, spec: AgentSpec) -> Engine:
+        """Return the agent's view of the engine: to look at, not to ask; see `client`."""
+        return self._of(spec).view(spec)
+
+    def client(self, spec: AgentSpec, held: HeldPartition | None = None) -> LoopClient:
+        """Return what asks the engine for one task of the agent.
+
+        Args:
+            held: the partition that is asked about; it keeps the prompts for other agents.
+        """
+        resident = self._of(spec)
+        view = resident.view(spec)
+        tokenize: Callable[[Request], TokenizedPrompt] | None = None
+        if held is not None and len(resident.agents) > 1:
+            tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
+        return LoopClient(resident.loop, view, tokenize)
+
+    def held(self, run: RunRef, partition: int) -> HeldPartition:
+        """Return a partition's records; where there are several agents, they are kept for a while.
+
+        That is: a partition in flight or just answered, and as many that are to come.
+        """
+        resident = self._resident
+        shared = resident is not None and len(resident.agents) > 1
+        return self._held.get(run.store, partition, 2 * self.concurrent + 2 if shared else 0)
+
+    def take_idle_s(self) -> float:
+        """Return how long the engine had nothing to do since this was called last."""
+        resident = self._resident
+        return resident.loop.take_idle_s() if resident is not None else 0.0
+
+    def _of(self, spec: AgentSpec) -> _Resident:
+        """Return the agent's engine; after a restart of the worker it is loaded now."""
+        resident = self._usable(spec)
+        if resident is None:
+            self.load([spec])
+            resident = self._usable(spec)
+        if resident is None:
+            raise RunError(f"the engine of agent {spec.agent_id!r} was freed for another one")
+        return resident
+
+    def _usable(self, spec: AgentSpec) -> _Resident | None:
+        self.check_open()
+        resident = self._resident
+        if resident is None or resident.loop.closed or resident.key != spec.engine_key:
+            return None
+        return resident
+
+    def _replace(self, spec: AgentSpec) -> _Resident:
+        """Free the engine that is there, and load another one."""
+        if self._resident is not None:
+            self._resident.loop.close(drain=True)  # before: two may not fit into the memory
+            self._resident, self._held = None, HeldPartitions()
         model = fetch(spec.agent.model)
-        self._engine = load_engine(spec.agent.engine, model, spec.engine_config)
-        self._key, self._family_id = spec.engine_key, model.family_id
-        self._idle_since = time.perf_counter()
-        return self._engine, self._family_id, self._idle_since - start
+        name = spec.agent.engine if spec.agent.engine != "auto" else detect_engine(model)
+        of_agents = _agent_options(name, spec.agent.options)
+        options = {k: v for k, v in spec.engine_config.options.items() if k not in of_agents}
+        config = replace(spec.engine_config, options=options)
+        loop = EngineLoop(lambda: load_engine(name, model, config))
+        resident = _Resident(spec.engine_key, name, model, loop)
+        with self._state:
+            if not self._closing:
+                self._resident = resident
+                self._admit(resident.wish)
+                return resident
+        loop.close()
+        raise RunError("the worker is closing its model")
 
-    def begin(self) -> float:
-        """Begin a task; returns how many seconds the host had nothing to do before it."""
-        return time.perf_counter() - self._idle_since
+    def _admit(self, wish: int) -> None:
+        """Have so many tasks of the agents run at once, as far as the worker has task slots.
 
-    def end(self) -> None:
-        """End a task."""
-        self._idle_since = time.perf_counter()
+        Dask counts tasks in other executors too: one slot is left for merges.
+        """
+        concurrent = max(1, min(wish, self._worker.state.nthreads - 1))
+        if concurrent == self.concurrent:
+            return
+        self.concurrent = concurrent
+        # The one before stays: Dask may be about to submit to it, and it runs the load task.
+        executor = ThreadPoolExecutor(concurrent, thread_name_prefix="mas-batch-agent")
+        self._executors.append(executor)
+        self._worker.executors[self.name] = executor
 
-    def _close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine, self._key = None, ""
+
+def _agent_options(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of an agent's options that say how it asks, not what is held."""
+    names = ENGINES[engine].agent_options
+    return {key: value for key, value in options.items() if "*" in names or key in names}
 
 
 class Report(StrEnum):
     """What a report of a task is about."""
 
-    LOADED = "load_agent"
+    LOADED = "load_agents"
     ANSWERED = "answer_partition"
     ANSWERING = "answer_progress"
     AWAY = "answer_put_off"
@@ -134,13 +274,13 @@ def peak_memory_bytes() -> int:
     return getrusage(RUSAGE_SELF).ru_maxrss * unit
 
 
-def current_host(name: str) -> AgentHost:
+def current_host(name: str) -> EngineHost:
     """Return the host of that name on the worker that runs this task.
 
     Raises:
         RunError: the plugin is not registered there.
     """
     host = get_worker().plugins.get(name)
-    if not isinstance(host, AgentHost):
+    if not isinstance(host, EngineHost):
         raise RunError(f"worker {get_worker().name} has no plugin {name}")
     return host

@@ -1,8 +1,8 @@
 """Worker side of a pool: texts come with a call to the worker, and its reply holds the answers.
 
 This is a handler of the worker, not a task: a task passes the scheduler twice, and takes ten times
-as long as the reply of an idle worker (docs/decisions/0007). `AgentHost` holds the model, which
-runs in the host's one thread.
+as long as the reply of an idle worker (docs/decisions/0007). `EngineHost` holds the engine, and
+calls run in the host's threads, as tasks do: a text joins what the engine is doing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from distributed import Worker, WorkerPlugin
 from distributed.protocol import to_serialize
 
 from mas_batch.agents.answering import answer_records
-from mas_batch.agents.host import AgentHost
+from mas_batch.agents.host import EngineHost
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import profile_of
 from mas_batch.by_name import pickled_by_name
 from mas_batch.dask_compat import add_handler, remove_handler
-from mas_batch.errors import EngineError, MasBatchError, RunError
+from mas_batch.errors import EngineError, MasBatchError
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch, TaskTimes
 from mas_batch.records import Answer, Record
@@ -39,14 +39,14 @@ class Answered:
     times: TaskTimes
     """Times of the whole batch; nothing is read or written."""
     waited_s: float
-    """Waiting for the model's thread before that."""
+    """Waiting for a thread of the host before that."""
 
 
 class TextHost(WorkerPlugin):  # type: ignore[misc]
     """Adds a handler, named like the plugin, by which a worker is called with agent and records.
 
     Args:
-        topic: name of the `AgentHost` whose engine answers.
+        topic: name of the `EngineHost` whose engine answers.
         task: what is asked of every text.
         specs: agents by name.
     """
@@ -70,33 +70,34 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
         """Ask the agent about the records (id, text, context); returns an `Answered` or an error.
 
         Errors are returned: Dask would log a traceback on the worker for an error that is raised.
+        None: the worker no longer hosts the pool's agents, or is about to close.
         """
         arrived = time.perf_counter()
         asked = [Record(*record) for record in records]
         loop, executor = asyncio.get_running_loop(), self._worker.executors.get(self._topic)
+        host: EngineHost | None = self._worker.plugins.get(self._topic)
+        if host is None or executor is None:
+            return None
         try:
-            if executor is None:
-                raise RunError(f"worker {self._worker.name} no longer hosts an agent")
-            reply = await loop.run_in_executor(executor, self._ask, agent_id, asked, arrived)
+            reply = await loop.run_in_executor(executor, self._ask, host, agent_id, asked, arrived)
             return to_serialize(reply)
         except MasBatchError as error:
-            return to_serialize(error)
+            return None if host.closing else to_serialize(error)
         except Exception as error:  # of any type, also of one that cannot be pickled
             return to_serialize(EngineError(f"{type(error).__name__}: {error}"))
 
-    def _ask(self, agent_id: str, records: Sequence[Record], arrived: float) -> Answered:
+    def _ask(
+        self, host: EngineHost, agent_id: str, records: Sequence[Record], arrived: float
+    ) -> Answered:
         waited_s = time.perf_counter() - arrived
-        host: AgentHost = self._worker.plugins[self._topic]
         spec, watch = self._specs[agent_id], Stopwatch()
-        idle_s = host.begin()
-        engine, family_id, _ = host.engine(spec)
-        profile = profile_of(self._task, spec, family_id)
+        client = host.client(spec)
+        profile = profile_of(self._task, spec, host.family_id(spec))
         watch.lap("process")
-        answers = answer_records(records, make_task(self._task), engine, profile)
+        answers = answer_records(records, make_task(self._task), client, profile)
         host.check_open()
-        watch.model(answers)
-        host.end()
-        return Answered(tuple(answers), watch.times(idle_s), waited_s)
+        watch.model(answers, client.asked_s)
+        return Answered(tuple(answers), watch.times(host.take_idle_s()), waited_s)
 
 
 def texts_op(topic: str) -> str:

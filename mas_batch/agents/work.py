@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from mas_batch.agents.answering import AgentProfile, answer_records, prompt_hash
 from mas_batch.agents.checks import check_engine
 from mas_batch.agents.encoding import encoder_for
+from mas_batch.agents.held import HeldPartition, usable_records
 from mas_batch.agents.host import Report, current_host, peak_memory_bytes, report, report_timed
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.agents.reuse import asked_now, in_order, known_answers, without_sampled
@@ -31,21 +32,32 @@ from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch
 from mas_batch.records import ANSWERS, Answer, Record, join_answers
 from mas_batch.run_folder.commits import commit_results, merged_agents
-from mas_batch.run_folder.names import answers_name, staged_name
+from mas_batch.run_folder.names import answers_name
 from mas_batch.run_folder.plan import read_records
 from mas_batch.run_folder.ref import RunRef
 from mas_batch.tasks import make_task
 
 
-def load_agent(run: RunRef, spec: AgentSpec) -> None:
-    """Make the agent's model resident on this worker.
+def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
+    """Make the engine of these agents resident on this worker, and check it for each of them.
+
+    Args:
+        specs: agents of one engine: their `engine_key` is the same.
 
     Raises:
         ModelError, JobError: the model cannot be loaded, or cannot do the task.
     """
-    engine, family_id, load_s = current_host(run.topic).engine(spec)
-    check_engine(make_task(run.task), engine, spec.agent)
-    facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
+    host = current_host(run.topic)
+    load_s = host.load(specs)
+    agents: dict[str, dict[str, Any]] = {}
+    for spec in specs:
+        engine = host.engine(spec)
+        check_engine(make_task(run.task), engine, spec.agent)
+        agents[spec.agent_id] = {
+            "family_id": host.family_id(spec),
+            "engine": dict(engine.describe()),
+        }
+    facts = {"load_s": load_s, "concurrent": host.concurrent, "agents": agents}
     report(run.topic, Report.LOADED, facts)
 
 
@@ -58,16 +70,17 @@ def answer_partition(
     careful: bool = False,
     earlier: Sequence[str] = (),
 ) -> None:
-    """Ask this worker's agent about every usable record of the partition; commit the answers.
+    """Ask an agent of this host about every usable record of the partition; commit the answers.
 
-    If the engine's server is away, nothing is committed, and the report says so.
+    Several run at once, in threads, and their requests share the engine's batches. If the
+    engine's server is away, nothing is committed, and the report says so.
 
     Args:
-        careful: ask one record at a time, with a journal: a worker has died at this partition.
+        careful: ask one record at a time, with a journal: a worker has died at this partition. It
+            must be the only task of the host: a death would be blamed on it.
         earlier: ask only about records that these agents' answers leave undecided; empty: all.
     """
     host, watch = current_host(run.topic), Stopwatch()
-    idle_s = host.begin()
     name = answers_name(partition, spec.agent_id)
     if run.answered.exists(name):  # a copy of this task finished first
         table = run.answered.read_table(name)
@@ -81,7 +94,6 @@ def answer_partition(
             facts = {"partition": partition, "agent_id": spec.agent_id, "message": error.message}
             facts |= {"retry_after_s": error.retry_after_s, "wait_s": error.wait_s}
             report(run.topic, Report.AWAY, facts)
-            host.end()
             return
         watch.lap("process")
         if not run.answered.commit_table(name, table):
@@ -92,8 +104,7 @@ def answer_partition(
     facts = {"partition": partition, "agent_id": spec.agent_id, "attempt": attempt}
     facts |= _counts_of_answers(asked_now(without_sampled(run, partition, spec.agent_id, table)))
     watch.lap("process")
-    report_timed(run.topic, Report.ANSWERED, facts, watch.times(idle_s))
-    host.end()
+    report_timed(run.topic, Report.ANSWERED, facts, watch.times(host.take_idle_s()))
 
 
 def _ask_agent(
@@ -107,15 +118,17 @@ def _ask_agent(
     earlier: Sequence[str],
 ) -> pa.Table:
     host = current_host(run.topic)
-    engine, family_id, _ = host.engine(spec)
+    family_id = host.family_id(spec)
     watch.lap("process")
-    records = _records_to_ask(run, partition, earlier)
+    held = host.held(run, partition)
+    records = _records_to_ask(run, partition, held, earlier)
     known, answered, missing = known_answers(run, partition, spec.agent_id, records)
     read_s = watch.lap("read")
     task, profile = make_task(run.task), profile_of(run.task, spec, family_id)
+    client = host.client(spec, held)
 
     def ask(asked: Sequence[Record]) -> list[Answer]:
-        return answer_records(asked, task, engine, profile)
+        return answer_records(asked, task, client, profile)
 
     def report_and_ask(asked: Sequence[Record]) -> list[Answer]:
         report(run.topic, Report.ANSWERING, {"partition": partition})
@@ -137,7 +150,7 @@ def _ask_agent(
         attempt=attempt,
         prompt_hash=prompt_hash(task, profile),
         transfer_s=read_s,
-        processing_s=watch.model(answers),
+        processing_s=watch.model(answers, client.asked_s),
     )
     return in_order([known, table], records) if known.num_rows else table
 
@@ -277,29 +290,25 @@ def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
     )
 
 
-def _records_to_ask(run: RunRef, partition: int, earlier: Sequence[str]) -> list[Record]:
-    """Read the partition's usable records, or those that are undecided or escalated."""
-    table = run.store.read_table(staged_name(partition))
+def _records_to_ask(
+    run: RunRef, partition: int, held: HeldPartition, earlier: Sequence[str]
+) -> list[Record]:
+    """Return the partition's usable records, or those that are undecided or escalated."""
     if run.escalation is not None:
         others = [a for a in run.merge.agents if a != run.escalation.agent_id]
         run_of_others = replace(run, answers_into="")
         voters = agents_merged(run_of_others, partition, others)
-        merged, failures = merge_committed(run_of_others, partition, voters, table)
-        return _usable_records(picked(run.escalation, table, merged, failures))
+        merged, failures = merge_committed(run_of_others, partition, voters, held.table)
+        return usable_records(picked(run.escalation, held.table, merged, failures))
     if not earlier or run.stopping is None:
-        return _usable_records(table)
+        return held.usable
+    table = held.table
     answers = committed_answers(run, partition, earlier)
     encode = encoder_for(run.merge, answers)
     still_open = undecided(table, answers, run.merge, run.stopping, encode)
-    return _usable_records(
+    return usable_records(
         table.filter(pc.is_in(table["record_id"], pa.array(still_open, pa.string())))
     )
-
-
-def _usable_records(table: pa.Table) -> list[Record]:
-    good = table.filter(pc.is_null(table["reason"]))
-    columns = good.select(["record_id", "text", "context"]).to_pylist()
-    return [Record(row["record_id"], row["text"], row["context"]) for row in columns]
 
 
 def _answers_table(

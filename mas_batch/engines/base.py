@@ -115,7 +115,13 @@ class Engine(Protocol):
     """Holds one model, resident; turns requests into completions.
 
     Implementations only run a batch that fits: sorting by length, the token budget, halving
-    after an out-of-memory error and isolating a culprit are `batching.complete`'s work.
+    after an out-of-memory error and isolating a culprit are the work of `engines.batching`.
+
+    An engine is loaded, called and closed in one thread (`engines.loop`), but for `tokenize`. One
+    that waits for a server may have `threadsafe = True`: then any number of threads call its
+    `generate` at once. One that knows how many partitions keep it busy has `concurrent`, and one
+    whose `EngineInfo` names `agent_options` has `for_agent(options) -> Engine`: a light view that
+    shares what is held; closing a view closes nothing.
     """
 
     max_context_tokens: int
@@ -134,7 +140,7 @@ class Engine(Protocol):
 
         It depends on the request's text, messages and context alone, so it is done once, before
         batches are made, and passed on as `Request.tokenized`. `num_tokens` is of the full prompt,
-        template included.
+        template included. Several threads call it, also while `generate` runs in another.
         """
         ...
 
@@ -194,8 +200,10 @@ class SteppingEngine(Engine, Protocol):
         """Begin with as many of these as there is room for; returns their positions in `waiting`.
 
         The engine chooses whom, so that prompts of like length are read together, but the first
-        does not wait for ever. If nothing is under way it begins at least one. An exception means
-        that none has begun, and leaves those under way as they are; `OutOfMemoryError` too.
+        does not wait for ever. If nothing is under way it begins at least one. It is called before
+        every step until it begins with none, and again when a request has ended or another one
+        has come. An exception means that none has begun, and leaves those under way as they are;
+        `OutOfMemoryError` too.
         """
         ...
 
@@ -213,6 +221,32 @@ class SteppingEngine(Engine, Protocol):
 
     def drop(self) -> None:
         """Forget everything under way; the engine is usable again."""
+        ...
+
+
+class EngineClient(Protocol):
+    """How one agent asks an engine that others may be asking at the same time."""
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt plus completion, in the model's own tokens."""
+        ...
+
+    def tokenize(self, request: Request) -> TokenizedPrompt:
+        """Render and tokenise a request; see `Engine.tokenize`."""
+        ...
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Answer every request, in the order given, whatever batching does in between.
+
+        A prompt that leaves no room for `max_new_tokens` in the context fails alone with
+        `too_long`. A batch that fails is halved until the culprit stands alone; it becomes a
+        completion with a reason, and its batch-mates are answered.
+
+        Raises:
+            EngineRefusedError, EngineUnavailableError: no request of the batch can be answered.
+            RunError: the engine is being closed.
+        """
         ...
 
 

@@ -40,12 +40,17 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _replicas(ledger: pa.Table) -> dict[str, Any]:
-    """Add up what the agents' workers did; together it is the time that they were there."""
+    """Add up what the agents' workers did.
+
+    `load_s`, `compute_s` and `idle_s` together are about the time that they were there; the rest
+    is of tasks, several of which run at once while the engine computes or is idle.
+    """
     answers, loads = _rows_of(ledger, "answer"), _rows_of(ledger, "load")
     return {
         "num": pc.count_distinct(loads["worker"]).as_py(),
         "compute_s": _total_s(answers, "compute_s"),
         "transfer_s": _total_s(answers, "read_s") + _total_s(answers, "write_s"),
+        "wait_s": _total_s(answers, "wait_s"),
         "processing_s": _total_s(answers, "process_s"),
         "failed_s": _total_s(_rows_of(ledger, "failed answer"), "wall_s"),
         "idle_s": _total_s(answers, "idle_s"),

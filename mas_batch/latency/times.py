@@ -17,23 +17,25 @@ MODEL = "model"
 @pickled_by_name
 @dataclass(frozen=True, slots=True)
 class TaskTimes:
-    """Seconds of one task: read + write + compute + process are all of it."""
+    """Seconds of one task: read + write + compute + wait + process are all of it."""
 
     read_s: float = 0.0
     write_s: float = 0.0
     compute_s: float = 0.0
-    """The model's own time."""
+    """The model's own time: of the batches and steps it was in, its share."""
     prefill_s: float | None = None
     """Part of `compute_s` that reads prompts; None: not known."""
+    wait_s: float = 0.0
+    """Its requests were with the engine, which worked for others, or had not begun."""
     process_s: float = 0.0
-    """Tokenising, batching, parsing, merging; loading a model that was no longer resident."""
+    """Tokenising, parsing, merging; loading a model that was no longer resident."""
     idle_s: float = 0.0
-    """How long the replica had nothing to do before the task."""
+    """How long the engine had nothing to do since the host's task before; not of this task."""
 
     @property
     def own_s(self) -> float:
         """The task's own seconds."""
-        return self.read_s + self.write_s + self.compute_s + self.process_s
+        return self.read_s + self.write_s + self.compute_s + self.wait_s + self.process_s
 
     @property
     def decode_s(self) -> float | None:
@@ -54,7 +56,7 @@ class TaskTimes:
             "queue_s": queue_s,
             "wall_s": queue_s + self.own_s,
             "transfer_s": self.read_s + self.write_s,
-            "processing_s": queue_s + self.process_s,
+            "processing_s": queue_s + self.wait_s + self.process_s,
         }
 
 
@@ -65,6 +67,7 @@ class Stopwatch:
         self._last = time.perf_counter()
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._compute_s = 0.0
+        self._wait_s = 0.0
         self._prefill_s: float | None = None
 
     def lap(self, part: str) -> float:
@@ -79,15 +82,20 @@ class Stopwatch:
         self._last = now
         return lap_s
 
-    def model(self, answers: list[Answer]) -> float:
-        """End a lap in which an engine was asked; returns its seconds without the model's own."""
+    def model(self, answers: list[Answer], asked_s: float) -> float:
+        """End a lap in which an engine was asked; returns its seconds without the model's own.
+
+        Args:
+            asked_s: of the lap, how long requests were with the engine (`LoopClient.asked_s`).
+        """
         lap_s = self.lap(MODEL)
         compute_s = sum(answer.t_compute_s for answer in answers)
         known = [answer.t_prefill_s for answer in answers if answer.t_prefill_s is not None]
-        if len(known) == len(answers) and compute_s <= lap_s:
+        if len(known) == len(answers) and compute_s <= asked_s:
             self._prefill_s = sum(known)
-        # A sum above the lap holds compute time of a worker that died, kept in its journal.
-        self._compute_s = min(compute_s, lap_s)
+        # A sum above that holds compute time of a worker that died, kept in its journal.
+        self._compute_s = min(compute_s, asked_s)
+        self._wait_s = asked_s - self._compute_s
         return lap_s - self._compute_s
 
     def times(self, idle_s: float = 0.0) -> TaskTimes:
@@ -98,6 +106,7 @@ class Stopwatch:
             write_s=spent["write"],
             compute_s=self._compute_s,
             prefill_s=self._prefill_s,
-            process_s=spent["process"] + spent[MODEL] - self._compute_s,
+            wait_s=self._wait_s,
+            process_s=spent["process"] + spent[MODEL] - self._compute_s - self._wait_s,
             idle_s=idle_s,
         )

@@ -109,7 +109,7 @@ class TimeFacts:
     phases: Mapping[str, float]
     """Seconds by phase, in order."""
     replicas: Mapping[str, float]
-    """Seconds summed over replicas: compute, transfer, processing, load, failed, idle."""
+    """Seconds summed over replicas: compute, load, idle."""
     num_replicas: int | None
     partitions: tuple[Mapping[str, Any], ...]
     """Rows of `latency.summary`'s `per_partition`: quantiles of `wall` and of waiting, `queue`."""

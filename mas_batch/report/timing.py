@@ -20,7 +20,8 @@ MAX_ACTIVITIES = 16
 
 MAX_PARTITION_ROWS = 60
 
-REPLICA_PARTS = ("compute", "transfer", "processing", "load", "failed", "idle")
+REPLICA_PARTS = ("compute", "load", "idle")
+"""All that is a replica's: the seconds of tasks run beside these, several at once."""
 _WORK = ("answer", "failed answer")
 
 

@@ -14,7 +14,7 @@ import dask
 from distributed import Client, Future
 
 from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
-from mas_batch.agents.work import load_agent
+from mas_batch.agents.work import load_agents
 from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
 from mas_batch.errors import ModelError, RunError, VersionError
 from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Emit
@@ -191,7 +191,7 @@ class Hosting:
         self._hosts[address] = agent_id
         self._emit(AgentLoading(agent_id, self.name(address)))
         with dask.annotate(executor=self._run.topic):
-            call = TaskCall(self._run.code, load_agent, self._run, self._specs[agent_id])
+            call = TaskCall(self._run.code, load_agents, self._run, [self._specs[agent_id]])
             future = self._client.submit(call, workers=[address], pure=False)
         self._loading[address] = _Load(future, time.monotonic())
         self._watch(future, lambda failure: self._load_ended(address, future, failure))
@@ -204,8 +204,9 @@ class Hosting:
         load.future.release()
         agent_id = self._hosts[address]
         self.ready[address] = agent_id
-        self.engine_facts[agent_id] = {"family_id": facts["family_id"], **facts["engine"]}
-        self._emit(AgentReady(agent_id, self.name(address), facts["load_s"], facts["engine"]))
+        own = facts["agents"][agent_id]
+        self.engine_facts[agent_id] = {"family_id": own["family_id"], **own["engine"]}
+        self._emit(AgentReady(agent_id, self.name(address), facts["load_s"], own["engine"]))
         if self.listener is not None:
             self.listener.joined(address, agent_id)
 

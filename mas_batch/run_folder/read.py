@@ -185,4 +185,6 @@ def read_ledger(store: Store) -> pa.Table:
     """Read the rows of all executions of a run; a run of an earlier version has none."""
     names = sorted(name for name in store.list(LEDGER_FOLDER) if name.endswith(".parquet"))
     tables = [store.read_table(f"{LEDGER_FOLDER}/{name}") for name in names]
-    return pa.concat_tables(tables) if tables else LEDGER.empty_table()
+    # A column that an earlier version did not write is null.
+    joined = pa.concat_tables([LEDGER.empty_table(), *tables], promote_options="default")
+    return joined.select(LEDGER.names)
