@@ -43,6 +43,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[openai]",
             options="mas_batch.engines.openai:read",
             holds="endpoint",
+            concurrent=4,
             computes_elsewhere=True,
             uses_threads=False,
             operational=("concurrency", "timeout_s", "max_retries", "wait_s", "api_key_env"),
