@@ -54,6 +54,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[cpu]",
             options="mas_batch.engines.classical.nearest_options:read",
             detected_by=("modules.json",),  # the sentence-transformers layout
+            agent_options=("*",),
         ),
         "bayes": EngineInfo(
             "mas_batch.engines.classical.bayes",

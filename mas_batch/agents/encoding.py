@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from mas_batch.engines.encoder import Encoder
 
 
+_loading = threading.Lock()
+"""Merges run in several threads of a worker: one loads, the others wait for it."""
+
+
 def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
     """Encode all answers of a partition at once; None if the merge needs no vectors.
 
@@ -30,7 +35,9 @@ def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
     texts = sorted({nfc(text) for text in answers["text"].to_pylist() if text is not None})
     if not texts:
         return None
-    vectors = dict(zip(texts, _load(spec.encoder).encode(texts), strict=True))
+    with _loading:
+        encoder = _load(spec.encoder)
+    vectors = dict(zip(texts, encoder.encode(texts), strict=True))
 
     def encode(asked: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.stack([vectors[text] for text in asked])
