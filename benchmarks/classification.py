@@ -65,13 +65,13 @@ class Row(NamedTuple):
 
 
 class Remembering:
-    """An encoder that reads each text once, though five folds and three agents ask for it."""
+    """An encoder that reads each text once, examples too, though five folds ask for them."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._known: dict[str, NDArray[np.float32]] = {}
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], *, remember: bool = True) -> NDArray[np.float32]:
         new = sorted(set(texts) - self._known.keys())
         self._known.update(zip(new, self._encoder.encode(new), strict=True))
         return np.stack([self._known[text] for text in texts])

@@ -46,6 +46,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[openai]",
             options="mas_batch.engines.openai:read",
             holds="endpoint",
+            concurrent=4,
             computes_elsewhere=True,
             uses_threads=False,
             operational=("concurrency", "timeout_s", "max_retries", "wait_s", "api_key_env"),
@@ -56,6 +57,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[cpu]",
             options="mas_batch.engines.classical.nearest_options:read",
             detected_by=("modules.json",),  # the sentence-transformers layout
+            agent_options=("*",),
         ),
         "bayes": EngineInfo(
             "mas_batch.engines.classical.bayes",

@@ -3,15 +3,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from mas_batch.agents.encoding import encoder_for
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.engines import detect_engine, load_engine
 from mas_batch.engines.base import Completion, Engine, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
+from mas_batch.engines.recent import RecentVectors
 from mas_batch.errors import JobError, ModelError, Reason
 from mas_batch.models import ModelFiles, fetch
 
@@ -113,6 +118,64 @@ def test_a_long_text_is_read_to_its_end(tiny_bert: Path, encoder: Encoder) -> No
     np.testing.assert_allclose(encoder.encode([long])[0], mean / np.linalg.norm(mean), atol=1e-5)
 
 
+def forwards(encoder: Encoder) -> list[int]:
+    """Return a list that will hold the rows of every batch that the model reads."""
+    rows: list[int] = []
+    encoder._model.register_forward_hook(
+        lambda model, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    return rows
+
+
+def test_a_text_is_read_once_whoever_asks_and_its_vector_is_the_same(tiny_bert: Path) -> None:
+    encoder = Encoder.load(files(tiny_bert), EngineConfig(device="cpu"))
+    rows, asked = forwards(encoder), sorted(set(texts(20, 6)))
+    first = encoder.encode([*asked, *asked])
+    assert sum(rows) == len(asked)
+    np.testing.assert_array_equal(encoder.encode(asked[::-1]), first[: len(asked)][::-1])
+    first[:] = 0  # what was returned is the caller's
+    mixed = encoder.encode(["one", *asked, "two"])
+    assert sum(rows) == len(asked) + 2
+    np.testing.assert_allclose(np.linalg.norm(mixed, axis=1), 1.0, atol=1e-6)
+    encoder.encode(["three"], remember=False)
+    encoder.encode(["three"])
+    encoder.encode(["three"])
+    assert sum(rows) == len(asked) + 4
+
+
+def test_vectors_that_were_not_asked_for_the_longest_are_forgotten() -> None:
+    vectors = np.ones((5, 25), np.float32)
+    recent = RecentVectors(max_bytes=3 * (100 + 300))
+    for text, vector in zip("abc", vectors, strict=False):
+        recent.add(text, vector)
+    assert recent.get("a") is not None
+    recent.add("d", vectors[3])
+    assert [text for text in "abcd" if recent.get(text) is not None] == ["a", "c", "d"]
+    recent.add("long", np.ones(10_000, np.float32))
+    assert [text for text in ("a", "c", "d", "long") if recent.get(text) is not None] == []
+    recent.add("a", vectors[0])
+    assert recent.get("a") is not None
+
+
+def test_threads_may_encode_and_count_at_once(encoder: Encoder) -> None:
+    """A tokenizer that is told to cut, and by another thread not to, failed or cut wrongly."""
+    asked, long = texts(20, 20), " ".join(WORDS * 300)
+    tokens, vectors = encoder.count_tokens(long), encoder.encode(asked)
+
+    def encode() -> None:
+        for _ in range(20):
+            found = encoder.encode([f"{text} sings" for text in asked[::2]], remember=False)
+            assert found.shape == (10, encoder.dimension)
+            np.testing.assert_array_equal(encoder.encode(asked), vectors)
+
+    def count() -> None:
+        assert {encoder.count_tokens(long) for _ in range(40)} == {tokens}
+
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(call) for call in [encode, count] * 2]:
+            future.result()
+
+
 def test_the_first_tokens_vector_where_the_checkpoint_says_so(tiny_bert: Path) -> None:
     config = EngineConfig(device="cpu")
     mean = Encoder.load(files(tiny_bert), config)
@@ -170,6 +233,24 @@ def test_a_sentence_transformers_folder_means_this_engine(tiny_bert: Path, tmp_p
     assert detect_engine(files(tiny_bert)) == "transformers"
     layout(tmp_path, "Transformer")
     assert detect_engine(files(tmp_path)) == "nearest"
+
+
+def test_merges_at_once_load_the_encoder_once(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run in a worker's task threads."""
+    spec = MergeSpec("mbr", "embedding", {}, None, 0.0, "text", None, encoder=str(tiny_bert))
+    loaded, load = [], Encoder.load
+    monkeypatch.setattr(Encoder, "load", lambda *args: loaded.append(args) or load(*args))
+
+    def encode(text: str) -> Any:
+        encode = encoder_for(spec, pa.table({"text": [text, "dog"]}))
+        return encode([text]) if encode is not None else None
+
+    with ThreadPoolExecutor(4) as threads:
+        vectors = list(threads.map(encode, WORDS))
+    assert len(loaded) == 1
+    assert {vector.shape for vector in vectors} == {(1, 32)}
 
 
 # --- Methods
@@ -288,11 +369,44 @@ def test_facts_say_what_answered(tiny_bert: Path, tmp_path: Path) -> None:
     json.dumps(facts)
 
 
+def test_agents_share_an_encoder(tiny_bert: Path, tmp_path: Path) -> None:
+    options: list[dict[str, Any]] = [
+        {"examples": write(tmp_path / "x.jsonl", EXAMPLES), "k": 2},
+        {"examples": write(tmp_path / "same.jsonl", EXAMPLES), "method": "centroid"},
+        {"method": "zero-shot", "labels": {"cats": "cat", "birds": "bird"}},
+    ]
+    asked = sorted(set(texts(12, 6)))
+    alone = [load(tiny_bert, **own) for own in options]
+    engine: Any = load_engine("nearest", files(tiny_bert), EngineConfig(device="cpu"))
+    rows = forwards(engine._encoder)
+    views = [engine.for_agent(own) for own in options]
+    assert sum(rows) == len(EXAMPLES) + 2, "equal examples are placed once"
+    for view, own in zip(views, alone, strict=True):
+        shared, expected = ask(view, *asked), ask(own, *asked)
+        assert [c.text for c in shared] == [c.text for c in expected]
+        assert [c.sum_logprob for c in shared] == pytest.approx([c.sum_logprob for c in expected])
+        assert view.describe() == own.describe() == {**engine.describe(), **view.describe()}
+    assert sum(rows) == len(EXAMPLES) + 2 + len(asked), "and a text is read once for all"
+    views[0].close()
+    assert ask(views[1], "red dog")[0].reason is None
+    engine.close()
+    assert ask(views[1], "blue bird")[0].reason is Reason.ENGINE_ERROR
+    alone[0].close()
+    assert ask(alone[0], "red dog")[0].reason is Reason.ENGINE_ERROR, "it had the encoder alone"
+
+
+def test_options_of_an_agent_without_any_are_named(tiny_bert: Path) -> None:
+    engine: Any = load_engine("nearest", files(tiny_bert), EngineConfig(device="cpu"))
+    with pytest.raises(JobError, match="nearest with method knn needs it") as caught:
+        engine.for_agent({})
+    assert caught.value.key == "agents.options.examples"
+
+
 @pytest.mark.parametrize(
     ("options", "key", "message"),
     [
         ({"method": "nearest"}, "method", "allowed: knn, centroid, zero-shot, similarity"),
-        ({}, "examples", "nearest with method knn needs it"),
+        ({"k": 3}, "examples", "nearest with method knn needs it"),
         ({"method": "zero-shot"}, "labels", "needs it"),
         (
             {"method": "centroid", "examples": "x", "k": 3},

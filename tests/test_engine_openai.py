@@ -10,17 +10,20 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from mas_batch.engines import load_engine
-from mas_batch.engines.base import Engine, EngineConfig, Message, Request, Sampling
+from mas_batch.engines.base import Completion, Engine, EngineConfig, Message, Request, Sampling
 from mas_batch.engines.batching import complete
 from mas_batch.engines.claims import MAX_CHARS_PER_TOKEN
+from mas_batch.engines.interrupted import Interrupted
 from mas_batch.errors import (
     EngineError,
     EngineRefusedError,
@@ -29,6 +32,7 @@ from mas_batch.errors import (
     Reason,
 )
 from mas_batch.models import fetch
+from tests.waiting import wait_until
 
 CANARY = "sk-canary-4711-never-to-be-seen"
 GREEDY = Sampling(max_new_tokens=16)
@@ -465,6 +469,133 @@ def test_an_error_inside_a_server_is_the_records_only_if_others_are_answered(ser
     server.fault = lambda text: (500, {})
     with pytest.raises(EngineUnavailableError, match="500"):
         engine.generate([request("good"), request("bad")], GREEDY)
+
+
+# --- Several partitions at once
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Make the calls in a thread each; returns what each returned, or raised."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        futures = [threads.submit(call) for call in calls]
+        return [future.exception() or future.result() for future in futures]
+
+
+def test_calls_at_once_share_one_bound(server, load):
+    under_way, most, full = set[str](), 0, threading.Event()
+
+    def held(text: str) -> None:
+        nonlocal most
+        with server.lock:
+            under_way.add(text)
+            most = max(most, len(under_way))
+        if len(under_way) >= 3:
+            full.set()
+        full.wait()
+        with server.lock:
+            under_way.remove(text)
+
+    server.fault = held
+    engine, texts = load(concurrency=3), [f"text {i}" for i in range(24)]
+    calls = [partial(engine.generate, [request(t) for t in texts[i::3]], GREEDY) for i in range(3)]
+    for i, rows in enumerate(at_once(*calls)):
+        assert [row[0].text for row in rows] == [t.upper() for t in texts[i::3]]
+    assert most == 3
+    assert engine.threadsafe
+    assert (load(concurrency=1).concurrent, load(concurrency=8).concurrent) == (2, 4)
+
+
+def test_a_server_that_goes_away_halts_all_calls_and_no_answer_is_lost(server, load):
+    engine, away, answered = (
+        load(max_retries=0, concurrency=2),
+        threading.Event(),
+        threading.Event(),
+    )
+    first = ["falls", "same", "a", "b"]
+    second = ["same", "c", "waits", "d"]
+
+    def falls(text: str) -> tuple[int, dict[str, str]] | None:
+        if text == "falls":
+            answered.wait()
+            away.set()
+        elif text == "waits":
+            answered.set()
+            away.wait()
+        return (0, {}) if away.is_set() else None
+
+    server.fault = falls
+    one = partial(complete, engine, [request(t) for t in first], GREEDY)
+    other = partial(complete, engine, [request(t) for t in second], GREEDY)
+    with ThreadPoolExecutor(2) as threads:
+        earlier = threads.submit(one)
+        wait_until(lambda: server.tries["b"])  # it is the first in the queue of requests
+        later = threads.submit(other)
+        errors = [earlier.exception(), later.exception()]
+    assert [type(error) for error in errors] == [EngineUnavailableError] * 2
+    assert errors[0] is not errors[1]
+    server.fault = lambda text: None
+    rows = at_once(one, other)
+    assert [[row[0].text for row in each] for each in rows] == [
+        [t.upper() for t in first],
+        [t.upper() for t in second],
+    ]
+    asked = {t: server.tries[t] for t in {*first, *second}}
+    assert asked == {"falls": 2, "waits": 2, "same": 2, "a": 1, "b": 1, "c": 1, "d": 1}
+
+
+def test_who_is_asked_alone_is_alone_among_all_calls(server, load):
+    """Else it would be blamed for what another call's request does to the server."""
+    engine, fallen = load(max_retries=0), threading.Event()
+
+    def falls(text: str) -> tuple[int, dict[str, str]] | None:
+        if text == "poison":
+            fallen.set()
+        if text == "slow":
+            fallen.wait(0.3)
+        return (0, {}) if fallen.is_set() and text in ("poison", "slow") else None
+
+    server.fault = falls
+    left = {text: partial(complete, engine, [request(text)], GREEDY) for text in ("slow", "poison")}
+    rows: dict[str, Any] = {}
+    while left:
+        fallen.clear()
+        for text, outcome in zip(list(left), at_once(*left.values()), strict=True):
+            if not isinstance(outcome, EngineUnavailableError):
+                rows[text] = outcome[0][0]
+                del left[text]
+    assert (rows["slow"].text, rows["slow"].reason) == ("SLOW", None)
+    assert rows["poison"].reason is Reason.ENGINE_ERROR
+    assert server.tries["poison"] == 4
+
+
+def test_what_is_remembered_of_equal_requests() -> None:
+    kept, once, again = Interrupted(), object(), object()
+    for interruption in (once, once, again):
+        assert not kept.is_suspect("key")
+        kept.met("key", interruption)
+    assert kept.is_suspect("key"), "it met two interruptions, one of them twice"
+    first, second = [[Completion(text, (), None, 1, "stop", 1)] for text in "ab"]
+    kept.keep("key", first)
+    kept.keep("key", second)
+    assert [kept.take("key") for _ in range(3)] == [second, first, None]
+    assert not kept.is_suspect("key")
+
+
+def test_closing_ends_the_calls_that_are_under_way(server, load):
+    release, engine = threading.Event(), load(concurrency=1)
+    server.fault = lambda text: release.wait() and None
+    call = partial(complete, engine, [request("a"), request("b")], GREEDY)
+    with ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(call)
+        wait_until(lambda: server.tries["a"])
+        closing = threads.submit(engine.close)
+        wait_until(lambda: engine._endpoint.is_closed)
+        release.set()
+        closing.result()
+        assert isinstance(asked.exception(), EngineUnavailableError)
+    with pytest.raises(EngineUnavailableError, match="is being closed"):
+        call()
+    assert server.tries["b"] == 0
 
 
 # --- What a server claims

@@ -8,6 +8,7 @@ may ask for the first token's vector instead, and is refused where it asks for a
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.batching import plan_batches
+from mas_batch.engines.recent import RecentVectors
 from mas_batch.engines.torch_device import free_caches, torch_device
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles
@@ -28,6 +30,8 @@ from mas_batch.models.weights import read_json
 
 BATCH_TOKENS = 8192
 """Padded tokens per batch where the agent sets no budget."""
+RECENT_BYTES = 64 * 2**20
+"""For vectors of texts that were encoded lately: some 37,000 of 384 numbers."""
 MODULES = frozenset({"Transformer", "Pooling", "Normalize"})
 """Of a sentence-transformers pipeline, the steps that are done here."""
 POOLINGS: dict[str, Literal["mean", "first"]] = {
@@ -46,7 +50,7 @@ class Layout:
 
 
 class Encoder:
-    """An encoder in memory with its tokenizer. See `load`."""
+    """An encoder in memory with its tokenizer. See `load`. Any number of threads may use it."""
 
     def __init__(
         self, model: Any, tokenizer: Any, layout: Layout, max_batch_tokens: int | None
@@ -62,6 +66,10 @@ class Encoder:
         """Tokens that the model reads at once, special tokens included."""
         self._max_batch_tokens = max_batch_tokens or BATCH_TOKENS
         self.dimension = int(model.config.hidden_size)
+        self._recent = RecentVectors(RECENT_BYTES)
+        self._encoding = threading.Lock()
+        # How a tokenizer cuts is a state of it, which another thread would change in between.
+        self._tokenizing = threading.Lock()
 
     @classmethod
     def load(cls, files: ModelFiles, config: EngineConfig) -> Encoder:
@@ -104,20 +112,40 @@ class Encoder:
 
     def count_tokens(self, text: str) -> int:
         """Count a text's tokens, special tokens of one window included."""
-        return len(self._tokenizer(text, verbose=False)["input_ids"])
+        with self._tokenizing:
+            return len(self._tokenizer(text, verbose=False)["input_ids"])
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str], *, remember: bool = True) -> NDArray[np.float32]:
         """Return one unit vector per text, [N, dimension].
 
         Nothing is cut off: a text over `max_tokens` is read in windows, and the mean is over
         the tokens of all of them. A text's vector is the same whatever else is encoded with it,
-        but for rounding (less than 1e-5 in each component).
+        but for rounding (less than 1e-5 in each component). Equal texts are read once; so are
+        those of the last calls, whoever asks, if they were asked with `remember`.
         """
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
-        encoded = self._tokenizer(
-            list(texts), truncation=True, max_length=self.max_tokens, return_overflowing_tokens=True
-        )
+        with self._encoding:
+            asked = dict.fromkeys(texts)
+            vectors = {text: v for text in asked if (v := self._recent.get(text)) is not None}
+            new = [text for text in asked if text not in vectors]
+            for text, vector in zip(new, self._read(new), strict=True):
+                vectors[text] = vector
+                if remember:
+                    self._recent.add(text, vector)
+        return np.stack([vectors[text] for text in texts])
+
+    def _read(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one unit vector per text, all of them computed now."""
+        if not texts:
+            return np.zeros((0, self.dimension), np.float32)
+        with self._tokenizing:
+            encoded = self._tokenizer(
+                list(texts),
+                truncation=True,
+                max_length=self.max_tokens,
+                return_overflowing_tokens=True,
+            )
         windows, owners = encoded["input_ids"], encoded["overflow_to_sample_mapping"]
         sums = np.zeros((len(texts), self.dimension))
         for batch in plan_batches(list(map(len, windows)), 0, self._max_batch_tokens):

@@ -3,11 +3,15 @@
 A request that fails for a moment is tried `max_retries` times here. A server that is away for
 longer (refused or lost connections, time-outs, 429, 502 to 504) is a matter of the router, or of
 the pool: `EngineUnavailableError`.
+
+Several threads ask at once, each for a call of its own. What one of them finds out of the server
+ends all calls that are under way, and none that begins later: they share a `Halt`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import os
 import re
@@ -113,6 +117,33 @@ class Fault:
         return self.is_away or self.status >= 500
 
 
+class Halt:
+    """Why none of the calls that are under way sends anything further; unset until there is why."""
+
+    def __init__(self) -> None:
+        self._is_set = threading.Event()
+        self._error: EngineError | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the calls are to end."""
+        return self._is_set.is_set()
+
+    def set(self, error: EngineError) -> None:
+        """End the calls; the first error stays."""
+        self._error = self._error or error
+        self._is_set.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait, but not after it is set; returns whether it is."""
+        return self._is_set.wait(seconds)
+
+    def check(self) -> None:
+        """Raise the error if there is one, for each call its own: it will carry a traceback."""
+        if self._error is not None:
+            raise copy.copy(self._error)
+
+
 class Endpoint:
     """One model behind an endpoint, asked by several threads.
 
@@ -122,11 +153,15 @@ class Endpoint:
 
     def __init__(self, options: Options, model: str, key: str | None) -> None:
         self.url = options.base_url
-        self.halt: EngineError | None = None
-        """Why no further request of the batch is sent."""
-        self.is_away = False
+        self._lock = threading.Lock()
+        self._halt = Halt()
+        self._is_away = False
         """The server was away when it was asked last."""
-        self.halted = threading.Event()
+        self._knocking = threading.Lock()
+        self._num_knocks = 0
+        self._last_knock: Fault | None = None
+        self.is_closed = False
+        """No call can begin any more."""
         self._options = options
         self._model = model
         self._key = key
@@ -150,26 +185,42 @@ class Endpoint:
         # The official endpoint has renamed it; the servers that imitate it know the old name.
         return "max_completion_tokens" if self.url == OFFICIAL_URL else "max_tokens"
 
-    def close(self) -> None:
-        """Close the connections; no request may be under way."""
-        asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    def begin(self) -> Halt:
+        """Begin a call; returns what ends it together with all others that are under way.
 
-    def knock(self) -> None:
-        """Ask something small after the server was away, so that no record's request meets that.
+        After the server was away something small is asked first, so that no record's request meets
+        that.
 
         Raises:
-            EngineUnavailableError: it still is.
+            EngineUnavailableError: it still is, or the endpoint is closed.
         """
-        fault = self._send(self._small_body())
-        if isinstance(fault, Fault) and fault.is_servers:
-            raise self._unavailable(fault)
-        self.is_away = False
+        while True:
+            with self._lock:
+                if self.is_closed:
+                    raise self._closing()
+                if not self._is_away:
+                    if self._halt.is_set:  # a passing fault deserves another try
+                        self._halt = Halt()
+                    return self._halt
+            if fault := self._knock():
+                raise self._unavailable(fault)
 
-    def post(self, body: dict[str, Any]) -> ChatCompletion:
-        """Send one request, and send it again after a moment's trouble.
+    def end_calls(self) -> None:
+        """End all calls that are under way, for good: none can begin any more."""
+        with self._lock:
+            self.is_closed = True
+            self._halt.set(self._closing())
+
+    def close(self) -> None:
+        """Close the connections, after `end_calls`; no request may be under way."""
+        with self._knocking:  # a call that was about to begin may be asking
+            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def post(self, body: dict[str, Any], halt: Halt) -> ChatCompletion:
+        """Send one request of a call, and send it again after a moment's trouble.
 
         Raises:
             EngineRefusedError: no request to this endpoint can succeed.
@@ -182,32 +233,49 @@ class Endpoint:
                 return reply
             pause = pause_s(attempt, reply.retry_after_s)
             last = attempt >= self._options.max_retries or pause > MAX_PAUSE_S
-            if last or not reply.is_brief or self.halted.wait(pause):
+            if last or not reply.is_brief or halt.wait(pause):
                 break
-        # The batch's other requests would be refused as well, and hundreds of calls with a
-        # wrong key are what gets accounts locked.
+        # The other requests would be refused as well, and hundreds of calls with a wrong key are
+        # what gets accounts locked.
         if reply.status in REFUSED:
-            raise self._halt_with(EngineRefusedError(reply.message))
+            raise self._end(halt, EngineRefusedError(reply.message))
         too_long = reply.status in (400, 413, 429) and _TOO_LONG.search(reply.message)
         if reply.is_away and not too_long:
-            raise self._halt_with(self._unavailable(reply))
+            raise self._end(halt, self._unavailable(reply))
         if reply.status >= 500:  # an error inside the server: is it this request's?
             other = self._send(self._small_body())
             if isinstance(other, Fault) and other.is_servers:
-                raise self._halt_with(self._unavailable(other))
+                raise self._end(halt, self._unavailable(other))
         raise RecordError(Reason.TOO_LONG if too_long else Reason.ENGINE_ERROR, reply.message)
 
-    def go_on(self) -> None:
-        """Forget what halted the last batch: a passing fault deserves another try."""
-        self.halt = None
-        self.halted.clear()
+    def _knock(self) -> Fault | None:
+        """Ask whether the server is back; returns why it is not.
 
-    def _halt_with(self, error: EngineError) -> EngineError:
-        """Let no further request of the batch begin; returns the error, to be raised."""
-        self.halt = self.halt or error
-        self.is_away |= isinstance(error, EngineUnavailableError)
-        self.halted.set()
+        Who comes while another thread asks takes its reply.
+
+        Raises:
+            EngineUnavailableError: the endpoint is closed.
+        """
+        number = self._num_knocks
+        with self._knocking:
+            if self.is_closed:
+                raise self._closing()
+            if self._num_knocks == number:
+                reply = self._send(self._small_body())
+                fault = reply if isinstance(reply, Fault) and reply.is_servers else None
+                self._last_knock, self._is_away = fault, fault is not None
+                self._num_knocks += 1
+            return self._last_knock
+
+    def _end(self, halt: Halt, error: EngineError) -> EngineError:
+        """End the calls that are under way; returns the error, to be raised."""
+        with self._lock:
+            self._is_away |= isinstance(error, EngineUnavailableError)
+            halt.set(error)
         return error
+
+    def _closing(self) -> EngineUnavailableError:
+        return EngineUnavailableError(f"{self.url}: the engine is being closed")
 
     def _unavailable(self, fault: Fault) -> EngineUnavailableError:
         after_s, wait_s = fault.retry_after_s, self._options.wait_s

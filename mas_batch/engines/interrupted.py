@@ -2,13 +2,16 @@
 
 What was answered before the interruption is not asked again when the partition comes back to the
 same replica. A request that was under way at every interruption may be what fells the server: it is
-asked alone, and in the end it fails alone.
+asked alone, and in the end it fails alone. Several threads may have such batches at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mas_batch.engines.base import Completion
@@ -22,32 +25,52 @@ _MAX_KEPT = 10_000
 
 
 class Interrupted:
-    """The answered requests of interrupted batches, and those that were under way."""
+    """The answered requests of interrupted batches, and those that were under way.
+
+    Equal requests of several batches each have an answer of their own.
+    """
 
     def __init__(self) -> None:
-        self._answers: dict[str, list[Completion]] = {}
+        self._lock = threading.Lock()
+        self._answers: dict[str, list[list[Completion]]] = {}
         self._num_met: dict[str, int] = {}
+        self._last_met: dict[str, object] = {}
 
     def keep(self, key: str, answer: list[Completion]) -> None:
         """Keep the answer to a request of a batch that was interrupted."""
-        self._num_met.pop(key, None)
-        self._answers[key] = answer
-        if len(self._answers) > _MAX_KEPT:
-            del self._answers[next(iter(self._answers))]
+        with self._lock:
+            self._forget(key)
+            self._answers.setdefault(key, []).append(answer)
+            if len(self._answers) > _MAX_KEPT:
+                del self._answers[next(iter(self._answers))]
 
     def take(self, key: str) -> list[Completion] | None:
-        """Return the kept answer and forget it; None if there is none."""
-        return self._answers.pop(key, None)
+        """Return a kept answer and forget it; None if there is none."""
+        with self._lock:
+            kept = self._answers.get(key)
+            answer = kept.pop() if kept else None
+            if not kept:
+                self._answers.pop(key, None)
+            return answer
 
-    def met(self, key: str) -> None:
-        """Note that the request was under way at an interruption."""
-        self._num_met[key] = self._num_met.pop(key, 0) + 1
-        if len(self._num_met) > _MAX_KEPT:
-            del self._num_met[next(iter(self._num_met))]
+    def met(self, key: str, interruption: object) -> None:
+        """Note that the request was under way at an interruption.
+
+        Args:
+            interruption: tells it from others: equal requests that it met count once.
+        """
+        with self._lock:
+            if self._last_met.get(key) is interruption:
+                return
+            self._last_met[key] = interruption
+            self._num_met[key] = self._num_met.pop(key, 0) + 1
+            if len(self._num_met) > _MAX_KEPT:
+                self._forget(next(iter(self._num_met)))
 
     def answered(self, key: str) -> None:
         """Note that the request is answered."""
-        self._num_met.pop(key, None)
+        with self._lock:
+            self._forget(key)
 
     def is_suspect(self, key: str) -> bool:
         """Whether the request is to be asked alone."""
@@ -56,6 +79,49 @@ class Interrupted:
     def is_to_blame(self, key: str) -> bool:
         """Whether the request is not to be asked any more."""
         return self._num_met.get(key, 0) >= MAX_INTERRUPTIONS
+
+    def _forget(self, key: str) -> None:
+        self._num_met.pop(key, None)
+        self._last_met.pop(key, None)
+
+
+class Turns:
+    """Any number of threads ask together, or one asks alone; who wants to be alone comes next."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_together = 0
+        self._num_alone = 0
+        """That wait, or ask."""
+        self._is_alone = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait until nobody asks alone or wants to."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_alone == 0)
+            self._num_together += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_together -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody else asks."""
+        with self._changed:
+            self._num_alone += 1
+            self._changed.wait_for(lambda: self._num_together == 0 and not self._is_alone)
+            self._is_alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_alone -= 1
+                self._is_alone = False
+                self._changed.notify_all()
 
 
 def key_of(*facts: Any) -> str:

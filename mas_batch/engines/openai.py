@@ -4,6 +4,9 @@ The key is read from the worker's environment and goes nowhere but into the requ
 
 When the server is away the partition is put off (`endpoint`). What was answered before is kept for
 then, and a small request asks first whether the server is back.
+
+Several partitions may be asked about at once, each in a call of its own from a thread of its own:
+`concurrency` bounds the requests of all of them together.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -33,10 +36,11 @@ from mas_batch.engines.base import (
 from mas_batch.engines.claims import valid_count
 from mas_batch.engines.endpoint import (
     Endpoint,
+    Halt,
     Options,
     RateLimitedError,
 )
-from mas_batch.engines.interrupted import Interrupted, key_of
+from mas_batch.engines.interrupted import Interrupted, Turns, key_of
 from mas_batch.engines.options import read_options
 from mas_batch.errors import (
     EngineError,
@@ -51,11 +55,14 @@ BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 """What chat templates put around a turn, about."""
 
+MAX_CONCURRENT = 32
+"""Partitions: each has a thread of the worker, and is put off when the server goes away."""
+
 read = partial(read_options, Options, engine="openai", show_values=False)
 
 
 class OpenAIEngine:
-    """One model behind an endpoint, asked by several threads.
+    """One model behind an endpoint; any number of threads call `tokenize` and `generate`.
 
     Raises:
         JobError: an option is unknown or not allowed, or the key's variable is not set.
@@ -64,6 +71,7 @@ class OpenAIEngine:
     takes_messages = True
     only_translates = False
     samples = True
+    threadsafe = True
     max_batch_tokens: int | None = None  # the server makes its own batches: it gets all there is
 
     def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
@@ -74,6 +82,10 @@ class OpenAIEngine:
         self._options = options
         self._endpoint = Endpoint(options, self._model, key)
         self._interrupted = Interrupted()
+        self._turns = Turns()
+        # One whose answers are being committed, one whose texts are being read, and between them
+        # enough that `concurrency` requests are under way, though each has but four left.
+        self.concurrent = min(MAX_CONCURRENT, 2 + options.concurrency // 4)
         self.max_context_tokens = options.max_context_tokens
         self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="openai")
 
@@ -84,6 +96,9 @@ class OpenAIEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Ask about all requests; one that fails becomes completions with a reason.
+
+        The completions' seconds add up to those of the call. Of calls that overlap each has its
+        own: the server computes elsewhere, and how it shares its time is not known here.
 
         Raises:
             EngineRefusedError: the endpoint refuses the key or the model.
@@ -100,8 +115,12 @@ class OpenAIEngine:
         alone = [i for i in missing if self._interrupted.is_suspect(keys[i])]
         together = [i for i in missing if i not in alone]
         try:
-            for group in (together, *([i] for i in alone)):
-                answers |= self._ask(group, requests, keys, sampling)
+            if together:
+                with self._turns.together():
+                    self._ask(together, requests, keys, sampling, answers)
+            for i in alone:
+                with self._turns.alone():
+                    self._ask([i], requests, keys, sampling, answers)
         finally:
             if len(answers) < len(requests):
                 for i, answer in answers.items():
@@ -121,27 +140,37 @@ class OpenAIEngine:
         }
 
     def close(self) -> None:
-        """Close the connections; requests that wait are not asked."""
-        self._endpoint.halted.set()
-        self._threads.shutdown(cancel_futures=True)
+        """Close the connections; requests that wait are not asked. May be called again."""
+        if self._endpoint.is_closed:
+            return
+        self._endpoint.end_calls()
+        self._threads.shutdown()
         self._endpoint.close()
 
     def _ask(
-        self, group: Sequence[int], requests: Sequence[Request], keys: Sequence[str], how: Sampling
-    ) -> dict[int, list[Completion]]:
-        """Ask about some of the requests at a time; returns position → completions.
+        self,
+        group: Sequence[int],
+        requests: Sequence[Request],
+        keys: Sequence[str],
+        how: Sampling,
+        answers: dict[int, list[Completion]],
+    ) -> None:
+        """Ask about some of the requests at a time; puts position → completions into `answers`.
 
         Raises:
-            EngineRefusedError, EngineUnavailableError: what is answered by then is kept.
+            EngineRefusedError, EngineUnavailableError: some may be answered nevertheless.
         """
-        if self._endpoint.is_away and group:
-            self._endpoint.knock()
-        self._endpoint.go_on()
-        asked = {i: self._threads.submit(self._answer, requests[i], how) for i in group}
+        halt = self._endpoint.begin()
+        asked: dict[int, Future[list[Completion]]] = {}
+        try:
+            for i in group:
+                asked[i] = self._threads.submit(self._answer, requests[i], how, halt)
+        except RuntimeError:  # the threads are shut down: nothing is left to be waited for
+            halt.check()
+            raise
         wait(asked.values(), return_when=FIRST_EXCEPTION)
         begun = {i: future for i, future in asked.items() if not future.cancel()}
         wait(begun.values())
-        answers: dict[int, list[Completion]] = {}
         for i, future in begun.items():
             error = future.exception()
             if error is None and future.result():
@@ -150,25 +179,22 @@ class OpenAIEngine:
             elif isinstance(error, RateLimitedError):
                 continue
             elif isinstance(error, EngineUnavailableError):
-                self._interrupted.met(keys[i])
+                self._interrupted.met(keys[i], halt)
                 if self._interrupted.is_to_blame(keys[i]):
                     self._interrupted.answered(keys[i])
                     message = f"the server went away each time that it was asked: {error}"
                     answers[i] = self._failed(requests[i], how.num_samples, message)
             elif error is not None and not isinstance(error, EngineError):
                 raise error
-        if self._endpoint.halt is not None and len(answers) < len(group):
-            for i, answer in answers.items():
-                self._interrupted.keep(keys[i], answer)
-            raise self._endpoint.halt
-        return answers
+        if any(i not in answers for i in group):
+            halt.check()
 
-    def _answer(self, request: Request, sampling: Sampling) -> list[Completion]:
+    def _answer(self, request: Request, sampling: Sampling, halt: Halt) -> list[Completion]:
         """Return `num_samples` completions; each one's seconds are its share of the request's.
 
-        None at all if the batch has been halted before.
+        None at all if the call has been ended before.
         """
-        if self._endpoint.halted.is_set():
+        if halt.is_set:
             return []
         start = time.perf_counter()
         done: list[Completion] = []
@@ -177,7 +203,7 @@ class OpenAIEngine:
             while missing:
                 # Greedy requests, and servers that ignore `n`, give one: ask again for the rest.
                 body = self._body(request, sampling, missing, sample=len(done))
-                done += self._read(self._endpoint.post(body), request)[:missing]
+                done += self._read(self._endpoint.post(body, halt), request)[:missing]
                 missing = sampling.num_samples - len(done)
         except RecordError as error:
             done += self._failed(request, missing, error.message, error.reason)

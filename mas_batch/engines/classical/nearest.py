@@ -4,12 +4,15 @@
 `centroid`: the label whose examples' mean is nearest (Rocchio, 1971). `zero-shot`: the label
 whose own words are nearest; no examples. `similarity`: how near the two halves of the text are
 to each other, as a number for the task `score`.
+
+The engine is the encoder. The agents of one encoder share it, and it reads a text once for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,10 +62,6 @@ class _EncodingPredictor(Predictor):
         """Count the encoder's tokens."""
         return self._encoder.count_tokens(self._prefix + text)
 
-    def close(self) -> None:
-        """Free the encoder."""
-        self._encoder.close()
-
 
 class Nearest(_EncodingPredictor):
     """Each text is answered by the `k` prototypes nearest to it (None: by all)."""
@@ -107,55 +106,105 @@ class HalvesSimilarity(_EncodingPredictor):
         return [scaled(float(cosine), self._options) for cosine in cosines]
 
 
-def load(model: ModelFiles, config: EngineConfig) -> PredictingEngine:
-    """Load the encoder and place the examples, or the labels, in its space.
+class NearestEngine:
+    """An encoder in memory, which agents ask in ways of their own.
 
     Raises:
-        JobError: an option is unknown, missing or has a value that is not allowed, or the
-            examples cannot be read.
+        JobError: a device that is not there, or a dtype other than float32.
         ModelError: the files are not an encoder's.
     """
-    options = read(config.options)
-    encoder = Encoder.load(model, config)
-    facts = {
-        "engine": "nearest",
-        "model": model.source,
-        "sha256": model.sha256,
-        "device": encoder.device,
-        "max_window_tokens": encoder.max_tokens,
-        "method": options.method,
-        "options": options.model_dump(mode="json", exclude_defaults=True),
-    }
-    if isinstance(options, Similarity):
-        return PredictingEngine(HalvesSimilarity(encoder, options), facts, config)
-    if isinstance(options, ZeroShot):
-        labels = Examples(tuple(options.labels.values()), tuple(options.labels))
-        prototypes = place(encoder, labels, prefix="")
-    else:
-        examples = read_examples(options)
-        facts["examples_sha256"] = examples.sha256
-        prototypes = place(encoder, examples, options.example_prefix)
-        if isinstance(options, Centroid):
-            prototypes = centroids(prototypes)
-    facts["num_prototypes"] = len(prototypes.owners)
-    k = options.k if isinstance(options, Knn) else None
-    predictor = Nearest(encoder, prototypes, options, k)
-    reads_context = isinstance(options, FromExamples) and options.context
-    return PredictingEngine(predictor, facts, config, reads_context=reads_context)
+
+    def __init__(self, model: ModelFiles, config: EngineConfig) -> None:
+        self._config = config
+        self._encoder = Encoder.load(model, config)
+        self._placed: dict[tuple[str, str], Prototypes] = {}
+        self._facts: dict[str, Any] = {
+            "engine": "nearest",
+            "model": model.source,
+            "sha256": model.sha256,
+            "device": self._encoder.device,
+            "max_window_tokens": self._encoder.max_tokens,
+        }
+
+    def for_agent(
+        self, options: Mapping[str, Any], *, frees: Callable[[], None] | None = None
+    ) -> PredictingEngine:
+        """Place an agent's examples, or labels, in the encoder's space.
+
+        Args:
+            options: the agent's.
+            frees: what closing the view does; None: nothing.
+
+        Raises:
+            JobError: an option is unknown, missing or has a value that is not allowed, or the
+                examples cannot be read.
+        """
+        own = read(options)
+        facts = {
+            **self._facts,
+            "method": own.method,
+            "options": own.model_dump(mode="json", exclude_defaults=True),
+        }
+        if isinstance(own, Similarity):
+            similarity = HalvesSimilarity(self._encoder, own)
+            return PredictingEngine(similarity, facts, self._config, frees=frees)
+        if isinstance(own, ZeroShot):
+            labels = Examples(tuple(own.labels.values()), tuple(own.labels))
+            prototypes = self._place(labels, prefix="")
+        else:
+            examples = read_examples(own)
+            facts["examples_sha256"] = examples.sha256
+            prototypes = self._place(examples, own.example_prefix)
+            if isinstance(own, Centroid):
+                prototypes = centroids(prototypes)
+        facts["num_prototypes"] = len(prototypes.owners)
+        predictor = Nearest(self._encoder, prototypes, own, own.k if isinstance(own, Knn) else None)
+        reads_context = isinstance(own, FromExamples) and own.context
+        return PredictingEngine(
+            predictor, facts, self._config, reads_context=reads_context, frees=frees
+        )
+
+    def describe(self) -> Mapping[str, Any]:
+        """Facts about the encoder."""
+        return self._facts
+
+    def close(self) -> None:
+        """Free the encoder; no view can be used afterwards. May be called again."""
+        self._placed.clear()
+        self._encoder.close()
+
+    def _place(self, examples: Examples, prefix: str) -> Prototypes:
+        """Place examples, for all agents that have the same."""
+        key = (examples.sha256, prefix)
+        if key not in self._placed:
+            self._placed[key] = place(self._encoder, examples, prefix)
+        return self._placed[key]
+
+
+def load(model: ModelFiles, config: EngineConfig) -> NearestEngine | PredictingEngine:
+    """Load the encoder; where there are options, for the one agent that they are of.
+
+    Closing that agent's view frees the encoder.
+
+    Raises:
+        JobError: as `NearestEngine` and its `for_agent` do.
+        ModelError: the files are not an encoder's.
+    """
+    if not config.options:
+        return NearestEngine(model, config)
+    read(config.options)  # what is wrong with them is said before a model is loaded
+    engine = NearestEngine(model, config)
+    return engine.for_agent(config.options, frees=engine.close)
 
 
 def place(encoder: Encoder, examples: Examples, prefix: str) -> Prototypes:
-    """Encode the examples; equal texts once, so that they are equally near to anything."""
-    texts = sorted(set(examples.texts))
-    rows = {text: row for row, text in enumerate(texts)}
+    """Encode the examples; equal texts are equally near to anything."""
     answers = tuple(sorted(set(examples.labels)))
     position = {answer: i for i, answer in enumerate(answers)}
-    vectors = encoder.encode([prefix + text for text in texts])
-    return Prototypes(
-        vectors[[rows[text] for text in examples.texts]],
-        np.array([position[label] for label in examples.labels], dtype=np.intp),
-        answers,
-    )
+    # Not remembered: ten thousand examples would drive out the texts that are being asked about.
+    vectors = encoder.encode([prefix + text for text in examples.texts], remember=False)
+    owners = np.array([position[label] for label in examples.labels], dtype=np.intp)
+    return Prototypes(vectors, owners, answers)
 
 
 def centroids(examples: Prototypes) -> Prototypes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +59,6 @@ class Predictor(ABC):
         """Count what is read of a text."""
         return len(words(text))
 
-    def close(self) -> None:  # noqa: B027
-        """Free what is held."""
-
 
 class PredictingEngine:
     """An engine around a predictor. `Completion.token_ids` are empty: nothing was decoded."""
@@ -78,11 +75,17 @@ class PredictingEngine:
         config: EngineConfig,
         *,
         reads_context: bool = False,
+        frees: Callable[[], None] | None = None,
     ) -> None:
-        """Read `Request.text`, after `Request.context` if `reads_context`."""
+        """Read `Request.text`, after `Request.context` if `reads_context`.
+
+        Args:
+            frees: what closing the engine does; None: nothing, it holds nothing of its own.
+        """
         self._reads_context = reads_context
         self._predictor = predictor
         self._facts = facts
+        self._frees = frees
         self.max_batch_tokens = config.max_batch_tokens
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -121,8 +124,9 @@ class PredictingEngine:
         return self._facts
 
     def close(self) -> None:
-        """Free what the predictor holds."""
-        self._predictor.close()
+        """Free what is the engine's own."""
+        if self._frees is not None:
+            self._frees()
 
 
 def _completion(prediction: Prediction, length: int, compute_s: float, limit: int) -> Completion:
