@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from mas_batch.engines.encoder import Encoder
 
 
-_loading = threading.Lock()
-"""Merges run in several threads of a worker: one loads, the others wait for it."""
-
-
 def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
     """Encode all answers of a partition at once; None if the merge needs no vectors.
 
@@ -35,14 +31,18 @@ def encoder_for(spec: MergeSpec, answers: pa.Table) -> Encode | None:
     texts = sorted({nfc(text) for text in answers["text"].to_pylist() if text is not None})
     if not texts:
         return None
-    with _loading:
-        encoder = _load(spec.encoder)
-    vectors = dict(zip(texts, encoder.encode(texts), strict=True))
+    source = spec.encoder
+    found = _THREAD.submit(lambda: _load(source).encode(texts)).result()
+    vectors = dict(zip(texts, found, strict=True))
 
     def encode(asked: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.stack([vectors[text] for text in asked])
 
     return encode
+
+
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="mas-batch-encoder")
+"""Merges run in several threads; an encoder and torch's thread pool are for one."""
 
 
 @lru_cache(maxsize=1)
