@@ -96,7 +96,7 @@ class AgentHost(WorkerPlugin):  # type: ignore[misc]
 class Report(StrEnum):
     """What a report of a task is about."""
 
-    LOADED = "load_agent"
+    LOADED = "load_agents"
     ANSWERED = "answer_partition"
     ANSWERING = "answer_progress"
     AWAY = "answer_put_off"

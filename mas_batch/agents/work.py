@@ -37,16 +37,19 @@ from mas_batch.run_folder.ref import RunRef
 from mas_batch.tasks import make_task
 
 
-def load_agent(run: RunRef, spec: AgentSpec) -> None:
-    """Make the agent's model resident on this worker.
+def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
+    """Make the engine of these agents, which is the same, resident on this worker.
 
     Raises:
-        ModelError, JobError: the model cannot be loaded, or cannot do the task.
+        ModelError, JobError: the model cannot be loaded, or cannot do the task for one of them.
     """
-    engine, family_id, load_s = current_host(run.topic).engine(spec)
-    check_engine(make_task(run.task), engine, spec.agent)
-    facts = {"load_s": load_s, "family_id": family_id, "engine": dict(engine.describe())}
-    report(run.topic, Report.LOADED, facts)
+    loads_s = 0.0
+    for spec in specs:
+        engine, family_id, load_s = current_host(run.topic).engine(spec)
+        check_engine(make_task(run.task), engine, spec.agent)
+        loads_s += load_s
+    facts = {"load_s": loads_s, "family_id": family_id, "engine": dict(engine.describe())}
+    report(run.topic, Report.LOADED, {**facts, "concurrent": 1})
 
 
 def answer_partition(
