@@ -1,7 +1,7 @@
 """What it costs to decide which workers hold which engine, on clusters of thousands of workers.
 
-CPU seconds of one `place`; it is called every second of a run, and every half second while one waits
-for workers. Run: `python benchmarks/placement.py [--workers 100 1000 10000] [--rounds 5]`
+CPU seconds of one `place`; it is called every second of a run.
+Run: `python benchmarks/placement.py [--workers 100 1000 10000] [--rounds 5]`
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def all_different(count: int) -> tuple[Job, list[WorkerInfo]]:
 
 def crowded(count: int) -> tuple[Job, list[WorkerInfo]]:
     """Twenty agents of unlike needs on workers each of which declares half of them, by lot."""
-    lot = random.Random(1)
+    lot, names = random.Random(1), [f"r{i}" for i in range(20)]
     agents: list[dict[str, Any]] = [
         {"name": f"a{i}", "count": max(1, count // 20), "resources": {f"r{i}": 1}}
         for i in range(20)
@@ -75,7 +75,7 @@ def crowded(count: int) -> tuple[Job, list[WorkerInfo]]:
         WorkerInfo(
             f"tcp://{i}",
             f"w{i}",
-            {"translate": 1, **{f"r{k}": 1 for k in lot.sample(range(20), 10)}},
+            dict.fromkeys(["translate", *lot.sample(names, 10)], 1.0),
         )
         for i in range(count)
     ]

@@ -265,7 +265,7 @@ def test_workers_come_and_go_with_the_backlog(arena: Arena, reference: Run, tell
         "--set", "agents.b.options.seconds_per_batch=0.5",  # a is done while b goes on
     )  # fmt: skip
     tell(compare("scaled up and down under work", 1, run, reference))
-    wanted = [event["wanted"]["a"] for event in arena.events("AgentsScaled")]
+    wanted = [event["wanted"]["a"] for event in arena.events("HostsScaled")]
     assert max(wanted) == 3
     assert wanted[-1] < 3, "it gives workers back when less is left"
     assert {e["worker"] for e in arena.events("PartitionAnswered") if e["agent_id"] == "a"} >= {

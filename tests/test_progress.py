@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from mas_batch.events import (
-    AgentDraining,
-    AgentLost,
-    AgentReady,
-    AgentsScaled,
     AnswerFailed,
     BreakerChanged,
+    HostDraining,
+    HostLost,
+    HostReady,
+    HostsScaled,
     PartitionAnswered,
     PartitionMerged,
     PartitionUndecided,
@@ -25,16 +25,16 @@ from mas_batch.events import (
 from mas_batch.monitor.progress import Bar, LogLines, Throughput
 
 STARTED = RunStarted("runs/x-1", 4, 40, 1, 10, 2, 3, ("x-0",), "http://127.0.0.1:8787/status")
-READY = AgentReady("plain", "plain-0", 1.5)
+READY = HostReady("plain-0", ("plain",), 1.5)
 ANSWERED = PartitionAnswered(1, "plain", "plain-0", 1, 10, 10, 0, 900, 300, compute_s=2.0)
 MERGED = PartitionMerged(1, 9, 1)
 FAILED = AnswerFailed(2, "plain", "plain-0", 1, "cannot open [/data/x.gguf]", given_up=False)
-LOST = AgentLost("plain", "plain-0", "[Errno 2] no such [file]")
+LOST = HostLost("plain-0", ("plain",), "[Errno 2] no such [file]")
 ROUTING = (
-    AgentDraining("plain", "plain-0", "the worker's status is 'paused'"),
+    HostDraining("plain-0", ("plain",), "the worker's status is 'paused'"),
     BreakerChanged("plain", "plain-1", "open", "3 failures in a row; no [file]"),
     ServerAway(3, "plain", "plain-0", "http://x/v1: [refused]", 4.2, 8.0, 600.0),
-    AgentsScaled({"plain": 4, "large": 1}, {"plain": 9, "large": 0}),
+    HostsScaled({"plain": 4, "large": 1}, {"plain": 9, "large": 0}),
     PartitionUndecided(1, 6, 10),
 )
 

@@ -51,7 +51,7 @@ class AgentSpec:
 
     @property
     def engine_key(self) -> str:
-        """The same for all agents of a host; another one means that another model is to be loaded."""
+        """The same for all agents of a host; with another one, another model is to be loaded."""
         return fingerprint([*self.agent.engine_settings, self.threads])
 
 
