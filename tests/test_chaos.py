@@ -107,7 +107,7 @@ def test_a_worker_killed_at_a_random_moment(arena: Arena, reference: Run, tell: 
         arena.wait_for_merges(arena.rng.randint(1, 8), child)
         os.kill(arena.rng.choice(sorted(workers_of(child.pid))), signal.SIGKILL)
         assert child.wait(PATIENCE_S) == 0, arena.log.read_text()
-    assert "event=agent_lost" in arena.log.read_text()
+    assert "event=host_lost" in arena.log.read_text()
     tell(compare("SIGKILL at a random moment", 1, arena.opened(), reference))
 
 

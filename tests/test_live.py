@@ -398,9 +398,28 @@ def test_rates_are_of_the_last_minute_only() -> None:
     assert recent.rates(600.0 + WINDOW_S) == (0.0, 0.0)
 
 
+def test_what_agents_share_is_counted_once() -> None:
+    fold = new_fold()
+    fold.run.posts = {"a+b": LivePost("a+b", ["a", "b"], 2)}
+    fold.run.window = 0
+    ready = HostReady("a+b-0", ("a", "b"), 0.1, {"engine": "echo"}, concurrent=3)
+    take(fold, started(), ready, asked(0, "a", "a+b-0"), asked(0, "b", "a+b-0"))
+    run = take(fold, asked(1, "b", "a+b-0"), answered(0, "a", "a+b-0"))
+    row = overview_of(run).runs[0]
+    (post,), (host,) = row.posts, row.hosts
+    assert (post.hosts, post.hosts_wanted, post.in_flight, post.window) == ({"busy": 1}, 2, 2, 4)
+    assert [(each.post, each.in_flight, each.engine) for each in row.agents] == [
+        ("a+b", 0, "echo"), ("a+b", 2, "echo"),
+    ]  # fmt: skip
+    assert (host.agents, host.in_flight, host.asked, host.answered) == (["a", "b"], 2, 3, 1)
+    run = take(fold, HostLost("a+b-0", ("a", "b"), "gone"))
+    assert [agent.in_flight for agent in run.agents.values()] == [0, 0]
+    assert run.num_answering == 0
+
+
 def test_the_schema_of_agents_json_describes_every_field() -> None:
     described = schema()["$defs"]
-    assert set(described) == {"AgentRow", "HistoryPoint", "ReplicaRow", "RunRow"}
+    assert set(described) == {"AgentRow", "HistoryPoint", "HostRow", "PostRow", "RunRow"}
     row = overview_of(take(new_fold(), started(), asked(0))).runs[0]
     assert set(described["RunRow"]["properties"]) == set(asdict(row))
 
