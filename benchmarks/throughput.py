@@ -3,7 +3,7 @@
 Three ways to summarise the same documents with the same model and greedy decoding, in turn,
 several rounds:
 
-    mas_batch    two replicas of one thread on an embedded cluster, from models ready to manifest
+    mas_batch    two hosts of one thread on an embedded cluster, from models ready to manifest
     direct       the same engine and partitions in two bare processes, no Dask, nothing stored
     pipeline     a Hugging Face `pipeline` loop, batch size 8, file order, one process, two threads
 

@@ -119,7 +119,7 @@ def test_a_copy_that_lost_its_race_is_in_flight_no_more() -> None:
     assert run.states == (3, 0, 1, 0)
 
 
-def test_what_a_replica_is_at() -> None:
+def test_what_a_host_is_at() -> None:
     fold = new_fold()
     run = take(fold, started(), HostLoading("a-0", ("a",)))
     states = [run.hosts["a-0"].shown_state]
@@ -144,7 +144,7 @@ def test_what_a_replica_is_at() -> None:
     assert run.states == (1, 0, 3, 0)
 
 
-def test_a_replica_says_what_it_waits_for_and_since_when() -> None:
+def test_a_host_says_what_it_waits_for_and_since_when() -> None:
     fold = new_fold()
     take(fold, started(), HostReady("a-0", ("a",), 0.1), asked(0))
     run = take(fold, ServerAway(0, "a", "a-0", "http://x/v1: refused", 0.0, 1.0, 600.0), at=5.0)
@@ -199,7 +199,7 @@ def test_late_news_of_a_lost_worker_that_is_forgotten_does_not_bring_it_back() -
     assert (run.agents["a"].num_answers, run.agents["a"].num_failed_tries) == (3, 1)
 
 
-def test_only_the_last_lost_replicas_are_kept() -> None:
+def test_only_the_last_lost_hosts_are_kept() -> None:
     fold = new_fold()
     run = take(fold, started())
     for number in range(MAX_LOST + 10):

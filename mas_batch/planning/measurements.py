@@ -38,9 +38,9 @@ class AgentMeasurements:
     load_s: float
     """Of its model."""
     threads: int
-    """Of each measured replica."""
+    """Of each measured host."""
     cores: float
-    """Of the machine, that a replica keeps busy; 0: its hardware is its own."""
+    """Of the machine, that a host keeps busy; 0: its hardware is its own."""
     peak_memory_bytes: int | None
     failed_fraction: float
 
@@ -110,7 +110,7 @@ class _RunLedger:
         self._add_seconds()
 
     def cores(self, agent_id: str) -> float:
-        """Return how many of the shared machine's cores a replica of the agent keeps busy."""
+        """Return how many of the shared machine's cores a host of the agent keeps busy."""
         if not self._embedded:
             return 0.0
         facts = self.run.manifest["engines"].get(agent_id, {})
