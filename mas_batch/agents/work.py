@@ -43,13 +43,13 @@ def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
     Raises:
         ModelError, JobError: the model cannot be loaded, or cannot do the task for one of them.
     """
-    loads_s = 0.0
+    loads_s, agents = 0.0, {}
     for spec in specs:
         engine, family_id, load_s = current_host(run.topic).engine(spec)
         check_engine(make_task(run.task), engine, spec.agent)
         loads_s += load_s
-    facts = {"load_s": loads_s, "family_id": family_id, "engine": dict(engine.describe())}
-    report(run.topic, Report.LOADED, {**facts, "concurrent": 1})
+        agents[spec.agent_id] = {"family_id": family_id, "engine": dict(engine.describe())}
+    report(run.topic, Report.LOADED, {"load_s": loads_s, "concurrent": 1, "agents": agents})
 
 
 def answer_partition(

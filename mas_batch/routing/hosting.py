@@ -228,12 +228,12 @@ class Hosting:
             return
         load.future.release()
         agents = self.ready[address] = self._agents(self._hosts[address])
-        self._concurrent[address] = facts.get("concurrent", 1)
-        engine = {"family_id": facts["family_id"], **facts["engine"]}
-        self.engine_facts |= dict.fromkeys(agents, engine)
-        concurrent = self.concurrent(address)
+        concurrent = self._concurrent[address] = facts["concurrent"]
+        for agent, own in facts["agents"].items():
+            self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
         name, load_s = self.name(address), facts["load_s"]
-        self._emit(HostReady(name, agents, load_s, facts["engine"], concurrent))
+        engine = facts["agents"][agents[0]]["engine"]
+        self._emit(HostReady(name, agents, load_s, engine, concurrent))
         if self.listener is not None:
             self.listener.joined(address, agents, concurrent)
 
