@@ -101,7 +101,7 @@ LABELS = ["red", "green", "blue"]
 PAGES, SENTENCES, MODULES = "help_pages.jsonl", "sentences_en_pt.jsonl", "help_modules.jsonl"
 CONFIGURATIONS = (
     Configuration(
-        "echo, two replicas, time per batch",
+        "echo, two hosts, time per batch",
         {"agents": [echo("a", count=2, seconds_per_batch=0.4)], "partition": {"max_records": 8}},
         PAGES,
         800,
@@ -147,7 +147,7 @@ CONFIGURATIONS = (
         600,
     ),
     Configuration(
-        "echo, four replicas by a run of one",
+        "echo, four hosts by a run of one",
         {
             "agents": [echo("a", count=4, seconds_per_batch=0.3, seconds_per_token=0.04)],
             "partition": {"max_records": 12},
@@ -161,7 +161,7 @@ CONFIGURATIONS = (
         },
     ),
     Configuration(
-        "marian, two replicas",
+        "marian, two hosts",
         {**shipped("translate.yaml", "translator", count=2), "partition": {"max_records": 16}},
         SENTENCES,
         1000,
@@ -190,7 +190,7 @@ CONFIGURATIONS = (
         },
     ),
     Configuration(
-        "SmolLM2 summaries, two replicas",
+        "SmolLM2 summaries, two hosts",
         {
             **shipped("summarize.yaml", "plain", count=2),
             "task": {"kind": "summarize", "max_new_tokens": 24},

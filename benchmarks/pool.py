@@ -2,9 +2,9 @@
 
 What is asked, all on the same three workers of one thread:
 
-    alone      one agent, one replica, one text at a time: what a plain model server does
-    batched    the same replica, which takes all that waits
-    replicas   two replicas of it, batched
+    alone      one agent, one host, one text at a time: what a plain model server does
+    batched    the same host, which takes all that waits
+    hosts   two hosts of it, batched
     all        three unlike agents, all answers merged
     2 of 3     three unlike agents, the first two answers merged
     first      three unlike agents, the first answer wins
@@ -78,7 +78,7 @@ class Way:
 WAYS = {
     "alone": Way(slice(1), max_batch=1),
     "batched": Way(slice(1)),
-    "replicas": Way(slice(1), count=2),
+    "hosts": Way(slice(1), count=2),
     "all": Way(slice(3)),
     "2 of 3": Way(slice(3), answers=2),
     "first": Way(slice(3), answers="first"),

@@ -103,7 +103,7 @@ def _run(
         merge_s=lambda partition: MERGE_S,
     )
     simulated = [
-        simulator.Worker(w.name, w.agent_id, joins_s=w.joins_s, dies_s=w.dies_s)
+        simulator.Worker(w.name, (w.agent_id,), joins_s=w.joins_s, dies_s=w.dies_s)
         for w in scenario.workers
     ]
     return Simulation(dispatcher, simulated, costs, samples=scenario.agents).run()

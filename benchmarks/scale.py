@@ -8,7 +8,7 @@ agents, one failed record in every hundredth partition; most files are hard link
 and times what the submitting process does with them, in a process of its own per size. "Counting"
 is a worker's part, timed on 500 partitions.
 
-The second runs jobs of an echo agent of two replicas with a scheduler and two workers in processes
+The second runs jobs of an echo agent of two hosts with a scheduler and two workers in processes
 of their own and samples the processor time and the memory of each every second. Give it `--folder`
 to keep what it does: the same command then resumes a run that was cut short and repeats none that
 is complete. Its figures are then of the last execution. Linux only.
@@ -65,7 +65,7 @@ LINKS = 50_000
 
 
 TWO_AGENTS = [{"name": name, "model": f"echo:{name}"} for name in AGENTS]
-TWO_REPLICAS = [{"name": "a", "model": "echo:a", "count": 2}]
+TWO_HOSTS = [{"name": "a", "model": "echo:a", "count": 2}]
 
 
 def make_job(
@@ -334,7 +334,7 @@ def whole_run(folder: Path, num_partitions: int, ring: int) -> dict[str, Any]:
     with dask_cluster(folder, ring) as processes:
         file = processes["scheduler"].cmdline()[4]
         wait_for_file(Path(file))
-        job = make_job(folder, num_partitions, TWO_REPLICAS, scheduler_file=file, wait_s=30)
+        job = make_job(folder, num_partitions, TWO_HOSTS, scheduler_file=file, wait_s=30)
         client = context.Process(target=submit, args=(job, times))
         client.start()
         samples = sample_until_end(client, processes | {"client": psutil.Process(client.pid)})

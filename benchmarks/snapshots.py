@@ -11,13 +11,13 @@ from collections.abc import Callable
 from statistics import median
 
 from mas_batch.events import (
-    AgentReady,
+    HostReady,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
     RunStarted,
 )
-from mas_batch.monitor.fleet import LiveAgent
+from mas_batch.monitor.fleet import LiveAgent, LivePost
 from mas_batch.monitor.fold import Fold
 from mas_batch.monitor.inbox import Inbox
 from mas_batch.monitor.live import LiveRun
@@ -33,14 +33,18 @@ def folded(num_workers: int) -> tuple[LiveRun, float]:
     """Return the run after its last partition, and what an event has taken, in seconds."""
     names = [f"agent-{number}" for number in range(min(4, num_workers))]
     agents = {name: LiveAgent(name, "hub:organisation/some-model@main", [name]) for name in names}
+    posts = {name: LivePost(name, [name], 1) for name in names}
     run = LiveRun(
-        "job-63ca2726dfdaebfb", "1", "job", "summarize", "random", 2, 0.0, agents, {}, Timeline(0.0)
-    )
+        "job-63ca2726dfdaebfb", "1", "job", "summarize", "random", 2, 0.0, posts, agents, {},
+        Timeline(0.0),
+    )  # fmt: skip
     fold = Fold(run)
     fold.take(0.0, RunStarted("runs/job", PARTITIONS, 50 * PARTITIONS, 0, 0, 0, 1, (), None))
     workers = [(names[n % len(names)], f"{names[n % len(names)]}-{n}") for n in range(num_workers)]
     for agent, worker in workers:
-        fold.take(0.0, AgentReady(agent, worker, 1.0, {"engine": "transformers", "device": "cuda"}))
+        fold.take(
+            0.0, HostReady(worker, (agent,), 1.0, {"engine": "transformers", "device": "cuda"})
+        )
     start = time.perf_counter()
     for partition in range(PARTITIONS):
         agent, worker = workers[partition % num_workers]

@@ -32,7 +32,7 @@ from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
 from mas_batch.engines.client import DirectClient
-from mas_batch.events import AgentReady, Event, RunFinished
+from mas_batch.events import Event, HostReady, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.models import fetch
@@ -69,7 +69,7 @@ def run_mas_batch(job: Job) -> Outcome:
     times: dict[type, float] = {}
 
     def note(event: Event) -> None:
-        if isinstance(event, AgentReady | RunFinished):
+        if isinstance(event, HostReady | RunFinished):
             times[type(event)] = time.perf_counter()
 
     summary = mas_batch.run(job, emit=note)
@@ -77,7 +77,7 @@ def run_mas_batch(job: Job) -> Outcome:
     answers = dict(
         zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True)
     )
-    return times[RunFinished] - times[AgentReady], answers
+    return times[RunFinished] - times[HostReady], answers
 
 
 def read_records(job: Job) -> list[Record]:

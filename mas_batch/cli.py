@@ -345,7 +345,7 @@ def _tell(event: Event) -> None:
 @click.option("--resamples", default=1000, show_default=True, help="Of the paired bootstrap.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
-    "--compare", multiple=True, metavar="RUN", help="The same job with other replicas: speed-up."
+    "--compare", multiple=True, metavar="RUN", help="The same job with other hosts: speed-up."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print it for machines.")
 @_clear_errors
@@ -387,8 +387,8 @@ def evaluate(
     "--sample", "num_sampled", type=click.IntRange(min=1), default=64, show_default=True,
     help="Records that every agent is asked about first.",
 )  # fmt: skip
-@click.option("--deadline", metavar="TIME", help="2h, 90m, 3600: how few replicas are in time?")
-@click.option("--replicas", metavar="N-M", help="Of each agent, to look at; else 1-4 or more.")
+@click.option("--deadline", metavar="TIME", help="2h, 90m, 3600: how few hosts are in time?")
+@click.option("--hosts", metavar="N-M", help="Of each agent, to look at; else 1-4 or more.")
 @click.option(
     "--set", "overrides", metavar="KEY.PATH=VALUE", multiple=True, help="Override a key of the job."
 )
@@ -399,7 +399,7 @@ def plan_job(
     former: str | None,
     num_sampled: int,
     deadline: str | None,
-    replicas: str | None,
+    hosts: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -417,7 +417,7 @@ def plan_job(
         former=former,
         num_sampled=num_sampled,
         deadline_s=planning.parse_deadline(deadline) if deadline else None,
-        replicas=planning.parse_replicas(replicas) if replicas else None,
+        hosts=planning.parse_hosts(hosts) if hosts else None,
         tell=lambda line: click.echo(line, err=True),
     )
     if as_json:

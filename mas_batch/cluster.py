@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,8 @@ from distributed.system import MEMORY_LIMIT
 from mas_batch import dask_compat
 from mas_batch.agents.devices import assign_devices
 from mas_batch.agents.host import EngineHost
-from mas_batch.agents.spec import AgentSpec, match_workers, replica_name, worker_options
+from mas_batch.agents.posts import Post, check_served, place, posts_of
+from mas_batch.agents.spec import AgentSpec, worker_options
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Cluster, Job
 from mas_batch.routing.hosting import cluster_workers
@@ -99,26 +100,28 @@ class Connection:
 
 
 class EmbeddedScaler:
-    """Starts and ends the embedded cluster's workers, each of its agent's kind."""
+    """Starts and ends the embedded cluster's workers, each of its post's kind."""
 
-    def __init__(self, cluster: SpecCluster, workers: Mapping[str, Any], job: Job) -> None:
+    def __init__(
+        self, cluster: SpecCluster, workers: Mapping[str, Any], posts: Sequence[Post]
+    ) -> None:
         self._cluster = cluster
         self._workers = workers
-        self._most = {agent.name: agent.most for agent in job.agents}
+        self._posts = {post.name: post for post in posts}
         self._dead_since: dict[str, float] = {}
 
     def scale(self, wanted: Mapping[str, int], retire: Collection[str]) -> None:
-        """Have so many workers per agent; see `routing.scaling.Scaler`."""
+        """Have so many hosts per post; see `routing.scaling.Scaler`."""
         running: dict[str, Any] = self._cluster.worker_spec
         for name in [*retire, *self._given_up_by_nannies()]:
             running.pop(name, None)
-        for agent_id, count in wanted.items():
-            names = [replica_name(agent_id, number) for number in range(self._most[agent_id])]
+        for post, num_hosts in wanted.items():
+            names = self._posts[post].worker_names
             num_running = sum(name in running for name in names)
+            lacking = num_hosts * self._posts[post].size - num_running
             # A name that is still being closed is free again at a later call.
             unused = [n for n in names if n not in running and n not in self._cluster.workers]
-            started = unused[: max(0, count - num_running)]
-            running.update({name: self._workers[name] for name in started})
+            running.update({name: self._workers[name] for name in unused[: max(0, lacking)]})
         # It starts and ends workers until they are as specified; in the background.
         self._cluster.scale(len(running))
 
@@ -239,7 +242,8 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
         }
         common = {**comms, **_preloads("worker", "mas_batch.agents.preload")}
         possible = {n: {"cls": Nanny, "options": {**each, **common}} for n, each in options.items()}
-        started = [replica_name(a.name, number) for a in job.agents for number in range(a.count)]
+        posts = posts_of(job)
+        started = [name for p in posts for name in p.worker_names[: p.wanted * p.size]]
         workers = {name: possible[name] for name in started}
         with (
             dask.config.set(
@@ -262,7 +266,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
                 client.wait_for_workers(len(workers), timeout=_EMBEDDED_START_S)
             except TimeoutError as error:
                 raise RunError(f"the embedded workers did not start: {error}") from error
-            yield client, EmbeddedScaler(cluster, possible, job)
+            yield client, EmbeddedScaler(cluster, possible, posts)
 
 
 @contextmanager
@@ -352,10 +356,11 @@ def _ended(call: Callable[..., object], *args: object, within_s: float) -> bool:
 
 def _wait_for_capable_workers(client: Client, job: Job) -> None:
     deadline = time.monotonic() + job.cluster.wait_s
-    logged = ""
+    posts, logged = posts_of(job), ""
     while True:
+        workers = cluster_workers(client)
         try:
-            match_workers(cluster_workers(client), job)
+            check_served(workers, posts, place(workers, posts), job)
         except JobError as error:
             if time.monotonic() >= deadline:
                 raise

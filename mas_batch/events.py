@@ -64,11 +64,13 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class AgentLoading(Event):
-    """A worker begins to load an agent's model."""
+class HostLoading(Event):
+    """A host begins to load its engine."""
 
-    agent_id: str
     worker: str
+    """Name of its leading worker."""
+    agents: tuple[str, ...]
+    """Those that it answers for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,30 +88,32 @@ class AnswersReused(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class AgentReady(Event):
-    """A worker holds an agent's model."""
+class HostReady(Event):
+    """A host holds its engine."""
 
-    agent_id: str
     worker: str
+    agents: tuple[str, ...]
     load_s: float
     engine: dict[str, Any] = field(default_factory=dict)
+    concurrent: int = 1
+    """Partitions at once that keep its engine busy."""
 
 
 @dataclass(frozen=True, slots=True)
-class AgentLost(Event):
-    """A worker that held an agent's model is gone, or could not load the model."""
+class HostLost(Event):
+    """A host is gone, or could not load its engine."""
 
-    agent_id: str
     worker: str
+    agents: tuple[str, ...]
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class AgentDraining(Event):
-    """The router asks a worker nothing further; the worker may finish what it has in flight."""
+class HostDraining(Event):
+    """The router asks a host nothing further; the host may finish what it has in flight."""
 
-    agent_id: str
     worker: str
+    agents: tuple[str, ...]
     message: str
 
 
@@ -145,12 +149,13 @@ class ServerAway(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class AgentsScaled(Event):
-    """The numbers of replicas that the agents' backlogs call for have changed."""
+class HostsScaled(Event):
+    """The numbers of hosts that the backlogs call for have changed."""
 
     wanted: dict[str, int]
+    """Post → hosts."""
     backlog: dict[str, int]
-    """Agent → partitions that wait for it or are in flight at one of its workers."""
+    """Post → partitions that wait for one of its agents or are in flight at one of its hosts."""
 
 
 @dataclass(frozen=True, slots=True)

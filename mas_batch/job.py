@@ -222,7 +222,7 @@ def _model_source(source: str) -> str:
 
 
 class Agent(_Model):
-    """A voter: one model with one way of asking it. `count` replicas share its work."""
+    """A voter: one model with one way of asking it. `count` hosts share its work."""
 
     name: Slug
     model: Annotated[str, AfterValidator(_model_source)]
@@ -230,10 +230,12 @@ class Agent(_Model):
     capabilities: Names | None = None
     """Dask resources a worker must declare to host it; None: the task's kind."""
     resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(default_factory=dict)
-    """Further Dask resources. `GPU`: devices per replica, or a fraction below 1 of a shared one."""
+    """Further Dask resources. `GPU`: devices per host, or a fraction below 1 of a shared one."""
     count: Annotated[int, Field(ge=1, le=4096)] = 1
     max_count: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Replicas it may grow to while work waits; None: `count`, no more."""
+    """Hosts it may grow to while work waits; None: `count`, no more."""
+    share: bool = True
+    """Agents whose engine is held in the same way are served by the same hosts."""
     samples: Annotated[int, Field(ge=1, le=64)] = 1
     """Answers it gives per record; above 1 only with a temperature."""
     prompt: str | None = None
@@ -242,7 +244,7 @@ class Agent(_Model):
     sampling: AgentSampling = AgentSampling()
     parallel: Parallel = Parallel()
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads per replica; 0 shares the machine's cores among the embedded workers."""
+    """CPU threads per host; 0 shares the machine's cores among the embedded workers."""
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
@@ -251,7 +253,7 @@ class Agent(_Model):
 
     @property
     def most(self) -> int:
-        """Replicas it may have at most."""
+        """Hosts it may have at most."""
         return self.max_count or self.count
 
     @property
@@ -272,6 +274,27 @@ class Agent(_Model):
         parallel = self.parallel.model_dump(mode="json", exclude_defaults=True)
         held = [self.model, self.engine, self.dtype, self.device]
         return [*held, parallel] if parallel else held
+
+    @property
+    def agent_options(self) -> dict[str, Any]:
+        """The options that say how it asks, not what is held: see `EngineInfo.agent_options`.
+
+        Where `engine: auto` takes a look at the model's files, all are the engine's.
+        """
+        engine = self.engine_info
+        own = engine.agent_options if engine is not None else ()
+        return {k: value for k, value in self.options.items() if k in own or "*" in own}
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The other options: those of the engine."""
+        own = self.agent_options
+        return {key: value for key, value in self.options.items() if key not in own}
+
+    @property
+    def engine_settings(self) -> list[Any]:
+        """All that the job says of how its engine is held: where it is equal, hosts are shared."""
+        return [*self.loaded_as, self.batch_tokens, self.threads, self.engine_options]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -376,7 +399,7 @@ class Routing(_Model):
     escalate: Escalate | None = None
     """A cascade: which records one more agent is asked about in the end."""
     speculate: bool = True
-    """At the end, ask a free replica too where it should finish earlier; the first commit wins."""
+    """At the end, ask a free host too where it should finish earlier; the first commit wins."""
     timeout_s: Annotated[float, Field(gt=0.0)] | None = None
     """A worker that is silent about a partition for longer is restarted. None: twenty times
     what its measured rate leads to expect, at least ten minutes."""
@@ -384,8 +407,8 @@ class Routing(_Model):
     """A worker that has not loaded its model for longer, downloading it included, is given up and
     restarted."""
     window: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Partitions in flight per replica: one runs, the others wait at its worker. More than 1
-    hides the latency of asking, but what waits cannot go to the replica that is free first. None: 2
+    """Partitions in flight per host: one runs, the others wait at its worker. More than 1
+    hides the latency of asking, but what waits cannot go to the host that is free first. None: 2
     where a partition takes a worker less than a second, else 1."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
@@ -627,7 +650,7 @@ class Job(_Model):
     def identity(self) -> dict[str, Any]:
         """All that determines the results: a changed value means another run.
 
-        Left out is what only changes how fast or where: replicas, threads, batches, the
+        Left out is what only changes how fast or where: hosts, threads, batches, the
         cluster and the output's place, and what need not be asked again.
         """
         whole = self.model_dump(mode="json")
@@ -653,6 +676,7 @@ class Job(_Model):
             for key in (
                 "count",
                 "max_count",
+                "share",
                 "threads",
                 "batch_tokens",
                 "resources",

@@ -86,7 +86,7 @@ ANSWERS = pa.schema(
             "family_id", pa.string(), nullable=False
         ),  # the model; voters of one family err alike
         pa.field("sample_id", pa.int32(), nullable=False),
-        pa.field("worker", pa.string()),  # which replica of the agent answered
+        pa.field("worker", pa.string()),  # which host of the agent answered
         pa.field("attempt", pa.int32()),
         pa.field("text", pa.string()),  # null when `reason` is set
         pa.field("label", pa.string()),
@@ -177,7 +177,7 @@ LEDGER = pa.schema(
         # submitting process: see `latency.phases`.
         pa.field("stage", pa.string(), nullable=False),
         pa.field("partition", pa.int32()),
-        pa.field("agent_id", pa.string()),
+        pa.field("agent_id", pa.string()),  # null: of a load, that several agents share it
         pa.field("worker", pa.string()),
         pa.field("attempt", pa.int32()),
         pa.field("at_s", pa.float64(), nullable=False),  # after the execution's start

@@ -52,7 +52,7 @@ def print_preview(out: Console, job: Job, plan: Preview) -> None:
         f"{plan.num_records:,} records ({plan.num_unusable:,} unusable), {plan.num_files:,} files "
         f"→ {plan.num_partitions:,} partitions, about {plan.estimated_tokens:,} tokens per answer"
     )
-    table = Table("agent", "replicas", "answers", "model", "needs workers with")
+    table = Table("agent", "hosts", "answers", "model", "needs workers with")
     for agent in job.agents:
         needs = ", ".join(f"{k}={v:g}" for k, v in job.capabilities(agent).items())
         table.add_row(

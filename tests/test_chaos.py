@@ -107,7 +107,7 @@ def test_a_worker_killed_at_a_random_moment(arena: Arena, reference: Run, tell: 
         arena.wait_for_merges(arena.rng.randint(1, 8), child)
         os.kill(arena.rng.choice(sorted(workers_of(child.pid))), signal.SIGKILL)
         assert child.wait(PATIENCE_S) == 0, arena.log.read_text()
-    assert "event=agent_lost" in arena.log.read_text()
+    assert "event=host_lost" in arena.log.read_text()
     tell(compare("SIGKILL at a random moment", 1, arena.opened(), reference))
 
 
@@ -265,7 +265,7 @@ def test_workers_come_and_go_with_the_backlog(arena: Arena, reference: Run, tell
         "--set", "agents.b.options.seconds_per_batch=0.5",  # a is done while b goes on
     )  # fmt: skip
     tell(compare("scaled up and down under work", 1, run, reference))
-    wanted = [event["wanted"]["a"] for event in arena.events("AgentsScaled")]
+    wanted = [event["wanted"]["a"] for event in arena.events("HostsScaled")]
     assert max(wanted) == 3
     assert wanted[-1] < 3, "it gives workers back when less is left"
     assert {e["worker"] for e in arena.events("PartitionAnswered") if e["agent_id"] == "a"} >= {

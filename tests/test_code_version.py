@@ -28,7 +28,7 @@ from mas_batch.aggregate.tree import tree_reduce
 from mas_batch.by_name import _restore
 from mas_batch.code_version import code_version, hash_of_modules
 from mas_batch.errors import ModelError, VersionError
-from mas_batch.events import AgentLost, PartitionMerged
+from mas_batch.events import HostLost, PartitionMerged
 from mas_batch.job import Job, Task
 from mas_batch.latency.times import TaskTimes
 from mas_batch.merging import check_merging
@@ -155,7 +155,7 @@ def test_a_worker_with_other_code_is_refused_by_name_or_allowed(
     whose = r"agents\.weak: .* worker weak-0 \(.*\) has mas_batch 0\.0\.9\+other"
     with pytest.raises(ModelError, match=f"{whose}, and this run is of 0"):
         pipeline.run(make_job(), client=cluster_client, emit=events)
-    assert [event.agent_id for event in events.of(AgentLost)] == ["weak"]
+    assert [agent for event in events.of(HostLost) for agent in event.agents] == ["weak"]
     job = make_job(cluster={"mixed_versions": "allow"})
     assert pipeline.run(job, client=cluster_client).manifest["repeatable"] is False
 

@@ -122,7 +122,7 @@ def test_a_run_feeds_a_scheduler_that_knew_nothing_of_us(
     assert agents["strong"]["capabilities"] == ["summarize", "strong"]
     assert agents["weak"]["asked"] == {"answer": 7}
     assert agents["weak"]["compared"] == 20
-    assert {r["worker"]: (r["state"], r["answered"]) for r in run["replicas"]} == {
+    assert {r["worker"]: (r["state"], r["answered"]) for r in run["hosts"]} == {
         "strong-0": ("released", 7),
         "weak-0": ("released", 7),
     }
@@ -157,11 +157,11 @@ def test_metrics_follow_prometheus_conventions_and_say_what_the_run_did(
     assert values["mas_batch_agent_seconds_total", "weak", "compute"] > 0
     assert values["mas_batch_run_status", "finished"] == 1
     assert values["mas_batch_partitions", "merged"] == 4
-    assert values["mas_batch_replicas", "strong", "released"] == 1
+    assert values["mas_batch_hosts", "strong", "released"] == 1
     assert values["mas_batch_last_success_timestamp_seconds", "test"] > time.time() - 600
     labels = {name for f in families.values() for s in f.samples for name in s.labels}
     assert labels == {
-        *("run", "agent", "job_name"),  # as many as there are
+        *("run", "agent", "post", "job_name"),  # as many as there are
         *("state", "status", "reason", "kind", "part", "purpose"),  # words of fixed lists
     }
 

@@ -435,7 +435,7 @@ def agents_of(count: int) -> list[dict[str, Any]]:
     return [{"name": "a", "model": "echo:a", "count": count}]
 
 
-def test_runs_with_other_numbers_of_replicas_are_compared(make_run: MakeRun) -> None:
+def test_runs_with_other_numbers_of_hosts_are_compared(make_run: MakeRun) -> None:
     replies = {"a": ["x", "y", "z", "x"]}
     four = make_run(REFERENCES[:4], replies, folder="four", agents=agents_of(4))
     one = make_run(REFERENCES[:4], replies, folder="one", agents=agents_of(1))
@@ -443,8 +443,8 @@ def test_runs_with_other_numbers_of_replicas_are_compared(make_run: MakeRun) -> 
     keep_events(one, [12.0, 8.0])  # resumed once
     found = evaluate(four, "gold", compare=[one], num_resamples=10)
     first, second = found.scaling
-    assert (first.num_replicas, first.wall_s, first.num_executions) == (1, 20.0, 2)
-    assert (second.num_replicas, second.records_per_s) == (4, 0.4)
+    assert (first.num_hosts, first.wall_s, first.num_executions) == (1, 20.0, 2)
+    assert (second.num_hosts, second.records_per_s) == (4, 0.4)
     assert (second.speed_up, second.efficiency) == (2.0, 0.5)
     assert "a 1 (2 executions)" in printed(found)
 

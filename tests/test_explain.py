@@ -19,12 +19,12 @@ from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import RunError
 from mas_batch.events import (
-    AgentDraining,
-    AgentLost,
-    AgentReady,
     AnswerFailed,
     BreakerChanged,
     Event,
+    HostDraining,
+    HostLost,
+    HostReady,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
@@ -43,7 +43,7 @@ from mas_batch.run_folder.plan import stage
 from mas_batch.run_folder.storage import Store
 
 MakeJob = Callable[..., Job]
-READY = [AgentReady(agent, f"{agent}-{i}", 0.1) for agent in ("small", "large") for i in (0, 1)]
+READY = [HostReady(f"{agent}-{i}", (agent,), 0.1) for agent in ("small", "large") for i in (0, 1)]
 START = datetime(2026, 1, 2, 23, 59, 58, tzinfo=UTC)
 
 
@@ -138,9 +138,9 @@ def test_events_come_back_in_order_over_files_and_executions(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("events/*.jsonl"))) == 4
     events = list(read_events(store))
     assert [event.name for event in events] == [
-        *["AgentReady"] * 4,
+        *["HostReady"] * 4,
         "PartitionAsked",
-        "AgentReady",
+        "HostReady",
         "PartitionAnswered",
     ]
     assert len({event.execution for event in events}) == 2
@@ -160,7 +160,7 @@ def test_more_files_than_four_digits_can_number_stay_in_order(tmp_path: Path) ->
 @pytest.mark.parametrize("message", ["a\u2028b\x85c", "na\udceff", "[red]\n\ttab"])
 def test_any_message_survives_the_log(tmp_path: Path, message: str) -> None:
     store = Store(str(tmp_path))
-    log(store, AgentLost("a", "a-0", message))
+    log(store, HostLost("a-0", ("a",), message))
     assert [event.facts["message"] for event in read_events(store)] == [message]
 
 
@@ -179,7 +179,7 @@ def test_a_file_is_bounded_in_size_too(tmp_path: Path, monkeypatch: pytest.Monke
     store = Store(str(tmp_path))
     keep = EventLog(store)
     for _ in range(4):
-        keep(AgentLost("a", "a-0", "x" * 500))
+        keep(HostLost("a-0", ("a",), "x" * 500))
     files = list(tmp_path.glob("events/*.jsonl"))
     assert [len(file.read_bytes().splitlines()) for file in files] == [2, 2]
 
@@ -221,7 +221,7 @@ def test_a_decision_names_rule_candidates_and_outcome() -> None:
     (decision,) = decisions(steps)
     assert decision.time == START + timedelta(seconds=4)
     assert decision.why.startswith("the fewest partitions in flight")
-    assert [(c.worker, c.agent_id, c.chosen) for c in decision.candidates] == [
+    assert [(c.worker, c.agents, c.chosen) for c in decision.candidates] == [
         ("small-0", "small", False),
         ("large-0", "large", True),
     ]
@@ -245,13 +245,13 @@ def test_every_failure_stands_with_its_own_try() -> None:
 
 
 def test_a_lost_worker_is_the_outcome_of_what_it_was_at() -> None:
-    steps = story(asked("small-0"), asked("large-0"), AgentLost("small", "small-0", "was lost"))
+    steps = story(asked("small-0"), asked("large-0"), HostLost("small-0", ("small",), "was lost"))
     assert [d.outcome.kind for d in decisions(steps)] == [OutcomeKind.LOST, OutcomeKind.OPEN]
     assert news(steps) == []
 
 
 def test_answers_of_a_worker_that_was_taken_for_lost_count() -> None:
-    steps = story(asked("small-0"), AgentLost("small", "small-0", "silent"), answered("small-0"))
+    steps = story(asked("small-0"), HostLost("small-0", ("small",), "silent"), answered("small-0"))
     (decision,) = decisions(steps)
     assert decision.outcome.kind is OutcomeKind.ANSWERED
     assert decision.outcome.message == "after it was taken for lost: silent"
@@ -279,8 +279,8 @@ def test_news_of_workers_that_were_asked_is_told_until_the_merge() -> None:
         failed("small-0"),
         BreakerChanged("small", "small-0", "open", "3 failures"),
         BreakerChanged("small", "small-1", "open", "a worker that was not asked"),
-        AgentDraining("small", "small-0", "it is paused"),
-        AgentLost("small", "small-0", "the worker left"),
+        HostDraining("small-0", ("small",), "it is paused"),
+        HostLost("small-0", ("small",), "the worker left"),
         PartitionUndecided(1, 2, 3),
         PartitionMerged(1, 2, 1),
         BreakerChanged("small", "small-0", "closed", "too late to matter"),
@@ -328,7 +328,7 @@ def test_executions_are_told_apart_and_idle_ones_left_out(staged: Store) -> None
     assert isinstance(killed, Decision)
     assert killed.outcome.kind is OutcomeKind.OPEN
     assert isinstance(decision, Decision)
-    assert decision.candidates[0].agent_id == "large"
+    assert decision.candidates[0].agents == "large"
     assert (told.first_record, told.num_records, told.num_partitions) == (3, 3, 7)
 
 
@@ -434,7 +434,7 @@ def test_a_real_run_is_explained_by_partition_and_by_record(
     for decision in asked_about.values():
         assert decision.outcome.kind is OutcomeKind.ANSWERED
         assert [c.worker for c in decision.candidates if c.chosen] == [decision.worker]
-        assert {c.agent_id for c in decision.candidates} <= asked_about.keys()
+        assert {c.agents for c in decision.candidates} <= asked_about.keys()
         assert decision.policy == "least-loaded"
     assert asked_about["strong"].outcome.num_failed == 1
     assert isinstance(execution.steps[-1], News)

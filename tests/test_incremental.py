@@ -131,7 +131,7 @@ def test_labels_are_part_of_the_question_and_of_the_prompt() -> None:
 
 
 SAME_AGENT: dict[str, dict[str, Any]] = {
-    "replicas": {"agent": {"count": 3, "threads": 2, "batch_tokens": 64}},
+    "hosts": {"agent": {"count": 3, "share": False, "threads": 2, "batch_tokens": 64}},
     "capabilities": {"agent": {"capabilities": ["classify", "big"], "resources": {"GPU": 1}}},
     "merge": {"merge": {"method": "reliability"}},
     "partitions": {"partition": {"max_records": 3}},

@@ -17,7 +17,7 @@ from distributed import Client
 import mas_batch
 from mas_batch import pipeline
 from mas_batch.errors import ExitCode, RunError
-from mas_batch.events import AgentReady, AnswersReused, PartitionAnswered
+from mas_batch.events import AnswersReused, HostReady, PartitionAnswered
 from mas_batch.explain import explain
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
@@ -206,7 +206,9 @@ def test_an_agent_that_is_added_alone_is_asked(nights: Callable[..., Nights]) ->
     job.run(V1, agents=both[:1])
     second = job.run(V1, agents=both, merge={"method": "reliability"})
     assert job.num_asked == {"weak": len(V1)}
-    assert {event.agent_id for event in job.events.of(AgentReady)} == {"weak"}, "nor loaded"
+    assert {agent for event in job.events.of(HostReady) for agent in event.agents} == {"weak"}, (
+        "nor loaded"
+    )
     assert second.manifest["since"]["refused"] == {
         "weak": "that run did not ask it, or does not say how"
     }
@@ -240,7 +242,7 @@ def test_where_all_is_known_no_agent_is_loaded(tmp_path: Path, cluster_client: C
     for agent in agents:
         agent["resources"] = {"a machine that nobody has": 1}
     second = job.run(V1[5:], agents=agents)
-    assert job.events.of(AgentReady) == []
+    assert job.events.of(HostReady) == []
     assert job.num_asked == {}
     assert second.manifest["since"]["records"] == {
         "unchanged": 25, "changed": 0, "new": 0, "gone": 5

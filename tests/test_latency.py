@@ -70,7 +70,7 @@ def test_the_parts_add_up_to_the_wall_time(cluster_client: Client, make_job: Mak
     assert set(in_phases["stage"].to_pylist()) == {event.phase for event in ended}
     assert total(in_phases, "wall_s") == pytest.approx(sum(event.wall_s for event in ended))
     assert total(in_phases, "wall_s") <= wall_s <= whole_s
-    # A replica: what its engine did and the pauses between follow one another.
+    # A host: what its engine did and the pauses between follow one another.
     answers = ledger.filter(pc.equal(ledger["stage"], "answer"))
     for agent_id, rest_s in REST_S.items():
         own = answers.filter(pc.equal(answers["agent_id"], agent_id))
@@ -134,11 +134,11 @@ def test_the_manifest_says_where_the_time_went(cluster_client: Client, make_job:
     assert phases.PUBLISHING not in latency["phases"]  # it is not over
     assert latency["wall_s"] == pytest.approx(sum(latency["phases"].values()))
     assert latency["wall_s"] <= wall_s
-    replicas = latency["replicas"]
-    assert replicas["num"] == 2
-    assert replicas["compute_s"] >= NUM_BATCHES * sum(REST_S.values())
+    hosts = latency["hosts"]
+    assert hosts["num"] == 2
+    assert hosts["compute_s"] >= NUM_BATCHES * sum(REST_S.values())
     answers = run.ledger().filter(pc.equal(run.ledger()["stage"], "answer"))
-    assert replicas["compute_s"] == pytest.approx(total(answers, "compute_s"))
+    assert hosts["compute_s"] == pytest.approx(total(answers, "compute_s"))
     rows = {(row["agent_id"], row["part"]): row for row in latency["per_record"]}
     shortest_s = REST_S["strong"] / 2  # two to a batch
     assert rows["strong", "compute"]["p50_s"] >= shortest_s * 0.98, "a sketch's figure"

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.events import (
-    AgentDraining,
-    AgentLoading,
-    AgentLost,
-    AgentReady,
     AnswerFailed,
     BreakerChanged,
     Escalated,
     Event,
+    HostDraining,
+    HostLoading,
+    HostLost,
+    HostReady,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
@@ -29,7 +29,7 @@ from mas_batch.events import (
 )
 from mas_batch.monitor import inbox as inboxes
 from mas_batch.monitor import snapshot as snapshots
-from mas_batch.monitor.fleet import LiveAgent
+from mas_batch.monitor.fleet import LiveAgent, LivePost
 from mas_batch.monitor.fold import MAX_LOST, MAX_TEXT, Fold
 from mas_batch.monitor.inbox import Inbox
 from mas_batch.monitor.live import LiveRun
@@ -40,8 +40,12 @@ from mas_batch.monitor.snapshot import VERSION, Snapshot, layout_version
 
 def new_fold(name: str = "run", execution: str = "first") -> Fold:
     agents = {agent: LiveAgent(agent, model=f"echo:{agent}") for agent in ("a", "b")}
-    timeline = Timeline(start=0.0)
-    return Fold(LiveRun(name, execution, "job", "classify", "random", 2, 0.0, agents, {}, timeline))
+    posts = {name: LivePost(name, [name], 1) for name in agents}
+    history = Timeline(start=0.0)
+    run = LiveRun(
+        name, execution, "job", "classify", "random", 2, 0.0, posts, agents, {}, history
+    )  # fmt: skip
+    return Fold(run)
 
 
 def started(num_partitions: int = 4, done: int = 0) -> RunStarted:
@@ -89,19 +93,19 @@ def take(fold: Fold, *events: Event, at: float = 1.0) -> LiveRun:
 
 def test_a_partition_goes_through_its_states_and_is_forgotten() -> None:
     fold = new_fold()
-    run = take(fold, started(), AgentReady("a", "a-0", 0.1), AgentReady("b", "b-0", 0.1))
+    run = take(fold, started(), HostReady("a-0", ("a",), 0.1), HostReady("b-0", ("b",), 0.1))
     assert run.states == (4, 0, 0, 0)
     take(fold, asked(0), asked(0, "b", "b-0"), asked(1))
     assert run.states == (2, 2, 0, 0)
-    assert run.replicas["a-0"].in_flight == 2
-    assert run.replicas["a-0"].shown_state == "busy"
+    assert run.hosts["a-0"].in_flight == 2
+    assert run.hosts["a-0"].shown_state == "busy"
     take(fold, answered(0))
     assert run.states == (2, 2, 0, 0)  # b is still at it
     take(fold, answered(0, "b", "b-0"))
     assert run.states == (2, 1, 1, 0)
     take(fold, merged(0, failures=1))
     assert run.states == (2, 1, 0, 1)
-    assert run.replicas["b-0"].shown_state == "ready"
+    assert run.hosts["b-0"].shown_state == "ready"
     assert (run.num_results, run.num_failures, run.reasons) == (2, 1, {"engine_error": 1})
     agent = run.agents["a"]
     assert (agent.num_answers, agent.completion_tokens, agent.compute_s) == (3, 6, 0.5)
@@ -111,47 +115,47 @@ def test_a_partition_goes_through_its_states_and_is_forgotten() -> None:
 def test_a_copy_that_lost_its_race_is_in_flight_no_more() -> None:
     fold = new_fold()
     run = take(fold, started(), asked(0), asked(0, worker="a-1", purpose="copy"), answered(0))
-    assert run.replicas["a-1"].in_flight == 0
+    assert run.hosts["a-1"].in_flight == 0
     assert run.states == (3, 0, 1, 0)
 
 
-def test_what_a_replica_is_at() -> None:
+def test_what_a_host_is_at() -> None:
     fold = new_fold()
-    run = take(fold, started(), AgentLoading("a", "a-0"))
-    states = [run.replicas["a-0"].shown_state]
+    run = take(fold, started(), HostLoading("a-0", ("a",)))
+    states = [run.hosts["a-0"].shown_state]
     for event in (
-        AgentReady("a", "a-0", 0.1),
+        HostReady("a-0", ("a",), 0.1),
         asked(0),
         BreakerChanged("a", "a-0", "open", "3 failures in a row"),
         BreakerChanged("a", "a-0", "probing", "a probe"),
         asked(1, purpose="probe"),
         BreakerChanged("a", "a-0", "closed", "it answers again"),
-        AgentDraining("a", "a-0", "paused"),
+        HostDraining("a-0", ("a",), "paused"),
         asked(2),  # it was unpaused: that is not an event
-        AgentLost("a", "a-0", "the worker was lost"),
+        HostLost("a-0", ("a",), "the worker was lost"),
     ):
         take(fold, event)
-        states.append(run.replicas["a-0"].shown_state)
+        states.append(run.hosts["a-0"].shown_state)
     assert states == [
         *("loading", "ready", "busy", "breaker open", "probing", "probing", "busy"),
         *("draining", "busy", "lost"),
     ]
-    assert run.replicas["a-0"].in_flight == 0
+    assert run.hosts["a-0"].in_flight == 0
     assert run.states == (1, 0, 3, 0)
 
 
-def test_a_replica_says_what_it_waits_for_and_since_when() -> None:
+def test_a_host_says_what_it_waits_for_and_since_when() -> None:
     fold = new_fold()
-    take(fold, started(), AgentReady("a", "a-0", 0.1), asked(0))
+    take(fold, started(), HostReady("a-0", ("a",), 0.1), asked(0))
     run = take(fold, ServerAway(0, "a", "a-0", "http://x/v1: refused", 0.0, 1.0, 600.0), at=5.0)
     assert (run.num_answering, run.agents["a"].num_failed_tries) == (0, 0)
     again = ServerAway(0, "a", "a-0", "http://x/v1: refused", 1.5, 2.0, 600.0)
     take(fold, asked(0, purpose="probe"), again, at=6.5)
-    row = overview_of(run).runs[0].replicas[0]
-    assert (row.state, run.replicas["a-0"].since, row.in_flight) == ("server away", 5.0, 0)
+    row = overview_of(run).runs[0].hosts[0]
+    assert (row.state, run.hosts["a-0"].since, row.in_flight) == ("server away", 5.0, 0)
     assert row.message == "waits up to 600 s for its server: http://x/v1: refused"
     take(fold, asked(0, purpose="probe"), BreakerChanged("a", "a-0", "closed", "it answers again"))
-    assert run.replicas["a-0"].shown_state == "busy"
+    assert run.hosts["a-0"].shown_state == "busy"
 
 
 def test_a_failed_try_and_the_end_of_a_run() -> None:
@@ -163,8 +167,8 @@ def test_a_failed_try_and_the_end_of_a_run() -> None:
     assert run.phases == {"answering": 3.0}
     fold.close(5.0, "RunError: full disk")
     assert (run.stage, run.message, run.ended) == ("failed", "RunError: full disk", 5.0)
-    assert run.replicas["a-0"].shown_state == "released"
-    assert run.replicas["a-0"].in_flight == 0
+    assert run.hosts["a-0"].shown_state == "released"
+    assert run.hosts["a-0"].in_flight == 0
 
 
 def test_a_second_pass_counts_partitions_anew_and_no_record_twice() -> None:
@@ -185,23 +189,23 @@ def test_a_resumed_run_begins_where_the_last_one_stopped() -> None:
 
 def test_late_news_of_a_lost_worker_that_is_forgotten_does_not_bring_it_back() -> None:
     fold = new_fold()
-    run = take(fold, started(), AgentReady("a", "early", 0.1), asked(0, worker="early"))
-    take(fold, AgentLost("a", "early", "gone"), at=0.0)
+    run = take(fold, started(), HostReady("early", ("a",), 0.1), asked(0, worker="early"))
+    take(fold, HostLost("early", ("a",), "gone"), at=0.0)
     for number in range(MAX_LOST):
-        take(fold, AgentReady("a", f"w{number}", 0.1), AgentLost("a", f"w{number}", "gone"))
-    assert "early" not in run.replicas
+        take(fold, HostReady(f"w{number}", ("a",), 0.1), HostLost(f"w{number}", ("a",), "gone"))
+    assert "early" not in run.hosts
     take(fold, answered(0, worker="early"), AnswerFailed(1, "a", "early", 1, "it broke", False))
-    assert "early" not in run.replicas
+    assert "early" not in run.hosts
     assert (run.agents["a"].num_answers, run.agents["a"].num_failed_tries) == (3, 1)
 
 
-def test_only_the_last_lost_replicas_are_kept() -> None:
+def test_only_the_last_lost_hosts_are_kept() -> None:
     fold = new_fold()
     run = take(fold, started())
     for number in range(MAX_LOST + 10):
-        take(fold, AgentReady("a", f"w{number}", 0.1), at=number)
-        take(fold, AgentLost("a", f"w{number}", "gone"), at=number)
-    assert list(run.replicas) == [f"w{number}" for number in range(10, MAX_LOST + 10)]
+        take(fold, HostReady(f"w{number}", ("a",), 0.1), at=number)
+        take(fold, HostLost(f"w{number}", ("a",), "gone"), at=number)
+    assert list(run.hosts) == [f"w{number}" for number in range(10, MAX_LOST + 10)]
 
 
 # What is sent, and what the scheduler keeps of it
@@ -226,8 +230,8 @@ some_events = st.lists(
             st.builds(lambda p, w: asked(p, w[0], w), partitions, workers),
             st.builds(lambda p, w, f: answered(p, w[0], w, f), partitions, workers, st.just(1)),
             st.builds(merged, partitions, st.integers(0, 3)),
-            st.builds(lambda w: AgentReady(w[0], w, 0.1, {"device": "cpu"}), workers),
-            st.builds(lambda w: AgentLost(w[0], w, "gone"), workers),
+            st.builds(lambda w: HostReady(w, (w[0],), 0.1, {"device": "cpu"}), workers),
+            st.builds(lambda w: HostLost(w, (w[0],), "gone"), workers),
             st.builds(lambda w: BreakerChanged(w[0], w, "open", "why"), workers),
             st.builds(
                 lambda p, w: AnswerFailed(p, w[0], w, 1, "broke", False), partitions, workers
@@ -262,8 +266,8 @@ def test_the_state_stays_small_and_its_counts_add_up(events: list[tuple[float, E
     fold = folded(events)
     run = fold.run
     tries = [attempt for each in fold._open.values() for attempt in each]
-    asked_workers = [worker for _, worker in tries if worker in run.replicas]
-    assert sum(r.in_flight for r in run.replicas.values()) == len(asked_workers) == len(tries)
+    asked_workers = [worker for _, worker in tries if worker in run.hosts]
+    assert sum(r.in_flight for r in run.hosts.values()) == len(asked_workers) == len(tries)
     assert run.num_open == len(fold._open)
     assert run.num_answering == sum(bool(each) for each in fold._open.values())
     assert all(count >= 0 for count in run.states)
@@ -275,7 +279,7 @@ def test_a_snapshot_is_of_bounded_size_however_long_the_run() -> None:
         fold = new_fold()
         take(fold, started(num_partitions))
         for number in range(num_workers):
-            take(fold, AgentReady("a", f"w{number}", 0.1))
+            take(fold, HostReady(f"w{number}", ("a",), 0.1))
         for partition in range(num_partitions):
             worker, at = f"w{partition % num_workers}", float(partition)
             take(fold, asked(partition, worker=worker), answered(partition, worker=worker), at=at)
@@ -339,8 +343,8 @@ def test_every_value_of_a_snapshot_counts_for_its_version() -> None:
 
 def test_long_and_unencodable_texts_are_sent_all_the_same() -> None:
     lost = "\udc80 \x1b[2J s3://user:secret@bucket/ " + "x" * 10_000
-    run = take(new_fold(), AgentReady("a", "a-0", 0.1), AgentLost("a", "a-0", lost))
-    message = Snapshot.from_json(sent(run)).run.replicas["a-0"].message
+    run = take(new_fold(), HostReady("a-0", ("a",), 0.1), HostLost("a-0", ("a",), lost))
+    message = Snapshot.from_json(sent(run)).run.hosts["a-0"].message
     assert len(message) == MAX_TEXT
     assert message.startswith("? \\x1b[2J s3://bucket/ x")
 
@@ -359,7 +363,7 @@ def test_runs_that_are_over_go_first_and_success_is_remembered(
 
 def test_a_process_that_says_nothing_for_long_is_silent_and_clocks_may_differ() -> None:
     inbox, fold = Inbox(), new_fold()
-    take(fold, started(), AgentReady("a", "a-0", 0.1), at=100.0)
+    take(fold, started(), HostReady("a-0", ("a",), 0.1), at=100.0)
     run = take(fold, asked(0), answered(0), at=109.0)
     inbox.receive(VERSION, sent(run, sent_at=110.0), 5110.0)
     row = overview(inbox, 5111.0).runs[0]
@@ -394,9 +398,28 @@ def test_rates_are_of_the_last_minute_only() -> None:
     assert recent.rates(600.0 + WINDOW_S) == (0.0, 0.0)
 
 
+def test_what_agents_share_is_counted_once() -> None:
+    fold = new_fold()
+    fold.run.posts = {"a+b": LivePost("a+b", ["a", "b"], 2)}
+    fold.run.window = 0
+    ready = HostReady("a+b-0", ("a", "b"), 0.1, {"engine": "echo"}, concurrent=3)
+    take(fold, started(), ready, asked(0, "a", "a+b-0"), asked(0, "b", "a+b-0"))
+    run = take(fold, asked(1, "b", "a+b-0"), answered(0, "a", "a+b-0"))
+    row = overview_of(run).runs[0]
+    (post,), (host,) = row.posts, row.hosts
+    assert (post.hosts, post.hosts_wanted, post.in_flight, post.window) == ({"busy": 1}, 2, 2, 4)
+    assert [(each.post, each.in_flight, each.engine) for each in row.agents] == [
+        ("a+b", 0, "echo"), ("a+b", 2, "echo"),
+    ]  # fmt: skip
+    assert (host.agents, host.in_flight, host.asked, host.answered) == (["a", "b"], 2, 3, 1)
+    run = take(fold, HostLost("a+b-0", ("a", "b"), "gone"))
+    assert [agent.in_flight for agent in run.agents.values()] == [0, 0]
+    assert run.num_answering == 0
+
+
 def test_the_schema_of_agents_json_describes_every_field() -> None:
     described = schema()["$defs"]
-    assert set(described) == {"AgentRow", "HistoryPoint", "ReplicaRow", "RunRow"}
+    assert set(described) == {"AgentRow", "HistoryPoint", "HostRow", "PostRow", "RunRow"}
     row = overview_of(take(new_fold(), started(), asked(0))).runs[0]
     assert set(described["RunRow"]["properties"]) == set(asdict(row))
 

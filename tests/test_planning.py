@@ -27,7 +27,7 @@ from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, READING
 from mas_batch.latency.simulate import Clock, Costs, Simulation, Worker
 from mas_batch.partition import partition
-from mas_batch.planning import parse_deadline, parse_replicas, plan
+from mas_batch.planning import parse_deadline, parse_hosts, plan
 from mas_batch.planning import service_time as service_time_module
 from mas_batch.planning.forecast import MAX_SIMULATED, Forecaster
 from mas_batch.planning.measurements import AgentMeasurements, Measurements, waiting_s
@@ -156,7 +156,7 @@ def simulate(
         merge_s=lambda partition: 0.0,
         num_cores=num_cores,
     )
-    workers = [Worker(f"a-{i}", "a", cores=cores) for i in range(num_workers)]
+    workers = [Worker(f"a-{i}", ("a",), cores=cores) for i in range(num_workers)]
     return Simulation(dispatcher, workers, costs, samples={"a": 1}).run()
 
 
@@ -172,7 +172,7 @@ def test_work_is_conserved(seconds: list[float], num_workers: int) -> None:
 
 
 @given(WORK, st.integers(1, 4))
-def test_more_replicas_are_not_slower_than_list_scheduling_allows(
+def test_more_hosts_are_not_slower_than_list_scheduling_allows(
     seconds: list[float], num_workers: int
 ) -> None:
     fewer, more = simulate(seconds, num_workers), simulate(seconds, num_workers + 1)
@@ -183,7 +183,7 @@ def test_more_replicas_are_not_slower_than_list_scheduling_allows(
 
 
 @given(WORK, st.integers(2, 5))
-def test_a_shared_core_works_no_faster_for_more_replicas(
+def test_a_shared_core_works_no_faster_for_more_hosts(
     seconds: list[float], num_workers: int
 ) -> None:
     result = simulate(seconds, num_workers, cores=1.0, num_cores=1.0, speculate=False)
@@ -300,7 +300,7 @@ def test_tokens_and_time_add_up(make_job: MakeJob) -> None:
 
 @settings(max_examples=settings.default.max_examples // 2)
 @given(st.floats(0.05, 1.0), st.floats(0.05, 1.0), st.integers(1, 4))
-def test_more_replicas_are_never_predicted_slower(strong: float, weak: float, count: int) -> None:
+def test_more_hosts_are_never_predicted_slower(strong: float, weak: float, count: int) -> None:
     job = base_job()
     forecaster = forecaster_of(job, measurements_of({"strong": strong, "weak": weak}))
     seconds = [forecaster.forecast({"strong": n, "weak": n}).duration_s for n in (count, count + 1)]
@@ -373,7 +373,7 @@ def base_job(**sections: Any) -> Job:
 
 @settings(max_examples=settings.default.max_examples // 7)
 @given(st.lists(st.floats(5.0, 60.0), min_size=2, max_size=3))
-def test_a_later_deadline_never_needs_more_replicas(deadlines: list[float]) -> None:
+def test_a_later_deadline_never_needs_more_hosts(deadlines: list[float]) -> None:
     forecaster = forecaster_of(base_job(), measurements_of({"strong": 0.2, "weak": 0.1}), 12)
     found = [
         predict(forecaster, (1, 3), deadline_s=deadline).recommendation
@@ -404,7 +404,7 @@ def test_the_bottleneck_is_named(make_job: MakeJob) -> None:
 
     def named(forecaster: Forecaster) -> tuple[str, str | None]:
         found = predict(forecaster, (1, 1)).bottleneck
-        return found.kind, found.agent_id
+        return found.kind, found.post
 
     slow = measurements_of({"strong": 1.0, "weak": 0.1})
     assert named(forecaster_of(job, slow)) == ("agent", "strong")
@@ -436,7 +436,7 @@ def test_a_plan_is_of_what_its_sample_or_its_run_took(
 ) -> None:
     rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(60)]
     job = make_job(rows=rows, agents=slow_agents(), partition={"max_records": 3})
-    planned = plan(job, num_sampled=16, client=cluster_client, replicas=(1, 2))
+    planned = plan(job, num_sampled=16, client=cluster_client, hosts=(1, 2))
     assert not list((tmp_path / "runs").glob("*")), "the sample is removed"
     summary = pipeline.run(job, client=cluster_client)
     # 20 partitions of 0.3 s, and what the sample's took beside that on this machine at that time:
@@ -449,7 +449,7 @@ def test_a_plan_is_of_what_its_sample_or_its_run_took(
         assert by_agent[told["agent_id"]].answers == told["answers"] == 60
         tokens = by_agent[told["agent_id"]].completion_tokens
         assert tokens == pytest.approx(told["completion_tokens"], rel=0.1)
-    assert planned.bottleneck.agent_id == "strong"
+    assert planned.bottleneck.post == "strong"
     # A run is learned from as well, and needs no further one.
     again = plan(job, former=summary.run, client=cluster_client)
     assert again.measuring_s == 0
@@ -524,7 +524,7 @@ def job_file(job: Job, folder: Path) -> Path:
             "--deadline: 'soon' is not a time; allowed: such as 2h, 90m, 3600",
         ),
         (["--deadline", "0"], "--deadline"),
-        (["--replicas", "8-1"], "--replicas: '8-1' is not allowed"),
+        (["--hosts", "8-1"], "--hosts: '8-1' is not allowed"),
         (["--set", "corpus.path=nowhere"], "corpus.path"),
     ],
 )
@@ -542,7 +542,7 @@ def test_times_and_numbers_are_read() -> None:
     assert [parse_deadline(text) for text in ("2h", "90m", "3600", "1.5 hours")] == [
         7200.0, 5400.0, 3600.0, 5400.0,
     ]  # fmt: skip
-    assert [parse_replicas(text) for text in ("4", "1-8")] == [(4, 4), (1, 8)]
+    assert [parse_hosts(text) for text in ("4", "1-8")] == [(4, 4), (1, 8)]
 
 
 @pytest.mark.processes
@@ -555,13 +555,13 @@ def test_a_sample_on_the_embedded_cluster(make_job: MakeJob, tmp_path: Path) -> 
         cluster={"dashboard_address": None},
     )
     command = [sys.executable, "-m", "mas_batch", "plan", str(job_file(job, tmp_path))]
-    options = ["--sample", "8", "--replicas", "1-3", "--json"]
+    options = ["--sample", "8", "--hosts", "1-3", "--json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["agents"][0]["answers"] == 64
     assert facts["measuring_s"] > 0
-    # 32 partitions of half a second that wait for no core: two replicas take half as long.
+    # 32 partitions of half a second that wait for no core: two hosts take half as long.
     one, two, three = (option["duration_s"] for option in facts["allocations"])
     assert 16 <= facts["phases"]["answering"] <= facts["measuring_s"] * 64 / 8
     assert one - two > 5
@@ -577,7 +577,7 @@ def test_the_command_prints_a_table_and_json(
     command = ["plan", str(job_file(job, tmp_path)), "--from", run, "--deadline", "1h"]
     told = CliRunner().invoke(main, command)
     assert told.exit_code == 0, told.output
-    for words in ("expected:", "bottleneck:", "Replicas", "recommended:", "strong"):
+    for words in ("expected:", "bottleneck:", "Hosts", "recommended:", "strong"):
         assert words in told.stdout
     facts = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert facts["recommendation"]["meets_deadline"] is True

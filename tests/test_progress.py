@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from mas_batch.events import (
-    AgentDraining,
-    AgentLost,
-    AgentReady,
-    AgentsScaled,
     AnswerFailed,
     BreakerChanged,
+    HostDraining,
+    HostLost,
+    HostReady,
+    HostsScaled,
     PartitionAnswered,
     PartitionMerged,
     PartitionUndecided,
@@ -25,16 +25,16 @@ from mas_batch.events import (
 from mas_batch.monitor.progress import Bar, LogLines, Throughput
 
 STARTED = RunStarted("runs/x-1", 4, 40, 1, 10, 2, 3, ("x-0",), "http://127.0.0.1:8787/status")
-READY = AgentReady("plain", "plain-0", 1.5)
+READY = HostReady("plain-0", ("plain",), 1.5)
 ANSWERED = PartitionAnswered(1, "plain", "plain-0", 1, 10, 10, 0, 900, 300, compute_s=2.0)
 MERGED = PartitionMerged(1, 9, 1)
 FAILED = AnswerFailed(2, "plain", "plain-0", 1, "cannot open [/data/x.gguf]", given_up=False)
-LOST = AgentLost("plain", "plain-0", "[Errno 2] no such [file]")
+LOST = HostLost("plain-0", ("plain",), "[Errno 2] no such [file]")
 ROUTING = (
-    AgentDraining("plain", "plain-0", "the worker's status is 'paused'"),
+    HostDraining("plain-0", ("plain",), "the worker's status is 'paused'"),
     BreakerChanged("plain", "plain-1", "open", "3 failures in a row; no [file]"),
     ServerAway(3, "plain", "plain-0", "http://x/v1: [refused]", 4.2, 8.0, 600.0),
-    AgentsScaled({"plain": 4, "large": 1}, {"plain": 9, "large": 0}),
+    HostsScaled({"plain": 4, "large": 1}, {"plain": 9, "large": 0}),
     PartitionUndecided(1, 6, 10),
 )
 
@@ -67,7 +67,7 @@ def test_the_bar_tells_of_workers_and_counts_the_undecided() -> None:
     assert "plain on plain-1, breaker open: 3 failures in a row; no [file]" in text
     assert "plain on plain-0 waits for its server (4 s so far): http://x/v1: [refused]; " in text
     assert "asked again in 8 s, given up after 600 s" in text
-    assert "workers wanted: plain 4, large 1 (partitions to do: plain 9, large 0)" in text
+    assert "hosts wanted: plain 4, large 1 (partitions to do: plain 9, large 0)" in text
     assert "6 asked further" in text
     assert "undecided" not in text, "what is counted needs no line"
 
@@ -80,13 +80,13 @@ def test_log_lines_tell_of_workers_and_count_the_undecided(
     for event in (*ROUTING, RunFinished(9, 1, 2.0)):
         read(event)
     assert [record.getMessage() for record in caplog.records] == [
-        "event=agent_draining agent=plain worker=plain-0 "
+        "event=host_draining agents=plain worker=plain-0 "
         "message=\"the worker's status is 'paused'\"",
         "event=breaker agent=plain worker=plain-1 state=open "
         'message="3 failures in a row; no [file]"',
         "event=server_away agent=plain worker=plain-0 away_s=4 again_in_s=8 wait_s=600.0 "
         'message="http://x/v1: [refused]"',
-        'event=agents_scaled wanted="plain 4, large 1" backlog="plain 9, large 0"',
+        'event=hosts_scaled wanted="plain 4, large 1" backlog="plain 9, large 0"',
         "event=run_finished results=9 failures=1 undecided=6 wall_s=2.0",
     ]
 
@@ -99,7 +99,7 @@ def test_log_lines_are_few_and_quoted(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split()[0] for line in lines] == [
         "event=run_started",
-        "event=agent_ready",
+        "event=host_ready",
         "event=progress",
         "event=answer_failed",
     ]

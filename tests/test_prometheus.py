@@ -109,7 +109,7 @@ def test_every_panel_and_rule_has_an_answer_from_a_real_run(
     wait_for(lambda: prometheus.query("up == 1"))
     rows = [{"id": f"r{i}", "text": f"text number {i}"} for i in range(30)]
     with Background(make_job(rows, agents=slow_agents(0.5)), client):
-        wait_for(lambda: prometheus.query('mas_batch_replicas{state="busy"} > 0'))
+        wait_for(lambda: prometheus.query('mas_batch_hosts{state="busy"} > 0'))
         wait_for(lambda: prometheus.query('mas_batch_partitions{state="merged"} > 2'))
     wait_for(lambda: prometheus.query('mas_batch_run_status{status="finished"} == 1'))
     assert prometheus.query("mas_batch_records_merged_total")[0]["value"][1] == "30"

@@ -11,7 +11,7 @@ from distributed import Client
 from mas_batch import pipeline
 from mas_batch.engines.echo import EchoEngine
 from mas_batch.errors import JobError
-from mas_batch.events import AgentReady, AnswersReused, Event, PartitionMerged
+from mas_batch.events import AnswersReused, Event, HostReady, PartitionMerged
 from mas_batch.stages.memory import Memory
 from tests.test_incremental_runs import V1, Nights, assert_same, row
 
@@ -66,7 +66,7 @@ def test_the_latest_version_is_the_run(job: Nights, faults: Faults) -> None:
     assert_same(third, job.full(None))
     fourth = job.run(None, retry_failed=True)
     assert fourth.manifest == third.manifest, "nothing is left that is worth it"
-    assert job.events.of(AgentReady) == []
+    assert job.events.of(HostReady) == []
     new = job.run([*V1, row(77)], since="last")
     assert new.manifest["since"]["run"] == third.manifest["run"]
 
@@ -102,7 +102,7 @@ def test_an_answer_that_failed_beside_others_is_asked_for_again(
     broken.clear()
     second = job.run(None, retry_failed=True)
     assert job.num_asked == {"weak": 1}
-    assert {event.agent_id for event in job.events.of(AgentReady)} == {"weak"}
+    assert {agent for event in job.events.of(HostReady) for agent in event.agents} == {"weak"}
     assert_same(second, job.full(None))
 
 

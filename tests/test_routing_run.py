@@ -17,12 +17,12 @@ from mas_batch.agents import host, work
 from mas_batch.dask_compat import forget_collections
 from mas_batch.errors import JobError, ModelError, OutputError, RunError
 from mas_batch.events import (
-    AgentDraining,
-    AgentLost,
-    AgentReady,
-    AgentsScaled,
     AnswerFailed,
     Event,
+    HostDraining,
+    HostLost,
+    HostReady,
+    HostsScaled,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
@@ -166,9 +166,9 @@ def test_a_worker_that_appears_under_way_is_used_and_an_idle_one_given_back(
     scaler = Elastic(elastic, worker_spec)
     with Client(elastic) as client:
         pipeline.run(make_job(rows, agents=agents), client=client, scaler=scaler, emit=events)
-    assert {event.worker for event in events.of(AgentReady)} == {"w-0", "w-1", "w-2"}
+    assert {event.worker for event in events.of(HostReady)} == {"w-0", "w-1", "w-2"}
     assert {event.worker for event in events.of(PartitionAnswered)} == {"w-0", "w-1", "w-2"}
-    assert events.of(AgentsScaled)[0].wanted == {"w": 3}
+    assert events.of(HostsScaled)[0].wanted == {"w": 3}
 
 
 def test_an_agent_without_workers_for_as_long_as_the_job_allows_ends_the_run(
@@ -207,7 +207,7 @@ def test_a_worker_that_is_retired_is_drained_and_nothing_is_blamed(
         thread.start()
         summary = pipeline.run(make_job(rows, agents=agents), client=client, emit=events)
         thread.join()
-    lost = [event.message for event in [*events.of(AgentLost), *events.of(AgentDraining)]]
+    lost = [event.message for event in [*events.of(HostLost), *events.of(HostDraining)]]
     assert any("the worker left" in message or "closing" in message for message in lost), lost
     assert {event.purpose for event in events.of(PartitionAsked)} <= {"answer", "copy"}
     assert summary.manifest["counts"]["results"] == 45
@@ -224,7 +224,7 @@ def test_an_agent_that_cannot_load_is_done_without_where_others_are_enough(
 
     def emit(event: Event) -> None:
         events(event)
-        if isinstance(event, AgentLost):
+        if isinstance(event, HostLost):
             lost.set()
 
     def answer_when_lost(*args: Any) -> Any:
@@ -235,7 +235,7 @@ def test_an_agent_that_cannot_load_is_done_without_where_others_are_enough(
     job = make_job(agents=agents, routing={"answers_per_record": 1})
     pipeline.run(job, client=cluster_client, emit=emit)
     assert {event.agent_id for event in events.of(PartitionAnswered)} == {"strong"}
-    assert [event.agent_id for event in events.of(AgentLost)] == ["weak"]
+    assert [agent for event in events.of(HostLost) for agent in event.agents] == ["weak"]
     with pytest.raises(ModelError, match=r"agents\.weak: no worker could load echo:w"):
         pipeline.run(make_job(agents=agents), client=cluster_client)
 
@@ -286,9 +286,9 @@ def test_a_worker_without_a_nanny_that_hangs_is_cut_off(
         summary = pipeline.run(job, client=client, emit=events)
         release.set()
     assert summary.manifest["counts"]["results"] == 20
-    (draining,) = events.of(AgentDraining)
+    (draining,) = events.of(HostDraining)
     assert "silent about partition" in draining.message
-    assert [event.message for event in events.of(AgentLost)] == ["the worker was lost"]
+    assert [event.message for event in events.of(HostLost)] == ["the worker was lost"]
     assert "careful" in {event.purpose for event in events.of(PartitionAsked)}
 
 
@@ -314,7 +314,7 @@ def test_a_download_that_hangs_is_given_up_and_its_worker_cut_off(
             wait_until(lambda: address not in client.scheduler_info(n_workers=-1)["workers"])
         finally:
             release.set()
-    assert [event.agent_id for event in events.of(AgentLost)] == ["w"]
+    assert [agent for event in events.of(HostLost) for agent in event.agents] == ["w"]
 
 
 def spans_of(dask_scheduler: Any) -> list[tuple[tuple[str, ...], int]]:

@@ -37,7 +37,7 @@ from mas_batch import cluster, pipeline, show
 from mas_batch.agents.spec import agent_specs
 from mas_batch.cli import main
 from mas_batch.errors import JobError
-from mas_batch.events import AgentLost
+from mas_batch.events import HostLost
 from mas_batch.job import Job
 from mas_batch.job_file import check_job, load_job
 from mas_batch.monitor.progress import sentence
@@ -491,7 +491,7 @@ def test_a_corpus_cannot_steer_the_terminal(cluster_client: Client, make_job: Ma
 
 def test_messages_cannot_steer_the_terminal(tmp_path: Path) -> None:
     out, text = console()
-    event = AgentLost(agent_id="a", worker=EVIL, message=EVIL)
+    event = HostLost(agents=("a",), worker=EVIL, message=EVIL)
     out.print(sentence(event))
     assert "[bold]not bold[/]" in assert_harmless(text.getvalue())
     job = write_job(tmp_path)

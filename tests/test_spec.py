@@ -1,28 +1,17 @@
-"""Which worker serves which agent, decided without a cluster."""
+"""From the job and the hardware to workers: threads, memory, devices, and what is loaded."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mas_batch.agents import spec
 from mas_batch.agents.devices import assign_devices
-from mas_batch.agents.spec import (
-    AgentSpec,
-    WorkerInfo,
-    agent_specs,
-    can_host,
-    match_workers,
-    place_newcomer,
-    worker_options,
-)
+from mas_batch.agents.spec import AgentSpec, agent_specs, worker_options
+from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError
 from mas_batch.incremental import asked_as
-from mas_batch.job import Job, Parallel, fingerprint
+from mas_batch.job import Agent, Job, Parallel, fingerprint
 from mas_batch.job_file import check_job
 
 
@@ -38,138 +27,15 @@ def job(*agents: dict[str, Any]) -> Job:
     )
 
 
-def worker(name: str, **resources: float) -> WorkerInfo:
-    return WorkerInfo(f"tcp://{name}", name, resources)
+LANGUAGE_MODEL = {"model": "org/model", "engine": "transformers"}
 
 
-def test_unlike_workers_go_to_the_agents_they_can_host() -> None:
-    the_job = job({"name": "big", "resources": {"GPU": 1}}, {"name": "small"})
-    workers = [worker("w0", translate=1), worker("w1", translate=1, GPU=1)]
-    assert match_workers(workers, the_job) == {"tcp://w1": "big", "tcp://w0": "small"}
-
-
-def test_a_flexible_worker_gives_way_to_an_agent_that_has_no_other() -> None:
-    the_job = job({"name": "any"}, {"name": "gpu", "resources": {"GPU": 1}})
-    # Both agents could use w-gpu; only it can host `gpu`.
-    workers = [worker("a-gpu", translate=1, GPU=1), worker("z", translate=1, extra=1, more=1)]
-    assert match_workers(workers, the_job) == {"tcp://a-gpu": "gpu", "tcp://z": "any"}
-
-
-def test_every_agents_first_replica_comes_before_a_second() -> None:
-    the_job = job({"name": "a", "count": 3}, {"name": "b", "count": 3})
-    matched = match_workers([worker(f"w{i}", translate=1) for i in range(3)], the_job)
-    assert sorted(matched.values()) in (["a", "a", "b"], ["a", "b", "b"])
-
-
-def test_no_more_workers_than_the_count() -> None:
-    matched = match_workers(
-        [worker(f"w{i}", translate=1) for i in range(5)], job({"name": "a", "count": 2})
-    )
-    assert list(matched.values()) == ["a", "a"]
-
-
-def test_matching_a_thousand_workers_compares_kinds_not_workers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = []
-
-    def counted(*args: Any) -> bool:
-        calls.append(args)
-        return can_host(*args)
-
-    monkeypatch.setattr(spec, "can_host", counted)
-    the_job = job(
-        {"name": "any", "count": 500},
-        {"name": "gpu", "count": 500, "resources": {"GPU": 1}},
-        {"name": "long", "count": 500, "resources": {"long": 1}},
-    )
-    kinds = [{}, {"GPU": 1.0}, {"long": 1.0}, {"GPU": 1.0, "long": 1.0}]
-    workers = [worker(f"w{i}", translate=1, **kinds[i % 4]) for i in range(1000)]
-    matched = match_workers(workers, the_job)
-    assert Counter(matched.values()) == {"any": 334, "gpu": 333, "long": 333}
-    assert len(calls) == 4 * 3, "kinds × agents"
-
-
-@pytest.mark.parametrize("num_there", [1, 3, 5])
-def test_workers_that_come_and_go_leave_the_others_where_they_are(num_there: int) -> None:
-    the_job = job({"name": "a", "count": 2}, {"name": "b", "count": 2})
-    workers = [worker(f"w{i}", translate=1) for i in range(6)]
-    serving = match_workers(workers[:4], the_job)
-    for gone in list(serving)[:num_there]:
-        del serving[gone]
-    for newcomer in workers[4:]:
-        agent = place_newcomer(newcomer, the_job, serving.values())
-        if agent is not None:
-            serving[newcomer.address] = agent
-    counts = Counter(serving.values())
-    assert sum(counts.values()) == min(4, 4 - min(4, num_there) + 2)
-    assert max(counts.values()) <= 2
-
-
-def test_a_missing_capability_lists_what_is_there() -> None:
-    with pytest.raises(JobError) as caught:
-        match_workers(
-            [worker("w0", summarize=2), worker("w1")], job({"name": "a", "resources": {"GPU": 1}})
-        )
-    message = str(caught.value)
-    assert "agents.0.capabilities" in message
-    assert "'a' needs a worker with GPU=1,translate=1" in message
-    assert "w0 (tcp://w0) declares summarize=2; w1 (tcp://w1) declares no resources" in message
-
-
-@given(
-    st.lists(st.sets(st.sampled_from("xyz")), min_size=1, max_size=6),
-    st.lists(st.tuples(st.sets(st.sampled_from("xyz")), st.integers(1, 2)), min_size=1, max_size=4),
-)
-def test_matching_is_valid_and_fails_only_when_no_matching_exists(
-    offers: list[set[str]], needs: list[tuple[set[str], int]]
-) -> None:
-    the_job = job(
-        *(
-            {"name": f"a{i}", "count": count, "resources": dict.fromkeys(sorted(need), 1.0)}
-            for i, (need, count) in enumerate(needs)
-        )
-    )
-    workers = [
-        worker(f"w{i}", translate=1, **dict.fromkeys(offer, 1)) for i, offer in enumerate(offers)
-    ]
-    by_address = {w.address: w for w in workers}
-    try:
-        matched = match_workers(workers, the_job)
-    except JobError:
-        assert not _can_serve_all(
-            [{w.name for w in workers if can_host(w, a, the_job)} for a in the_job.agents]
-        )
-        return
-    agents = {a.name: a for a in the_job.agents}
-    for address, name in matched.items():
-        assert can_host(by_address[address], agents[name], the_job)
-    for name, agent in agents.items():
-        assert 1 <= list(matched.values()).count(name) <= agent.count
-
-
-def _can_serve_all(choices: list[set[str]], used: frozenset[str] = frozenset()) -> bool:
-    """Brute force: can every agent have a worker of its own?"""
-    if not choices:
-        return True
-    return any(_can_serve_all(choices[1:], used | {w}) for w in choices[0] - used)
-
-
-def test_a_restarted_worker_gets_its_agent_back() -> None:
-    the_job = job({"name": "a"}, {"name": "b"})
-    assert place_newcomer(worker("b-0", translate=1), the_job, []) == "b"
-    assert place_newcomer(worker("other", translate=1), the_job, ["a"]) == "b"
-    assert place_newcomer(worker("other", translate=1), the_job, ["a", "b"]) is None
-    assert place_newcomer(worker("other"), the_job, []) is None
-
-
-def test_embedded_workers_declare_what_their_agent_needs_and_share_the_cores() -> None:
+def test_embedded_workers_declare_what_their_agents_need_and_share_the_memory() -> None:
     the_job = job(
         {"name": "a", "count": 2, "resources": {"GPU": 1}},
         {"name": "b", "threads": 3, "capabilities": ["translate", "long"]},
     )
     specs = agent_specs(the_job, embedded=True, num_cores=8)
-    assert [spec.threads for spec in specs.values()] == [2, 3]
     devices = assign_devices(the_job, ["0", "1"])
     options = worker_options(the_job, specs, memory_bytes=9000, devices=devices)
     assert list(options) == ["a-0", "a-1", "b-0"]
@@ -179,6 +45,45 @@ def test_embedded_workers_declare_what_their_agent_needs_and_share_the_cores() -
     assert {each["memory_limit"] for each in options.values()} == {3000}
     assert options["b-0"]["env"]["MKL_NUM_THREADS"] == "3"
     assert "CUDA_VISIBLE_DEVICES" not in options["b-0"]["env"]
+
+
+def test_cores_go_to_engines_that_use_threads() -> None:
+    the_job = job(
+        {"name": "large", **LANGUAGE_MODEL},
+        {"name": "unknown", "model": "org/other"},  # only the files will tell
+        {"name": "words", "model": "echo"},
+        {"name": "fixed", "model": "echo", "threads": 3},
+    )
+    specs = agent_specs(the_job, embedded=True, num_cores=8)
+    assert [spec.threads for spec in specs.values()] == [4, 4, 1, 3]
+    light = job({"name": "a"}, {"name": "b", "share": False})
+    specs = agent_specs(light, embedded=True, num_cores=8)
+    assert [spec.threads for spec in specs.values()] == [1, 1]
+
+
+def test_agents_that_share_hosts_count_once() -> None:
+    the_job = job(
+        {"name": "a", **LANGUAGE_MODEL}, {"name": "b", **LANGUAGE_MODEL, "count": 2}, {"name": "c"}
+    )
+    specs = agent_specs(the_job, embedded=True, num_cores=8)
+    assert [(spec.threads, spec.post) for spec in specs.values()] == [
+        (4, "a+b"), (4, "a+b"), (1, "c")
+    ]  # fmt: skip
+    options = worker_options(the_job, specs, memory_bytes=9000, devices={})
+    assert {name: each["memory_limit"] for name, each in options.items()} == {
+        "a+b-0": 3000, "a+b-1": 3000, "c-0": 3000
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("window", "slots"), [({}, 4), ({"window": 5}, 6)])
+def test_a_worker_has_slots_for_its_partitions_and_for_a_merge(
+    window: dict[str, int], slots: int
+) -> None:
+    the_job = job({"name": "a"})
+    the_job = the_job.with_changes(routing=the_job.routing.with_changes(**window))
+    specs = agent_specs(the_job, embedded=True, num_cores=8)
+    options = worker_options(the_job, specs, memory_bytes=9000, devices={})
+    assert options["a-0"]["nthreads"] == slots
 
 
 def on_devices(*amounts: tuple[float, int], num_devices: int = 4) -> dict[str, str]:
@@ -256,3 +161,29 @@ def test_agents_that_differ_only_in_prompt_share_a_model() -> None:
     )
     keys = [s.engine_key for s in agent_specs(the_job, embedded=True, num_cores=1).values()]
     assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("own", "of_agent", "same_engine"),
+    [((), [], False), (("delay_s",), ["delay_s"], True), (("*",), ["delay_s", "fail_on"], True)],
+)
+def test_an_agents_own_options_are_not_the_engines(
+    own: tuple[str, ...], of_agent: list[str], same_engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = EngineInfo("some.module", agent_options=own)
+    monkeypatch.setattr(Agent, "engine_info", property(lambda self: info))
+    held = {"fail_on": "x"} if "*" not in own else {}
+    specs = [
+        AgentSpec(Agent(name="a", model="echo", options={"fail_on": "x", "delay_s": delay_s}), 1)
+        for delay_s in (1, 2)
+    ]
+    assert sorted(specs[0].agent_options) == of_agent
+    assert specs[0].engine_config.options == (held if own else {"fail_on": "x", "delay_s": 1})
+    assert (specs[0].engine_key == specs[1].engine_key) == same_engine
+
+
+def test_sharing_is_no_part_of_what_a_run_is() -> None:
+    shared, alone = job({"name": "a"}), job({"name": "a", "share": False})
+    assert shared.identity() == alone.identity()
+    assert "share" not in shared.identity()["agents"][0]
+    assert asked_as(shared, shared.agents[0]) == asked_as(alone, alone.agents[0])

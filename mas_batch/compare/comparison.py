@@ -60,7 +60,7 @@ class Comparison:
     versions: tuple[Change, ...]
     totals: tuple[Figure, ...]
     time: tuple[Figure, ...]
-    """Phases and replicas' seconds; empty: neither run has a ledger."""
+    """Phases and hosts' seconds; empty: neither run has a ledger."""
     agents: Mapping[str, tuple[Figure, ...]]
     quality: tuple[QualityPair, ...]
     """Empty: not both are evaluated by the same metric."""
@@ -124,7 +124,7 @@ def _time(run: Run) -> dict[str, float]:
     if found is None:
         return {}
     phases = {f"{name} phase_s": value for name, value in found.phases.items()}
-    return phases | {f"replicas' {name}_s": value for name, value in found.replicas.items()}
+    return phases | {f"hosts' {name}_s": value for name, value in found.hosts.items()}
 
 
 _AGENT_FIGURES: dict[str, Callable[[AgentFacts], float | None]] = {

@@ -98,7 +98,7 @@ def evaluate(
         reference: column of the corpus that holds the right answers.
         methods: merge methods to try on the stored answers; None: all that fit the task.
         num_resamples: of the paired bootstrap; more make p finer.
-        compare: runs of the same job with other numbers of replicas.
+        compare: runs of the same job with other numbers of hosts.
         merges: name → results table of a merge that was made already.
         spec: how the run was merged; None: what its manifest and job say.
 

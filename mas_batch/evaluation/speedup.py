@@ -1,4 +1,4 @@
-"""Speed-up: runs of one job with other numbers of replicas, side by side."""
+"""Speed-up: runs of one job with other numbers of hosts, side by side."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from mas_batch.agents.posts import posts_of
 from mas_batch.errors import RunError
 from mas_batch.monitor.event_log import read_events
 from mas_batch.run_folder.kept_job import read_job
@@ -14,25 +15,25 @@ from mas_batch.run_folder.read import Run
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How fast a run was with its number of replicas."""
+    """How fast a run was with its number of hosts."""
 
     location: str
-    replicas: Mapping[str, int]
+    hosts: Mapping[str, int]
     """Agent → `count` of the job."""
-    num_replicas: int
+    num_hosts: int
     num_executions: int
     """More than 1: the run was resumed; their times are added."""
     wall_s: float
     """From the first partition asked to the last one merged."""
     records_per_s: float
     speed_up: float = 1.0
-    """Times as fast as the run with the fewest replicas."""
+    """Times as fast as the run with the fewest hosts."""
     efficiency: float = 1.0
-    """Speed-up ÷ times as many replicas; 1 is linear."""
+    """Speed-up ÷ times as many hosts; 1 is linear."""
 
 
 def scaling(runs: Sequence[Run]) -> tuple[Scale, ...]:
-    """Compare runs of one job, fewest replicas first.
+    """Compare runs of one job, fewest hosts first.
 
     Raises:
         RunError: they are runs of different jobs or corpora, or one has no events.
@@ -43,19 +44,19 @@ def scaling(runs: Sequence[Run]) -> tuple[Scale, ...]:
         raise RunError(
             f"only runs of one job on one corpus can be compared; these differ: {listed}"
         )
-    measured = sorted((_measured(run) for run in runs), key=lambda m: (m.num_replicas, m.wall_s))
+    measured = sorted((_measured(run) for run in runs), key=lambda m: (m.num_hosts, m.wall_s))
     return tuple(
         replace(
             each,
             speed_up=(speed_up := measured[0].wall_s / each.wall_s),
-            efficiency=speed_up * measured[0].num_replicas / each.num_replicas,
+            efficiency=speed_up * measured[0].num_hosts / each.num_hosts,
         )
         for each in measured
     )
 
 
 def _measured(run: Run) -> Scale:
-    replicas = {agent.name: agent.count for agent in read_job(run).agents}
+    hosts = {post.name: post.wanted for post in posts_of(read_job(run))}
     counts = run.manifest["counts"]
     spans_s = _spans_s(run)
     wall_s = sum(spans_s)
@@ -64,8 +65,8 @@ def _measured(run: Run) -> Scale:
         raise RunError(f"{location}: no event of a partition asked and merged; no time to compare")
     return Scale(
         location=run.store.location(""),
-        replicas=replicas,
-        num_replicas=sum(replicas.values()),
+        hosts=hosts,
+        num_hosts=sum(hosts.values()),
         num_executions=len(spans_s),
         wall_s=wall_s,
         records_per_s=(counts["results"] + counts["failures"]) / wall_s,

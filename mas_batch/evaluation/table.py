@@ -245,19 +245,19 @@ def _print_cost(console: Console, agents: Sequence[AgentFacts]) -> None:
 
 
 def _print_scaling(console: Console, scales: Sequence[Scale]) -> None:
-    table = plain_table(["", "replicas", "wall s", "rec/s", "speed-up", "efficiency"])
+    table = plain_table(["", "hosts", "wall s", "rec/s", "speed-up", "efficiency"])
     for scale in scales:
-        replicas = ", ".join(f"{agent} {count}" for agent, count in scale.replicas.items())
+        hosts = ", ".join(f"{post} {count}" for post, count in scale.hosts.items())
         resumed = f" ({scale.num_executions} executions)" if scale.num_executions > 1 else ""
         table.add_row(
-            Text(replicas + resumed),
-            f"{scale.num_replicas:,}",
+            Text(hosts + resumed),
+            f"{scale.num_hosts:,}",
             f"{scale.wall_s:,.1f}",
             f"{scale.records_per_s:,.2f}",
             f"{scale.speed_up:.2f}",
             f"{scale.efficiency:.0%}",
         )
-    about = "from the first partition asked to the last merged; against the fewest replicas"
+    about = "from the first partition asked to the last merged; against the fewest hosts"
     print_section(console, "Scaling", about, table)
 
 

@@ -50,8 +50,8 @@ class CandidateWorker:
     """A worker that the router could have chosen."""
 
     worker: str
-    agent_id: str | None
-    """None where no event says which agent the worker serves."""
+    agents: str | None
+    """Those that it answers for; None where no event says so."""
     chosen: bool
     figures: dict[str, float]
     """What the policy saw of the worker; see `monitor.events.PartitionAsked`."""
@@ -107,7 +107,7 @@ class Story:
         self.answered = list(answered)
         self.is_merged = False
         self._partition = partition
-        self._agents: dict[str, str] = {}  # worker → agent that it serves
+        self._agents: dict[str, str] = {}  # worker → the agents that it answers for
         self._tries: dict[tuple[str, str], int] = {}  # agent, worker → its last step
 
     def take(self, event: LoggedEvent) -> None:
@@ -117,9 +117,9 @@ class Story:
             RunError: an event lacks a field: an older version wrote it.
         """
         try:
-            if event.name == "AgentReady":
-                self._agents[event.facts["worker"]] = event.facts["agent_id"]
-            elif event.name in ("AgentLost", "AgentDraining", "BreakerChanged"):
+            if event.name == "HostReady":
+                self._agents[event.facts["worker"]] = ", ".join(event.facts["agents"])
+            elif event.name in ("HostLost", "HostDraining", "BreakerChanged"):
                 self._worker_news(event)
             elif event.facts.get("partition") == self._partition:
                 self._partition_news(event)
@@ -187,17 +187,19 @@ class Story:
             self.answered.append(agent_id)
 
     def _worker_news(self, event: LoggedEvent) -> None:
-        agent_id, worker = event.facts["agent_id"], event.facts["worker"]
+        worker = event.facts["worker"]
         if self.is_merged or worker not in {asked for _, asked in self._tries}:
             return
-        message, who = event.facts["message"], f"{agent_id} on {worker}"
+        is_breaker = event.name == "BreakerChanged"
+        whose = event.facts["agent_id"] if is_breaker else ", ".join(event.facts["agents"])
+        message, who = event.facts["message"], f"{whose} on {worker}"
         at_work = [i for i in self._open() if self._decision(i).worker == worker]
-        if event.name == "AgentLost" and at_work:
+        if event.name == "HostLost" and at_work:
             for index in at_work:
                 self._end_try(index, event.time, OutcomeKind.LOST, message=message)
             return
         match event.name:
-            case "AgentDraining":
+            case "HostDraining":
                 who += " is asked nothing further"
             case "BreakerChanged":
                 who += f", breaker {event.facts['state']}"

@@ -1,7 +1,7 @@
 """What decides an agent's answer to a record, besides the record: in sections, each hashed.
 
 Two runs that agree in all sections, and in the model's files, ask the same. Settings that only
-change how fast or where an agent answers are left out: threads, batches, replicas, workers. So are
+change how fast or where an agent answers are left out: threads, batches, hosts, workers. So are
 the versions of the engine's libraries, which as a rule change digits, not answers.
 """
 

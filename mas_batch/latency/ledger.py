@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from mas_batch.events import (
-    AgentReady,
     AnswerFailed,
     Event,
+    HostReady,
     PartitionAnswered,
     PartitionMerged,
     PartitionUndecided,
@@ -73,8 +73,10 @@ def _row_of(event: Event, now_s: float) -> dict[str, Any] | None:
             own = {"stage": "merge"}
         case AnswerFailed():
             own = {"stage": "failed answer", "queue_s": event.wall_s}
-        case AgentReady():
+        case HostReady():
             own = {"stage": "load", "wall_s": event.load_s, "process_s": event.load_s}
+            if len(event.agents) == 1:  # else it is no one agent's
+                own["agent_id"] = event.agents[0]
         case PhaseEnded():
             own = {"stage": event.phase}
         case _:

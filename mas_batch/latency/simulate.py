@@ -22,10 +22,11 @@ _LOOK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A replica, from when to when it is there, and what it takes of the machine."""
+    """A host, from when to when it is there, and what it takes of the machine."""
 
     name: str
-    agent_id: str
+    agents: tuple[str, ...]
+    """Those that it answers for."""
     load_s: float = 0.0
     """Of its model, on a machine that it has to itself."""
     cores: float = 0.0
@@ -39,7 +40,7 @@ class Costs:
     """What a run's tasks take, in seconds on a machine that each has to itself."""
 
     answer_s: Callable[[Worker, Ask, float], float]
-    """(replica, question, share of the partition's records that are asked about) → seconds."""
+    """(host, question, share of the partition's records that are asked about) → seconds."""
     merge_s: Callable[[int], float]
     """Partition → seconds."""
     handle_s: float = 0.0
@@ -148,7 +149,7 @@ class Simulation:
 
     Args:
         dispatcher: fresh.
-        workers: each of an agent of the dispatcher's.
+        workers: each of agents of the dispatcher's.
         undecided: (partition, answers per record so far) → share of its records that need
             another agent, of all its records; never more than the time before.
         may_start: given the agents that are served, whether asking may begin.
@@ -212,31 +213,32 @@ class Simulation:
         self._ready.append(worker)
         if self._has_started:
             self._hear(partial(self._join, worker))
-        elif self._may_start({ready.agent_id for ready in self._ready}):
+        elif self._may_start({agent for ready in self._ready for agent in ready.agents}):
             self._has_started = True
             self.result.loaded_s = self._clock.now
             for ready in self._ready:
                 self._hear(partial(self._join, ready))
 
     def _arrive(self, ask: Ask) -> None:
-        queue = self._queues[ask.replica_id]
+        queue = self._queues[_host(ask)]
         queue.append(ask)
         if len(queue) == 1:
             self._begin(ask)
 
     def _begin(self, ask: Ask) -> None:
-        worker = self._workers[ask.replica_id]
+        worker = self._workers[_host(ask)]
         share = self._open.get(ask.partition, 1.0) if ask.earlier else 1.0
         work_s = self._costs.answer_s(worker, ask, share)
         began = self._clock.now
         self._clock.work(work_s, worker.cores, partial(self._end, ask, began))
 
     def _end(self, ask: Ask, began: float) -> None:
-        if ask.replica_id in self._gone:
+        host = _host(ask)
+        if host in self._gone:
             return
-        self.result.busy_s[ask.replica_id] += self._clock.now - began
-        self.result.ended_s[ask.replica_id] = self._clock.now
-        queue = self._queues[ask.replica_id]
+        self.result.busy_s[host] += self._clock.now - began
+        self.result.ended_s[host] = self._clock.now
+        queue = self._queues[host]
         queue.popleft()
         if queue:
             self._begin(queue[0])
@@ -249,7 +251,9 @@ class Simulation:
         self._clock.at(self._free_s, lambda: self._act(handle()))
 
     def _join(self, worker: Worker) -> list[Instruction]:
-        return self._dispatcher.replica_joined(worker.name, worker.agent_id, self._clock.now)
+        now, join = self._clock.now, self._dispatcher.replica_joined
+        found = (join(f"{agent}@{worker.name}", agent, now) for agent in worker.agents)
+        return [instruction for instructions in found for instruction in instructions]
 
     def _answered(self, ask: Ask) -> list[Instruction]:
         return self._dispatcher.answered(
@@ -271,7 +275,9 @@ class Simulation:
         return self._dispatcher.merged(partition, now)
 
     def _leave(self, worker: Worker) -> None:
-        self._act(self._dispatcher.replica_left(worker.name, self._clock.now))
+        for agent in worker.agents:
+            replica = f"{agent}@{worker.name}"
+            self._act(self._dispatcher.replica_left(replica, self._clock.now))
 
     def _look(self) -> None:
         self._clock.at(self._clock.now + self._look_s, self._look)
@@ -291,3 +297,8 @@ class Simulation:
         work_s = self._costs.merge_s(merge.partition)
         heard = partial(self._hear, partial(self._merged, merge))
         self._clock.work(work_s, self._costs.merge_cores, heard)
+
+
+def _host(ask: Ask) -> str:
+    """SHIM until the dispatcher knows hosts: each agent of a host is a replica to it."""
+    return ask.replica_id.partition("@")[2]

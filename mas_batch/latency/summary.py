@@ -20,7 +20,7 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
         per_record: result of `RECORD_LATENCY`: agent → part of the latency → figures.
 
     Returns:
-        `wall_s` and `phases` of the submitting process, all executions together; `replicas`:
+        `wall_s` and `phases` of the submitting process, all executions together; `hosts`:
         the seconds of the agents' workers, added up; `per_partition`: quantiles by stage and
         agent; `per_record`: quantiles of an answer's seconds by agent and part of the latency.
     """
@@ -33,14 +33,14 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
     return {
         "wall_s": sum(phases.values()),
         "phases": {name: seconds for name, seconds in phases.items() if seconds},
-        "replicas": _replicas(ledger),
+        "hosts": _hosts(ledger),
         "per_partition": _per_partition(ledger),
         "per_record": rows,
     }
 
 
-def _replicas(ledger: pa.Table) -> dict[str, Any]:
-    """Add up what the agents' workers did.
+def _hosts(ledger: pa.Table) -> dict[str, Any]:
+    """Add up what the hosts did.
 
     `load_s`, `compute_s` and `idle_s` together are about the time that they were there; the rest
     is of tasks, several of which run at once while the engine computes or is idle.

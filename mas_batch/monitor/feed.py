@@ -12,11 +12,12 @@ from collections import deque
 
 from distributed import Client
 
+from mas_batch.agents.posts import posts_of
 from mas_batch.dask_compat import call_scheduler
 from mas_batch.events import Event
 from mas_batch.job import Job
 from mas_batch.monitor.dashboard.plugin import HANDLER, AgentsDashboard
-from mas_batch.monitor.fleet import LiveAgent
+from mas_batch.monitor.fleet import LiveAgent, LivePost
 from mas_batch.monitor.fold import Fold, public_text
 from mas_batch.monitor.live import LiveRun
 from mas_batch.monitor.rings import Timeline
@@ -37,14 +38,22 @@ def introduce(job: Job, name: str, execution: str, at: float) -> LiveRun:
             agent.name,
             model=public_text(agent.model),
             capabilities=list(agent.capabilities or (job.task.kind,)),
-            num_wanted=agent.count,
         )
         for agent in job.agents
     }
-    window = 2 if job.routing.window is None else job.routing.window
-    kind, policy = job.task.kind, job.routing.policy
+    posts = {p.name: LivePost(p.name, list(p.agents), p.wanted) for p in posts_of(job)}
     return LiveRun(
-        name, execution, job.name, kind, policy, window, at, agents, {}, Timeline(start=at)
+        name,
+        execution,
+        job.name,
+        task=job.task.kind,
+        policy=job.routing.policy,
+        window=job.routing.window or 0,
+        started=at,
+        posts=posts,
+        agents=agents,
+        hosts={},
+        history=Timeline(start=at),
     )
 
 

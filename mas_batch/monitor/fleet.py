@@ -1,4 +1,4 @@
-"""The agents of a run and the workers that serve them, as `live.LiveRun` keeps them."""
+"""The agents of a run and the hosts that answer for them, as `live.LiveRun` keeps them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from enum import StrEnum
 from mas_batch.monitor.rings import Recent
 
 
-class ReplicaState(StrEnum):
-    """What a worker that serves an agent is at."""
+class HostState(StrEnum):
+    """What a host is at."""
 
     LOADING = "loading"
     READY = "ready"
@@ -25,15 +25,18 @@ class ReplicaState(StrEnum):
 
 
 @dataclass(slots=True)
-class LiveReplica:
-    """One worker that serves an agent."""
+class LiveHost:
+    """What holds one engine; its figures are those of all agents that it answers for."""
 
-    agent_id: str
     worker: str
-    state: ReplicaState = ReplicaState.LOADING
+    """Name of its leading worker."""
+    agents: list[str]
+    state: HostState = HostState.LOADING
     """`READY` also while it is at work."""
     since: float = 0.0
     """Unix time of its last change of state."""
+    window: int = 0
+    """Partitions that it may have in flight; 0 until it is ready."""
     in_flight: int = 0
     """Partitions that it was asked about and has not answered."""
     num_asked: int = 0
@@ -45,27 +48,38 @@ class LiveReplica:
     """Why it is in this state, if that needs saying."""
 
     @property
-    def shown_state(self) -> ReplicaState:
+    def shown_state(self) -> HostState:
         """Its state, with `BUSY` told from `READY`."""
-        at_work = self.state is ReplicaState.READY and self.in_flight > 0
-        return ReplicaState.BUSY if at_work else self.state
+        at_work = self.state is HostState.READY and self.in_flight > 0
+        return HostState.BUSY if at_work else self.state
 
-    def become(self, state: ReplicaState, at: float, message: str = "") -> None:
+    def become(self, state: HostState, at: float, message: str = "") -> None:
         """Change the state."""
         self.state, self.since, self.message = state, at, message
 
 
 @dataclass(slots=True)
+class LivePost:
+    """Hosts of one engine that the job asks for."""
+
+    name: str
+    agents: list[str]
+    """Those that share them."""
+    num_wanted: int
+    """Hosts that the job asks for; more may be there."""
+
+
+@dataclass(slots=True)
 class LiveAgent:
-    """One agent of the job, all its replicas together."""
+    """One agent of the job."""
 
     agent_id: str
     model: str = ""
     capabilities: list[str] = field(default_factory=list)
-    num_wanted: int = 1
-    """Workers that the job asks for; more may serve it."""
     engine: str = ""
     device: str = ""
+    in_flight: int = 0
+    """Partitions that a host was asked about for it and has not answered."""
     num_records: int = 0
     """Records that it was asked about and has replied to, well or not."""
     num_answers: int = 0

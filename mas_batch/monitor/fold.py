@@ -10,15 +10,15 @@ from dataclasses import fields, replace
 from typing import Any
 
 from mas_batch.events import (
-    AgentDraining,
-    AgentLoading,
-    AgentLost,
-    AgentReady,
     AnswerFailed,
     BreakerChanged,
     Escalated,
     EscalationSampled,
     Event,
+    HostDraining,
+    HostLoading,
+    HostLost,
+    HostReady,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
@@ -28,12 +28,12 @@ from mas_batch.events import (
     RunStarted,
     ServerAway,
 )
-from mas_batch.monitor.fleet import LiveAgent, LiveReplica, ReplicaState
+from mas_batch.monitor.fleet import HostState, LiveAgent, LiveHost
 from mas_batch.monitor.live import LiveRun
 from mas_batch.safe_text import printable, without_credentials
 
 MAX_LOST = 20
-"""Replicas that are gone and still shown; their work stays counted with their agents."""
+"""Hosts that are gone and still shown; their work stays counted with their agents."""
 MAX_TEXT = 500
 """Characters of an error's message that are shown."""
 
@@ -66,8 +66,8 @@ class Fold:
         match event:
             case RunStarted():
                 self._start(event)
-            case AgentLoading() | AgentReady() | AgentLost() | AgentDraining() | BreakerChanged():
-                self._change_replica(at, event)
+            case HostLoading() | HostReady() | HostLost() | HostDraining() | BreakerChanged():
+                self._change_host(at, event)
             case PartitionAsked():
                 self._ask(at, event)
             case PartitionAnswered():
@@ -103,9 +103,9 @@ class Fold:
         self.run.stage, self.run.ended = stage, at
         for partition in list(self._open):
             self._end_tries(partition, lambda attempt: True)
-        for replica in self.run.replicas.values():
-            if replica.state is not ReplicaState.LOST:
-                replica.become(ReplicaState.RELEASED, at)
+        for host in self.run.hosts.values():
+            if host.state is not HostState.LOST:
+                host.become(HostState.RELEASED, at)
 
     def _start(self, event: RunStarted) -> None:
         run = self.run
@@ -113,65 +113,70 @@ class Fold:
         run.num_partitions, run.num_records = event.num_partitions, event.num_records
         run.num_merged, run.records_before = event.partitions_done, event.records_done
 
-    # Replicas
+    # Hosts
 
-    def _change_replica(
+    def _change_host(
         self,
         at: float,
-        event: AgentLoading | AgentReady | AgentLost | AgentDraining | BreakerChanged,
+        event: HostLoading | HostReady | HostLost | HostDraining | BreakerChanged,
     ) -> None:
-        replica = self._replica(event.agent_id, event.worker)
+        if isinstance(event, BreakerChanged):
+            host = self._host(event.worker, event.agent_id)
+        else:
+            host = self._host(event.worker, *event.agents)
         match event:
-            case AgentLoading():
-                replica.become(ReplicaState.LOADING, at)
-            case AgentReady():
-                replica.become(ReplicaState.READY, at)
-                agent = self._agent(event.agent_id)
-                agent.engine = public_text(str(event.engine.get("engine", "")))
-                agent.device = public_text(str(event.engine.get("device", "")))
-                agent.recent.begin(at)
+            case HostLoading():
+                host.become(HostState.LOADING, at)
+            case HostReady():
+                host.become(HostState.READY, at)
+                host.window = self.run.window or event.concurrent + 1
+                for agent in map(self._agent, event.agents):
+                    agent.engine = public_text(str(event.engine.get("engine", "")))
+                    agent.device = public_text(str(event.engine.get("device", "")))
+                    agent.recent.begin(at)
                 self.run.recent.begin(at)
-            case AgentDraining():
-                replica.become(ReplicaState.DRAINING, at, event.message)
-            case AgentLost():
-                self._lose(at, replica, event.message)
+            case HostDraining():
+                host.become(HostState.DRAINING, at, event.message)
+            case HostLost():
+                self._lose(at, host, event.message)
             case BreakerChanged():
-                states = {"open": ReplicaState.OPEN, "probing": ReplicaState.PROBING}
-                state = states.get(event.state, ReplicaState.READY)
-                replica.become(state, at, "" if state is ReplicaState.READY else event.message)
+                states = {"open": HostState.OPEN, "probing": HostState.PROBING}
+                state = states.get(event.state, HostState.READY)
+                host.become(state, at, "" if state is HostState.READY else event.message)
 
-    def _lose(self, at: float, replica: LiveReplica, message: str) -> None:
-        replica.become(ReplicaState.LOST, at, message)
-        lost = (replica.agent_id, replica.worker)
+    def _lose(self, at: float, host: LiveHost, message: str) -> None:
+        host.become(HostState.LOST, at, message)
         for partition in list(self._open):
-            self._end_tries(partition, lambda attempt: attempt == lost)
-        gone = [r for r in self.run.replicas.values() if r.state is ReplicaState.LOST]
+            self._end_tries(partition, lambda attempt: attempt[1] == host.worker)
+        gone = [r for r in self.run.hosts.values() if r.state is HostState.LOST]
         for each in sorted(gone, key=lambda r: r.since)[: max(0, len(gone) - MAX_LOST)]:
-            del self.run.replicas[each.worker]
+            del self.run.hosts[each.worker]
 
     def _agent(self, agent_id: str) -> LiveAgent:
         return self.run.agents.setdefault(agent_id, LiveAgent(agent_id))
 
-    def _replica(self, agent_id: str, worker: str) -> LiveReplica:
-        replica = self.run.replicas.get(worker)
-        if replica is None or replica.agent_id != agent_id:
-            replica = self.run.replicas[worker] = LiveReplica(agent_id, worker)
-        return replica
+    def _host(self, worker: str, *agents: str) -> LiveHost:
+        """Return the host; one that answers for other agents than before is another one."""
+        host = self.run.hosts.get(worker)
+        if host is None or not set(agents) <= set(host.agents):
+            host = self.run.hosts[worker] = LiveHost(worker, list(agents))
+        return host
 
     # Partitions
 
     def _ask(self, at: float, event: PartitionAsked) -> None:
-        agent, replica = self._agent(event.agent_id), self._replica(event.agent_id, event.worker)
+        agent, host = self._agent(event.agent_id), self._host(event.worker, event.agent_id)
         agent.asked[event.purpose] = agent.asked.get(event.purpose, 0) + 1
-        replica.num_asked += 1
+        host.num_asked += 1
         # No event tells that a worker has room in its memory again; that it is asked does.
-        if event.purpose != "probe" and replica.state is not ReplicaState.READY:
-            replica.become(ReplicaState.READY, at)
+        if event.purpose != "probe" and host.state is not HostState.READY:
+            host.become(HostState.READY, at)
         tries = self._open.setdefault(event.partition, [])
         if (event.agent_id, event.worker) not in tries:
             self.run.num_answering += not tries
             tries.append((event.agent_id, event.worker))
-            replica.in_flight += 1
+            host.in_flight += 1
+            agent.in_flight += 1
 
     def _answer(self, at: float, event: PartitionAnswered) -> int:
         agent = self._agent(event.agent_id)
@@ -184,9 +189,9 @@ class Fold:
         agent.transfer_s += event.transfer_s
         agent.processing_s += event.processing_s
         agent.recent.add(at, event.num_records, event.completion_tokens)
-        # A replica that was lost and is forgotten stays so, whatever is heard of it late.
-        if (replica := self.run.replicas.get(event.worker)) is not None:
-            replica.num_answered += 1
+        # A host that was lost and is forgotten stays so, whatever is heard of it late.
+        if (host := self.run.hosts.get(event.worker)) is not None:
+            host.num_answered += 1
         # The agent's copies of the task are no longer needed.
         self._end_tries(event.partition, lambda attempt: attempt[0] == event.agent_id)
         return event.completion_tokens
@@ -196,26 +201,27 @@ class Fold:
         agent.num_failed_tries += 1
         agent.num_given_up += event.given_up
         agent.last_failure = event.message
-        if (replica := self.run.replicas.get(event.worker)) is not None:
-            replica.num_failed += 1
+        if (host := self.run.hosts.get(event.worker)) is not None:
+            host.num_failed += 1
         failed = (event.agent_id, event.worker)
         self._end_tries(event.partition, lambda attempt: attempt == failed)
 
     def _wait(self, at: float, event: ServerAway) -> None:
-        agent, replica = self._agent(event.agent_id), self._replica(event.agent_id, event.worker)
+        agent, host = self._agent(event.agent_id), self._host(event.worker, event.agent_id)
         agent.last_failure = event.message
-        since = replica.since if replica.state is ReplicaState.AWAY else at
+        since = host.since if host.state is HostState.AWAY else at
         why = f"waits up to {event.wait_s:g} s for its server: {event.message}"
-        replica.become(ReplicaState.AWAY, since, why)
+        host.become(HostState.AWAY, since, why)
         put_off = (event.agent_id, event.worker)
         self._end_tries(event.partition, lambda attempt: attempt == put_off)
 
     def _end_tries(self, partition: int, ended: Callable[[tuple[str, str]], bool]) -> None:
         tries = self._open.get(partition, [])
         left = [attempt for attempt in tries if not ended(attempt)]
-        for _, worker in (attempt for attempt in tries if ended(attempt)):
-            if worker in self.run.replicas:
-                self.run.replicas[worker].in_flight -= 1
+        for agent_id, worker in (attempt for attempt in tries if ended(attempt)):
+            self._agent(agent_id).in_flight -= 1
+            if worker in self.run.hosts:
+                self.run.hosts[worker].in_flight -= 1
         self.run.num_answering -= bool(tries) and not left
         if partition in self._open:
             self._open[partition] = left

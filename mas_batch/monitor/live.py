@@ -1,6 +1,6 @@
 """How a run is now, as plain values: what its process sends and the scheduler keeps.
 
-The size is O(agents + replicas): of partitions there are only counts, the history is of bounded
+The size is O(agents + hosts): of partitions there are only counts, the history is of bounded
 length (`rings`), and so is every text (`fold.public_text`).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mas_batch.monitor.fleet import LiveAgent, LiveReplica
+from mas_batch.monitor.fleet import LiveAgent, LiveHost, LivePost
 from mas_batch.monitor.rings import Recent, Timeline
 
 
@@ -27,12 +27,13 @@ class LiveRun:
     task: str
     policy: str
     window: int
-    """Partitions that a replica may have in flight."""
+    """Partitions that a host may have in flight, by the job; 0: that goes by its engine."""
     started: float
     """Unix time, on the submitting process's clock as all times here."""
+    posts: dict[str, LivePost]
     agents: dict[str, LiveAgent]
-    replicas: dict[str, LiveReplica]
-    """By worker."""
+    hosts: dict[str, LiveHost]
+    """By the name of their leading worker."""
     history: Timeline
     url: str = ""
     stage: str = "starting"

@@ -9,31 +9,43 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from mas_batch.monitor.fleet import LiveAgent, LiveReplica, ReplicaState
+from mas_batch.monitor.fleet import HostState, LiveAgent, LiveHost, LivePost
 from mas_batch.monitor.inbox import HeardRun, Inbox
 from mas_batch.monitor.live import LiveRun
 
-FORMAT = 1
+FORMAT = 2
 _SMOOTHED_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class PostRow:
+    """Hosts of one engine, and the agents that share them."""
+
+    post: str
+    agents: list[str]
+    hosts: dict[str, int]
+    """State → hosts; see `fleet.HostState`."""
+    hosts_wanted: int
+    """Hosts that the job asks for; more may be there."""
+    in_flight: int
+    """Partitions at its hosts."""
+    window: int
+    """Partitions that may be at its hosts, those that are gone not counted."""
+
+
+@dataclass(frozen=True, slots=True)
 class AgentRow:
-    """An agent of a run, all its replicas together."""
+    """An agent of a run."""
 
     agent: str
+    post: str
+    """Whose hosts answer for it."""
     model: str
     engine: str
     device: str
     capabilities: list[str]
-    replicas: dict[str, int]
-    """State → workers; see `fleet.ReplicaState`."""
-    replicas_wanted: int
-    """Workers that the job asks for; more may serve it."""
     in_flight: int
-    """Partitions at its replicas."""
-    window: int
-    """Partitions that may be at its replicas, those that are gone not counted."""
+    """Its partitions at the hosts."""
     records: int
     """Records that it was asked about and has replied to, well or not."""
     answers: int
@@ -60,11 +72,13 @@ class AgentRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaRow:
-    """A worker that serves an agent, or did so."""
+class HostRow:
+    """What holds one engine, or did so."""
 
     worker: str
-    agent: str
+    """Name of its leading worker."""
+    agents: list[str]
+    """Those that it answers for."""
     state: str
     since_s: float
     """Seconds since its last change of state."""
@@ -123,8 +137,9 @@ class RunRow:
     """Times that one more agent was asked about a record."""
     records_per_s: float
     """Merged, over the last minute."""
+    posts: list[PostRow]
     agents: list[AgentRow]
-    replicas: list[ReplicaRow]
+    hosts: list[HostRow]
     history: list[HistoryPoint]
 
 
@@ -159,7 +174,7 @@ def _run_row(heard: HeardRun, now: float) -> RunRow:
     run = heard.run
     # All times in the run are those of the submitting process's clock.
     run_now = now - heard.clock_ahead_s if run.ended is None else run.ended
-    replicas = sorted(run.replicas.values(), key=lambda r: (r.agent_id, r.worker))
+    hosts = sorted(run.hosts.values(), key=lambda host: (host.agents, host.worker))
     return RunRow(
         run=run.name,
         job=run.job_name,
@@ -177,8 +192,9 @@ def _run_row(heard: HeardRun, now: float) -> RunRow:
         failed_records=dict(run.reasons),
         undecided=run.num_undecided,
         records_per_s=run.recent.rates(run_now)[0],
+        posts=[_post_row(run, post) for post in run.posts.values()],
         agents=[_agent_row(run, agent, run_now) for agent in run.agents.values()],
-        replicas=[_replica_row(replica, run.window, run_now) for replica in replicas],
+        hosts=[_host_row(host, run_now) for host in hosts],
         history=_history(run),
     )
 
@@ -193,30 +209,44 @@ def progress(run: LiveRun) -> float:
     return run.num_merged / run.num_partitions if run.num_partitions else 0.0
 
 
-def replicas_of(run: LiveRun, agent_id: str) -> list[LiveReplica]:
-    """Return the workers that serve an agent, or did so."""
-    return [replica for replica in run.replicas.values() if replica.agent_id == agent_id]
+def hosts_of(run: LiveRun, post: LivePost) -> list[LiveHost]:
+    """Return the hosts of a post, with those that are gone."""
+    return [host for host in run.hosts.values() if set(host.agents) <= set(post.agents)]
 
 
-def is_serving(replica: LiveReplica) -> bool:
-    """Whether the worker is there and its run goes on."""
-    return replica.state not in (ReplicaState.LOST, ReplicaState.RELEASED)
+def is_serving(host: LiveHost) -> bool:
+    """Whether the host is there and its run goes on."""
+    return host.state not in (HostState.LOST, HostState.RELEASED)
+
+
+def window_of(run: LiveRun, post: LivePost) -> int:
+    """Return how many partitions may be at the hosts of a post."""
+    return sum(host.window for host in hosts_of(run, post) if is_serving(host))
+
+
+def _post_row(run: LiveRun, post: LivePost) -> PostRow:
+    hosts = hosts_of(run, post)
+    states = Counter(str(host.shown_state) for host in hosts)
+    return PostRow(
+        post=post.name,
+        agents=post.agents,
+        hosts=dict(sorted(states.items())),
+        hosts_wanted=post.num_wanted,
+        in_flight=sum(host.in_flight for host in hosts),
+        window=window_of(run, post),
+    )
 
 
 def _agent_row(run: LiveRun, agent: LiveAgent, run_now: float) -> AgentRow:
-    replicas = replicas_of(run, agent.agent_id)
     records_per_s, tokens_per_s = agent.recent.rates(run_now)
-    states = Counter(str(replica.shown_state) for replica in replicas)
     return AgentRow(
         agent=agent.agent_id,
+        post=next((p.name for p in run.posts.values() if agent.agent_id in p.agents), ""),
         model=agent.model,
         engine=agent.engine,
         device=agent.device,
         capabilities=agent.capabilities,
-        replicas=dict(sorted(states.items())),
-        replicas_wanted=agent.num_wanted,
-        in_flight=sum(replica.in_flight for replica in replicas),
-        window=run.window * sum(is_serving(replica) for replica in replicas),
+        in_flight=agent.in_flight,
         records=agent.num_records,
         answers=agent.num_answers,
         failed_answers=agent.num_failed,
@@ -236,18 +266,18 @@ def _agent_row(run: LiveRun, agent: LiveAgent, run_now: float) -> AgentRow:
     )
 
 
-def _replica_row(replica: LiveReplica, window: int, run_now: float) -> ReplicaRow:
-    return ReplicaRow(
-        worker=replica.worker,
-        agent=replica.agent_id,
-        state=replica.shown_state,
-        since_s=max(0.0, run_now - replica.since),
-        in_flight=replica.in_flight,
-        window=window,
-        asked=replica.num_asked,
-        answered=replica.num_answered,
-        failed=replica.num_failed,
-        message=replica.message,
+def _host_row(host: LiveHost, run_now: float) -> HostRow:
+    return HostRow(
+        worker=host.worker,
+        agents=host.agents,
+        state=host.shown_state,
+        since_s=max(0.0, run_now - host.since),
+        in_flight=host.in_flight,
+        window=host.window,
+        asked=host.num_asked,
+        answered=host.num_answered,
+        failed=host.num_failed,
+        message=host.message,
     )
 
 

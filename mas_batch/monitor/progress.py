@@ -21,16 +21,16 @@ from rich.progress import (
 )
 
 from mas_batch.events import (
-    AgentDraining,
-    AgentLost,
-    AgentReady,
-    AgentsScaled,
     AnswerFailed,
     AnswersReused,
     BreakerChanged,
     Escalated,
     EscalationSampled,
     Event,
+    HostDraining,
+    HostLost,
+    HostReady,
+    HostsScaled,
     Learned,
     PartitionAnswered,
     PartitionMerged,
@@ -61,7 +61,7 @@ class Throughput:
         """Take note of an event."""
         now = time.monotonic()
         match event:
-            case AgentReady():
+            case HostReady():
                 self._start = self._start or now
             case PartitionAnswered():
                 self.prompt_tokens += event.prompt_tokens
@@ -192,12 +192,14 @@ def sentence(event: Event) -> str | None:
             ]
             reused = _listed({**records, "reused answers": sum(answers.values())})
             return f"since {run}: {reused}{''.join(whys)}"
-        case AgentReady(agent_id, worker, load_s):
-            return f"{agent_id} ready on {_safe(worker)} ({load_s:.1f} s)"
-        case AgentLost(agent_id, worker, message):
-            return f"[yellow]agent {agent_id} on {_safe(worker)}: {_safe(message)}"
-        case AgentDraining(agent_id, worker, message):
-            return f"{agent_id} on {_safe(worker)} is asked nothing further: {_safe(message)}"
+        case HostReady(worker, agents, load_s):
+            return f"{', '.join(agents)} ready on {_safe(worker)} ({load_s:.1f} s)"
+        case HostLost(worker, agents, message):
+            return f"[yellow]{', '.join(agents)} on {_safe(worker)}: {_safe(message)}"
+        case HostDraining(worker, agents, message):
+            return (
+                f"{', '.join(agents)} on {_safe(worker)} is asked nothing further: {_safe(message)}"
+            )
         case BreakerChanged(agent_id, worker, state, message):
             style = "green" if state == "closed" else "yellow"
             return f"[{style}]{agent_id} on {_safe(worker)}, breaker {state}: {_safe(message)}"
@@ -212,8 +214,8 @@ def sentence(event: Event) -> str | None:
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
             loud = "".join(f"\n[bold red]{_safe(warning)}[/]" for warning in warnings)
             return f"{method} has learned: {_safe(each)}{'; ' if each else ''}{_safe(why)}{loud}"
-        case AgentsScaled(wanted, backlog):
-            return f"workers wanted: {_listed(wanted)} (partitions to do: {_listed(backlog)})"
+        case HostsScaled(wanted, backlog):
+            return f"hosts wanted: {_listed(wanted)} (partitions to do: {_listed(backlog)})"
         case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
             which = f"partition {partition}, {agent_id} on {_safe(worker)}, attempt {attempt}"
             what = "given up" if given_up else "asked again"
@@ -257,12 +259,12 @@ class LogLines:
             case AnswersReused(run, records, answers, refused):
                 whys = "; ".join(f"{agent}: {why}" for agent, why in refused.items())
                 _log("since_last", run=run, reused=sum(answers.values()), refused=whys, **records)
-            case AgentReady(agent_id, worker, load_s):
-                _log("agent_ready", agent=agent_id, worker=worker, load_s=round(load_s, 2))
-            case AgentLost(agent_id, worker, message):
-                _log("agent_lost", agent=agent_id, worker=worker, message=message)
-            case AgentDraining(agent_id, worker, message):
-                _log("agent_draining", agent=agent_id, worker=worker, message=message)
+            case HostReady(worker, agents, load_s):
+                _log("host_ready", agents=",".join(agents), worker=worker, load_s=round(load_s, 2))
+            case HostLost(worker, agents, message):
+                _log("host_lost", agents=",".join(agents), worker=worker, message=message)
+            case HostDraining(worker, agents, message):
+                _log("host_draining", agents=",".join(agents), worker=worker, message=message)
             case BreakerChanged(agent_id, worker, state, message):
                 _log("breaker", agent=agent_id, worker=worker, state=state, message=message)
             case ServerAway(_, agent_id, worker, message, away_s, again_in_s, wait_s):
@@ -273,8 +275,8 @@ class LogLines:
                     wait_s=wait_s,
                     message=message,
                 )
-            case AgentsScaled(wanted, backlog):
-                _log("agents_scaled", wanted=_listed(wanted), backlog=_listed(backlog))
+            case HostsScaled(wanted, backlog):
+                _log("hosts_scaled", wanted=_listed(wanted), backlog=_listed(backlog))
             case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
                 which = {"partition": partition, "agent": agent_id, "worker": worker}
                 _log("answer_failed", **which, attempt=attempt, given_up=given_up, message=message)

@@ -8,13 +8,13 @@ service_time.py  fits what a task takes to measured tasks
 rates.py         what tasks and phases take in the planned run
 forecast.py      simulates the run with the project's dispatcher: seconds, tokens, busy agents
 bottleneck.py    what a run waits for most, in words
-planner.py       predicts a job's run, other numbers of replicas, and which meet a deadline
+planner.py       predicts a job's run, other numbers of hosts, and which meet a deadline
 prediction.py    what a plan says: plain values
 command.py       the command's options, and a plan as a table and as JSON
 """
 
-from mas_batch.planning.command import parse_deadline, parse_replicas, print_plan, to_json
+from mas_batch.planning.command import parse_deadline, parse_hosts, print_plan, to_json
 from mas_batch.planning.planner import plan
 from mas_batch.planning.prediction import RunPrediction
 
-__all__ = ["RunPrediction", "parse_deadline", "parse_replicas", "plan", "print_plan", "to_json"]
+__all__ = ["RunPrediction", "parse_deadline", "parse_hosts", "plan", "print_plan", "to_json"]

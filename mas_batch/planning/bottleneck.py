@@ -13,7 +13,7 @@ Kind = Literal["start", "submitter", "cores", "tail", "agent"]
 _FULL = 0.9
 """Share of the time from which on an agent, the cores or the submitter count as fully busy."""
 _LONG_TAIL = 0.15
-"""Share of answering in which a replica of the busiest agent has nothing left to do."""
+"""Share of answering in which a host of the busiest agent has nothing left to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class Bottleneck:
     """What a run waits for most, and what would help."""
 
     kind: Kind
-    agent_id: str | None
-    """Where it is one agent."""
+    post: str | None
+    """Where it is the agents of one post."""
     fraction: float
     """Of what `what` says."""
     what: str
@@ -62,23 +62,23 @@ def find_bottleneck(forecast: Forecast) -> Bottleneck:
             forecast.core_fraction,
             f"this machine's cores are busy {forecast.core_fraction:.0%} of the time, most of it "
             f"with {largest}",
-            "more or faster cores: a Dask cluster on other machines; more replicas here do not",
+            "more or faster cores: a Dask cluster on other machines; more hosts here do not",
         )
-    replicas = [f"{busiest}-{number}" for number in range(forecast.replicas[busiest])]
-    first_ended_s = min(result.ended_s.get(name, result.loaded_s) for name in replicas)
+    hosts = [f"{busiest}-{number}" for number in range(forecast.hosts[busiest])]
+    first_ended_s = min(result.ended_s.get(name, result.loaded_s) for name in hosts)
     tail = (result.makespan_s - first_ended_s) / asking_s
     if busy[busiest] < _FULL and tail > _LONG_TAIL:
         return Bottleneck(
             "tail",
             busiest,
             tail,
-            f"for the last {tail:.0%} of answering a replica of {busiest} has nothing left to do",
-            "smaller partitions, so that all replicas end at the same time",
+            f"for the last {tail:.0%} of answering a host of {busiest} has nothing left to do",
+            "smaller partitions, so that all hosts end at the same time",
         )
     return Bottleneck(
         "agent",
         busiest,
         busy[busiest],
         f"{busiest} is busy {busy[busiest]:.0%} of the time",
-        f"more replicas of {busiest}",
+        f"more hosts of {busiest}",
     )

@@ -36,7 +36,7 @@ def parse_deadline(text: str) -> float:
     return seconds
 
 
-def parse_replicas(text: str) -> tuple[int, int]:
+def parse_hosts(text: str) -> tuple[int, int]:
     """Return the fewest and the most.
 
     Raises:
@@ -46,18 +46,18 @@ def parse_replicas(text: str) -> tuple[int, int]:
     fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= fewest <= most <= 4096:
         raise JobError(
-            f"{text!r} is not allowed; allowed: such as 4 or 1-8, at most 4096", key="--replicas"
+            f"{text!r} is not allowed; allowed: such as 4 or 1-8, at most 4096", key="--hosts"
         )
     return fewest, most
 
 
 def to_json(found: RunPrediction) -> dict[str, Any]:
-    """Return the plan as plain data; `total_memory_bytes` is of all replicas of the job."""
+    """Return the plan as plain data; `total_memory_bytes` is of all hosts of the job."""
     return {**asdict(found), "total_memory_bytes": _memory(found.agents)}
 
 
 def print_plan(out: Console, found: RunPrediction) -> None:
-    """Print a plan: how long, what for, what it waits for, and what other replicas would do."""
+    """Print a plan: how long, what for, what it waits for, and what other hosts would do."""
     out.print(Text.assemble((found.job, "bold"), f": {_corpus(found)}"))
     cost = f" (took {_duration(found.measuring_s)})" if found.measuring_s else ""
     out.print(Text(f"measured: {found.source}{cost}", style="dim"))
@@ -77,7 +77,7 @@ def print_plan(out: Console, found: RunPrediction) -> None:
     out.print(_times(found.agents))
     total = _memory(found.agents)
     if total is not None:
-        out.print(Text(f"memory at the peak, all replicas: {_bytes(total)}"))
+        out.print(Text(f"memory at the peak, all hosts: {_bytes(total)}"))
     out.print(Text.assemble("bottleneck: ", (found.bottleneck.what, "yellow")))
     out.print(Text(f"  what would help: {found.bottleneck.help}"))
     out.print()
@@ -104,7 +104,7 @@ def _corpus(found: RunPrediction) -> str:
     left_out = f" ({unusable:,} unusable)" if unusable else ""
     return (
         f"{found.num_records:,} records{left_out} in {found.num_partitions:,} partitions, "
-        f"{found.own.total} replicas, routed by {found.policy}"
+        f"{found.own.total} hosts, routed by {found.policy}"
     )
 
 
@@ -121,24 +121,33 @@ def _agents(agents: Iterable[AgentPrediction]) -> Table:
 
 
 def _times(agents: Iterable[AgentPrediction]) -> Table:
-    table = plain_table(
-        ("Agent", "replicas", "busy", "memory", "compute", "transfer", "processing")
-    )
+    table = plain_table(("Agent", "hosts", "busy", "memory", "compute", "transfer", "processing"))
+    shown: set[str] = set()
     for agent in agents:
         seconds = (agent.compute_s, agent.transfer_s, agent.processing_s)
         table.add_row(
             Text(agent.agent_id),
-            str(agent.replicas),
-            f"{agent.busy_fraction:.0%}",
-            "–" if agent.memory_bytes is None else _bytes(agent.memory_bytes),
+            *(_of_hosts(agent) if agent.post not in shown else ("shared", "", "")),
             *map(_duration, seconds),
         )
+        shown.add(agent.post)
     return table
 
 
+def _of_hosts(agent: AgentPrediction) -> tuple[str, str, str]:
+    memory = "–" if agent.memory_bytes is None else _bytes(agent.memory_bytes)
+    return str(agent.hosts), f"{agent.busy_fraction:.0%}", memory
+
+
 def _memory(agents: Sequence[AgentPrediction]) -> int | None:
-    known = [a.memory_bytes * a.replicas for a in agents if a.memory_bytes is not None]
-    return sum(known) if len(known) == len(agents) else None
+    """Return the memory of all hosts; those that agents share count once."""
+    of_posts: dict[str, int] = {}
+    for agent in agents:
+        if agent.memory_bytes is None:
+            return None
+        needed = agent.memory_bytes * agent.hosts
+        of_posts[agent.post] = max(needed, of_posts.get(agent.post, 0))
+    return sum(of_posts.values())
 
 
 def _allocations(found: RunPrediction) -> Table:
@@ -147,11 +156,11 @@ def _allocations(found: RunPrediction) -> Table:
     for option in found.allocations:
         if not faster or option.duration_s < _FASTER * faster[-1].duration_s:
             faster.append(option)
-    others = [option for option in faster if option.replicas != found.own.replicas]
-    table = plain_table(("Replicas", "expected"))
+    others = [option for option in faster if option.hosts != found.own.hosts]
+    table = plain_table(("Hosts", "expected"))
     for option in sorted([*others, found.own], key=lambda option: option.total):
         is_own = option is found.own
-        numbers = ", ".join(f"{name} {count}" for name, count in option.replicas.items())
+        numbers = ", ".join(f"{name} {count}" for name, count in option.hosts.items())
         table.add_row(
             Text(numbers + (" (the job's)" if is_own else "")),
             _duration(option.duration_s),
@@ -166,9 +175,9 @@ def _print_recommendation(out: Console, found: RunPrediction) -> None:
         return
     option = recommended.allocation
     changes = [
-        f"--set agents.{name}.count={count}"
-        for name, count in option.replicas.items()
-        if count != found.own.replicas[name]
+        f"--set agents.{agent.agent_id}.count={option.hosts[agent.post]}"
+        for agent in found.agents
+        if option.hosts[agent.post] != found.own.hosts[agent.post]
     ]
     style = "bold green" if recommended.meets_deadline else "bold yellow"
     expected = (_duration(option.duration_s), style)

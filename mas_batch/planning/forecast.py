@@ -8,6 +8,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 
+from mas_batch.agents.posts import posts_of
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.latency.simulate import Costs, Simulation, SimulationResult, Worker
@@ -22,8 +23,8 @@ from mas_batch.routing.rules import rules_of
 
 MAX_SIMULATED = 600
 """Partitions of a simulation, evenly spaced; the rest goes on at the rate of its middle half."""
-_PER_REPLICA = 8
-"""A simulation has at least so many for each replica: its middle half must not be start and end."""
+_PER_HOST = 8
+"""A simulation has at least so many for each host: its middle half must not be start and end."""
 
 
 @dataclass(slots=True)
@@ -39,10 +40,10 @@ class AgentTotals:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A run as predicted for one number of replicas of each agent."""
+    """A run as predicted for one number of hosts of each post."""
 
-    replicas: Mapping[str, int]
-    """By agent."""
+    hosts: Mapping[str, int]
+    """By post."""
     phases: Mapping[str, float]
     """Phase → seconds."""
     result: SimulationResult
@@ -58,20 +59,19 @@ class Forecast:
         return float(sum(self.phases.values()))
 
     def busy_fractions(self) -> dict[str, float]:
-        """Return agent → share of the answering time that its replicas are at work."""
+        """Return post → share of the answering time that its hosts are at work."""
         whole_s = max(1e-9, self.result.asking_s)
-        busy_s = dict.fromkeys(self.replicas, 0.0)
+        busy_s = dict.fromkeys(self.hosts, 0.0)
         for worker, seconds in self.result.busy_s.items():
             busy_s[worker.rpartition("-")[0]] += seconds
         return {
-            name: min(1.0, seconds / whole_s / self.replicas[name])
-            for name, seconds in busy_s.items()
+            name: min(1.0, seconds / whole_s / self.hosts[name]) for name, seconds in busy_s.items()
         }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecaster:
-    """Predicts runs of one job with any number of replicas."""
+    """Predicts runs of one job with any number of hosts."""
 
     job: Job
     measurements: Measurements
@@ -82,35 +82,35 @@ class Forecaster:
     escalated: float
     """Share of the records that go to the last agent."""
     embedded: bool
-    """Whether the replicas share this machine's cores."""
+    """Whether the hosts share this machine's cores."""
 
-    def forecast(self, replicas: Mapping[str, int]) -> Forecast:
+    def forecast(self, hosts: Mapping[str, int]) -> Forecast:
         """Simulate the run; equal arguments give an equal forecast."""
         job = self.job
-        rates = fit_rates(job, self.measurements, replicas, embedded=self.embedded)
+        rates = fit_rates(job, self.measurements, hosts, embedded=self.embedded)
         phases = other_phases(
             self.measurements,
             num_partitions=self.survey.num_partitions,
             num_records=self.survey.num_records,
             read_s=self.survey.read_s,
-            num_workers=sum(replicas.values()) if self.embedded else 0,
+            num_workers=sum(hosts.values()) if self.embedded else 0,
         )
         undecided = self.undecided
         if undecided is None:
             undecided = dict.fromkeys(range(1, job.answers_per_record), 1.0)
         first = _Pass(job, job.first_agents, rules_of(job, {}), undecided, rates)
-        result, answering_s = first.run(self.survey, replicas)
+        result, answering_s = first.run(self.survey, hosts)
         totals, core_s = dict(first.totals), first.core_s
         if self.escalated:
             agents = tuple(a for a in job.agents if a not in job.first_agents)
             plain = replace(rules_of(job, {}), answers_per_record=agents[0].samples, first=None)
             second = _Pass(job, agents, plain, {}, rates)
-            later, more_s = second.run(self.survey, replicas, self.escalated)
+            later, more_s = second.run(self.survey, hosts, self.escalated)
             result, answering_s = result.followed_by(later), answering_s + more_s
             totals, core_s = totals | second.totals, core_s + second.core_s
         phases |= {FIRST_MODEL: result.loaded_s, ANSWERING: answering_s}
         cores_s = rates.num_cores * max(1e-9, result.asking_s)
-        return Forecast(replicas, phases, result, totals, core_s / cores_s)
+        return Forecast(hosts, phases, result, totals, core_s / cores_s)
 
     def tokens(self, forecast: Forecast, agent_id: str) -> tuple[int, int]:
         """Return (prompt tokens, completion tokens) of an agent."""
@@ -151,21 +151,21 @@ class _Pass:
     _tokens: Floats = field(default_factory=lambda: np.zeros(0))
 
     def run(
-        self, survey: Survey, replicas: Mapping[str, int], fraction: float = 1.0
+        self, survey: Survey, hosts: Mapping[str, int], fraction: float = 1.0
     ) -> tuple[SimulationResult, float]:
         """Simulate the pass; returns its result, and how long answering takes.
 
         Args:
             fraction: of each partition's records that are asked about.
         """
-        most = max(MAX_SIMULATED, _PER_REPLICA * sum(replicas.values()))
+        most = max(MAX_SIMULATED, _PER_HOST * sum(hosts.values()))
         chosen = evenly_spaced(survey.num_partitions, most)
         self._records = survey.usable_records[chosen] * fraction
         self._tokens = survey.text_tokens[chosen] * fraction
         merged: list[float] = []
         simulation = Simulation(
             self._dispatcher(),
-            list(self._workers(replicas)),
+            list(self._workers(hosts)),
             self._costs(),
             samples=self._samples,
             undecided=self._undecided,
@@ -190,12 +190,12 @@ class _Pass:
     def _samples(self) -> dict[str, int]:
         return {agent.name: agent.samples for agent in self.agents}
 
-    def _workers(self, replicas: Mapping[str, int]) -> Iterable[Worker]:
-        for agent in self.agents:
-            rates = self.rates.agents[agent.name]
-            for number in range(replicas[agent.name]):
-                name = f"{agent.name}-{number}"
-                yield Worker(name, agent.name, rates.load_s, rates.cores)
+    def _workers(self, hosts: Mapping[str, int]) -> Iterable[Worker]:
+        for post in posts_of(self.job):
+            agents = tuple(agent.name for agent in self.agents if agent.name in post.agents)
+            for number in range(hosts[post.name] if agents else 0):
+                rates = self.rates.agents[agents[0]]
+                yield Worker(f"{post.name}-{number}", agents, rates.load_s, rates.cores)
 
     def _costs(self) -> Costs:
         shared = self.rates.num_cores != float("inf")
@@ -209,7 +209,7 @@ class _Pass:
         )
 
     def _answer_s(self, worker: Worker, ask: Ask, share: float) -> float:
-        service = self.rates.agents[worker.agent_id].answer
+        service = self.rates.agents[ask.agent_id].answer
         records = float(self._records[ask.partition]) * share
         tokens = float(self._tokens[ask.partition]) * share
         seconds = service.seconds(records, tokens)
@@ -218,7 +218,7 @@ class _Pass:
             seconds += service.first_s
         self.core_s += seconds * worker.cores
         if ask.purpose != "copy":  # of two tries, one counts
-            asked = self.totals[worker.agent_id]
+            asked = self.totals[ask.agent_id]
             asked.num_tasks += 1
             asked.num_records += records
             asked.text_tokens += tokens

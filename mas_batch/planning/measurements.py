@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from dask.system import CPU_COUNT
 
+from mas_batch.agents.posts import posts_of
 from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.cluster import is_embedded
 from mas_batch.errors import JobError, RunError
@@ -37,9 +38,9 @@ class AgentMeasurements:
     load_s: float
     """Of its model."""
     threads: int
-    """Of each measured replica."""
+    """Of each measured host."""
     cores: float
-    """Of the machine, that a replica keeps busy; 0: its hardware is its own."""
+    """Of the machine, that a host keeps busy; 0: its hardware is its own."""
     peak_memory_bytes: int | None
     failed_fraction: float
 
@@ -83,7 +84,7 @@ def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Mea
         merges=_evenly_spaced_rows(pd.concat([ledger.rows_of("merge") for ledger in ledgers])),
         phases=tuple(phases for ledger in ledgers for phases in ledger.phases()),
         send_s=float(waits.median()) if len(waits) else 0.0,
-        num_workers=max(sum(agent.most for agent in ledger.job.agents) for ledger in ledgers),
+        num_workers=max(sum(post.most for post in posts_of(ledger.job)) for ledger in ledgers),
         largest_records=int(max(ledger.tasks["num_records"].max() for ledger in ledgers)),
     )
 
@@ -109,7 +110,7 @@ class _RunLedger:
         self._add_seconds()
 
     def cores(self, agent_id: str) -> float:
-        """Return how many of the shared machine's cores a replica of the agent keeps busy."""
+        """Return how many of the shared machine's cores a host of the agent keeps busy."""
         if not self._embedded:
             return 0.0
         facts = self.run.manifest["engines"].get(agent_id, {})
@@ -127,6 +128,11 @@ class _RunLedger:
         """Return the tasks of a stage, of one agent or all."""
         rows = self.tasks[self.tasks["stage"] == stage]
         return rows if agent_id is None else rows[rows["agent_id"] == agent_id]
+
+    def loads_of(self, agent_id: str) -> pd.DataFrame:
+        """Return the loads of the hosts that have answered for the agent."""
+        hosts, loads = self.rows_of("answer", agent_id)["worker"], self.rows_of("load")
+        return loads[loads["worker"].isin(hosts)]
 
     def phases(self) -> Iterator[tuple[int, Mapping[str, float]]]:
         """Yield the phases of each execution that went from the start to the end."""
@@ -191,7 +197,7 @@ def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> 
     spec = useful[-1].spec(agent)
     assert spec is not None
     tasks = pd.concat([ledger.rows_of("answer", agent.name) for ledger in useful])
-    loads = pd.concat([ledger.rows_of("load", agent.name) for ledger in useful])
+    loads = pd.concat([ledger.loads_of(agent.name) for ledger in useful])
     total = tasks.sum(numeric_only=True)
     num_asked = total["num_records"] * agent.samples
     failed = 1 - float(total["num_answers"] / num_asked) if num_asked else 0.0

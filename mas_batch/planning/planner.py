@@ -1,4 +1,4 @@
-"""Predicts a job's run, compares numbers of replicas, and says which meet a deadline."""
+"""Predicts a job's run, compares numbers of hosts, and says which meet a deadline."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dask.system import CPU_COUNT
 from distributed import Client
 
 from mas_batch import cluster
+from mas_batch.agents.posts import posts_of
 from mas_batch.job import Job
 from mas_batch.planning.bottleneck import find_bottleneck
 from mas_batch.planning.forecast import Forecast, Forecaster
@@ -32,7 +33,7 @@ def plan(
     former: str | None = None,
     num_sampled: int = 64,
     deadline_s: float | None = None,
-    replicas: tuple[int, int] | None = None,
+    hosts: tuple[int, int] | None = None,
     client: Client | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> RunPrediction:
@@ -42,9 +43,9 @@ def plan(
         former: a published run to learn from, of this job or one with the same agents; None: a
             sample of the corpus is run first.
         num_sampled: records of that sample.
-        deadline_s: for the recommendation: the fewest replicas that end by then, even if the run
+        deadline_s: for the recommendation: the fewest hosts that end by then, even if the run
             takes longer by `WORST_ERROR`.
-        replicas: the fewest and the most of each agent to look at; None: 1 to 4, or twice the
+        hosts: the fewest and the most of each post to look at; None: 1 to 4, or twice the
             job's.
         client: as `pipeline.run` takes it.
         tell: called with a line for people before anything that takes long.
@@ -57,7 +58,7 @@ def plan(
     tell("reading the corpus")
     seen = survey(job, num_sampled)
     embedded = cluster.is_embedded(job.cluster, client or cluster.current_client())
-    bounds = replicas or (1, max(4, 2 * max(agent.most for agent in job.agents)))
+    bounds = hosts or (1, max(4, 2 * max(agent.most for agent in job.agents)))
     if former is not None:
         forecaster = _learn([open_run(former)], job, former, seen, embedded)
         tell("simulating")
@@ -76,13 +77,13 @@ def plan(
 def predict(
     forecaster: Forecaster, bounds: tuple[int, int], *, deadline_s: float | None = None
 ) -> RunPrediction:
-    """Predict the run with the job's own replicas and with other numbers; see `plan`.
+    """Predict the run with the job's own hosts and with other numbers; see `plan`.
 
     Args:
-        bounds: the fewest and the most replicas of each agent.
+        bounds: the fewest and the most hosts of each post.
     """
     job, seen = forecaster.job, forecaster.survey
-    own = forecaster.forecast({agent.name: agent.most for agent in job.agents})
+    own = forecaster.forecast({post.name: post.most for post in posts_of(job)})
     others = list(_growing(forecaster, *bounds))
     return RunPrediction(
         job=job.name,
@@ -116,24 +117,25 @@ def _learn(runs: list[Run], job: Job, source: str, seen: Survey, embedded: bool)
 
 
 def _growing(forecaster: Forecaster, fewest: int, most: int) -> Iterator[Forecast]:
-    """Yield ever more replicas: each time one more of the agent that is busiest."""
-    replicas = {agent.name: fewest for agent in forecaster.job.agents}
+    """Yield ever more hosts: each time one more of the post that is busiest."""
+    hosts = {post.name: fewest for post in posts_of(forecaster.job)}
     while True:
-        forecast = forecaster.forecast(dict(replicas))
+        forecast = forecaster.forecast(dict(hosts))
         yield forecast
-        growing = [name for name in replicas if replicas[name] < most]
+        growing = [name for name in hosts if hosts[name] < most]
         if not growing:
             return
         busy = forecast.busy_fractions()
-        replicas[max(growing, key=lambda name: busy[name])] += 1
+        hosts[max(growing, key=lambda name: busy[name])] += 1
 
 
 def _allocation(forecast: Forecast) -> Allocation:
-    return Allocation(forecast.replicas, forecast.duration_s)
+    return Allocation(forecast.hosts, forecast.duration_s)
 
 
 def _agents(forecaster: Forecaster, forecast: Forecast) -> Iterator[AgentPrediction]:
     busy = forecast.busy_fractions()
+    posts = {name: post.name for post in posts_of(forecaster.job) for name in post.agents}
     for agent in forecaster.job.agents:
         measured = forecaster.measurements.agents[agent.name]
         totals = forecast.totals.get(agent.name)
@@ -142,8 +144,9 @@ def _agents(forecaster: Forecaster, forecast: Forecast) -> Iterator[AgentPredict
         prompt, completion = forecaster.tokens(forecast, agent.name)
         yield AgentPrediction(
             agent_id=agent.name,
-            replicas=forecast.replicas[agent.name],
-            busy_fraction=busy[agent.name],
+            post=posts[agent.name],
+            hosts=forecast.hosts[posts[agent.name]],
+            busy_fraction=busy[posts[agent.name]],
             answers=asked - failed,
             failed_answers=failed,
             prompt_tokens=prompt,
@@ -158,13 +161,13 @@ def _recommend(
 ) -> Recommendation:
     for forecast in forecasts:
         if forecast.duration_s * (1 + WORST_ERROR) <= deadline_s:
-            why = f"the fewest replicas that are in time even if it takes {WORST_ERROR:.0%} longer"
+            why = f"the fewest hosts that are in time even if it takes {WORST_ERROR:.0%} longer"
             return Recommendation(_allocation(forecast), True, why)
     fastest = min(forecasts, key=lambda forecast: forecast.duration_s)
     if fastest.duration_s <= deadline_s:
         why = f"in time, but not if it takes {WORST_ERROR:.0%} longer"
     else:
-        why = f"no number of replicas from {bounds[0]} to {bounds[1]} is in time"
+        why = f"no number of hosts from {bounds[0]} to {bounds[1]} is in time"
     why = f"{why}: {find_bottleneck(fastest).what}"
     return Recommendation(_allocation(fastest), False, why)
 
@@ -173,11 +176,11 @@ def _notes(forecaster: Forecaster) -> Iterator[str]:
     job = forecaster.job
     if forecaster.embedded:
         yield (
-            "replicas share this machine's cores: more of them are faster only where an agent "
+            "hosts share this machine's cores: more of them are faster only where an agent "
             "waits for something else"
         )
     else:
-        yield "every replica is taken to have hardware of its own, like the measured one"
+        yield "every host is taken to have hardware of its own, like the measured one"
     largest = forecaster.survey.usable_records.max()
     if forecaster.measurements.largest_records < 0.5 * largest:
         yield (
@@ -185,7 +188,7 @@ def _notes(forecaster: Forecaster) -> Iterator[str]:
             f"the job's have {largest:.0f}: a larger --sample measures them"
         )
     if any(agent.max_count for agent in job.agents):
-        yield "agents with max_count are taken to have so many replicas from the start"
+        yield "agents with max_count are taken to have so many hosts from the start"
     if forecaster.undecided is None:
         yield "how many records stay undecided is not known: all are taken to"
     if job.routing.policy == "reliability":

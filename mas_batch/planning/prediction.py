@@ -13,9 +13,11 @@ class AgentPrediction:
     """What one agent is expected to do in a run."""
 
     agent_id: str
-    replicas: int
+    post: str
+    """Whose hosts answer for it; several agents may share them."""
+    hosts: int
     busy_fraction: float
-    """Of its replicas' time while answers are asked for."""
+    """Of its hosts' time while answers are asked for, by all agents that share them."""
     answers: int
     failed_answers: int
     prompt_tokens: int
@@ -25,26 +27,26 @@ class AgentPrediction:
     processing_s: float
     """T_compute, T_transfer and T_processing, of all its tasks in sum."""
     memory_bytes: int | None
-    """Of a replica, at its peak; None: not measured."""
+    """Of a host, at its peak; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Numbers of replicas, and how long a run takes with them."""
+    """Numbers of hosts, and how long a run takes with them."""
 
-    replicas: Mapping[str, int]
-    """By agent."""
+    hosts: Mapping[str, int]
+    """By post."""
     duration_s: float
 
     @property
     def total(self) -> int:
-        """Replicas of all agents."""
-        return sum(self.replicas.values())
+        """Hosts of all posts."""
+        return sum(self.hosts.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """Numbers of replicas for a deadline, and why these."""
+    """Numbers of hosts for a deadline, and why these."""
 
     allocation: Allocation
     meets_deadline: bool
@@ -66,7 +68,7 @@ class RunPrediction:
     num_partitions: int
     policy: str
     own: Allocation
-    """The job's own numbers of replicas."""
+    """The job's own numbers of hosts."""
     median_error: float
     """Of predictions in the project's benchmark, of the measured time; docs/planner.md."""
     worst_error: float
@@ -75,7 +77,7 @@ class RunPrediction:
     agents: tuple[AgentPrediction, ...]
     bottleneck: Bottleneck
     allocations: tuple[Allocation, ...]
-    """Other numbers of replicas, fewest first."""
+    """Other numbers of hosts, fewest first."""
     recommendation: Recommendation | None
     """None: no deadline was given."""
     notes: tuple[str, ...]

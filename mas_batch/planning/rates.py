@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from dask.system import CPU_COUNT
 
+from mas_batch.agents.posts import posts_of
 from mas_batch.agents.spec import agent_specs
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING
@@ -40,7 +41,7 @@ class AgentRates:
     answer: ServiceTime
     load_s: float
     cores: float
-    """Of the shared machine that a replica keeps busy; 0: its hardware is its own."""
+    """Of the shared machine that a host keeps busy; 0: its hardware is its own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,22 +52,22 @@ class RunRates:
     merge: ServiceTime
     send_s: float
     num_cores: float
-    """Of the machine that replicas share; infinite: they share none."""
+    """Of the machine that hosts share; infinite: they share none."""
 
 
 def fit_rates(
     job: Job,
     measurements: Measurements,
-    replicas: Mapping[str, int],
+    hosts: Mapping[str, int],
     *,
     embedded: bool,
 ) -> RunRates:
-    """Fit what tasks take, for so many replicas.
+    """Fit what tasks take, for so many hosts.
 
-    On the embedded cluster replicas share this machine's cores; elsewhere each is taken to have
-    hardware of its own. More threads are taken to make a replica faster in proportion.
+    On the embedded cluster hosts share this machine's cores; elsewhere each is taken to have
+    hardware of its own. More threads are taken to make a host faster in proportion.
     """
-    planned = with_replicas(job, replicas)
+    planned = with_hosts(job, hosts)
     specs = agent_specs(planned, embedded=embedded, num_cores=CPU_COUNT)
     found = {}
     for agent in job.agents:
@@ -88,10 +89,11 @@ def fit_rates(
     )
 
 
-def with_replicas(job: Job, replicas: Mapping[str, int]) -> Job:
-    """Return the job with so many replicas of each agent."""
+def with_hosts(job: Job, hosts: Mapping[str, int]) -> Job:
+    """Return the job with so many hosts of each post."""
+    count = {agent: hosts[post.name] for post in posts_of(job) for agent in post.agents}
     agents = tuple(
-        agent.with_changes(count=replicas[agent.name], max_count=None) for agent in job.agents
+        agent.with_changes(count=count[agent.name], max_count=None) for agent in job.agents
     )
     return job.with_changes(agents=agents)
 

@@ -18,8 +18,9 @@ import psutil
 from distributed import Client
 
 from mas_batch import cluster, pipeline
+from mas_batch.agents.posts import posts_of
 from mas_batch.job import Corpus, Job, Output, Partitioning, Routing
-from mas_batch.planning.rates import with_replicas
+from mas_batch.planning.rates import with_hosts
 from mas_batch.records import Record
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
@@ -40,7 +41,7 @@ def sampled(
 ) -> Iterator[list[Run]]:
     """Run the job on these records and yield the runs, which are removed in the end.
 
-    Every agent is asked about every record, on as many replicas as the job allows: nothing is
+    Every agent is asked about every record, on as many hosts as the job allows: nothing is
     stopped early, escalated or asked twice, so that what is measured is what a question takes.
 
     Args:
@@ -87,7 +88,7 @@ def _of_sample(
         max_attempts=job.routing.max_attempts,
         speculate=False,
     )
-    job = with_replicas(job, {agent.name: agent.most for agent in job.agents})
+    job = with_hosts(job, {post.name: post.most for post in posts_of(job)})
     return job.with_changes(
         corpus=Corpus(path=(str(corpus),), id="id", context=context),
         routing=routing,

@@ -93,24 +93,24 @@ class AgentFacts:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """How busy an agent's replicas were while one execution answered."""
+    """How busy an agent's hosts were while one execution answered."""
 
     agent_id: str
     num_workers: int
     busy: tuple[float, ...]
-    """Mean number of busy replicas in each of equal stretches of time."""
+    """Mean number of busy hosts in each of equal stretches of time."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimeFacts:
-    """Where the time went: phases of the submitting process, and the replicas' sum."""
+    """Where the time went: phases of the submitting process, and the hosts' sum."""
 
     wall_s: float | None
     phases: Mapping[str, float]
     """Seconds by phase, in order."""
-    replicas: Mapping[str, float]
-    """Seconds summed over replicas: compute, load, idle."""
-    num_replicas: int | None
+    hosts: Mapping[str, float]
+    """Seconds summed over hosts: compute, load, idle."""
+    num_hosts: int | None
     partitions: tuple[Mapping[str, Any], ...]
     """Rows of `latency.summary`'s `per_partition`: quantiles of `wall` and of waiting, `queue`."""
     activity_s: float

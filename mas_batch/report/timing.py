@@ -20,8 +20,8 @@ MAX_ACTIVITIES = 16
 
 MAX_PARTITION_ROWS = 60
 
-REPLICA_PARTS = ("compute", "load", "idle")
-"""All that is a replica's: the seconds of tasks run beside these, several at once."""
+HOST_PARTS = ("compute", "load", "idle")
+"""All that is a host's: the seconds of tasks run beside these, several at once."""
 _WORK = ("answer", "failed answer")
 
 
@@ -30,13 +30,13 @@ def time_facts(run: Run) -> TimeFacts | None:
     facts = run.manifest.get("latency")
     if not facts:
         return None
-    replicas = facts.get("replicas") or {}
+    hosts = facts.get("hosts") or facts.get("replicas") or {}  # of before
     length_s, activity = _activity(run.ledger())
     return TimeFacts(
         wall_s=facts.get("wall_s"),
         phases={name: seconds for name, seconds in facts.get("phases", {}).items() if seconds},
-        replicas={part: s for part in REPLICA_PARTS if (s := replicas.get(f"{part}_s"))},
-        num_replicas=replicas.get("num"),
+        hosts={part: s for part in HOST_PARTS if (s := hosts.get(f"{part}_s"))},
+        num_hosts=hosts.get("num"),
         partitions=tuple((facts.get("per_partition") or [])[:MAX_PARTITION_ROWS]),
         activity_s=length_s,
         activity=activity,
@@ -58,7 +58,7 @@ def _spread(parts: Mapping[str, Mapping[str, float]]) -> Spread:
 
 
 def _activity(ledger: pa.Table) -> tuple[float, tuple[Activity, ...]]:
-    """Follow the replicas while the longest execution answers; returns for how long, too."""
+    """Follow the hosts while the longest execution answers; returns for how long, too."""
     work = ledger.filter(pc.is_in(ledger["stage"], pa.array(_WORK)))
     if not work.num_rows:
         return 0.0, ()

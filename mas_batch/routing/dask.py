@@ -24,10 +24,10 @@ from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import answer_partition, merge_partition
 from mas_batch.errors import JobError, OutputError, RunError, VersionError
 from mas_batch.events import (
-    AgentsScaled,
     AnswerFailed,
     BreakerChanged,
     Emit,
+    HostsScaled,
     PartitionAnswered,
     PartitionAsked,
     PartitionMerged,
@@ -48,7 +48,7 @@ from mas_batch.routing.instructions import (
     Restart,
 )
 from mas_batch.routing.policies import ReplicaView
-from mas_batch.routing.scaling import Bounds, Scaler, wanted_replicas
+from mas_batch.routing.scaling import Bounds, Scaler, wanted_hosts
 from mas_batch.routing.upkeep import Upkeep
 from mas_batch.run_folder.names import answers_name
 from mas_batch.run_folder.ref import RunRef
@@ -115,7 +115,7 @@ class DaskRouter:
         self._last_check = 0.0
         self._upkeep = Upkeep(client)
         self._last_failure: dict[str, str] = {}
-        self._wanted = {agent.name: agent.count for agent in job.agents}
+        self._wanted = {post.name: post.wanted for post in self._hosting.posts}
 
     def __enter__(self) -> DaskRouter:
         self._client.subscribe_topic(self._run.topic, self._on_report)
@@ -165,8 +165,8 @@ class DaskRouter:
         """
         self._dispatcher = dispatcher
         self._hosting.listener = self
-        for address, agent_id in sorted(self._hosting.ready.items()):
-            self.joined(address, agent_id)
+        for host_id, agents in sorted(self._hosting.ready.items()):
+            self.joined(host_id, agents, self._hosting.concurrent(host_id))
         while not dispatcher.done:
             self._handle_next()
 
@@ -209,36 +209,42 @@ class DaskRouter:
         self._hosting.give_up_waiting(missing)
 
     def _keep_started(self) -> None:
-        """Have the workers that the job starts with, also while models are being loaded."""
-        least = {agent.name: agent.count for agent in self._job.agents}
+        """Have the hosts that the job starts with, also while engines are being loaded."""
+        least = {post.name: post.wanted for post in self._hosting.posts}
         current = self._hosting.counts()
-        if self._scaler is not None and any(current[a] < n for a, n in least.items()):
+        if self._scaler is not None and any(current[post] < n for post, n in least.items()):
             self._scaler.scale(least, [])
 
     def _scale(self, dispatcher: Dispatcher) -> None:
         if self._scaler is None:
             return
-        bounds = {a.name: Bounds(a.count, a.most) for a in self._job.agents}
-        backlog, current = dispatcher.backlog(), self._hosting.counts()
-        wanted = wanted_replicas(backlog, current, bounds)
+        posts, of_agents = self._hosting.posts, dispatcher.backlog()
+        bounds = {post.name: Bounds(post.wanted, post.most) for post in posts}
+        backlog = {p.name: sum(of_agents.get(agent, 0) for agent in p.agents) for p in posts}
+        current = self._hosting.counts()
+        wanted = wanted_hosts(backlog, current, bounds)
         retired = self._hosting.retire(
-            address
-            for agent_id, count in wanted.items()
-            for address in self._idle(dispatcher, agent_id)[: max(0, current[agent_id] - count)]
+            host_id
+            for post, count in wanted.items()
+            for host_id in self._idle(dispatcher, post)[: max(0, current[post] - count)]
         )
         changed = wanted != self._wanted
         if changed or retired:
-            self._emit(AgentsScaled(wanted, backlog))
-        if changed or retired or any(current[agent_id] < n for agent_id, n in wanted.items()):
+            self._emit(HostsScaled(wanted, backlog))
+        if changed or retired or any(current[post] < n for post, n in wanted.items()):
             self._scaler.scale(wanted, retired)  # also when one that was started is not there
         self._wanted = wanted
 
-    def _idle(self, dispatcher: Dispatcher, agent_id: str) -> list[str]:
+    def _idle(self, dispatcher: Dispatcher, post: str) -> list[str]:
         return [
-            address
-            for address, served in sorted(self._hosting.ready.items())
-            if served == agent_id and dispatcher.in_flight(address) == 0
+            host_id
+            for host_id in self._hosting.ready_for(post)
+            if not any(map(dispatcher.in_flight, self._replicas(host_id)))
         ]
+
+    def _replicas(self, host_id: str) -> list[str]:
+        """SHIM until the dispatcher knows hosts: each agent of a host is a replica to it."""
+        return [_replica(host_id, agent) for agent in self._hosting.ready.get(host_id, ())]
 
     # News, from Dask's threads: only posts to the inbox
 
@@ -264,30 +270,33 @@ class DaskRouter:
 
     # What hosting tells
 
-    def joined(self, address: str, agent_id: str) -> None:
-        """A worker holds an agent's model."""
+    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
+        """A host can be asked."""
         if self._dispatcher is not None:
-            paused = self._hosting.is_paused(address)
-            now = time.monotonic()
-            self._act(self._dispatcher.replica_joined(address, agent_id, now, paused=paused))
+            paused = self._hosting.is_paused(host_id)
+            for agent in agents:
+                replica, now = _replica(host_id, agent), time.monotonic()
+                self._act(self._dispatcher.replica_joined(replica, agent, now, paused=paused))
 
-    def paused(self, address: str, paused: bool) -> None:
-        """A worker takes nothing further, or again."""
+    def paused(self, host_id: str, paused: bool) -> None:
+        """A host takes nothing further, or again."""
         if self._dispatcher is not None:
-            self._act(self._dispatcher.replica_paused(address, paused, time.monotonic()))
+            for replica in self._replicas(host_id):
+                self._act(self._dispatcher.replica_paused(replica, paused, time.monotonic()))
 
-    def left(self, address: str, *, blamed: bool) -> None:
-        """A worker is gone."""
-        if self._dispatcher is not None:
+    def left(self, host_id: str, *, blamed: bool) -> None:
+        """A host is gone."""
+        if self._dispatcher is None:
+            return
+        for replica in self._replicas(host_id):
             # A worker that is killed may have committed answers and not got to report them.
             committed = [
                 partition
-                for partition, agent_id, worker in self._asked
-                if worker == address
-                and self._run.answered.exists(answers_name(partition, agent_id))
+                for partition, agent_id, asked in self._asked
+                if asked == replica and self._run.answered.exists(answers_name(partition, agent_id))
             ]
             instructions = self._dispatcher.replica_left(
-                address, time.monotonic(), blamed=blamed, committed=committed
+                replica, time.monotonic(), blamed=blamed, committed=committed
             )
             self._act(instructions)
 
@@ -314,7 +323,7 @@ class DaskRouter:
             f"it has been silent about partition {restart.partition} for {restart.silent_s:.0f} s; "
             "its process is restarted (routing.timeout_s)"
         )
-        self._hosting.restart(restart.replica_id, message)
+        self._hosting.restart(_host(restart.replica_id), message)
 
     def _breaker_event(self, news: BreakerNews) -> BreakerChanged:
         message = "it answers again"
@@ -324,11 +333,11 @@ class DaskRouter:
                 f"{news.num_failures} failures in a row; "
                 f"left alone for {news.cool_down_s:g} s; {last}"
             )
-        name = self._hosting.name(news.replica_id)
+        name = self._hosting.name(_host(news.replica_id))
         return BreakerChanged(news.agent_id, name, news.state, message)
 
     def _away_event(self, news: AwayNews) -> ServerAway:
-        name, why = self._hosting.name(news.replica_id), self._last_failure[news.agent_id]
+        name, why = self._hosting.name(_host(news.replica_id)), self._last_failure[news.agent_id]
         seconds = (news.away_s, news.cool_down_s, news.wait_s)
         return ServerAway(news.partition, news.agent_id, name, why, *seconds)
 
@@ -345,19 +354,19 @@ class DaskRouter:
                 earlier=ask.earlier,
             )
             # Pinned by address: the dispatcher takes it back when the worker leaves.
-            future = self._client.submit(call, workers=[ask.replica_id], pure=False)
+            future = self._client.submit(call, workers=[_host(ask.replica_id)], pure=False)
         key = (ask.partition, ask.agent_id, ask.replica_id)
         self._asked[key] = _Asked(ask, future, time.monotonic())
         self._emit(
             PartitionAsked(
                 partition=ask.partition,
                 agent_id=ask.agent_id,
-                worker=self._hosting.name(ask.replica_id),
+                worker=self._hosting.name(_host(ask.replica_id)),
                 attempt=ask.attempt,
                 purpose=ask.purpose,
                 policy=self._job.routing.policy,
                 candidates={
-                    self._hosting.name(view.replica_id): _seen(view)
+                    self._hosting.name(_host(view.replica_id)): _seen(view)
                     for view in _kept_candidates(ask)
                 },
                 num_busy=ask.num_busy,
@@ -367,28 +376,31 @@ class DaskRouter:
 
     def _answered(self, address: str, facts: dict[str, Any]) -> None:
         partition, agent_id = facts["partition"], facts["agent_id"]
-        asked = self._forget((partition, agent_id, address))
+        replica = _replica(address, agent_id)
+        asked = self._forget((partition, agent_id, replica))
         facts |= _seconds(facts.pop("times"), asked.sent if asked is not None else None)
         if self._dispatcher is None:
             return
         # News also when the task had been abandoned: what is committed counts.
         if self._dispatcher.awaits(partition, agent_id):
             self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
-        self._act(self._dispatcher.answered(partition, agent_id, address, time.monotonic()))
+        self._act(self._dispatcher.answered(partition, agent_id, replica, time.monotonic()))
 
     def _away(
         self, address: str, partition: int, agent_id: str, message: str, **hints: float
     ) -> None:
         """Take note that a worker's server is away."""
-        if self._forget((partition, agent_id, address)) is None or self._dispatcher is None:
+        replica = _replica(address, agent_id)
+        if self._forget((partition, agent_id, replica)) is None or self._dispatcher is None:
             return  # it was abandoned
         self._last_failure[agent_id] = message
         now = time.monotonic()
-        self._act(self._dispatcher.away(partition, agent_id, address, now, **hints))
+        self._act(self._dispatcher.away(partition, agent_id, replica, now, **hints))
 
     def _heard(self, address: str) -> None:
         if self._dispatcher is not None:
-            self._dispatcher.heard(address, time.monotonic())
+            for replica in self._replicas(address):
+                self._dispatcher.heard(replica, time.monotonic())
 
     def _answer_ended(self, ask: Ask, failure: Failure) -> None:
         assert self._dispatcher is not None
@@ -407,7 +419,7 @@ class DaskRouter:
             AnswerFailed(
                 ask.partition,
                 ask.agent_id,
-                self._hosting.name(ask.replica_id),
+                self._hosting.name(_host(ask.replica_id)),
                 ask.attempt,
                 self._last_failure[ask.agent_id],
                 self._dispatcher.given_up(ask.partition, ask.agent_id),
@@ -487,6 +499,14 @@ class DaskRouter:
         if merging.attempt >= _MAX_MERGE_ATTEMPTS:
             raise RunError(f"partition {partition} could not be merged: {failure}")
         self._merge(merging.merge, merging.attempt + 1)
+
+
+def _replica(host_id: str, agent_id: str) -> str:
+    return f"{agent_id}@{host_id}"  # no agent's name has an @
+
+
+def _host(replica_id: str) -> str:
+    return replica_id.partition("@")[2]
 
 
 def _seconds(times: dict[str, Any], sent: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The agents' life on a cluster: load models, notice workers that come, pause, leave or hang."""
+"""The hosts' life on a cluster: load models, notice workers that come, pause, leave or hang."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import dask
 from distributed import Client, Future
 
-from mas_batch.agents.spec import AgentSpec, WorkerInfo, match_workers, place_newcomer
+from mas_batch.agents.posts import Host, WorkerInfo, check_served, place, posts_of
+from mas_batch.agents.spec import AgentSpec
 from mas_batch.agents.work import load_agents
 from mas_batch.dask_compat import left_on_purpose, restart_process, workers_of
 from mas_batch.errors import ModelError, RunError, VersionError
-from mas_batch.events import AgentDraining, AgentLoading, AgentLost, AgentReady, Emit
+from mas_batch.events import Emit, HostDraining, HostLoading, HostLost, HostReady
 from mas_batch.job import Job
 from mas_batch.run_folder.ref import RunRef
 from mas_batch.task_call import TaskCall
@@ -32,24 +33,24 @@ _HEARTBEAT_S = 15.0
 
 
 class Listener(Protocol):
-    """An object that is notified which workers can be asked."""
+    """An object that is notified which hosts can be asked, by their ids (`agents.posts.Host`)."""
 
-    def joined(self, address: str, agent_id: str) -> None:
-        """The worker holds the agent's model."""
+    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
+        """The host holds its engine: it answers for these agents, so many partitions at once."""
         ...
 
-    def paused(self, address: str, paused: bool) -> None:
-        """The worker takes nothing further, or again."""
+    def paused(self, host_id: str, paused: bool) -> None:
+        """The host takes nothing further, or again."""
         ...
 
-    def left(self, address: str, *, blamed: bool) -> None:
-        """The worker is gone; not blamed: it was taken away on purpose."""
+    def left(self, host_id: str, *, blamed: bool) -> None:
+        """The host is gone; not blamed: it was taken away on purpose."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """A worker that is loading its agent's model."""
+    """A host that is loading its engine."""
 
     future: Future
     since: float
@@ -57,9 +58,9 @@ class _Load:
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """A worker that could not load an agent's model."""
+    """A worker of a host that could not load its engine."""
 
-    agent_id: str
+    agents: tuple[str, ...]
     error: Exception
     since: float
 
@@ -85,11 +86,13 @@ def watch(
 
 
 class Hosting:
-    """Which worker serves which agent. All methods run in the caller's one thread.
+    """Which workers hold which engine. All methods run in the caller's one thread.
+
+    A host is known by the address of its leading worker. It lives as long as all its workers.
 
     Args:
         client: connected; never closed here.
-        job: says which worker may serve which agent, and how long one may be without any
+        job: says which hosts there are to be, and how long an agent may be without any
             (`cluster.wait_s`).
         emit: called with every event.
         watch: calls back, in the same thread, when a future has ended.
@@ -112,24 +115,36 @@ class Hosting:
         self._watch = watch
         self._wait_s = job.cluster.wait_s
         self._load_timeout_s = job.routing.load_timeout_s
+        self.posts = posts_of(job, {spec.agent_id: spec.post for spec in specs.values()})
+        """Of the agents that are asked in this pass; named as in the whole job."""
+        self._agents_of = {post.name: post.agents for post in self.posts}
         self._names: dict[str, str] = {}  # worker address → worker name
-        self._hosts: dict[str, str] = {}  # worker address → agent, loading or ready
-        self._loading: dict[str, _Load] = {}
-        self._refused: dict[str, _Refusal] = {}  # by address
-        self._paused: set[str] = set()  # addresses
+        self._hosts: dict[str, Host] = {}  # loading or ready
+        self._loading: dict[str, _Load] = {}  # by host
+        self._concurrent: dict[str, int] = {}  # by host
+        self._refused: dict[str, _Refusal] = {}  # by worker address
+        self._paused: set[str] = set()  # hosts
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
-        self._hung: set[str] = set()  # addresses of workers that it has restarted
+        self._hung: set[str] = set()  # hosts that it has restarted
         self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
         self._missing: dict[str, float] = {}  # agent → since when
-        self.ready: dict[str, str] = {}
-        """Worker address → agent whose model it holds."""
+        self.ready: dict[str, tuple[str, ...]] = {}
+        """Host → the agents that it answers for, in the job's order."""
         self.listener: Listener | None = None
         self.engine_facts: dict[str, dict[str, Any]] = {}
         """Agent → what its engine says of itself, for the manifest."""
 
     def name(self, address: str) -> str:
-        """Return the worker's name."""
+        """Return the name of a worker; a host is called like its leading one."""
         return self._names.get(address, address)
+
+    def concurrent(self, host_id: str) -> int:
+        """Return how many partitions at once keep the loaded engine busy."""
+        return self._concurrent.get(host_id, 1)
+
+    def ready_for(self, post: str) -> list[str]:
+        """Return the post's hosts that can be asked."""
+        return sorted(host_id for host_id in self.ready if self._hosts[host_id].post == post)
 
     def close(self) -> None:
         """Forget what is still loading."""
@@ -139,40 +154,45 @@ class Hosting:
     # Loading
 
     def start(self) -> None:
-        """Begin to load every agent's model on its workers.
+        """Begin to load every post's engine on its hosts.
 
         Raises:
             JobError: an agent has no capable worker.
         """
-        for address, agent_id in match_workers(self._workers(), self._job).items():
-            self._load(address, agent_id)
+        workers = self._workers()
+        hosts = place(workers, self.posts)
+        check_served(workers, self.posts, hosts, self._job)
+        for host in hosts:
+            self._load(host)
 
     @property
     def unserved(self) -> set[str]:
-        """Agents that no worker can answer for now."""
-        return self._specs.keys() - set(self.ready.values())
+        """Agents that no host can answer for now."""
+        return self._specs.keys() - {agent for agents in self.ready.values() for agent in agents}
 
     def check_loaded(self, unserved: set[str]) -> None:
-        """Give up on agents whose model no worker can load; wait for those whose worker left.
+        """Give up on agents whose engine no worker can load; wait for those whose hosts left.
 
         Raises:
-            ModelError: no worker of such an agent could load its model.
-            RunError: its workers left and none came back.
+            ModelError: no worker could load the engine of such an agent.
+            RunError: its hosts left and none came back.
         """
+        hosted = {agent for host in self._hosts.values() for agent in self._agents(host)}
         for agent_id, refusal in self._refusals().items():
-            if agent_id in unserved and agent_id not in self._hosts.values():
+            if agent_id in unserved - hosted:
                 model = self._specs[agent_id].agent.model
                 message = f"agents.{agent_id}: no worker could load {model}: {refusal.error}"
                 raise ModelError(message) from refusal.error
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
-        """Note which agents have no worker now; one whose model is being loaded has.
+        """Note which agents have no host now; one whose engine is being loaded has.
 
         Raises:
             RunError: an agent has had none for too long.
         """
-        missing = unserved - {self._hosts[address] for address in self._loading}
+        loading = (self._agents(self._hosts[host_id]) for host_id in self._loading)
+        missing = unserved - {agent for agents in loading for agent in agents}
         now = time.monotonic()
         self._missing = {agent: self._missing.get(agent, now) for agent in missing}
         for agent_id, since in sorted(self._missing.items()):
@@ -185,60 +205,70 @@ class Hosting:
                 )
 
     def _refusals(self) -> dict[str, _Refusal]:
-        return {refusal.agent_id: refusal for refusal in self._refused.values()}
+        """Return agent → the last refusal that concerns it."""
+        return {agent: refusal for refusal in self._refused.values() for agent in refusal.agents}
 
-    def _load(self, address: str, agent_id: str) -> None:
-        self._hosts[address] = agent_id
-        self._emit(AgentLoading(agent_id, self.name(address)))
+    def _agents(self, host: Host) -> tuple[str, ...]:
+        return self._agents_of[host.post]
+
+    def _load(self, host: Host) -> None:
+        self._hosts[host.host_id] = host
+        self._emit(HostLoading(self.name(host.host_id), self._agents(host)))
+        specs = [self._specs[agent] for agent in self._agents(host)]
         with dask.annotate(executor=self._run.topic):
-            call = TaskCall(self._run.code, load_agents, self._run, [self._specs[agent_id]])
-            future = self._client.submit(call, workers=[address], pure=False)
-        self._loading[address] = _Load(future, time.monotonic())
-        self._watch(future, lambda failure: self._load_ended(address, future, failure))
+            call = TaskCall(self._run.code, load_agents, self._run, specs)
+            future = self._client.submit(call, workers=[host.host_id], pure=False)
+        self._loading[host.host_id] = _Load(future, time.monotonic())
+        self._watch(future, lambda failure: self._load_ended(host, future, failure))
 
     def loaded(self, address: str, facts: dict[str, Any]) -> None:
-        """Take the report of a load."""
+        """Take the report of a load, from a host's leading worker."""
         load = self._loading.pop(address, None)
         if load is None:
             return
         load.future.release()
-        agent_id = self._hosts[address]
-        self.ready[address] = agent_id
-        own = facts["agents"][agent_id]
-        self.engine_facts[agent_id] = {"family_id": own["family_id"], **own["engine"]}
-        self._emit(AgentReady(agent_id, self.name(address), facts["load_s"], own["engine"]))
+        agents = self.ready[address] = self._agents(self._hosts[address])
+        concurrent = self._concurrent[address] = facts["concurrent"]
+        for agent, own in facts["agents"].items():
+            self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
+        name, load_s = self.name(address), facts["load_s"]
+        engine = facts["agents"][agents[0]]["engine"]
+        self._emit(HostReady(name, agents, load_s, engine, concurrent))
         if self.listener is not None:
-            self.listener.joined(address, agent_id)
+            self.listener.joined(address, agents, concurrent)
 
-    def is_paused(self, address: str) -> bool:
-        """Whether the worker is to be asked nothing further."""
-        return address in self._paused
+    def is_paused(self, host_id: str) -> bool:
+        """Whether the host is to be asked nothing further."""
+        return host_id in self._paused
 
-    def _load_ended(self, address: str, future: Future, failure: Failure) -> None:
-        load = self._loading.get(address)
+    def _load_ended(self, host: Host, future: Future, failure: Failure) -> None:
+        load = self._loading.get(host.host_id)
         if load is None or load.future is not future:
             return  # it has reported, or its worker left
-        self._load_failed(address, failure or RunError("the task ended without a report"))
+        self._load_failed(host, failure or RunError("the task ended without a report"))
 
-    def _load_failed(self, address: str, error: Exception) -> None:
+    def _load_failed(self, host: Host, error: Exception) -> None:
+        address = host.host_id
         self._loading.pop(address).future.release()
-        agent_id = self._hosts.pop(address)
+        del self._hosts[address]
+        agents = self._agents(host)
         missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
         if missing.startswith("mas_batch."):  # a version that does not even know what it is asked
             error = VersionError(address, self.name(address), "another", self._run.code)
-        self._refused[address] = _Refusal(agent_id, error, time.monotonic())
+        for member in host.members:
+            self._refused[member] = _Refusal(agents, error, time.monotonic())
         if isinstance(error, VersionError):
-            self._emit(AgentLost(agent_id, self.name(address), str(error)))
+            self._emit(HostLost(self.name(address), agents, str(error)))
             self.refresh()  # at once: another worker may do in its place
         else:
             message = f"could not load the model: {error}"
-            self._emit(AgentLost(agent_id, self.name(address), message))
+            self._emit(HostLost(self.name(address), agents, message))
 
     def refuse(self, failure: VersionError) -> None:
         """A worker that was asked something has other code: ask it nothing further."""
         if failure.address not in self._refused:
             logger.warning("%s", failure)
-        self._refused[failure.address] = _Refusal("", failure, time.monotonic())
+        self._refused[failure.address] = _Refusal((), failure, time.monotonic())
 
     def merging_workers(self) -> list[str] | None:
         """Return the workers that may merge; None: all of them.
@@ -254,12 +284,13 @@ class Hosting:
         return allowed if refused else None
 
     def _give_up_late_loads(self) -> None:
-        """Refuse the workers that are loading for too long, and end what hangs there."""
+        """Refuse the hosts that are loading for too long, and end what hangs there."""
         before = time.monotonic() - self._load_timeout_s
-        for address in [a for a, load in self._loading.items() if load.since < before]:
+        for host_id in [h for h, load in self._loading.items() if load.since < before]:
+            host = self._hosts[host_id]
             limit = f"{self._load_timeout_s:g} s (routing.load_timeout_s)"
-            self._load_failed(address, ModelError(f"it was not loaded within {limit}"))
-            self._end_process(address)
+            self._load_failed(host, ModelError(f"it was not loaded within {limit}"))
+            self._end_processes(host)
 
     # Workers that come, pause, leave or hang
 
@@ -270,39 +301,39 @@ class Hosting:
             RunError: the scheduler is lost.
         """
         try:
-            workers = self._workers()
+            workers = {worker.address: worker for worker in self._workers()}
         except OSError:  # no news this time; a scheduler that is lost shows in the client's status
             return
         self._give_up_late_loads()
-        present = {worker.address for worker in workers}
-        for address in sorted(self._hosts.keys() - present):
-            self._drop(address)
+        for host_id in sorted(self._hosts):
+            if gone := [m for m in self._hosts[host_id].members if m not in workers]:
+                self._drop(host_id, gone)
         for address, refusal in list(self._refused.items()):
             is_old = time.monotonic() - refusal.since > _LOAD_AGAIN_S
-            if address not in present or (is_old and not isinstance(refusal.error, VersionError)):
+            if address not in workers or (is_old and not isinstance(refusal.error, VersionError)):
                 del self._refused[address]  # a download that failed may succeed now
-        for worker in workers:
-            self._note_status(worker)
-            if worker.address not in self._hosts and worker.address not in self._refused:
-                agent_id = place_newcomer(worker, self._job, self._hosts.values())
-                if agent_id is not None:
-                    self._load(worker.address, agent_id)
+        for host in self._hosts.values():
+            self._note_status(host, [workers[member] for member in host.members])
+        usable = [worker for address, worker in workers.items() if address not in self._refused]
+        for host in place(usable, self.posts, self._hosts.values()):
+            self._load(host)
 
-    def restart(self, address: str, message: str) -> None:
-        """End the process of a worker that hangs; its nanny, if it has one, starts another.
+    def restart(self, host_id: str, message: str) -> None:
+        """End the processes of a host that hangs; their nannies, if they have one, start others.
 
-        Without a nanny it is only cut off from the cluster, and its place stays empty until
+        Without a nanny a worker is only cut off from the cluster, and its place stays empty until
         the user or scheduler that started it starts it again.
         """
-        self._pause(address, message)
-        self._hung.add(address)
-        self._end_process(address)
+        self._pause(host_id, message)
+        self._hung.add(host_id)
+        self._end_processes(self._hosts[host_id])
 
-    def _end_process(self, address: str) -> None:
-        # In a thread: a process that does not heed SIGTERM is waited for before it is killed.
-        threading.Thread(
-            target=self._restart, args=(address,), daemon=True, name="mas-batch-restart"
-        ).start()
+    def _end_processes(self, host: Host) -> None:
+        # In threads: a process that does not heed SIGTERM is waited for before it is killed.
+        for address in host.members:
+            threading.Thread(
+                target=self._restart, args=(address,), daemon=True, name="mas-batch-restart"
+            ).start()
 
     def _restart(self, address: str) -> None:
         try:
@@ -310,25 +341,27 @@ class Hosting:
         except Exception as error:  # it is tried again when the worker stays silent
             logger.warning("worker %s could not be restarted: %s", address, error)
 
-    def retire(self, addresses: Iterable[str]) -> list[str]:
-        """Ask these idle workers nothing further; returns their names, for the scaler."""
-        names = []
-        for address in addresses:
-            self._retiring.add(address)
-            self._pause(address, "no work is left for it")
-            names.append(self.name(address))
+    def retire(self, host_ids: Iterable[str]) -> list[str]:
+        """Ask these idle hosts nothing further; returns their workers' names, for the scaler."""
+        names: list[str] = []
+        for host_id in host_ids:
+            members = self._hosts[host_id].members
+            self._retiring.update(members)
+            self._pause(host_id, "no work is left for it")
+            names.extend(map(self.name, members))
         return names
 
     def responsive(self) -> list[str]:
-        """Workers with a model whose heartbeat is not much older than the freshest one."""
-        seen = {address: self._seen.get(address, 0.0) for address in self.ready}
+        """Workers of ready hosts whose heartbeat is not much older than the freshest one."""
+        members = [member for host_id in self.ready for member in self._hosts[host_id].members]
+        seen = {address: self._seen.get(address, 0.0) for address in members}
         newest = max(seen.values(), default=0.0)
         return [address for address, when in seen.items() if newest - when < _HEARTBEAT_S]
 
     def counts(self) -> Counter[str]:
-        """Agent → workers that serve it or will soon, without those that are let go."""
+        """Post → hosts that are ready or will be soon, without those that are let go."""
         return Counter(
-            agent_id for address, agent_id in self._hosts.items() if address not in self._retiring
+            host.post for host_id, host in self._hosts.items() if host_id not in self._retiring
         )
 
     def _workers(self) -> list[WorkerInfo]:
@@ -339,41 +372,42 @@ class Hosting:
         self._seen = {worker.address: worker.last_seen for worker in workers}
         return [worker for worker in workers if worker.address not in self._retiring]
 
-    def _note_status(self, worker: WorkerInfo) -> None:
-        if worker.address not in self._hosts:
-            return
-        if worker.status != "running":
-            self._pause(worker.address, f"the worker's status is {worker.status!r}")
-        elif worker.address in self._paused:
-            self._paused.discard(worker.address)
+    def _note_status(self, host: Host, workers: Iterable[WorkerInfo]) -> None:
+        stopped = [worker.status for worker in workers if worker.status != "running"]
+        if stopped:
+            self._pause(host.host_id, f"the worker's status is {stopped[0]!r}")
+        elif host.host_id in self._paused:
+            self._paused.discard(host.host_id)
             if self.listener is not None:
-                self.listener.paused(worker.address, False)
+                self.listener.paused(host.host_id, False)
 
-    def _pause(self, address: str, why: str) -> None:
-        if address in self._paused:
+    def _pause(self, host_id: str, why: str) -> None:
+        if host_id in self._paused:
             return
-        self._paused.add(address)
-        self._emit(AgentDraining(self._hosts[address], self.name(address), why))
+        self._paused.add(host_id)
+        self._emit(HostDraining(self.name(host_id), self._agents(self._hosts[host_id]), why))
         if self.listener is not None:
-            self.listener.paused(address, True)
+            self.listener.paused(host_id, True)
 
-    def _drop(self, address: str) -> None:
-        agent_id = self._hosts.pop(address)
+    def _drop(self, host_id: str, gone: Iterable[str]) -> None:
+        """Forget a host that has lost workers."""
+        host = self._hosts.pop(host_id)
         # One that hung says goodbye too when it is ended for that; what it hung on is to blame.
-        hung = address in self._hung
-        expected = address in self._retiring or (
-            not hung and left_on_purpose(self._client, address)
+        hung = host_id in self._hung
+        expected = host_id in self._retiring or (
+            not hung and all(left_on_purpose(self._client, address) for address in gone)
         )
-        self._hung.discard(address)
+        self._hung.discard(host_id)
         how = "left" if expected else "was lost"
-        self._emit(AgentLost(agent_id, self.name(address), f"the worker {how}"))
-        self._paused.discard(address)
-        load = self._loading.pop(address, None)
+        self._emit(HostLost(self.name(host_id), self._agents(host), f"the worker {how}"))
+        self._paused.discard(host_id)
+        load = self._loading.pop(host_id, None)
         if load is not None:
             load.future.release()
-        self.ready.pop(address, None)
         if self.listener is not None:
-            self.listener.left(address, blamed=not expected)
+            self.listener.left(host_id, blamed=not expected)
+        self.ready.pop(host_id, None)
+        self._concurrent.pop(host_id, None)
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:

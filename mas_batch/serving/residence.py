@@ -1,6 +1,6 @@
 """Hosting of a pool's agents on a cluster while the pool is open, in a thread of its own.
 
-`routing.hosting` decides which worker serves which agent, loads models, and notices workers that
+`routing.hosting` decides which workers hold which engine, loads it, and notices workers that
 come, pause, leave or hang, as for a batch run. Its calls block, so they run in this thread; the
 listener hears of changes on the client's event loop.
 """
@@ -26,7 +26,7 @@ from mas_batch.agents.spec import agent_specs
 from mas_batch.agents.texts import Answered, TextHost, texts_op
 from mas_batch.dask_compat import call_worker, call_worker_by_scheduler
 from mas_batch.errors import MasBatchError, PoolClosedError
-from mas_batch.events import AgentDraining, AgentLost, Event
+from mas_batch.events import Event, HostDraining, HostLost
 from mas_batch.job import Job
 from mas_batch.records import Record
 from mas_batch.routing.hosting import Failure, Hosting, watch
@@ -39,19 +39,19 @@ _REACH_S = 3.0
 """A worker that can be reached directly answers within so many seconds."""
 
 
-class ReplicaListener(Protocol):
-    """Is called when a pool's workers change; every call is made on the client's event loop."""
+class HostListener(Protocol):
+    """Is called when a pool's hosts change; every call is made on the client's event loop."""
 
-    def joined(self, address: str, agent_id: str, paused: bool) -> None:
-        """A worker holds the agent's model."""
+    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int, paused: bool) -> None:
+        """A host holds its engine, and answers for these agents."""
         ...
 
-    def paused(self, address: str, paused: bool) -> None:
-        """A worker is paused, and takes no further batch, or works again."""
+    def paused(self, host_id: str, paused: bool) -> None:
+        """A host is paused, and takes no further batch, or works again."""
         ...
 
-    def left(self, address: str) -> None:
-        """A worker is gone."""
+    def left(self, host_id: str) -> None:
+        """A host is gone."""
         ...
 
     def tick(self) -> None:
@@ -65,7 +65,7 @@ class ReplicaListener(Protocol):
 
 def _log_event(event: Event) -> None:
     """Write an event to the process's log: a pool has no event log."""
-    level = logging.WARNING if isinstance(event, AgentLost | AgentDraining) else logging.INFO
+    level = logging.WARNING if isinstance(event, HostLost | HostDraining) else logging.INFO
     logger.log(level, "%s", event)
 
 
@@ -84,14 +84,14 @@ class Residence:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._opened: Promise[None] = Promise()
         self._closing = threading.Event()
-        self._suspects: set[str] = set()  # addresses
+        self._suspects: set[str] = set()  # hosts
         self._last_look = 0.0
-        self._proxied: set[str] = set()  # addresses that are reached through the scheduler only
+        self._proxied: set[str] = set()  # hosts that are reached through the scheduler only
         self._thread = threading.Thread(target=self._run_thread, daemon=True, name="mas-batch-pool")
 
     # Called from any thread
 
-    def open(self, listener: ReplicaListener) -> None:
+    def open(self, listener: HostListener) -> None:
         """Connect, load every agent's model, and call the listener from then on.
 
         Raises:
@@ -124,8 +124,8 @@ class Residence:
 
     # Called on the client's event loop
 
-    async def call(self, address: str, agent_id: str, records: Sequence[Record]) -> Answered:
-        """Ask the worker's agent about the records.
+    async def call(self, host_id: str, agent_id: str, records: Sequence[Record]) -> Answered:
+        """Ask the agent about the records, at the leading worker of the host.
 
         Raises:
             OSError: the worker is dead or out of reach.
@@ -133,17 +133,17 @@ class Residence:
         """
         op = texts_op(self._run.topic)
         texts = [(record.record_id, record.text, record.context) for record in records]
-        call = call_worker_by_scheduler if address in self._proxied else call_worker
-        reply = await call(self._client, address, op, agent_id=agent_id, records=texts)
+        call = call_worker_by_scheduler if host_id in self._proxied else call_worker
+        reply = await call(self._client, host_id, op, agent_id=agent_id, records=texts)
         if isinstance(reply, MasBatchError):
             raise reply
         if not isinstance(reply, Answered):
-            raise OSError(f"worker {address} no longer hosts the pool's agents")
+            raise OSError(f"worker {host_id} no longer hosts the pool's agents")
         return reply
 
-    def suspect(self, address: str, hangs: bool) -> None:
-        """Check a worker that was out of reach, or restart one that hangs."""
-        self._inbox.put(lambda: self._look_after(address, hangs))
+    def suspect(self, host_id: str, hangs: bool) -> None:
+        """Check a host that was out of reach, or restart one that hangs."""
+        self._inbox.put(lambda: self._look_after(host_id, hangs))
 
     # Called in the thread of its own
 
@@ -201,15 +201,16 @@ class Residence:
             self._last_look = time.monotonic()
             suspects, self._suspects = self._suspects, set()
             self._hosting.refresh()
-            for address in suspects & self._hosting.ready.keys():
-                self.joined(address, self._hosting.ready[address])  # the worker lives
+            for host_id in suspects & self._hosting.ready.keys():  # these live
+                agents, concurrent = self._hosting.ready[host_id], self._hosting.concurrent(host_id)
+                self.joined(host_id, agents, concurrent)
             self._notify(self._listener.tick)
 
-    def _look_after(self, address: str, hangs: bool) -> None:
+    def _look_after(self, host_id: str, hangs: bool) -> None:
         if not hangs:
-            self._suspects.add(address)
-        elif address in self._hosting.ready:
-            self._hosting.restart(address, "its agent does not answer")
+            self._suspects.add(host_id)
+        elif host_id in self._hosting.ready:
+            self._hosting.restart(host_id, "it does not answer")
 
     def _on_report(self, event: Any) -> None:
         """Handle a worker's report that it has loaded a model; see `agents.host.report`."""
@@ -223,21 +224,22 @@ class Residence:
 
     # Called by `Hosting`
 
-    def joined(self, address: str, agent_id: str) -> None:
-        """Note that a worker holds an agent's model."""
-        if self._is_directly_reachable(address):
-            self._proxied.discard(address)
+    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
+        """Note that a host holds its engine."""
+        if self._is_directly_reachable(host_id):
+            self._proxied.discard(host_id)
         else:
-            self._proxied.add(address)
-        self._notify(self._listener.joined, address, agent_id, self._hosting.is_paused(address))
+            self._proxied.add(host_id)
+        paused = self._hosting.is_paused(host_id)
+        self._notify(self._listener.joined, host_id, agents, concurrent, paused)
 
-    def paused(self, address: str, paused: bool) -> None:
-        """Note that a worker is paused, and takes no further batch, or works again."""
-        self._notify(self._listener.paused, address, paused)
+    def paused(self, host_id: str, paused: bool) -> None:
+        """Note that a host is paused, and takes no further batch, or works again."""
+        self._notify(self._listener.paused, host_id, paused)
 
-    def left(self, address: str, *, blamed: bool) -> None:
-        """Note that a worker is gone."""
-        self._notify(self._listener.left, address)
+    def left(self, host_id: str, *, blamed: bool) -> None:
+        """Note that a host is gone."""
+        self._notify(self._listener.left, host_id)
 
     def _is_directly_reachable(self, address: str) -> bool:
         """Say whether the worker can be reached without going through the scheduler."""

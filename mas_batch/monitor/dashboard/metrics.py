@@ -1,8 +1,8 @@
 """Prometheus metrics of the runs that feed a scheduler, on its own `/metrics`.
 
-Labels are runs (at most `inbox.MAX_RUNS` at a time), the agents of their jobs, and words of short
-fixed lists; never a partition, a worker or a key. Names follow Prometheus' conventions: base units,
-`_total` for what only grows while a run is executed.
+Labels are runs (at most `inbox.MAX_RUNS` at a time), the agents and posts of their jobs, and words
+of short fixed lists; never a partition, a worker or a key. Names follow Prometheus' conventions:
+base units, `_total` for what only grows while a run is executed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from prometheus_client.registry import Collector
 
 from mas_batch.errors import Reason
 from mas_batch.monitor.dashboard.inboxes import INBOXES
-from mas_batch.monitor.fleet import LiveAgent, ReplicaState
+from mas_batch.monitor.fleet import HostState, LiveAgent, LivePost
 from mas_batch.monitor.inbox import HeardRun, Inbox
 from mas_batch.monitor.live import LiveRun
 from mas_batch.monitor.overview import (
     PARTITION_STATES,
     PURPOSES,
-    is_serving,
+    hosts_of,
     progress,
-    replicas_of,
+    window_of,
 )
 
 STATUSES = ("starting", "answering", "escalating", "finished", "failed", "silent")
@@ -75,6 +75,14 @@ def families(inboxes: Sequence[Inbox], now: float) -> Iterator[Metric]:
             for values, value in read_agent(agent, heard.run).items()
         }
         yield _family(kind, name, text, ["run", "agent", *labels], samples)
+    for kind, name, text, labels, read_post in _OF_POSTS:
+        samples = {
+            (run, post.name, *values): value
+            for run, heard in heard_runs.items()
+            for post in heard.run.posts.values()
+            for values, value in read_post(post, heard.run).items()
+        }
+        yield _family(kind, name, text, ["run", "post", *labels], samples)
     samples = {(job,): at for inbox in inboxes for job, at in inbox.last_success.items()}
     text = "When a run of the job was last finished, as Unix time"
     yield _family(GaugeMetricFamily, "last_success_timestamp_seconds", text, ["job_name"], samples)
@@ -96,17 +104,9 @@ def _by(words: Iterable[str], counts: Iterable[float]) -> Samples:
     return {(word,): count for word, count in zip(words, counts, strict=True)}
 
 
-def _by_state(agent: LiveAgent, run: LiveRun) -> Samples:
-    count = Counter(replica.shown_state for replica in replicas_of(run, agent.agent_id))
-    return {(str(state),): count[state] for state in ReplicaState}
-
-
-def _in_flight(agent: LiveAgent, run: LiveRun) -> Samples:
-    return {(): sum(replica.in_flight for replica in replicas_of(run, agent.agent_id))}
-
-
-def _window(agent: LiveAgent, run: LiveRun) -> Samples:
-    return {(): run.window * sum(map(is_serving, replicas_of(run, agent.agent_id)))}
+def _by_state(post: LivePost, run: LiveRun) -> Samples:
+    count = Counter(host.shown_state for host in hosts_of(run, post))
+    return {(str(state),): count[state] for state in HostState}
 
 
 _OF_RUNS: list[tuple[type, str, str, list[str], Callable[[HeardRun, float], Samples]]] = [
@@ -187,21 +187,23 @@ _OF_AGENTS: list[tuple[type, str, str, list[str], Callable[[LiveAgent, LiveRun],
         [], lambda a, run: {(): a.num_agreed / a.num_compared} if a.num_compared else {},
     ),
     (
-        GaugeMetricFamily, "replicas",
-        "Workers that serve an agent, by state; of those that are lost, the last twenty",
+        GaugeMetricFamily, "in_flight_partitions", "The agent's partitions at hosts",
+        [], lambda agent, run: {(): agent.in_flight},
+    ),
+]  # fmt: skip
+_OF_POSTS: list[tuple[type, str, str, list[str], Callable[[LivePost, LiveRun], Samples]]] = [
+    (
+        GaugeMetricFamily, "hosts",
+        "Hosts by state, counted once for all agents that share them; of those that are lost, "
+        "the last twenty",
         ["state"], _by_state,
     ),
     (
-        GaugeMetricFamily, "replicas_wanted",
-        "Workers that the job asks for; more may serve an agent",
-        [], lambda agent, run: {(): agent.num_wanted},
+        GaugeMetricFamily, "hosts_wanted", "Hosts that the job asks for; more may be there",
+        [], lambda post, run: {(): post.num_wanted},
     ),
     (
-        GaugeMetricFamily, "in_flight_partitions", "Partitions at the agent's workers",
-        [], _in_flight,
-    ),
-    (
-        GaugeMetricFamily, "window_partitions", "Partitions that may be at the agent's workers",
-        [], _window,
+        GaugeMetricFamily, "window_partitions", "Partitions that may be at the hosts",
+        [], lambda post, run: {(): window_of(run, post)},
     ),
 ]  # fmt: skip

@@ -28,7 +28,7 @@ from mas_batch.monitor.dashboard.plots import (
     RoutingPlot,
     TokenRatesPlot,
 )
-from mas_batch.monitor.dashboard.tables import AgentsTable, ReplicasTable
+from mas_batch.monitor.dashboard.tables import AgentsTable, HostsTable
 from mas_batch.monitor.overview import RunRow
 
 _NEWEST = "the newest run"
@@ -42,7 +42,7 @@ class AgentsPage:
         self._select = Select(value=_NEWEST, width=320)
         self._summary = Div(sizing_mode="stretch_width", align="center")
         wide: dict[str, Any] = {"sizing_mode": "stretch_width"}
-        agents, replicas = AgentsTable(scheduler, **wide), ReplicasTable(scheduler, **wide)
+        agents, hosts = AgentsTable(scheduler, **wide), HostsTable(scheduler, **wide)
         charts: list[RunPlot] = [
             PartitionsPlot(scheduler, height=240, **wide),
             RatesPlot(scheduler, height=240, **wide),
@@ -50,13 +50,13 @@ class AgentsPage:
             LatencyPlot(scheduler, height=240, **wide),
             RoutingPlot(scheduler, height=240, **wide),
         ]
-        self._plots = [agents, *charts, replicas]
+        self._plots = [agents, *charts, hosts]
         self.root = column(
             row(self._select, self._summary, **wide),
             agents.root,
             row([chart.root for chart in charts[:3]], **wide),
             row([chart.root for chart in charts[3:]], **wide),
-            replicas.root,
+            hosts.root,
             Div(text=_openness(allowed_origins(scheduler)), **wide),
             **wide,
         )
@@ -127,7 +127,7 @@ def _plot_doc(title: str, plot: Callable[..., RunPlot]) -> Page:
 PAGES: dict[str, Page] = {
     "/agents": agents_doc,
     "/individual-agents": _plot_doc("Agents", AgentsTable),
-    "/individual-agent-replicas": _plot_doc("Agent Replicas", ReplicasTable),
+    "/individual-agent-hosts": _plot_doc("Agent Hosts", HostsTable),
     "/individual-agent-partitions": _plot_doc("Agent Partitions", PartitionsPlot),
     "/individual-agent-rates": _plot_doc("Agent Rates", RatesPlot),
     "/individual-agent-latency": _plot_doc("Agent Latency", LatencyPlot),

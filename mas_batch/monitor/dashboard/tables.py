@@ -1,4 +1,4 @@
-"""The tables of the agents' page: a row per agent, a row per worker."""
+"""The tables of the agents' page: a row per agent, a row per host."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _AGENT_COLUMNS: _Columns = {
     "capabilities": ("capabilities", 110, StringFormatter),
     "model": ("model", 175, StringFormatter),
     "device": ("device", 60, StringFormatter),
-    "replicas": ("replicas", 130, StringFormatter),
+    "hosts": ("hosts", 130, StringFormatter),
     "load": ("load", 60, StringFormatter),
     "records": ("records", 60, _COUNT),
     "records_per_s": ("records/s", 60, _RATE),
@@ -57,9 +57,9 @@ _AGENT_COLUMNS: _Columns = {
 _STATE = partial(
     HTMLTemplateFormatter, template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>'
 )
-_REPLICA_COLUMNS: _Columns = {
+_HOST_COLUMNS: _Columns = {
     "worker": ("worker", 150, StringFormatter),
-    "agent": ("agent", 90, StringFormatter),
+    "agents": ("agents", 150, StringFormatter),
     "state": ("state", 100, _STATE),
     "since_s": ("for s", 50, _COUNT),
     "load": ("load", 60, StringFormatter),
@@ -80,41 +80,49 @@ class AgentsTable(RunPlot):
         return _table(self.source, _AGENT_COLUMNS, **kwargs)
 
     def data(self, run: RunRow) -> dict[str, list[Any]]:
-        """Return a row per agent."""
-        rows = [
-            asdict(agent)
-            | {
-                "capabilities": ", ".join(agent.capabilities),
-                "device": agent.device or agent.engine,
-                "replicas": ", ".join(f"{n} {state}" for state, n in agent.replicas.items()),
-                "load": f"{agent.in_flight} / {agent.window}",
-                "agreement": None if agent.agreement is None else 100 * agent.agreement,
-            }
-            for agent in run.agents
-        ]
+        """Return a row per agent; hosts that agents share stand in the first one's row."""
+        posts = {post.post: post for post in run.posts}
+        rows = []
+        for agent in run.agents:
+            post = posts[agent.post]
+            hosts, load = f"with {post.agents[0]}", ""
+            if agent.agent == post.agents[0]:
+                hosts = ", ".join(f"{n} {state}" for state, n in post.hosts.items())
+                load = f"{post.in_flight} / {post.window}"
+            rows.append(
+                asdict(agent)
+                | {
+                    "capabilities": ", ".join(agent.capabilities),
+                    "device": agent.device or agent.engine,
+                    "hosts": hosts,
+                    "load": load,
+                    "agreement": None if agent.agreement is None else 100 * agent.agreement,
+                }
+            )
         self.root.height = _ROW_PX * (len(rows) + 1) + 5
         return {name: [row[name] for row in rows] for name in self.columns}
 
 
-class ReplicasTable(RunPlot):
-    """One row per worker."""
+class HostsTable(RunPlot):
+    """One row per host."""
 
-    columns = (*_REPLICA_COLUMNS, "colour")
+    columns = (*_HOST_COLUMNS, "colour")
 
     def build(self, **kwargs: Any) -> Any:
         """Return the table."""
-        return _table(self.source, _REPLICA_COLUMNS, **kwargs)
+        return _table(self.source, _HOST_COLUMNS, **kwargs)
 
     def data(self, run: RunRow) -> dict[str, list[Any]]:
-        """Return a row per worker."""
+        """Return a row per host."""
         rows = [
-            asdict(replica)
+            asdict(host)
             | {
-                "colour": STATE_COLOURS[replica.state],
-                "since_s": int(replica.since_s),
-                "load": f"{replica.in_flight} / {replica.window}",
+                "agents": ", ".join(host.agents),
+                "colour": STATE_COLOURS[host.state],
+                "since_s": int(host.since_s),
+                "load": f"{host.in_flight} / {host.window}",
             }
-            for replica in run.replicas
+            for host in run.hosts
         ]
         self.root.height = min(400, _ROW_PX * (len(rows) + 1) + 5)
         return {name: [row[name] for row in rows] for name in self.columns}
