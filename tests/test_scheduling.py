@@ -22,7 +22,7 @@ import yaml
 
 import mas_batch
 from mas_batch import cli
-from mas_batch.agents.spec import WorkerInfo, match_workers
+from mas_batch.agents.posts import WorkerInfo, place, posts_of
 from mas_batch.errors import ExitCode
 from mas_batch.job_file import check_job
 from tests.clusters import summarizers
@@ -308,7 +308,7 @@ def test_every_agent_of_the_manifests_job_finds_a_group(objects: list[dict[str, 
         for number in range(group["replicas"]):
             name = f"{owner['metadata']['name']}-{number}"
             workers.append(WorkerInfo(f"tls://{name}:1", name, resources))
-    served = list(match_workers(workers, job).values())
+    served = [host.post for host in place(workers, posts_of(job))]
     assert {agent.name: served.count(agent.name) for agent in job.agents} == {
         agent.name: agent.count for agent in job.agents
     }
