@@ -358,7 +358,8 @@ def test_escalated_are_the_least_sure_by_the_calibrated_figure(
     without = mas_batch.open_run(pipeline.run(plain, client=four_workers).run)
     unaided = without.arrow()
     own = merge_again(without, {"calibrate": None}, client=four_workers).arrow()
-    between = [sum(pair) / 2 for pair in pairwise(sorted(set(unaided["confidence"].to_pylist())))]
+    figures = {*unaided["confidence"].to_pylist(), *own["confidence"].to_pylist()}
+    between = [sum(pair) / 2 for pair in pairwise(sorted(figures))]
     least = next(c for c in between if ids_below(unaided, c) != ids_below(own, c))
     expected = ids_below(unaided, least)
     routing = {"escalate": {"agent": "expert", "below": least}}
