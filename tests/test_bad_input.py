@@ -509,7 +509,9 @@ def test_labels_that_cannot_be_used_are_refused_before_anybody_is_asked(
 def test_labels_of_another_corpus_are_refused_before_anybody_is_asked(job_file: Path) -> None:
     """Too few of this one, too: both are known when the corpus has been read."""
     sections = {"corpus": {"id": "id"}, "task": {"kind": "classify", "labels": ["good", "bad"]}}
-    overrides = [f"{s}.{k}={json.dumps(v)}" for s, keys in sections.items() for k, v in keys.items()]
+    overrides = [
+        f"{s}.{k}={json.dumps(v)}" for s, keys in sections.items() for k, v in keys.items()
+    ]
     folder = job_file.parent
     overrides.append(f"merge.calibrate.labels={write(folder, 'labels.jsonl', jsonl(*LABELLED))}")
     for first, told in (("other-1", "none"), ("7", "1")):
@@ -517,7 +519,9 @@ def test_labels_of_another_corpus_are_refused_before_anybody_is_asked(job_file: 
         for more in ([], ["--dry-run"]):
             exit_code, message = submit(job_file, *overrides, options=more)
             assert (exit_code, message.count("\n")) == (ExitCode.BAD_JOB, 1), message
-            expected = f"{told} of its 50 labelled records are records of this corpus; 50 are needed"
+            expected = (
+                f"{told} of its 50 labelled records are records of this corpus; 50 are needed"
+            )
             assert expected in message
             assert "merge.calibrate.labels" in message
     assert not list(folder.glob("runs/*"))

@@ -329,9 +329,7 @@ def test_what_labels_have_taught_a_run_is_used(
     run = mas_batch.open_run(mas_batch.run(calibrated, client=cluster_client).run)
     rows = [row for row in run.arrow().to_pylist() if len(row["support"]) > 1]
     wanted = rows[0]
-    with AgentPool(
-        calibrated, client=cluster_client, learned_from=run.store.url
-    ).sync() as pool:
+    with AgentPool(calibrated, client=cluster_client, learned_from=run.store.url).sync() as pool:
         reply = pool.ask(f"text {wanted['record_id'][1:]}")
     assert reply.confidence_kind == wanted["confidence_kind"] == "calibrated"
     assert (reply.answer, reply.confidence) == (wanted["answer"], wanted["confidence"])

@@ -377,9 +377,7 @@ def test_calibrated_confidences_keep_a_cascades_guarantee(
 ) -> None:
     right = right_answers(make_job, four_workers)
     file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
-    job = job_of(
-        make_job, {"method": "reliability", "calibrate": {"labels": file}}, **GUARANTEED
-    )
+    job = job_of(make_job, {"method": "reliability", "calibrate": {"labels": file}}, **GUARANTEED)
     run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
     expert = {r["record_id"]: r["label"] for r in run.arrow("answers").to_pylist()
               if r["agent_id"] == "expert"}  # fmt: skip

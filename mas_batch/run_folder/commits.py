@@ -47,7 +47,9 @@ class Committed:
     @property
     def num_answers_to_open(self) -> int:
         """Number of pairs of agent and partition that are answered but not merged yet."""
-        return sum(int(np.count_nonzero(parts & ~self.is_merged)) for parts in self.is_answered.values())
+        return sum(
+            int(np.count_nonzero(parts & ~self.is_merged)) for parts in self.is_answered.values()
+        )
 
     def agents(self, partition: int) -> frozenset[str]:
         """Agents whose answers to the partition are committed."""
@@ -64,7 +66,8 @@ def committed(
     """
     size = plan.num_partitions
     answered = {
-        agent: _partitions_of(_list_names(store, f"answers/agent={agent}"), size) for agent in agents
+        agent: _partitions_of(_list_names(store, f"answers/agent={agent}"), size)
+        for agent in agents
     }
     return Committed(_partitions_of(_list_names(merged or store, "results"), size), answered)
 
