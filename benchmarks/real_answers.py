@@ -41,7 +41,7 @@ from mas_batch.labelling import spread
 
 FOLDER = Path(__file__).parent / "answers"
 HELD_OUT = FOLDER / "held-out"
-"""Made when the merge and what labels decide were settled; their rules must not follow from them."""
+"""Made when the rules of merging and of labels were settled, which must not follow from them."""
 
 
 @dataclass(frozen=True)

@@ -367,9 +367,6 @@ def test_escalated_are_the_least_sure_by_the_calibrated_figure(
     run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
     assert {r["record_id"] for r in answers_of(run) if r["agent_id"] == "expert"} == expected
     assert set(run.arrow()["confidence_kind"].to_pylist()) == {"calibrated"}
-    assert accuracy(run, right) > sum(
-        right[row["record_id"]] == row["answer"] for row in unaided.to_pylist()
-    ) / len(ROWS)
 
 
 def test_calibrated_confidences_keep_a_cascades_guarantee(

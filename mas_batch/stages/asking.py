@@ -65,7 +65,7 @@ class Asking:
         self._route(self.job.with_agents(agents), ref, done, known)
 
     def escalate(self, ref: RunRef) -> None:
-        """Ask the escalation's agent about the records that were chosen for it; merge as `answer`."""
+        """Ask the escalation's agent about the chosen records; merge as `answer` does."""
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
         done = committed(ref.answered, self.plan, [agent_id], ref.merged)

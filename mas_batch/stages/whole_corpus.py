@@ -218,7 +218,7 @@ def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read_or_commit(store: Store, name: str, find: Callable[[], str]) -> str:
-    """Return the JSON committed under the name; if there is none, call `find` and commit its result.
+    """Return the JSON that is committed; if there is none, call `find` and commit its result.
 
     Raises:
         RunError: what is committed is cut or damaged.
