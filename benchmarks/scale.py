@@ -172,7 +172,7 @@ def read_folder(folder: Path, num_partitions: int) -> dict[str, Cost]:
     plan = read_plan(store)
     assert plan is not None
     done = committed(store, plan, AGENTS)
-    nothing_merged = Committed(np.zeros_like(done.merged), done.answered)
+    nothing_merged = Committed(np.zeros_like(done.is_merged), done.is_answered)
     ref = RunRef(store, "", job.task, merge_spec(job), None, plan.passthrough, keep_text=True)
     counted = range(min(COUNTED, num_partitions))
 

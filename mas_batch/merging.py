@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from mas_batch.aggregate.calibration import MIN_LABELS
@@ -13,6 +13,7 @@ from mas_batch.aggregate.verdicts import key_of
 from mas_batch.corpus import CorpusReader
 from mas_batch.errors import JobError
 from mas_batch.job import Corpus, Job
+from mas_batch.partition import Partition
 from mas_batch.tasks import make_task
 
 
@@ -91,6 +92,33 @@ def read_labels(spec: MergeSpec) -> dict[str, str]:
             key=_LABELS_KEY,
         )
     return found
+
+
+def labels_met(spec: MergeSpec, partitions: Iterator[Partition]) -> Iterator[Partition]:
+    """Yield the partitions; at the end, make sure that enough of their records are labelled.
+
+    Raises:
+        JobError: they are not. What `read_labels` raises.
+    """
+    labels, num_met = read_labels(spec), 0
+    for part in partitions:
+        num_met += sum(record.record_id in labels for record in part.records)
+        yield part
+    check_enough_labels(spec, labels, num_met, "records")
+
+
+def check_enough_labels(spec: MergeSpec, labels: Collection[str], num_met: int, what: str) -> None:
+    """Make sure that enough labelled records are such ones of the corpus.
+
+    Raises:
+        JobError: they are not.
+    """
+    if num_met < MIN_LABELS:
+        raise JobError(
+            f"{spec.calibrate}: {num_met or 'none'} of its {len(labels)} labelled records are "
+            f"{what} of this corpus; {MIN_LABELS} are needed",
+            key=_LABELS_KEY,
+        )
 
 
 _LABELS_KEY = "merge.calibrate.labels"

@@ -35,7 +35,7 @@ from mas_batch.incremental import (
 from mas_batch.incremental.earlier import EarlierRun
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING, Phases
-from mas_batch.merging import check_merging, labels_version
+from mas_batch.merging import check_merging, labels_met, labels_version, merge_spec
 from mas_batch.monitor.feed import introduce
 from mas_batch.partition import Partition, partition
 from mas_batch.routing.scaling import Scaler
@@ -267,12 +267,13 @@ def _output_store(job: Job) -> Store:
 
 
 def _partitions(job: Job, corpus: CorpusReader) -> Iterator[Partition]:
-    return partition(
+    found = partition(
         corpus,
         max_tokens=job.partition.max_tokens,
         max_records=job.partition.max_records,
         tokens_per_record=job.task.max_new_tokens,
     )
+    return found if job.merge.calibrate is None else labels_met(merge_spec(job), found)
 
 
 def _stage_corpus(job: Job, store: Store, corpus: CorpusReader, lock: RunLock) -> Plan:

@@ -154,5 +154,5 @@ def _score(row: Mapping[str, Any]) -> MetricScore:
 def _own_confidence(run: Run) -> dict[str, Any]:
     if not run.store.exists(f"{EVALUATION}/calibration.json"):
         return {}
-    judged = json.loads(run.store.read_bytes(f"{EVALUATION}/calibration.json"))
+    judged = json.loads(run.store.read_json(f"{EVALUATION}/calibration.json"))
     return next((each for each in judged if each["kind"] == Kind.RUN), {})

@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -508,6 +508,28 @@ def test_labels_that_cannot_be_used_are_refused_before_anybody_is_asked(
     refused(words, lambda: read_labels(spec), "merge.calibrate.labels")
 
 
+@kind("exit 2", "labels of another corpus")
+def test_labels_of_another_corpus_are_refused_before_anybody_is_asked(job_file: Path) -> None:
+    """Too few of this one, too: both are known when the corpus has been read."""
+    sections = {"corpus": {"id": "id"}, "task": {"kind": "classify", "labels": ["good", "bad"]}}
+    overrides = [
+        f"{s}.{k}={json.dumps(v)}" for s, keys in sections.items() for k, v in keys.items()
+    ]
+    folder = job_file.parent
+    overrides.append(f"merge.calibrate.labels={write(folder, 'labels.jsonl', jsonl(*LABELLED))}")
+    for first, told in (("other-1", "none"), ("7", "1")):
+        write(folder, "corpus.jsonl", jsonl({"id": first, "text": "x"}, {"id": "y", "text": "y"}))
+        for more in ([], ["--dry-run"]):
+            exit_code, message = submit(job_file, *overrides, options=more)
+            assert (exit_code, message.count("\n")) == (ExitCode.BAD_JOB, 1), message
+            expected = (
+                f"{told} of its 50 labelled records are records of this corpus; 50 are needed"
+            )
+            assert expected in message
+            assert "merge.calibrate.labels" in message
+    assert not list(folder.glob("runs/*"))
+
+
 # --- Rows that are counted as failures -----------------------------------------------------
 
 GOOD = jsonl({"text": "good"})
@@ -758,7 +780,7 @@ def refused(words: str, action: Callable[[], Any], *also: str) -> None:
     assert caught.value.exit_code == ExitCode.BAD_JOB
 
 
-def submit(job_file: Path, *overrides: str) -> tuple[int, str]:
-    options = [word for override in overrides for word in ("--set", override)]
-    result = CliRunner().invoke(main, ["submit", str(job_file), *options])
+def submit(job_file: Path, *overrides: str, options: Sequence[str] = ()) -> tuple[int, str]:
+    changes = [word for override in overrides for word in ("--set", override)]
+    result = CliRunner().invoke(main, ["submit", str(job_file), *changes, *options])
     return result.exit_code, result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -295,6 +296,50 @@ def test_what_a_run_has_learned_is_used(
     )
     with pytest.raises(JobError, match=r"learned_from: .* knows nothing of agent 'new'"):
         AgentPool(other, client=cluster_client, learned_from=summary.run)
+
+
+def test_what_labels_have_taught_a_run_is_used(
+    cluster_client: Client, make_job: MakeJob, tmp_path: Path
+) -> None:
+    labels = ["red", "green", "blue"]
+    voters = [
+        {
+            "name": name,
+            "model": f"echo:{name}",
+            "capabilities": ["classify"],
+            "options": {"labels": labels, "error_rate": rate},
+        }
+        for name, rate in (("good", 0.05), ("bad", 0.5))
+    ]
+    file = tmp_path / "labels.jsonl"
+    job = make_job(
+        [{"id": f"r{i}", "text": f"text {i}"} for i in range(80)],
+        task={"kind": "classify", "labels": labels},
+        agents=voters,
+        merge={"method": "vote"},
+    )
+    unlabelled = mas_batch.open_run(mas_batch.run(job, client=cluster_client).run)
+    said = unlabelled.arrow("answers").to_pylist()
+    rows = [r for r in said if r["agent_id"] == "good"]
+    file.write_text("\n".join(
+        json.dumps({"record_id": r["record_id"], "label": r["label"]}) for r in rows[:60]
+    ))  # fmt: skip
+    changes = {"calibrate": {"labels": str(file)}}
+    calibrated = job.with_changes(merge=job.merge.with_changes(**changes))
+    run = mas_batch.open_run(mas_batch.run(calibrated, client=cluster_client).run)
+    rows = [row for row in run.arrow().to_pylist() if len(row["support"]) > 1]
+    wanted = rows[0]
+    with AgentPool(calibrated, client=cluster_client, learned_from=run.store.url).sync() as pool:
+        reply = pool.ask(f"text {wanted['record_id'][1:]}")
+    assert reply.confidence_kind == wanted["confidence_kind"] == "calibrated"
+    assert (reply.answer, reply.confidence) == (wanted["answer"], wanted["confidence"])
+    file = Path(run.store.path("calibration.json"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"calibration\.json is damaged: "):
+        AgentPool(calibrated, client=cluster_client, learned_from=run.store.url)
+    file.unlink()
+    with pytest.raises(JobError, match=r"learned_from: .* has nothing for merge.method vote"):
+        AgentPool(calibrated, client=cluster_client, learned_from=run.store.url)
 
 
 @pytest.mark.parametrize(

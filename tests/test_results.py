@@ -44,6 +44,7 @@ from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ranges import from_ranges, join_ranges, to_ranges
 from mas_batch.run_folder.read import Run, open_run
 from mas_batch.run_folder.storage import Store
+from mas_batch.stages.publishing import _escalation_facts
 from tests.waiting import wait_until
 
 NAMES = ("results", "answers/agent=b", "answers/agent=a")
@@ -107,8 +108,8 @@ def test_what_is_committed_is_what_the_folders_hold(
 
     done = committed(run, plan_of(20), ["b", "a"])
 
-    assert set(np.flatnonzero(done.merged)) == merged
-    assert {a: set(np.flatnonzero(bits)) for a, bits in done.answered.items()} == answered
+    assert set(np.flatnonzero(done.is_merged)) == merged
+    assert {a: set(np.flatnonzero(bits)) for a, bits in done.is_answered.items()} == answered
     assert done.num_merged == len(merged)
     assert done.num_answers_to_open == sum(len(have - merged) for have in answered.values())
     assert [done.agents(n) for n in range(20)] == [
@@ -219,6 +220,7 @@ def test_a_manifest_of_a_later_format_is_refused(tmp_path: Path) -> None:
         ("engines.json", read_engines),
         ("since.json", read_since),
         ("job.yaml", read_job_mapping),
+        ("escalation.json", _escalation_facts),
     ],
 )
 @pytest.mark.parametrize("content", [b'{"format": 3, "run": "x', b"", b"\xff\xfe", b"[]"])

@@ -6,10 +6,12 @@ import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from distributed import Client, Worker
@@ -258,6 +260,11 @@ def test_what_could_not_be_learned_is_said_wherever_people_look(
     assert set(run.arrow()["confidence_kind"].to_pylist()) == {"agreement"}
 
 
+def ids_below(table: pa.Table, confidence: float) -> set[str]:
+    rows = table.select(["record_id", "confidence"]).to_pylist()
+    return {row["record_id"] for row in rows if row["confidence"] < confidence}
+
+
 def labels_file(path: Path, right: dict[str, str], ids: list[str]) -> str:
     rows = [{"record_id": i, "label": right[i]} for i in ids]
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -339,6 +346,59 @@ def test_a_job_may_be_calibrated_from_the_start(
     run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
     assert set(run.arrow()["confidence_kind"].to_pylist()) == {"calibrated"}
     assert not run.store.list(FIRST_PASS)
+
+
+def test_escalated_are_the_least_sure_by_the_calibrated_figure(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    right = right_answers(make_job, four_workers)
+    file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
+    merge, rates = {"method": "vote", "calibrate": {"labels": file}}, {"a": 0.3, "b": 0.3, "c": 0.3}
+    plain = job_of(make_job, merge, error_rates=rates, name="plain")
+    without = mas_batch.open_run(pipeline.run(plain, client=four_workers).run)
+    unaided = without.arrow()
+    own = merge_again(without, {"calibrate": None}, client=four_workers).arrow()
+    figures = {*unaided["confidence"].to_pylist(), *own["confidence"].to_pylist()}
+    between = [sum(pair) / 2 for pair in pairwise(sorted(figures))]
+    least = next(c for c in between if ids_below(unaided, c) != ids_below(own, c))
+    expected = ids_below(unaided, least)
+    routing = {"escalate": {"agent": "expert", "below": least}}
+    job = job_of(make_job, merge, error_rates={**rates, "expert": 0.0}, routing=routing)
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    assert {r["record_id"] for r in answers_of(run) if r["agent_id"] == "expert"} == expected
+    assert set(run.arrow()["confidence_kind"].to_pylist()) == {"calibrated"}
+
+
+def test_calibrated_confidences_keep_a_cascades_guarantee(
+    make_job: MakeJob, four_workers: Any, tmp_path: Path
+) -> None:
+    right = right_answers(make_job, four_workers)
+    file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
+    job = job_of(make_job, {"method": "reliability", "calibrate": {"labels": file}}, **GUARANTEED)
+    run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
+    expert = {r["record_id"]: r["label"] for r in run.arrow("answers").to_pylist()
+              if r["agent_id"] == "expert"}  # fmt: skip
+    rows = {row["record_id"]: row for row in run.arrow().to_pylist()}
+    assert 80 <= len(expert) < len(ROWS)
+    assert {r: rows[r]["answer"] for r in expert} == expert, "its answer is the last word"
+    assert {rows[r]["confidence_kind"] for r in rows} == {"calibrated", "preference"}
+    assert {r for r in rows if rows[r]["confidence_kind"] == "preference"} == expert.keys()
+    assert accuracy(run, right) >= 0.9, "the expert never errs"
+    weighed = run.manifest["merge"]["calibration"]["weights"]["agents"]
+    assert "expert" not in weighed, "of its answers nothing is learned"
+    for name in ("learned.json", "calibration.json", "escalation-sample.json", "escalation.json"):
+        refused_when_cut(job, run, name, four_workers)
+
+
+def refused_when_cut(job: Job, run: Run, name: str, client: Any) -> None:
+    """What a bad disk has cut is named, and nothing is published by half of it."""
+    Path(run.store.path("manifest.json")).unlink(missing_ok=True)
+    file = Path(run.store.path(name))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunError, match=rf"/{name} is damaged: .*; restore it, or remove"):
+        pipeline.run(job, client=client)
+    file.write_bytes(whole)
 
 
 def test_an_expected_utility_is_not_calibrated() -> None:

@@ -7,8 +7,9 @@ what that type cannot hold is found before the first task, not by a merge on a w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,6 +54,10 @@ def _plain_field(field: pa.Field) -> pa.Field:
     return field.with_type(plain_type(field.type))
 
 
+_Part = tuple[str, pa.DataType, Callable[[pa.Array], pa.Array]]
+"""Name, type, and what takes its values out of the whole column."""
+
+
 class _Extreme(NamedTuple):
     value: pa.Scalar
     file: str
@@ -75,7 +80,7 @@ class Extremes:
             JobError: a value that its column's common type cannot hold.
         """
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            for leaf, values in _leaves(name, column):
+            for leaf, values in _leaf_values(name, column):
                 self._note_leaf(leaf, values, schema, file)
 
     def _note_leaf(self, leaf: str, values: pa.Array, schema: pa.Schema, file: str) -> None:
@@ -88,7 +93,7 @@ class Extremes:
         if greatest is None or _below(greatest.value, found["max"]):
             self._greatest[key] = _Extreme(found["max"], file)
         if (self._least[key], self._greatest[key]) != (least, greatest):
-            self._check_leaf(key, dict(_leaf_types(schema)))
+            self._check_leaf(key, dict(_leaf_types(zip(schema.names, schema.types, strict=True))))
 
     def check(self, schema: pa.Schema) -> None:
         """Look at all files' extremes again.
@@ -96,7 +101,7 @@ class Extremes:
         Raises:
             JobError: one is a value that its column's type in `schema` cannot hold.
         """
-        common = dict(_leaf_types(schema))
+        common = dict(_leaf_types(zip(schema.names, schema.types, strict=True)))
         for key in self._least:
             self._check_leaf(key, common)
 
@@ -133,38 +138,40 @@ def _has_extremes(kind: pa.DataType) -> bool:
     return bool(kinds.is_integer(kind) or kinds.is_temporal(kind) or kinds.is_decimal(kind))
 
 
-def _leaves(name: str, column: pa.Array) -> Iterator[tuple[str, pa.Array]]:
+def _leaf_values(name: str, column: pa.Array) -> Iterator[tuple[str, pa.Array]]:
     """Yield the columns of numbers and times in a column, each under its name there."""
-    kind = column.type
-    if kinds.is_struct(kind):
-        for field, values in zip(kind.fields, column.flatten(), strict=True):
-            yield from _leaves(f"{name}.{field.name}", values)
-    elif kinds.is_map(kind):
-        yield from _leaves(f"{name}.key", column.keys)
-        yield from _leaves(f"{name}.value", column.items)
-    elif _is_list(kind):
-        yield from _leaves(f"{name}[]", column.flatten())
-    elif _has_extremes(kind):
+    if _has_extremes(column.type):
         yield name, column
+    for part, _, values_of in _parts(name, column.type):
+        yield from _leaf_values(part, values_of(column))
 
 
-def _leaf_types(schema: Any) -> Iterator[tuple[str, pa.DataType]]:
-    """Yield what `_leaves` yields of a table, with types for columns."""
-    for field in schema:
-        yield from _types(field.name, field.type)
+def _leaf_types(fields: Iterable[tuple[str, pa.DataType]]) -> Iterator[tuple[str, pa.DataType]]:
+    """Yield the types of the innermost columns, under the names that `_leaf_values` gives them."""
+    for name, kind in fields:
+        parts = [(part, own) for part, own, _ in _parts(name, kind)]
+        yield from _leaf_types(parts) if parts else [(name, kind)]
 
 
-def _types(name: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+def _parts(name: str, kind: pa.DataType) -> list[_Part]:
+    """Return the columns that a column of that type is made of; none for a plain one."""
     if kinds.is_struct(kind):
-        for field in kind.fields:
-            yield from _types(f"{name}.{field.name}", field.type)
-    elif kinds.is_map(kind):
-        yield from _types(f"{name}.key", kind.key_type)
-        yield from _types(f"{name}.value", kind.item_type)
-    elif _is_list(kind):
-        yield from _types(f"{name}[]", kind.value_type)
-    else:
-        yield name, kind
+        return [
+            (f"{name}.{field.name}", field.type, partial(_field_values, place))
+            for place, field in enumerate(kind.fields)
+        ]
+    if kinds.is_map(kind):
+        return [
+            (f"{name}.key", kind.key_type, lambda column: column.keys),
+            (f"{name}.value", kind.item_type, lambda column: column.items),
+        ]
+    if _is_list(kind):
+        return [(f"{name}[]", kind.value_type, lambda column: column.flatten())]
+    return []
+
+
+def _field_values(place: int, column: pa.Array) -> pa.Array:
+    return column.flatten()[place]
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -92,7 +92,7 @@ def _of_sample(
     return job.with_changes(
         corpus=Corpus(path=(str(corpus),), id="id", context=context),
         routing=routing,
-        merge=job.merge.with_changes(history=None),
+        merge=job.merge.with_changes(history=None, calibrate=None),  # few of it are labelled
         partition=sizing,
         since=None,
         output=Output(

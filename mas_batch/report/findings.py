@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +53,7 @@ def _warnings(run: Run) -> list[str]:
     if not weighed:
         places.append(merge.get("reliability") or {})
     if not weighed and run.store.exists("learned.json"):
-        places.append(json.loads(run.store.read_bytes("learned.json")))
+        places.append(run.store.read_facts("learned.json"))
     said = [text for place in places for text in place.get("warnings") or ()]
     return [clip(str(text), _WARNING_CHARS) for text in dict.fromkeys(said)]
 

@@ -34,28 +34,30 @@ _AGENTS = b"mas_batch.agents"
 class Committed:
     """What earlier executions of the run have committed: a byte per partition and folder."""
 
-    merged: Bitmap
+    is_merged: Bitmap
     """Partition → whether its results are committed."""
-    answered: Mapping[str, Bitmap]
+    is_answered: Mapping[str, Bitmap]
     """Agent → partition → whether its answers are committed."""
 
     @property
     def num_merged(self) -> int:
         """How many partitions are merged."""
-        return int(np.count_nonzero(self.merged))
+        return int(np.count_nonzero(self.is_merged))
 
     @property
     def num_answers_to_open(self) -> int:
         """Number of pairs of agent and partition that are answered but not merged yet."""
-        return sum(int(np.count_nonzero(parts & ~self.merged)) for parts in self.answered.values())
+        return sum(
+            int(np.count_nonzero(parts & ~self.is_merged)) for parts in self.is_answered.values()
+        )
 
     def agents(self, partition: int) -> frozenset[str]:
         """Agents whose answers to the partition are committed."""
-        return frozenset(agent for agent, parts in self.answered.items() if parts[partition])
+        return frozenset(agent for agent, parts in self.is_answered.items() if parts[partition])
 
 
 def committed(
-    run: Store, plan: Plan, agents: Iterable[str], merged: Store | None = None
+    store: Store, plan: Plan, agents: Iterable[str], merged: Store | None = None
 ) -> Committed:
     """List what is committed; one listing per folder.
 
@@ -64,24 +66,25 @@ def committed(
     """
     size = plan.num_partitions
     answered = {
-        agent: _partitions_of(_list_names(run, f"answers/agent={agent}"), size) for agent in agents
+        agent: _partitions_of(_list_names(store, f"answers/agent={agent}"), size)
+        for agent in agents
     }
-    return Committed(_partitions_of(_list_names(merged or run, "results"), size), answered)
+    return Committed(_partitions_of(_list_names(merged or store, "results"), size), answered)
 
 
-def _list_names(run: Store, folder: str) -> Iterator[str]:
+def _list_names(store: Store, folder: str) -> Iterator[str]:
     """Yield the names in a folder; a local listing is streamed, without a stat of each file."""
-    if not run.is_local:
-        yield from run.list(folder)
+    if not store.is_local:
+        yield from store.list(folder)
         return
     try:
-        with os.scandir(run.path(folder)) as entries:
+        with os.scandir(store.path(folder)) as entries:
             for entry in entries:
                 yield entry.name
     except FileNotFoundError:
         return
     except OSError:
-        yield from run.list(folder)  # raises the error that people can act on
+        yield from store.list(folder)  # raises the error that people can act on
 
 
 def _partitions_of(names: Iterable[str], size: int) -> Bitmap:
@@ -95,7 +98,7 @@ def _partitions_of(names: Iterable[str], size: int) -> Bitmap:
 
 
 def commit_results(
-    run: Store, partition: int, merged: pa.Table, failures: pa.Table, agents: Iterable[str]
+    store: Store, partition: int, merged: pa.Table, failures: pa.Table, agents: Iterable[str]
 ) -> tuple[int, int]:
     """Commit a partition's results and failures as one step; returns their row counts.
 
@@ -111,11 +114,11 @@ def commit_results(
         content = parquet_bytes(failures)
         digest = hashlib.blake2b(content, digest_size=6).hexdigest()
         name = f"failures/{partition_stem(partition)}-{digest}.parquet"
-        run.commit(name, content)
+        store.commit(name, content)
     metadata = {_FAILURES: (name or "").encode(), _AGENTS: ",".join(sorted(agents)).encode()}
-    if run.commit_table(results_name(partition), merged.replace_schema_metadata(metadata)):
+    if store.commit_table(results_name(partition), merged.replace_schema_metadata(metadata)):
         return merged.num_rows, failures.num_rows
-    winner = read_results(run, partition)
+    winner = read_results(store, partition)
     return winner.results.num_rows, winner.failures.num_rows
 
 
@@ -131,18 +134,18 @@ class Merged:
     """Agents whose answers were merged, sorted; None: an earlier version did not say."""
 
 
-def read_results(run: Store, partition: int) -> Merged:
+def read_results(store: Store, partition: int) -> Merged:
     """Read a partition's committed results and failures."""
-    merged = run.read_table(results_name(partition))
+    merged = store.read_table(results_name(partition))
     name = ((merged.schema.metadata or {}).get(_FAILURES) or b"").decode() or None
-    failures = run.read_table(name) if name else FAILURES.empty_table()
+    failures = store.read_table(name) if name else FAILURES.empty_table()
     plain = merged.replace_schema_metadata(None)
     return Merged(plain, failures, name, _agents_in_metadata(merged.schema))
 
 
-def merged_agents(run: Store, partition: int) -> tuple[str, ...] | None:
+def merged_agents(store: Store, partition: int) -> tuple[str, ...] | None:
     """Read only `Merged.agents`."""
-    return _agents_in_metadata(run.read_schema(results_name(partition)))
+    return _agents_in_metadata(store.read_schema(results_name(partition)))
 
 
 def _agents_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
@@ -150,23 +153,23 @@ def _agents_in_metadata(schema: pa.Schema) -> tuple[str, ...] | None:
     return None if named is None else tuple(filter(None, named.decode().split(",")))
 
 
-def commit_review(run: Store, partition: int, merged: pa.Table) -> int:
+def commit_review(store: Store, partition: int, merged: pa.Table) -> int:
     """Commit the doubtful results to `review/`, if there are any; returns how many there are.
 
     Doubtful are ties and results below the job's confidence; they are kept with all candidates.
     """
     doubtful = merged.filter(pc.or_(merged["tie"], merged["abstain"]))
     if doubtful.num_rows:
-        run.commit_table(review_name(partition), doubtful)
+        store.commit_table(review_name(partition), doubtful)
     return int(doubtful.num_rows)
 
 
-def has_passes(run: Store) -> bool:
+def has_passes(store: Store) -> bool:
     """Say whether the run has provisional merges, or a journal."""
-    return not run.list("").isdisjoint(PASSES)
+    return not store.list("").isdisjoint(PASSES)
 
 
-def remove_passes(run: Store) -> None:
+def remove_passes(store: Store) -> None:
     """Remove the provisional merges of a published run, and its journal."""
     for folder in PASSES:
-        run.remove_folder(folder)
+        store.remove_folder(folder)

@@ -129,7 +129,23 @@ class Store:
             facts, problem = None, str(error)
         if isinstance(facts, dict):
             return facts
-        raise RunError(
+        raise self._damaged(name, problem)
+
+    def read_json(self, name: str) -> str:
+        """Return the text of the JSON file `name`; raises what `read_bytes` raises.
+
+        Raises:
+            RunError: it is cut or damaged; the message names it.
+        """
+        content = self.read_bytes(name)
+        try:
+            json.loads(content)
+            return content.decode()
+        except ValueError as error:
+            raise self._damaged(name, str(error)) from error
+
+    def _damaged(self, name: str, problem: str) -> RunError:
+        return RunError(
             f"{self.location(name)} is damaged: {problem}; restore it, or remove the run's folder "
             "and run the job again"
         )

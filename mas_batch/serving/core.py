@@ -272,10 +272,10 @@ def pool_spec(job: Job, learned_from: str | None) -> MergeSpec:
     known = frozenset(spec.agents)
     try:
         if spec.learning is not None:
-            lesson = spec.learning.read(spec, store.read_bytes("learned.json").decode())
+            lesson = spec.learning.read(spec, store.read_json("learned.json"))
             spec, known = lesson.spec, lesson.agents
         if spec.calibrate is not None:
-            calibrated = Calibrated.from_json(store.read_bytes("calibration.json").decode())
+            calibrated = Calibrated.from_json(store.read_json("calibration.json"))
             spec = replace(spec, calibrated=calibrated)
     except (FileNotFoundError, ValueError) as error:
         message = f"{learned_from!r} has nothing for merge.method {spec.method}: {error}"

@@ -31,7 +31,7 @@ from mas_batch.stages.whole_corpus import AllAnswers
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Asks agents for all answers that are not committed yet."""
+    """Asks agents for all answers that are not committed yet, and has them merged as they come."""
 
     execution: Execution
     job: Job
@@ -48,7 +48,10 @@ class Asking:
         return AllAnswers(client, ref, self.plan, agents, execution.log, wait_s)
 
     def answer(self, ref: RunRef, agents: Sequence[str]) -> None:
-        """Ask these agents about the corpus, as the job's routing says."""
+        """Ask these agents about the corpus, as the job's routing says.
+
+        Each partition is merged on a worker, into `ref.merged`, once it has its answers.
+        """
         done = committed(ref.store, self.plan, agents, ref.merged)
         client = self.execution.connection.client
         self.execution.log(
@@ -62,7 +65,7 @@ class Asking:
         self._route(self.job.with_agents(agents), ref, done, known)
 
     def escalate(self, ref: RunRef) -> None:
-        """Ask the escalation's agent about the records that were chosen for it."""
+        """Ask the escalation's agent about the chosen records; merge as `answer` does."""
         assert ref.escalation is not None
         agent_id = ref.escalation.agent_id
         done = committed(ref.answered, self.plan, [agent_id], ref.merged)
@@ -95,9 +98,9 @@ class Asking:
                 _unmerged(self.plan, done),
                 self.plan.num_partitions - done.num_merged,
             )
-            for agent_id in done.answered:
+            for agent_id in done.is_answered:
                 # The agent worked in an earlier execution of this run; an earlier run is no proof.
-                if done.answered[agent_id].any() and not ref.reuses:
+                if done.is_answered[agent_id].any() and not ref.reuses:
                     dispatcher.trust(agent_id)
             router.run(dispatcher)
             # Again: more agents may have become ready meanwhile.
@@ -109,7 +112,7 @@ class Asking:
 
 def _unmerged(plan: Plan, done: Committed) -> Iterator[Work]:
     for index, num_records, tokens in plan.sizes():
-        if not done.merged[index]:
+        if not done.is_merged[index]:
             yield Work(index, tokens, num_records, done.agents(index))
 
 
@@ -122,7 +125,7 @@ def _run_started(
         num_partitions=plan.num_partitions,
         num_records=plan.num_records,
         partitions_done=done.num_merged,
-        records_done=plan.num_records_in(done.merged),
+        records_done=plan.num_records_in(done.is_merged),
         answers_done=done.num_answers_to_open,
         answers_per_record=job.answers_per_record,
         # A job with `since` has an earlier run for every night.

@@ -48,6 +48,8 @@ def publish(
 ) -> dict[str, Any]:
     """Check the invariant, write the agents table and the manifest; returns the manifest.
 
+    Results and failures are committed already, by the merges on the workers.
+
     Provisional merges and the journal are removed last: until the manifest is there, a killed
     execution needs them to go on. An execution killed in between leaves them to `remove_leftovers`.
 
@@ -124,7 +126,7 @@ def remove_leftovers(store: Store) -> None:
 def _escalation_facts(run: Store) -> dict[str, Any]:
     """Say which records were escalated, and by which guarantee, if the run is a cascade."""
     name = "escalation.json"
-    return {"escalation": json.loads(run.read_bytes(name))} if run.exists(name) else {}
+    return {"escalation": run.read_facts(name)} if run.exists(name) else {}
 
 
 def _merge_facts(spec: MergeSpec) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mas_batch.agents.second_pass import (
     sample_lots,
 )
 from mas_batch.agents.statistics import COMMITTED, partition_statistics
-from mas_batch.aggregate.calibration import MIN_LABELS, Calibrated, learn_from_labels
+from mas_batch.aggregate.calibration import Calibrated, learn_from_labels
 from mas_batch.aggregate.escalation import (
     CONFIDENCES,
     LABELS,
@@ -40,10 +40,9 @@ from mas_batch.aggregate.guarantee import Place, last_escalated
 from mas_batch.aggregate.reductions import Reduction
 from mas_batch.aggregate.reliability import History
 from mas_batch.aggregate.tree import tree_reduce
-from mas_batch.errors import RunError
 from mas_batch.events import Emit, Escalated, EscalationSampled, Learned
 from mas_batch.job import Escalate
-from mas_batch.merging import read_labels
+from mas_batch.merging import check_enough_labels, read_labels
 from mas_batch.run_folder.manifest import read_engines
 from mas_batch.run_folder.plan import Plan
 from mas_batch.run_folder.ref import RunRef
@@ -116,7 +115,7 @@ def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
     """Learn from labelled records what to publish and how sure it is, if the job has any.
 
     Raises:
-        RunError: too few of them were answered.
+        JobError: too few of them were answered.
     """
     run, spec = answers.run, answers.run.merge
     if spec.calibrate is None:
@@ -125,11 +124,7 @@ def _calibrated(answers: AllAnswers, name: str) -> AllAnswers:
     def find() -> str:
         labels = read_labels(spec)
         found = answers.reduce(partial(labelled_records, labels), LABELLED)["records"]
-        if len(found) < MIN_LABELS:
-            raise RunError(
-                f"merge.calibrate: {len(found)} of the {len(labels)} labelled records are answered "
-                f"ones of this corpus; {MIN_LABELS} are needed"
-            )
+        check_enough_labels(spec, labels, len(found), "answered records")
         labelled = [record for _, record in found]
         return learn_from_labels(labelled, spec.method, spec.log_odds).to_json()
 
@@ -223,7 +218,11 @@ def _families(store: Store, agents: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read_or_commit(store: Store, name: str, find: Callable[[], str]) -> str:
-    """Return what is committed under the name; if nothing is, call `find` and commit its result."""
+    """Return the JSON that is committed; if there is none, call `find` and commit its result.
+
+    Raises:
+        RunError: what is committed is cut or damaged.
+    """
     if not store.exists(name):
         store.commit(name, find().encode())
-    return store.read_bytes(name).decode()
+    return store.read_json(name)
