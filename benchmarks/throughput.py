@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -168,6 +169,8 @@ def run_pipeline(job: Job) -> Outcome:
 
 
 def main() -> None:
+    # As in an embedded worker: threads that spin while they wait starve what else there is to do.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each host")
