@@ -117,7 +117,7 @@ class HostDraining(Event):
 
 @dataclass(frozen=True, slots=True)
 class BreakerChanged(Event):
-    """The router leaves a worker that only fails alone for a while, then probes it."""
+    """An agent that only fails at a worker is left alone there for a while, then probed."""
 
     agent_id: str
     worker: str
@@ -168,11 +168,12 @@ class PartitionAsked(Event):
     """`answer`, `retry`, `careful` (record by record, after its worker died), `copy` (of a slow
     task near the end) or `probe` (of a worker that kept failing)."""
     policy: str
-    candidates: dict[str, dict[str, float]]
-    """Worker → what the policy saw of it: `in_flight` partitions, `in_flight_tokens`,
-    `tokens_per_s`, `agreement`, and so on; the chosen worker and up to 15 others."""
+    candidates: dict[str, dict[str, dict[str, float]]]
+    """Agent → worker → what the policy saw of them: `in_flight` partitions, `in_flight_tokens`,
+    `tokens_per_s`, `agreement`, and so on; what was chosen and up to 15 others."""
     num_busy: int
-    """Capable workers that could not be chosen because their windows were full."""
+    """Capable workers that could not be chosen because their windows were full; one of several
+    agents counts for each that could be asked there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,10 @@ class Simulation:
         self.rules = rules
         self.now = 0.0
         self.dispatcher = Dispatcher(agents, rules, POLICIES[policy](), plan, len(plan))
-        self.replicas: dict[str, str] = {}
+        self.hosts: dict[str, tuple[str, ...]] = {}
+        self.concurrent: dict[str, int] = {}
         self.paused: set[str] = set()
         self.in_flight: list[Ask] = []
-        self.busy: dict[str, list[Ask]] = {}
         self.failures: Counter[tuple[int, str]] = Counter()
         self.deaths: Counter[tuple[int, str]] = Counter()
         self.answered = {work.index: set(work.answered) for work in plan}
@@ -57,7 +57,7 @@ class Simulation:
                 case Merge():
                     self._asked_to_merge(instruction)
                 case Abandon():
-                    key = (instruction.partition, instruction.agent_id, instruction.replica_id)
+                    key = (instruction.partition, instruction.agent_id, instruction.host_id)
                     assert not any(_key(a) == key for a in self.in_flight), "abandoned after all"
                 case Restart():
                     self.restarts.append(instruction)
@@ -67,23 +67,25 @@ class Simulation:
                     self.away_news.append(instruction)
 
     def _asked(self, ask: Ask) -> None:
-        assert self.replicas[ask.replica_id] == ask.agent_id, "asked an agent's wrong worker"
-        assert ask.replica_id not in self.paused, "asked a worker that is leaving"
+        assert ask.agent_id in self.hosts[ask.host_id], "asked an agent's wrong worker"
+        assert ask.host_id not in self.paused, "asked a worker that is leaving"
         assert ask.partition not in self.merged, "asked after the merge"
         assert ask.agent_id not in self.answered[ask.partition], "asked after it had answered"
         twins = [
             a for a in self.in_flight if (a.partition, a.agent_id) == (ask.partition, ask.agent_id)
         ]
         assert len(twins) <= (ask.purpose == "copy"), "asked twice at once"
-        assert all(twin.replica_id != ask.replica_id for twin in twins)
-        if not self.news:  # a replica that recovers is pardoned its failures
+        assert all(twin.host_id != ask.host_id for twin in twins)
+        if not self.news:  # a host that recovers is pardoned its failures
             key = (ask.partition, ask.agent_id)
             assert ask.attempt == self.failures[key] + self.deaths[key] + 1
-        assert ask.replica_id in {view.replica_id for view in ask.candidates}
+        assert (ask.agent_id, ask.host_id) in {view.key for view in ask.candidates}
+        assert (ask.purpose == "careful") == bool(self.deaths[ask.partition, ask.agent_id])
         self.asks.append(ask)
         self.in_flight.append(ask)
-        load = sum(a.replica_id == ask.replica_id for a in self.in_flight)
-        assert load <= self.rules.max_window, "above the window"
+        beside = self.at(ask.host_id)
+        assert len(beside) <= (self.rules.window or self.concurrent[ask.host_id] + 1), "too many"
+        assert len(beside) == 1 or all(a.purpose != "careful" for a in beside), "not alone"
 
     def _asked_to_merge(self, merge: Merge) -> None:
         assert merge.partition not in self.merged, "merged twice"
@@ -91,31 +93,44 @@ class Simulation:
         assert set(merge.agents) <= self.answered[merge.partition]
         self.to_merge.append(merge)
 
-    def join(self, replica: str, agent: str) -> None:
-        self.replicas[replica] = agent
-        self.take(self.dispatcher.replica_joined(replica, agent, self.now))
+    def at(self, host: str) -> list[Ask]:
+        """What the host has in flight, in the order in which it was sent."""
+        return [ask for ask in self.in_flight if ask.host_id == host]
 
-    def pause(self, replica: str, *, paused: bool = True) -> None:
-        (self.paused.add if paused else self.paused.discard)(replica)
-        self.take(self.dispatcher.replica_paused(replica, paused, self.now))
+    def begun(self, host: str) -> list[Ask]:
+        """What the host works on."""
+        return self.at(host)[: self.concurrent[host]]
 
-    def leave(self, replica: str, *, blamed: bool = True) -> None:
-        agent = self.replicas.pop(replica)
-        self.paused.discard(replica)
-        had = [ask for ask in self.in_flight if ask.replica_id == replica]
-        self.in_flight = [ask for ask in self.in_flight if ask.replica_id != replica]
-        if had and blamed:  # only what it was working on can have killed it
-            first = had[0].partition
-            alone = not any((a.partition, a.agent_id) == (first, agent) for a in self.in_flight)
-            if alone and self.dispatcher.awaits(first, agent):
-                self.deaths[first, agent] += 1
-        self.take(self.dispatcher.replica_left(replica, self.now, blamed=blamed))
+    def join(self, host: str, *agents: str, concurrent: int = 1) -> None:
+        self.hosts[host], self.concurrent[host] = agents, concurrent
+        joined = self.dispatcher.host_joined
+        self.take(joined(host, agents, self.now, concurrent=concurrent))
+
+    def pause(self, host: str, *, paused: bool = True) -> None:
+        (self.paused.add if paused else self.paused.discard)(host)
+        self.take(self.dispatcher.host_paused(host, paused, self.now))
+
+    def leave(self, host: str, *, blamed: bool = True) -> None:
+        begun = self.begun(host)
+        del self.hosts[host]
+        self.paused.discard(host)
+        self.in_flight = [ask for ask in self.in_flight if ask.host_id != host]
+        for ask in begun if blamed else ():  # only what it was working on can have killed it
+            key = (ask.partition, ask.agent_id)
+            alone = not any((a.partition, a.agent_id) == key for a in self.in_flight)
+            if alone and self.dispatcher.awaits(*key) and self.is_asked(*key):
+                self.deaths[key] += 1
+        self.take(self.dispatcher.host_left(host, self.now, blamed=blamed))
+
+    def is_asked(self, partition: int, agent: str) -> bool:
+        """Whether the dispatcher still wants what the agent was asked."""
+        return agent in self.dispatcher._board.open[partition].asked
 
     def answer(self, ask: Ask) -> None:
         self.in_flight.remove(ask)
         if self.dispatcher.awaits(ask.partition, ask.agent_id):
             self.answered[ask.partition].add(ask.agent_id)
-        out = self.dispatcher.answered(ask.partition, ask.agent_id, ask.replica_id, self.now)
+        out = self.dispatcher.answered(ask.partition, ask.agent_id, ask.host_id, self.now)
         self.take(out)
 
     def fail(self, ask: Ask) -> None:
@@ -124,14 +139,14 @@ class Simulation:
         copies = any((a.partition, a.agent_id) == key for a in self.in_flight)
         if not copies and self.dispatcher.awaits(*key):
             self.failures[key] += 1
-        out = self.dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id, self.now)
+        out = self.dispatcher.failed(ask.partition, ask.agent_id, ask.host_id, self.now)
         self.take(out)
 
     def find_away(self, ask: Ask, *, retry_after_s: float = 0.0, wait_s: float = 600.0) -> None:
-        """The server behind the replica is away."""
+        """The server behind the host is away."""
         self.in_flight.remove(ask)
         hints = {"retry_after_s": retry_after_s, "wait_s": wait_s}
-        ids = (ask.partition, ask.agent_id, ask.replica_id)
+        ids = (ask.partition, ask.agent_id, ask.host_id)
         self.take(self.dispatcher.away(*ids, self.now, **hints))
 
     def merge(self, merge: Merge) -> None:
@@ -166,7 +181,7 @@ class Simulation:
 
 
 def _key(ask: Ask) -> tuple[int, str, str]:
-    return (ask.partition, ask.agent_id, ask.replica_id)
+    return (ask.partition, ask.agent_id, ask.host_id)
 
 
 def plan_of(count: int, tokens: int = 100) -> list[Work]:

@@ -56,18 +56,16 @@ def asked(worker: str, partition: int = 1, attempt: int = 1, **facts: Any) -> Pa
         "tokens_per_s": 41.5,
         "agreement": 0.75,
     }
+    candidates: dict[str, dict[str, Any]] = {}
+    for name, seen in facts.pop("candidates", {worker: figures}).items():
+        candidates.setdefault(name[:5], {})[name] = seen
     return PartitionAsked(
         partition=partition,
         agent_id=worker[:5],
         worker=worker,
         attempt=attempt,
-        **{
-            "purpose": "answer",
-            "policy": "least-loaded",
-            "candidates": {worker: figures},
-            "num_busy": 1,
-            **facts,
-        },
+        candidates=candidates,
+        **{"purpose": "answer", "policy": "least-loaded", "num_busy": 1, **facts},
     )
 
 
@@ -221,7 +219,7 @@ def test_a_decision_names_rule_candidates_and_outcome() -> None:
     (decision,) = decisions(steps)
     assert decision.time == START + timedelta(seconds=4)
     assert decision.why.startswith("the fewest partitions in flight")
-    assert [(c.worker, c.agents, c.chosen) for c in decision.candidates] == [
+    assert [(c.worker, c.agent_id, c.chosen) for c in decision.candidates] == [
         ("small-0", "small", False),
         ("large-0", "large", True),
     ]
@@ -328,7 +326,7 @@ def test_executions_are_told_apart_and_idle_ones_left_out(staged: Store) -> None
     assert isinstance(killed, Decision)
     assert killed.outcome.kind is OutcomeKind.OPEN
     assert isinstance(decision, Decision)
-    assert decision.candidates[0].agents == "large"
+    assert decision.candidates[0].agent_id == "large"
     assert (told.first_record, told.num_records, told.num_partitions) == (3, 3, 7)
 
 
@@ -434,7 +432,7 @@ def test_a_real_run_is_explained_by_partition_and_by_record(
     for decision in asked_about.values():
         assert decision.outcome.kind is OutcomeKind.ANSWERED
         assert [c.worker for c in decision.candidates if c.chosen] == [decision.worker]
-        assert {c.agents for c in decision.candidates} <= asked_about.keys()
+        assert {c.agent_id for c in decision.candidates} <= asked_about.keys()
         assert decision.policy == "least-loaded"
     assert asked_about["strong"].outcome.num_failed == 1
     assert isinstance(execution.steps[-1], News)

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_batch.routing.policies import POLICIES, PartitionView, ReplicaView
+from mas_batch.routing.policies import POLICIES, HostView, PartitionView
 
 
-def replica(name: str, rank: int = 0, **facts: Any) -> ReplicaView:
-    return ReplicaView(name, f"agent{rank}", rank, **facts)
+def host(name: str, rank: int = 0, **facts: Any) -> HostView:
+    return HostView(name, f"agent{rank}", rank, **facts)
 
 
 CANDIDATES = [
-    replica("first-0", 0, in_flight=2, in_flight_tokens=50, tokens_per_s=1.0, num_asked=9),
-    replica("first-1", 0, in_flight=1, in_flight_tokens=500, tokens_per_s=1.0, num_asked=8),
-    replica("second-0", 1, in_flight=1, in_flight_tokens=100, agreement=0.9, tokens_per_s=9.0),
-    replica("third-0", 2, in_flight=2, in_flight_tokens=40, agreement=0.2, tokens_per_s=200.0),
+    host("first-0", 0, in_flight=2, in_flight_tokens=50, tokens_per_s=1.0, num_asked=9),
+    host("first-1", 0, in_flight=1, in_flight_tokens=500, tokens_per_s=1.0, num_asked=8),
+    host("second-0", 1, in_flight=1, in_flight_tokens=100, agreement=0.9, tokens_per_s=9.0),
+    host("third-0", 2, in_flight=2, in_flight_tokens=40, agreement=0.2, tokens_per_s=200.0),
 ]
 
 
@@ -36,12 +36,12 @@ CANDIDATES = [
     ],
 )
 def test_each_policy_goes_by_its_own_facts(policy: str, chosen: str) -> None:
-    assert POLICIES[policy]().choose(PartitionView(0, 10), CANDIDATES).replica_id == chosen
+    assert POLICIES[policy]().choose(PartitionView(0, 10), CANDIDATES).host_id == chosen
 
 
 views = st.builds(
-    ReplicaView,
-    replica_id=st.text("xyz", min_size=1, max_size=5),
+    HostView,
+    host_id=st.text("xyz", min_size=1, max_size=5),
     agent_id=st.sampled_from("ab"),
     agent_rank=st.integers(0, 1),
     in_flight=st.integers(0, 3),
@@ -60,7 +60,7 @@ views = st.builds(
 def test_a_choice_is_a_candidate_and_does_not_depend_on_their_order(
     name: str, data: st.DataObject
 ) -> None:
-    several = st.lists(views, min_size=1, max_size=6, unique_by=lambda view: view.replica_id)
+    several = st.lists(views, min_size=1, max_size=6, unique_by=lambda view: view.host_id)
     candidates = data.draw(several)
     shuffled = data.draw(st.permutations(candidates))
     for index in range(3):  # policies that remember must remember the same
@@ -71,57 +71,57 @@ def test_a_choice_is_a_candidate_and_does_not_depend_on_their_order(
         assert twin.choose(partition, shuffled) == choice
 
 
-def turns(policy: str, candidates: list[ReplicaView], count: int) -> list[str]:
+def turns(policy: str, candidates: list[HostView], count: int) -> list[str]:
     chooser = POLICIES[policy]()
-    return [chooser.choose(PartitionView(i, 10), candidates).replica_id for i in range(count)]
+    return [chooser.choose(PartitionView(i, 10), candidates).host_id for i in range(count)]
 
 
 def test_round_robin_goes_round_and_lets_a_newcomer_in_at_once() -> None:
     chooser = POLICIES["round-robin"]()
-    abc = [replica(name) for name in "abc"]
-    first = [chooser.choose(PartitionView(i, 1), abc).replica_id for i in range(6)]
+    abc = [host(name) for name in "abc"]
+    first = [chooser.choose(PartitionView(i, 1), abc).host_id for i in range(6)]
     assert first == list("abcabc")
-    then = [chooser.choose(PartitionView(i, 1), [*abc, replica("d")]).replica_id for i in range(5)]
+    then = [chooser.choose(PartitionView(i, 1), [*abc, host("d")]).host_id for i in range(5)]
     assert then == list("dabcd"), "and it does not get all the turns that it has missed"
 
 
 def test_smooth_weighted_round_robin_gives_the_published_sequence() -> None:
     """5:1:1 gives a a b a c a a: the example of nginx's smooth weighted balancing."""
     candidates = [
-        replica("a", 0, weight=5.0),
-        replica("b", 1, weight=1.0),
-        replica("c", 2, weight=1.0),
+        host("a", 0, weight=5.0),
+        host("b", 1, weight=1.0),
+        host("c", 2, weight=1.0),
     ]
     assert turns("weighted-round-robin", candidates, 14) == list("aabacaa") * 2
 
 
 def test_without_weights_turns_go_by_the_measured_rates() -> None:
-    candidates = [replica("slow", tokens_per_s=10.0), replica("fast", tokens_per_s=30.0)]
+    candidates = [host("slow", tokens_per_s=10.0), host("fast", tokens_per_s=30.0)]
     assert Counter(turns("weighted-round-robin", candidates, 40)) == {"fast": 30, "slow": 10}
 
 
 def test_random_low_load_leaves_the_loaded_alone() -> None:
-    candidates = [replica(f"r{i}", in_flight=i) for i in range(5)]
+    candidates = [host(f"r{i}", in_flight=i) for i in range(5)]
     chosen = Counter(turns("random-low-load", candidates, 200))
     assert set(chosen) == {"r0", "r1"}
     assert min(chosen.values()) > 60
 
 
 def test_random_reaches_everyone() -> None:
-    chosen = Counter(turns("random", [replica(f"r{i}") for i in range(4)], 400))
+    chosen = Counter(turns("random", [host(f"r{i}") for i in range(4)], 400))
     assert len(chosen) == 4
     assert min(chosen.values()) > 60
 
 
 def test_throughput_tries_out_who_has_no_measure() -> None:
-    candidates = [replica("known", tokens_per_s=10.0, in_flight_tokens=1), replica("new")]
+    candidates = [host("known", tokens_per_s=10.0, in_flight_tokens=1), host("new")]
     assert turns("throughput", candidates, 1) == ["new"]
 
 
 def test_reliability_keeps_exploring_whom_it_knows_least() -> None:
     candidates = [
-        replica("trusted", 0, agreement=0.9, num_compared=500),
-        replica("doubtful", 1, agreement=0.1, num_compared=20),
+        host("trusted", 0, agreement=0.9, num_compared=500),
+        host("doubtful", 1, agreement=0.1, num_compared=20),
     ]
     chosen = Counter(turns("reliability", candidates, 1000))
     assert 60 < chosen["doubtful"] < 140, "one in ten"
@@ -129,9 +129,9 @@ def test_reliability_keeps_exploring_whom_it_knows_least() -> None:
 
 def test_reliability_waits_for_a_clearly_better_agent_that_is_busy() -> None:
     choose = POLICIES["reliability"]().choose
-    worse = replica("worse", 1, agreement=0.5, num_compared=40)
-    better = replica("better", 0, agreement=0.9, num_compared=40, in_flight=1)
-    little_known = replica("new", 0, agreement=0.9, num_compared=3, in_flight=1)
+    worse = host("worse", 1, agreement=0.5, num_compared=40)
+    better = host("better", 0, agreement=0.9, num_compared=40, in_flight=1)
+    little_known = host("new", 0, agreement=0.9, num_compared=3, in_flight=1)
     partition = PartitionView(1, 10, busy=(better,))
     assert partition.chance().random() > 0.1, "not one that explores"
     assert choose(partition, [worse]) is None

@@ -23,9 +23,9 @@ from mas_batch.errors import (
 from mas_batch.job import Agent, Job
 from mas_batch.latency.times import TaskTimes
 from mas_batch.records import Answer, Record
+from mas_batch.routing.host import Breaker
 from mas_batch.routing.instructions import Rules
 from mas_batch.routing.policies import Capability
-from mas_batch.routing.replica import Breaker
 from mas_batch.serving.desk import Desk
 from mas_batch.serving.question import AskingRules
 from mas_batch.serving.queues import AgentQueues

@@ -31,8 +31,8 @@ def merged_by(policy: str, rules: Rules, seed: int) -> dict[int, tuple[str, ...]
     plan, merged = plan_of(24), dict[int, tuple[str, ...]]()
     while plan:
         sim = Simulation(AGENTS, plan, rules, policy=policy)
-        for replica in chance.sample([f"{a}-{i}" for a in AGENTS for i in (0, 1)], 8):
-            sim.join(replica, replica[0])
+        for host in chance.sample([f"{a}-{i}" for a in AGENTS for i in (0, 1)], 8):
+            sim.join(host, host[0])
         for _ in range(chance.randrange(20, 200)):
             if sim.dispatcher.done:
                 break
@@ -49,10 +49,10 @@ def merged_by(policy: str, rules: Rules, seed: int) -> dict[int, tuple[str, ...]
 def one_step(sim: Simulation, chance: random.Random) -> None:
     sim.now += chance.random()
     if chance.random() < 0.03:
-        replica = chance.choice(sorted(sim.replicas))
-        agent = sim.replicas[replica]
-        sim.leave(replica)
-        sim.join(f"{replica}'", agent)
+        host = chance.choice(sorted(sim.hosts))
+        agents = sim.hosts[host]
+        sim.leave(host)
+        sim.join(f"{host}'", *agents)
     elif sim.to_merge and (not sim.in_flight or chance.random() < 0.5):
         merge = chance.choice(sim.to_merge)
         # Whether answers leave records undecided follows from whose answers they are.

@@ -43,7 +43,7 @@ def hosted(server: Server, **options: Any) -> dict[str, Any]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probe soon: no test says how long a server is away."""
     monkeypatch.setattr("mas_batch.routing.dask._CHECK_EVERY_S", 0.05)
-    monkeypatch.setattr("mas_batch.routing.replica.Breaker.FIRST_S", 0.05)
+    monkeypatch.setattr("mas_batch.routing.host.Breaker.FIRST_S", 0.05)
 
 
 LOCAL = {"name": "local", "model": "echo:local", "capabilities": ["summarize", "weak"]}

@@ -47,14 +47,13 @@ class TryOutcome:
 
 @dataclass(frozen=True, slots=True)
 class CandidateWorker:
-    """A worker that the router could have chosen."""
+    """A worker that the router could have chosen, and which of its agents it would have asked."""
 
     worker: str
-    agents: str | None
-    """Those that it answers for; None where no event says so."""
+    agent_id: str
     chosen: bool
     figures: dict[str, float]
-    """What the policy saw of the worker; see `monitor.events.PartitionAsked`."""
+    """What the policy saw of them; see `monitor.events.PartitionAsked`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +106,6 @@ class Story:
         self.answered = list(answered)
         self.is_merged = False
         self._partition = partition
-        self._agents: dict[str, str] = {}  # worker → the agents that it answers for
         self._tries: dict[tuple[str, str], int] = {}  # agent, worker → its last step
 
     def take(self, event: LoggedEvent) -> None:
@@ -117,9 +115,7 @@ class Story:
             RunError: an event lacks a field: an older version wrote it.
         """
         try:
-            if event.name == "HostReady":
-                self._agents[event.facts["worker"]] = ", ".join(event.facts["agents"])
-            elif event.name in ("HostLost", "HostDraining", "BreakerChanged"):
+            if event.name in ("HostLost", "HostDraining", "BreakerChanged"):
                 self._worker_news(event)
             elif event.facts.get("partition") == self._partition:
                 self._partition_news(event)
@@ -141,7 +137,7 @@ class Story:
         match event.name:
             case "PartitionAsked":
                 self._tries[facts["agent_id"], facts["worker"]] = len(self.steps)
-                self.steps.append(_decision(event, self._agents))
+                self.steps.append(_decision(event))
             case "PartitionAnswered":
                 self._answered(event)
             case "AnswerFailed":
@@ -227,11 +223,15 @@ class Story:
         self.steps[index] = replace(step, outcome=TryOutcome(kind, after_s, **facts))
 
 
-def _decision(event: LoggedEvent, agents: dict[str, str]) -> Decision:
+def _decision(event: LoggedEvent) -> Decision:
     facts = event.facts
+    chosen = (facts["agent_id"], facts["worker"])
+    if any(not isinstance(f, dict) for seen in facts["candidates"].values() for f in seen.values()):
+        raise KeyError("candidates by agent")
     candidates = tuple(
-        CandidateWorker(worker, agents.get(worker), worker == facts["worker"], figures)
-        for worker, figures in facts["candidates"].items()
+        CandidateWorker(worker, agent_id, (agent_id, worker) == chosen, figures)
+        for agent_id, workers in facts["candidates"].items()
+        for worker, figures in workers.items()
     )
     same = ("agent_id", "worker", "attempt", "purpose", "policy", "num_busy")
     kept = {key: facts[key] for key in same}

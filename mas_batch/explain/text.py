@@ -121,7 +121,7 @@ def _candidates_table(candidates: tuple[CandidateWorker, ...]) -> Table:
         table.add_row(
             "→" if candidate.chosen else "",
             Text(printable(candidate.worker)),
-            Text(candidate.agents or "?"),
+            Text(candidate.agent_id),
             *(_figure(key, candidate.figures.get(key)) for key in figures),
             style="bold" if candidate.chosen else None,
         )

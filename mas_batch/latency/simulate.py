@@ -31,6 +31,11 @@ class Worker:
     """Of its model, on a machine that it has to itself."""
     cores: float = 0.0
     """Cores of the shared machine that it keeps busy at work; 0: its hardware is its own."""
+    concurrent: int = 1
+    """Partitions that it works on at once."""
+    overlap: float = 0.0
+    """What each further one adds to its speed, as a share of what the first has alone: 0 where
+    they only share the engine's time, 1 where each takes as long as if it were alone."""
     joins_s: float = 0.0
     dies_s: float = float("inf")
 
@@ -53,11 +58,48 @@ class Costs:
     """Of the shared machine."""
 
 
+@dataclass(slots=True)
+class _Work:
+    """Work that a clock has been given."""
+
+    cores: float
+    event: Callable[[], None]
+    began: float
+    """On the clock's count of work done."""
+    is_over: bool = False
+
+    def end(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.event()
+
+
+@dataclass(slots=True)
+class _AtHost:
+    """What a worker works on, and what waits there; all it works on gets the same share of it."""
+
+    worker: Worker
+    waiting: deque[Ask] = field(default_factory=deque)
+    begun: list[tuple[float, int, Ask]] = field(default_factory=list)
+    """Heap by the `done` at which each is done."""
+    done: float = 0.0
+    """Seconds of work that a task begun at 0 has been able to do."""
+    work: _Work | None = None
+    """Until the first of them is done, if nothing else begins before."""
+    since: float = 0.0
+    """Until when its time at work is counted."""
+
+    @property
+    def speed(self) -> float:
+        """Of each of the tasks, if one alone has 1."""
+        return (1.0 + self.worker.overlap * (len(self.begun) - 1)) / len(self.begun)
+
+
 class Clock:
     """Two queues of events: at a time, and when work is done whose speed depends on other work.
 
-    All tasks at work on the shared machine get the same share of it: with more cores wanted than
-    there are, every task takes as much longer (processor sharing).
+    All that is at work on the shared machine gets the same share of it: with more cores wanted than
+    there are, everything takes as much longer (processor sharing).
     """
 
     def __init__(self, num_cores: float) -> None:
@@ -66,35 +108,56 @@ class Clock:
         self._wanted = 0.0
         self._done = 0.0  # seconds of work that a task at work since the start has been able to do
         self._timed: list[tuple[float, int, Callable[[], None]]] = []
-        self._working: list[tuple[float, int, float, Callable[[], None]]] = []
+        self._working: list[tuple[float, int, _Work]] = []
         self._tie = count()
+        self._num_working = 0
 
     def at(self, when_s: float, event: Callable[[], None]) -> None:
         """Call at a time that is not past."""
         heapq.heappush(self._timed, (when_s, next(self._tie), event))
 
-    def work(self, work_s: float, cores: float, event: Callable[[], None]) -> None:
+    def work(self, work_s: float, cores: float, event: Callable[[], None]) -> _Work:
         """Call when the work is done that begins now."""
+        work = _Work(cores, event, self._progress(cores))
         if cores == 0:
-            self.at(self.now + work_s, event)
-            return
-        heapq.heappush(self._working, (self._done + work_s, next(self._tie), cores, event))
-        self._wanted += cores
+            self.at(self.now + work_s, work.end)
+        else:
+            heapq.heappush(self._working, (self._done + work_s, next(self._tie), work))
+            self._num_working += 1
+            self._wanted += cores
+        return work
+
+    def cancel(self, work: _Work) -> float:
+        """Stop the work, and do not call; returns how many seconds of it are done."""
+        work.is_over = True
+        self._leave(work)
+        return self._progress(work.cores) - work.began
 
     def step(self) -> None:
         """Go on to the next event and call it."""
+        while self._working and self._working[0][2].is_over:
+            heapq.heappop(self._working)
         due = self.now
         if self._working:
             due += max(0.0, self._working[0][0] - self._done) / self._speed
         if self._working and not (self._timed and self._timed[0][0] <= due):
             self._advance(due)
-            self._done, _, cores, event = heapq.heappop(self._working)
-            # Without this, sums of fractions would leave a trace of cores that no task wants.
-            self._wanted = self._wanted - cores if self._working else 0.0
+            self._done, _, work = heapq.heappop(self._working)
+            self._leave(work)
+            work.end()
         else:
             when_s, _, event = heapq.heappop(self._timed)
             self._advance(when_s)
-        event()
+            event()
+
+    def _leave(self, work: _Work) -> None:
+        if work.cores:
+            self._num_working -= 1
+            # Without this, sums of fractions would leave a trace of cores that no task wants.
+            self._wanted = self._wanted - work.cores if self._num_working else 0.0
+
+    def _progress(self, cores: float) -> float:
+        return self._done if cores else self.now
 
     def _advance(self, now: float) -> None:
         self._done += (now - self.now) * self._speed
@@ -179,7 +242,8 @@ class Simulation:
         self._on_merged = on_merged
         self._look_s = look_s
         self._clock = Clock(costs.num_cores)
-        self._queues: dict[str, deque[Ask]] = {worker.name: deque() for worker in workers}
+        self._hosts = {worker.name: _AtHost(worker) for worker in workers}
+        self._tie = count()
         self._ready: list[Worker] = []
         self._gone: set[str] = set()
         self._open: dict[int, float] = {}  # partition → share of its records that is undecided
@@ -220,28 +284,40 @@ class Simulation:
                 self._hear(partial(self._join, ready))
 
     def _arrive(self, ask: Ask) -> None:
-        queue = self._queues[_host(ask)]
-        queue.append(ask)
-        if len(queue) == 1:
-            self._begin(ask)
+        host = self._hosts[ask.host_id]
+        host.waiting.append(ask)
+        self._begin_more(host)
 
-    def _begin(self, ask: Ask) -> None:
-        worker = self._workers[_host(ask)]
-        share = self._open.get(ask.partition, 1.0) if ask.earlier else 1.0
-        work_s = self._costs.answer_s(worker, ask, share)
-        began = self._clock.now
-        self._clock.work(work_s, worker.cores, partial(self._end, ask, began))
-
-    def _end(self, ask: Ask, began: float) -> None:
-        host = _host(ask)
-        if host in self._gone:
+    def _begin_more(self, host: _AtHost) -> None:
+        """Let the host begin what it has room for; the others are slower from now on."""
+        if not host.waiting or len(host.begun) >= host.worker.concurrent:
             return
-        self.result.busy_s[host] += self._clock.now - began
-        self.result.ended_s[host] = self._clock.now
-        queue = self._queues[host]
-        queue.popleft()
-        if queue:
-            self._begin(queue[0])
+        if host.work is not None:
+            host.done += self._clock.cancel(host.work) * host.speed
+        elif not host.begun:
+            host.done, host.since = 0.0, self._clock.now
+        while host.waiting and len(host.begun) < host.worker.concurrent:
+            ask = host.waiting.popleft()
+            share = self._open.get(ask.partition, 1.0) if ask.earlier else 1.0
+            work_s = self._costs.answer_s(host.worker, ask, share)
+            heapq.heappush(host.begun, (host.done + work_s, next(self._tie), ask))
+        self._go_on(host)
+
+    def _go_on(self, host: _AtHost) -> None:
+        left_s = max(0.0, host.begun[0][0] - host.done) / host.speed
+        host.work = self._clock.work(left_s, host.worker.cores, partial(self._end, host))
+
+    def _end(self, host: _AtHost) -> None:
+        name, now = host.worker.name, self._clock.now
+        if name in self._gone:
+            return
+        self.result.busy_s[name] += now - host.since
+        self.result.ended_s[name] = host.since = now
+        host.work = None
+        host.done, _, ask = heapq.heappop(host.begun)
+        self._begin_more(host)
+        if host.begun and host.work is None:
+            self._go_on(host)
         self._hear(partial(self._answered, ask))
 
     def _hear(self, handle: Callable[[], list[Instruction]]) -> None:
@@ -251,14 +327,12 @@ class Simulation:
         self._clock.at(self._free_s, lambda: self._act(handle()))
 
     def _join(self, worker: Worker) -> list[Instruction]:
-        now, join = self._clock.now, self._dispatcher.replica_joined
-        found = (join(f"{agent}@{worker.name}", agent, now) for agent in worker.agents)
-        return [instruction for instructions in found for instruction in instructions]
+        return self._dispatcher.host_joined(
+            worker.name, worker.agents, self._clock.now, concurrent=worker.concurrent
+        )
 
     def _answered(self, ask: Ask) -> list[Instruction]:
-        return self._dispatcher.answered(
-            ask.partition, ask.agent_id, ask.replica_id, self._clock.now
-        )
+        return self._dispatcher.answered(ask.partition, ask.agent_id, ask.host_id, self._clock.now)
 
     def _merged(self, merge: Merge) -> list[Instruction]:
         partition, now = merge.partition, self._clock.now
@@ -275,9 +349,7 @@ class Simulation:
         return self._dispatcher.merged(partition, now)
 
     def _leave(self, worker: Worker) -> None:
-        for agent in worker.agents:
-            replica = f"{agent}@{worker.name}"
-            self._act(self._dispatcher.replica_left(replica, self._clock.now))
+        self._act(self._dispatcher.host_left(worker.name, self._clock.now))
 
     def _look(self) -> None:
         self._clock.at(self._clock.now + self._look_s, self._look)
@@ -297,8 +369,3 @@ class Simulation:
         work_s = self._costs.merge_s(merge.partition)
         heard = partial(self._hear, partial(self._merged, merge))
         self._clock.work(work_s, self._costs.merge_cores, heard)
-
-
-def _host(ask: Ask) -> str:
-    """SHIM until the dispatcher knows hosts: each agent of a host is a replica to it."""
-    return ask.replica_id.partition("@")[2]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
 
 from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import Policy, order_of
@@ -27,15 +26,18 @@ class OpenPartition:
     """Agents in the order in which they are asked; None: whoever is free."""
     answered: set[str] = field(default_factory=set)
     asked: dict[str, list[str]] = field(default_factory=dict)
-    """Agent → replicas that are at it, the original before its copy."""
+    """Agent → hosts that are at it, the original before its copy."""
     copied: set[str] = field(default_factory=set)
-    """Agents of whose task another replica has a copy."""
+    """Agents of whose task another host has a copy."""
     overtaken: bool = False
     """Such a copy is another agent's: the first of the two answers is enough."""
     failures: Counter[str] = field(default_factory=Counter)
     deaths: Counter[str] = field(default_factory=Counter)
-    """Agent → its workers that died while they were at it."""
-    failed_on: set[str] = field(default_factory=set)
+    """Agent → hosts that died while they worked on it."""
+    readers: set[str] = field(default_factory=set)
+    """Hosts that were sent it, for any agent: they have read it."""
+    failed_on: dict[str, set[str]] = field(default_factory=dict)
+    """Agent → hosts at which it has failed."""
     given_up: set[str] = field(default_factory=set)
     pardoned: set[str] = field(default_factory=set)
     num_asks: int = 0
@@ -94,24 +96,21 @@ class OpenPartition:
         """Return how many answers per record the agents give together."""
         return sum(self.samples[agent_id] for agent_id in agents)
 
-    def take_back(self, agent_id: str, replica_id: str) -> bool:
-        """Note that a replica's try is over; False if it had none or a copy is under way."""
-        replicas = self.asked.get(agent_id, [])
-        if replica_id not in replicas:
+    def take_back(self, agent_id: str, host_id: str) -> bool:
+        """Note that a host's try is over; False if it had none or a copy is under way."""
+        hosts = self.asked.get(agent_id, [])
+        if host_id not in hosts:
             return False
-        replicas.remove(replica_id)
+        hosts.remove(host_id)
         self.copied.discard(agent_id)
         self.overtaken = False
-        if not replicas:
+        if not hosts:
             del self.asked[agent_id]
-        return not replicas
+        return not hosts
 
 
 class Board:
-    """All open partitions, and for every agent those that want it, first come first.
-
-    State is O(window): the plan is pulled lazily, and a merged partition is forgotten.
-    """
+    """All open partitions. The plan is pulled lazily, and a merged partition is forgotten."""
 
     def __init__(
         self,
@@ -126,7 +125,6 @@ class Board:
         self._rules = rules
         self._policy = policy
         self._plan = iter(plan)
-        self._wanting: dict[str, list[int]] = {agent: [] for agent in samples}
         self.open: dict[int, OpenPartition] = {}
         self.is_exhausted = False
         """No further partition will come."""
@@ -172,36 +170,6 @@ class Board:
         counts = Counter(agent_id for wanted in some for agent_id in wanted)
         return {agent_id: counts[agent_id] / _COUNTED for agent_id in self._agents}
 
-    def close(self, index: int) -> None:
-        """Forget a merged partition."""
-        self.open.pop(index, None)
-
-    def queue(self, state: OpenPartition) -> None:
-        """Queue the partition with every agent that may be asked, if it lacks answers."""
-        if state.lacks <= 0:
-            return
-        for agent_id in state.wanted:
-            heap = self._wanting[agent_id]
-            heappush(heap, state.index)
-            if len(heap) > 64 + 2 * len(self.open):  # an agent without a replica never looks
-                heap[:] = {index for index in heap if self.wants(index, agent_id)}
-                heapify(heap)
-
-    def wants(self, index: int, agent_id: str) -> bool:
-        """Whether the partition is to be asked of the agent."""
-        state = self.open.get(index)
-        return state is not None and state.lacks > 0 and agent_id in state.wanted
-
-    def waiting(self, agent_id: str) -> Generator[OpenPartition]:
-        """Yield what waits for the agent, lowest number first; for a consumer that stops early."""
-        heap = self._wanting[agent_id]
-        passed: list[int] = []
-        try:
-            while heap:
-                index = heappop(heap)
-                if self.wants(index, agent_id):
-                    passed.append(index)
-                    yield self.open[index]
-        finally:
-            for index in passed:
-                heappush(heap, index)
+    def close(self, index: int) -> OpenPartition | None:
+        """Forget a merged partition; returns what it was."""
+        return self.open.pop(index, None)

@@ -47,7 +47,7 @@ from mas_batch.routing.instructions import (
     Merge,
     Restart,
 )
-from mas_batch.routing.policies import ReplicaView
+from mas_batch.routing.policies import HostView
 from mas_batch.routing.scaling import Bounds, Scaler, wanted_hosts
 from mas_batch.routing.upkeep import Upkeep
 from mas_batch.run_folder.names import answers_name
@@ -236,15 +236,8 @@ class DaskRouter:
         self._wanted = wanted
 
     def _idle(self, dispatcher: Dispatcher, post: str) -> list[str]:
-        return [
-            host_id
-            for host_id in self._hosting.ready_for(post)
-            if not any(map(dispatcher.in_flight, self._replicas(host_id)))
-        ]
-
-    def _replicas(self, host_id: str) -> list[str]:
-        """SHIM until the dispatcher knows hosts: each agent of a host is a replica to it."""
-        return [_replica(host_id, agent) for agent in self._hosting.ready.get(host_id, ())]
+        ready = self._hosting.ready_for(post)
+        return [host_id for host_id in ready if dispatcher.in_flight(host_id) == 0]
 
     # News, from Dask's threads: only posts to the inbox
 
@@ -273,32 +266,26 @@ class DaskRouter:
     def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
         """A host can be asked."""
         if self._dispatcher is not None:
-            paused = self._hosting.is_paused(host_id)
-            for agent in agents:
-                replica, now = _replica(host_id, agent), time.monotonic()
-                self._act(self._dispatcher.replica_joined(replica, agent, now, paused=paused))
+            paused, now = self._hosting.is_paused(host_id), time.monotonic()
+            joined = self._dispatcher.host_joined
+            self._act(joined(host_id, agents, now, concurrent=concurrent, paused=paused))
 
     def paused(self, host_id: str, paused: bool) -> None:
         """A host takes nothing further, or again."""
         if self._dispatcher is not None:
-            for replica in self._replicas(host_id):
-                self._act(self._dispatcher.replica_paused(replica, paused, time.monotonic()))
+            self._act(self._dispatcher.host_paused(host_id, paused, time.monotonic()))
 
     def left(self, host_id: str, *, blamed: bool) -> None:
         """A host is gone."""
-        if self._dispatcher is None:
-            return
-        for replica in self._replicas(host_id):
+        if self._dispatcher is not None:
             # A worker that is killed may have committed answers and not got to report them.
-            committed = [
-                partition
+            committed = {
+                (partition, agent_id)
                 for partition, agent_id, asked in self._asked
-                if asked == replica and self._run.answered.exists(answers_name(partition, agent_id))
-            ]
-            instructions = self._dispatcher.replica_left(
-                replica, time.monotonic(), blamed=blamed, committed=committed
-            )
-            self._act(instructions)
+                if asked == host_id and self._run.answered.exists(answers_name(partition, agent_id))
+            }
+            left, now = self._dispatcher.host_left, time.monotonic()
+            self._act(left(host_id, now, blamed=blamed, committed=committed))
 
     # Instructions
 
@@ -309,8 +296,8 @@ class DaskRouter:
                     self._ask(instruction)
                 case Merge():
                     self._merge(instruction, attempt=1)
-                case Abandon(partition, agent_id, replica_id):
-                    self._forget((partition, agent_id, replica_id))
+                case Abandon(partition, agent_id, host_id):
+                    self._forget((partition, agent_id, host_id))
                 case Restart():
                     self._restart(instruction)
                 case BreakerNews():
@@ -323,7 +310,7 @@ class DaskRouter:
             f"it has been silent about partition {restart.partition} for {restart.silent_s:.0f} s; "
             "its process is restarted (routing.timeout_s)"
         )
-        self._hosting.restart(_host(restart.replica_id), message)
+        self._hosting.restart(restart.host_id, message)
 
     def _breaker_event(self, news: BreakerNews) -> BreakerChanged:
         message = "it answers again"
@@ -333,11 +320,11 @@ class DaskRouter:
                 f"{news.num_failures} failures in a row; "
                 f"left alone for {news.cool_down_s:g} s; {last}"
             )
-        name = self._hosting.name(_host(news.replica_id))
+        name = self._hosting.name(news.host_id)
         return BreakerChanged(news.agent_id, name, news.state, message)
 
     def _away_event(self, news: AwayNews) -> ServerAway:
-        name, why = self._hosting.name(_host(news.replica_id)), self._last_failure[news.agent_id]
+        name, why = self._hosting.name(news.host_id), self._last_failure[news.agent_id]
         seconds = (news.away_s, news.cool_down_s, news.wait_s)
         return ServerAway(news.partition, news.agent_id, name, why, *seconds)
 
@@ -354,57 +341,59 @@ class DaskRouter:
                 earlier=ask.earlier,
             )
             # Pinned by address: the dispatcher takes it back when the worker leaves.
-            future = self._client.submit(call, workers=[_host(ask.replica_id)], pure=False)
-        key = (ask.partition, ask.agent_id, ask.replica_id)
+            future = self._client.submit(call, workers=[ask.host_id], pure=False)
+        key = (ask.partition, ask.agent_id, ask.host_id)
         self._asked[key] = _Asked(ask, future, time.monotonic())
         self._emit(
             PartitionAsked(
                 partition=ask.partition,
                 agent_id=ask.agent_id,
-                worker=self._hosting.name(_host(ask.replica_id)),
+                worker=self._hosting.name(ask.host_id),
                 attempt=ask.attempt,
                 purpose=ask.purpose,
                 policy=self._job.routing.policy,
-                candidates={
-                    self._hosting.name(_host(view.replica_id)): _seen(view)
-                    for view in _kept_candidates(ask)
-                },
+                candidates=self._seen(ask),
                 num_busy=ask.num_busy,
             )
         )
         self._watch(future, lambda failure: self._answer_ended(ask, failure))
 
+    def _seen(self, ask: Ask) -> dict[str, dict[str, dict[str, float]]]:
+        """Return what the policy saw, for the event log: agent → worker → figures."""
+        seen: dict[str, dict[str, dict[str, float]]] = {}
+        for view in _kept_candidates(ask):
+            name = self._hosting.name(view.host_id)
+            seen.setdefault(view.agent_id, {})[name] = _figures(view)
+        return seen
+
     def _answered(self, address: str, facts: dict[str, Any]) -> None:
         partition, agent_id = facts["partition"], facts["agent_id"]
-        replica = _replica(address, agent_id)
-        asked = self._forget((partition, agent_id, replica))
+        asked = self._forget((partition, agent_id, address))
         facts |= _seconds(facts.pop("times"), asked.sent if asked is not None else None)
         if self._dispatcher is None:
             return
         # News also when the task had been abandoned: what is committed counts.
         if self._dispatcher.awaits(partition, agent_id):
             self._emit(PartitionAnswered(worker=self._hosting.name(address), **facts))
-        self._act(self._dispatcher.answered(partition, agent_id, replica, time.monotonic()))
+        self._act(self._dispatcher.answered(partition, agent_id, address, time.monotonic()))
 
     def _away(
         self, address: str, partition: int, agent_id: str, message: str, **hints: float
     ) -> None:
         """Take note that a worker's server is away."""
-        replica = _replica(address, agent_id)
-        if self._forget((partition, agent_id, replica)) is None or self._dispatcher is None:
+        if self._forget((partition, agent_id, address)) is None or self._dispatcher is None:
             return  # it was abandoned
         self._last_failure[agent_id] = message
         now = time.monotonic()
-        self._act(self._dispatcher.away(partition, agent_id, replica, now, **hints))
+        self._act(self._dispatcher.away(partition, agent_id, address, now, **hints))
 
     def _heard(self, address: str) -> None:
         if self._dispatcher is not None:
-            for replica in self._replicas(address):
-                self._dispatcher.heard(replica, time.monotonic())
+            self._dispatcher.heard(address, time.monotonic())
 
     def _answer_ended(self, ask: Ask, failure: Failure) -> None:
         assert self._dispatcher is not None
-        key = (ask.partition, ask.agent_id, ask.replica_id)
+        key = (ask.partition, ask.agent_id, ask.host_id)
         asked = self._asked.get(key)
         if asked is None or asked.ask is not ask:
             return  # it has reported, or it was abandoned
@@ -414,12 +403,12 @@ class DaskRouter:
         now = time.monotonic()
         failure = failure or RunError("the task ended without a report")
         self._last_failure[ask.agent_id] = f"{type(failure).__name__}: {failure}"
-        instructions = self._dispatcher.failed(ask.partition, ask.agent_id, ask.replica_id, now)
+        instructions = self._dispatcher.failed(ask.partition, ask.agent_id, ask.host_id, now)
         self._emit(
             AnswerFailed(
                 ask.partition,
                 ask.agent_id,
-                self._hosting.name(_host(ask.replica_id)),
+                self._hosting.name(ask.host_id),
                 ask.attempt,
                 self._last_failure[ask.agent_id],
                 self._dispatcher.given_up(ask.partition, ask.agent_id),
@@ -501,14 +490,6 @@ class DaskRouter:
         self._merge(merging.merge, merging.attempt + 1)
 
 
-def _replica(host_id: str, agent_id: str) -> str:
-    return f"{agent_id}@{host_id}"  # no agent's name has an @
-
-
-def _host(replica_id: str) -> str:
-    return replica_id.partition("@")[2]
-
-
 def _seconds(times: dict[str, Any], sent: float | None) -> dict[str, Any]:
     """Return the seconds of a task that has reported.
 
@@ -519,15 +500,15 @@ def _seconds(times: dict[str, Any], sent: float | None) -> dict[str, Any]:
     return known.heard_after(known.own_s if sent is None else time.monotonic() - sent)
 
 
-def _kept_candidates(ask: Ask) -> list[ReplicaView]:
+def _kept_candidates(ask: Ask) -> list[HostView]:
     """Return the chosen one and the first of the others: a thousand would drown the event log."""
-    others = [view for view in ask.candidates if view.replica_id != ask.replica_id]
-    chosen = [view for view in ask.candidates if view.replica_id == ask.replica_id]
+    key = (ask.agent_id, ask.host_id)
+    chosen = [view for view in ask.candidates if view.key == key]
+    others = [view for view in ask.candidates if view.key != key]
     return [*chosen, *others[: _KEPT_CANDIDATES - 1]]
 
 
-def _seen(view: ReplicaView) -> dict[str, float]:
-    """Return what the policy saw of a candidate, for the event log."""
+def _figures(view: HostView) -> dict[str, float]:
     return {
         "agent_rank": view.agent_rank,
         "in_flight": view.in_flight,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mas_batch.routing.policies import ReplicaView
+from mas_batch.routing.policies import HostView
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Rules:
     first: int | None = None
     """Adaptive: so many answers before the first look at which records are undecided."""
     window: int | None = 1
-    """Partitions in flight per replica; None: 2 where it takes less than a second for one."""
+    """Partitions in flight per host; None: as many as it works on at once, and one more where it
+    takes less than a second for one."""
     max_attempts: int = 3
     """Tries of one agent on one partition that may fail before it is given up there."""
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -40,30 +41,25 @@ class Rules:
     """Whether agents are asked in the policy's order, if it has one; else who is free is asked."""
     speculate: bool = True
     timeout_s: float | None = None
-    """Longest silence of a replica at work; None: by its measured rate."""
-
-    @property
-    def max_window(self) -> int:
-        """The most partitions that a replica may have in flight."""
-        return 2 if self.window is None else self.window
+    """Longest silence of a host at work; None: by its measured rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Send the partition to the replica."""
+    """Ask the agent about the partition, at the host."""
 
     partition: int
     agent_id: str
-    replica_id: str
+    host_id: str
     attempt: int
     purpose: str
     """`answer`, `retry`, `careful`, `copy` or `probe`; see `monitor.events.PartitionAsked`."""
     earlier: tuple[str, ...]
     """Adaptive: ask only about records that these agents' answers leave undecided; empty: all."""
-    candidates: tuple[ReplicaView, ...]
+    candidates: tuple[HostView, ...]
     """Everyone who could have been chosen."""
     num_busy: int
-    """Capable replicas that could not, their windows being full."""
+    """Capable hosts, once for each agent, that could not: their windows are full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +74,18 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Forget the task: its worker is gone."""
+    """Forget the task: its host is gone."""
 
     partition: int
     agent_id: str
-    replica_id: str
+    host_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """The replica has been silent about a partition for too long: end its process."""
+    """The host has been silent about a partition for too long: end its processes."""
 
-    replica_id: str
+    host_id: str
     agent_id: str
     partition: int
     silent_s: float
@@ -97,9 +93,9 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class BreakerNews:
-    """A replica's breaker has changed; for people to read."""
+    """An agent's breaker at a host has changed; for people to read."""
 
-    replica_id: str
+    host_id: str
     agent_id: str
     state: str
     num_failures: int
@@ -108,9 +104,9 @@ class BreakerNews:
 
 @dataclass(frozen=True, slots=True)
 class AwayNews:
-    """The server of a replica is away: it is waited for; for people to read."""
+    """The server of a host is away: it is waited for; for people to read."""
 
-    replica_id: str
+    host_id: str
     agent_id: str
     partition: int
     """What was asked in vain; it is asked again, of whoever can answer."""

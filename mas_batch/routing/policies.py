@@ -1,4 +1,4 @@
-"""Routing policies: small objects that choose among the agents' workers by their state.
+"""Routing policies: small objects that choose among the agents' hosts by their state.
 
 A policy is asked only about candidates that may take the partition: capable, not asked
 before, with room in their window, not paused and not failing. It sees facts and returns one
@@ -23,21 +23,28 @@ from mas_batch.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """What a policy may know of one worker that serves an agent."""
+class HostView:
+    """What a policy may know of one agent at one of its hosts.
 
-    replica_id: str
+    A host that answers for several agents has a view for each; what is in flight there is in all
+    of them, whichever agent was asked.
+    """
+
+    host_id: str
     agent_id: str
     agent_rank: int
     """Position of the agent in the job file: the user's order of preference."""
+    concurrent: int = 1
+    """Partitions that the host works on at once."""
     in_flight: int = 0
-    """Partitions sent and not yet answered."""
+    """Partitions sent and not yet answered, of any agent."""
     in_flight_tokens: int = 0
     """Their estimated tokens."""
     num_answered: int = 0
+    """Of this agent at this host, as is `num_asked`."""
     num_asked: int = 0
     tokens_per_s: float | None = None
-    """Measured rate, in estimated tokens; None before anyone of its agent has answered."""
+    """Measured rate of the host, in estimated tokens; None before it has answered."""
     weight: float | None = None
     """Share that the job gives its agent; None leaves it to the measured rate."""
     agreement: float = 0.5
@@ -46,14 +53,19 @@ class ReplicaView:
     """Answers of its agent that `agreement` rests on."""
 
     @property
-    def load(self) -> tuple[int, int]:
-        """Sort key of how busy it is."""
-        return (self.in_flight, self.in_flight_tokens)
+    def key(self) -> tuple[str, str]:
+        """Agent and host; no other view has it."""
+        return (self.agent_id, self.host_id)
+
+    @property
+    def load(self) -> tuple[float, int]:
+        """Sort key of how busy it is: partitions in flight per one that it works on at once."""
+        return (self.in_flight / self.concurrent, self.in_flight_tokens)
 
     @property
     def turn(self) -> tuple[int, int, str]:
         """Sort key that evens out equals: without it the first name would always win."""
-        return (self.num_asked, self.agent_rank, self.replica_id)
+        return (self.num_asked, self.agent_rank, self.host_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +76,8 @@ class PartitionView:
     estimated_tokens: int
     num_asks: int = 0
     """How often it has been placed before, with whichever agent."""
-    busy: tuple[ReplicaView, ...] = ()
-    """Replicas that may take it when they have finished what they are at. Where there is none,
+    busy: tuple[HostView, ...] = ()
+    """Hosts that may take it when they have finished what they are at. Where there is none,
     a policy may not wait."""
 
     def chance(self) -> random.Random:
@@ -81,10 +93,8 @@ class Policy(Protocol):
     """The choice in one sentence, for people who ask why."""
     # A policy that may return None says so by a true attribute `waits`.
 
-    def choose(
-        self, partition: PartitionView, candidates: Sequence[ReplicaView]
-    ) -> ReplicaView | None:
-        """Return the replica that shall answer the partition; None to wait for a busy one."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView | None:
+        """Return which agent shall be asked where; None to wait for a busy host."""
         ...
 
 
@@ -117,7 +127,7 @@ def order_of(
 
 
 class Capability:
-    """The first capable agent in the job's order; its least busy replica."""
+    """The first capable agent in the job's order; its least busy host."""
 
     name = "capability"
     rule = "the agent that comes first in the job, at its least busy worker"
@@ -128,8 +138,8 @@ class Capability:
         """Return the job's order."""
         return agents
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
         return min(candidates, key=lambda r: (r.agent_rank, r.load, r.turn))
 
 
@@ -141,7 +151,7 @@ class RoundRobin:
 
     def __init__(self) -> None:
         self._turn = 0
-        self._last: dict[str, int] = {}
+        self._last: dict[tuple[str, str], int] = {}
 
     def order(
         self, index: int, agents: Sequence[str], weights: Mapping[str, float]
@@ -150,14 +160,14 @@ class RoundRobin:
         first = index % len(agents)
         return [*agents[first:], *agents[:first]]
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
         chosen = min(
             candidates,
-            key=lambda r: (self._last.get(r.replica_id, 0), r.agent_rank, r.replica_id),
+            key=lambda r: (self._last.get(r.key, 0), r.agent_rank, r.host_id),
         )
         self._turn += 1
-        self._last[chosen.replica_id] = self._turn
+        self._last[chosen.key] = self._turn
         return chosen
 
 
@@ -173,19 +183,21 @@ class Random:
         """Return the agents in an order by lot, which is the same in every version of Python."""
         return sorted(agents, key=lambda agent: blake2b(f"{index}.{agent}".encode()).digest())
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
-        return partition.chance().choice(sorted(candidates, key=lambda r: r.replica_id))
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
+        return partition.chance().choice(
+            sorted(candidates, key=lambda r: (r.host_id, r.agent_rank))
+        )
 
 
 class LeastLoaded:
-    """The replica with the fewest partitions, then tokens, in flight, of whichever agent."""
+    """The host with the fewest partitions, then tokens, in flight, of whichever agent."""
 
     name = "least-loaded"
     rule = "the fewest partitions in flight, then the fewest tokens, then the fewest turns"
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
         return min(candidates, key=lambda r: (r.load, r.turn))
 
 
@@ -202,8 +214,8 @@ class RandomLowLoad:
     def __init__(self, k: int = 2) -> None:
         self._k = k
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
         least = sorted(candidates, key=lambda r: (r.load, r.turn))[: self._k]
         return partition.chance().choice(least)
 
@@ -227,7 +239,7 @@ class WeightedRoundRobin:
     _GOLDEN_RATIO = 0.6180339887498949
 
     def __init__(self) -> None:
-        self._credit: dict[str, float] = {}
+        self._credit: dict[tuple[str, str], float] = {}
 
     def order(
         self, index: int, agents: Sequence[str], weights: Mapping[str, float]
@@ -249,13 +261,13 @@ class WeightedRoundRobin:
             left.remove(chosen)
         return order
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
         weights = _weights(candidates)
-        for replica_id, weight in weights.items():
-            self._credit[replica_id] = self._credit.get(replica_id, 0.0) + weight
-        chosen = min(candidates, key=lambda r: (-self._credit[r.replica_id], r.turn))
-        self._credit[chosen.replica_id] -= sum(weights.values())
+        for key, weight in weights.items():
+            self._credit[key] = self._credit.get(key, 0.0) + weight
+        chosen = min(candidates, key=lambda r: (-self._credit[r.key], r.turn))
+        self._credit[chosen.key] -= sum(weights.values())
         return chosen
 
 
@@ -268,13 +280,13 @@ class Throughput:
     name = "throughput"
     rule = "the worker that should finish it first, by its measured rate and what it has in flight"
 
-    def choose(self, partition: PartitionView, candidates: Sequence[ReplicaView]) -> ReplicaView:
-        """Return the replica that shall answer the partition."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView:
+        """Return which agent shall be asked where."""
         fastest = max((r.tokens_per_s or 0.0 for r in candidates), default=0.0) or 1.0
 
-        def finish_s(replica: ReplicaView) -> float:
-            tokens = replica.in_flight_tokens + partition.estimated_tokens
-            return tokens / (replica.tokens_per_s or fastest)
+        def finish_s(host: HostView) -> float:
+            tokens = host.in_flight_tokens + partition.estimated_tokens
+            return tokens / (host.tokens_per_s or fastest)
 
         return min(candidates, key=lambda r: (finish_s(r), r.turn))
 
@@ -296,10 +308,8 @@ class MostReliable:
     EVIDENCE = 20
     """Answers that must have been compared before the policy passes an agent over."""
 
-    def choose(
-        self, partition: PartitionView, candidates: Sequence[ReplicaView]
-    ) -> ReplicaView | None:
-        """Return the replica that shall answer the partition; None to wait for a better one."""
+    def choose(self, partition: PartitionView, candidates: Sequence[HostView]) -> HostView | None:
+        """Return which agent shall be asked where; None to wait for a better one."""
         if partition.chance().random() < self.EXPLORE:
             return min(candidates, key=lambda r: (r.num_compared, r.load, r.turn))
         best = min(candidates, key=lambda r: (-r.agreement, r.load, r.turn))
@@ -310,13 +320,13 @@ class MostReliable:
         return best
 
 
-def _weights(candidates: Sequence[ReplicaView]) -> dict[str, float]:
+def _weights(candidates: Sequence[HostView]) -> dict[tuple[str, str], float]:
     """Return the job's weights if any candidate has one, else the rates, in units of their mean."""
     by_job = any(r.weight is not None for r in candidates)
-    given = {r.replica_id: r.weight if by_job else r.tokens_per_s for r in candidates}
+    given = {r.key: r.weight if by_job else r.tokens_per_s for r in candidates}
     known = [weight for weight in given.values() if weight]
     mean = sum(known) / len(known) if known else 1.0
-    return {replica_id: (weight or mean) / mean for replica_id, weight in given.items()}
+    return {key: (weight or mean) / mean for key, weight in given.items()}
 
 
 POLICIES: Registry[type[Policy]] = registries.POLICIES
