@@ -351,7 +351,7 @@ def test_a_worker_killed_in_the_middle_of_a_question(nannies: Client, make_job: 
             sizes = pool.stats().agents["a"].batch_sizes
             assert sizes == {1: 3}, "one was asked again, of the other"
             # The nanny starts another, the model is loaded, and the pool is whole again.
-            await until(pool, lambda stats: stats.agents["a"].num_replicas == 2)
+            await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
             assert len(await pool.ask_many(["more", "and more"])) == 2
 
     run(test)
@@ -370,9 +370,9 @@ def test_a_worker_that_hangs_is_restarted(nannies: Client, make_job: MakeJob) ->
             assert [reply.answer for reply in replies] == [f"text {i}" for i in range(4)]
             stopped = next(iter(pids))
             known = lambda: nannies.scheduler_info(n_workers=-1)["workers"]  # noqa: E731
-            # Until its end is known it counts as a replica.
+            # Until its end is known it counts as a host.
             await until(pool, lambda stats: stopped not in known())
-            await until(pool, lambda stats: stats.agents["a"].num_replicas == 2)
+            await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
 
     run(test)
 

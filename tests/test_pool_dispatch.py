@@ -1,4 +1,4 @@
-"""The desk and the dispatch of a pool, with replicas that do what a test says; no cluster."""
+"""The desk and the dispatch of a pool, with hosts that do what a test says; no cluster."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from mas_batch.serving.reply import Reply, make_record
 VOTE = MergeSpec("vote", None, {}, None, 0.0, "text", None)
 
 
-class Replicas:
-    """Answers what each replica's behaviour says; keeps who was called with what."""
+class Hosts:
+    """Answers what each host's behaviour says; keeps who was called with what."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[str]]] = []
@@ -53,26 +53,31 @@ class Replicas:
 
 
 class Setup:
-    """A desk of agents named by letters; their replicas are `a1`, `a2`, …"""
+    """A desk of agents named by letters; their hosts are `a1`, `a2`, …, and `ab1` is one of both."""
 
     def __init__(
         self,
-        replicas: Replicas,
+        hosts: Hosts,
         *addresses: str,
         max_batch: int = 4,
         timeout_s: float = 600.0,
         max_pending: int = 100,
+        concurrent: int = 1,
     ) -> None:
-        names = sorted({address[0] for address in addresses})
+        self.concurrent = concurrent
+        names = sorted({agent for address in addresses for agent in address[:-1]})
         agents = [Agent(name=name, model=f"echo:{name}") for name in names]
-        rules = Rules(answers_per_record=1, window=1, timeout_s=timeout_s)
+        rules = Rules(answers_per_record=1, window=None, timeout_s=timeout_s)
         self.queues = AgentQueues(
-            agents, rules, replicas, replicas.suspect, max_batch=max_batch, max_wait_s=0.0
+            agents, rules, hosts, hosts.suspect, max_batch=max_batch, max_wait_s=0.0
         )
         self.desk = Desk(self.queues, Capability(), VOTE, max_pending=max_pending)
         self.samples = dict.fromkeys(names, 1)
         for address in addresses:
-            self.desk.joined(address, address[0], paused=False)
+            self.join(address)
+
+    def join(self, address: str) -> None:
+        self.desk.joined(address, tuple(address[:-1]), self.concurrent, paused=False)
 
     def ask(
         self,
@@ -110,22 +115,22 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(test())  # type: ignore[arg-type]
 
 
-def test_what_waits_for_a_busy_replica_becomes_its_next_batch() -> None:
+def test_what_waits_for_a_busy_host_becomes_its_next_batch() -> None:
     async def test() -> None:
-        replicas, free = Replicas(), asyncio.Event()
+        hosts, free = Hosts(), asyncio.Event()
 
         async def when_free() -> str:
             await free.wait()
             return "said"
 
-        replicas.behaviours["a1"] = when_free
-        setup = Setup(replicas, "a1", max_batch=4)
+        hosts.behaviours["a1"] = when_free
+        setup = Setup(hosts, "a1", max_batch=4)
         asked = [setup.ask(f"text {i}") for i in range(7)]
         await settle()
-        assert replicas.calls == [("a1", ["text 0"])], "a lone text does not wait for company"
+        assert hosts.calls == [("a1", ["text 0"])], "a lone text does not wait for company"
         free.set()
         replies = await asyncio.gather(*asked)
-        assert [texts for _, texts in replicas.calls[1:]] == [
+        assert [texts for _, texts in hosts.calls[1:]] == [
             ["text 1", "text 2", "text 3", "text 4"],
             ["text 5", "text 6"],
         ]
@@ -137,10 +142,10 @@ def test_what_waits_for_a_busy_replica_becomes_its_next_batch() -> None:
 
 def test_a_text_that_many_ask_about_is_read_once() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        setup = Setup(replicas, "a1", max_batch=9)
+        hosts = Hosts()
+        setup = Setup(hosts, "a1", max_batch=9)
         replies = await asyncio.gather(*(setup.ask("same") for _ in range(5)))
-        assert [texts for _, texts in replicas.calls] == [["same"], ["same"]]
+        assert [texts for _, texts in hosts.calls] == [["same"], ["same"]]
         assert [reply.answer for reply in replies] == ["a"] * 5
 
     run(test)
@@ -148,13 +153,13 @@ def test_a_text_that_many_ask_about_is_read_once() -> None:
 
 def test_the_first_answer_wins_and_who_has_not_begun_does_not_begin() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["b1"] = never
-        setup = Setup(replicas, "a1", "b1", max_batch=1)
+        hosts = Hosts()
+        hosts.behaviours["b1"] = never
+        setup = Setup(hosts, "a1", "b1", max_batch=1)
         first, second = setup.ask("one", race=True), setup.ask("two", race=True)
         replies = await asyncio.gather(first, second)
         assert [reply.agents for reply in replies] == [("a",), ("a",)]
-        assert [call for call in replicas.calls if call[0] == "b1"] == [("b1", ["one"])]
+        assert [call for call in hosts.calls if call[0] == "b1"] == [("b1", ["one"])]
         stats = setup.desk.stats()
         assert (stats.agents["b"].waiting, stats.agents["b"].in_flight) == (0, 1)
         await setup.desk.close(drain=True)
@@ -162,54 +167,125 @@ def test_the_first_answer_wins_and_who_has_not_begun_does_not_begin() -> None:
     run(test)
 
 
-def test_a_death_is_answered_by_another_replica_each_text_alone() -> None:
+def test_a_death_is_answered_by_another_host_each_text_alone() -> None:
     async def test() -> None:
-        replicas, free = Replicas(), asyncio.Event()
+        hosts, free = Hosts(), asyncio.Event()
 
         async def dies_later() -> str:
             await free.wait()
             return await dies()
 
-        replicas.behaviours["a1"] = dies_later
-        setup = Setup(replicas, "a1")
+        hosts.behaviours["a1"] = dies_later
+        setup = Setup(hosts, "a1")
         asked = [setup.ask(f"text {i}") for i in range(4)]
         await settle()
         free.set()
         await settle()
-        assert replicas.suspects == [("a1", False)]
-        setup.desk.joined("a2", "a", paused=False)
+        assert hosts.suspects == [("a1", False)]
+        setup.join("a2")
         assert {reply.answer for reply in await asyncio.gather(*asked)} == {"a"}
-        assert replicas.calls[1][0] == "a2"
-        assert replicas.calls[1][1] == ["text 0"], "what was at the dead one comes first, alone"
+        assert hosts.calls[1][0] == "a2"
+        assert hosts.calls[1][1] == ["text 0"], "what was at the dead one comes first, alone"
+
+    run(test)
+
+
+def test_a_host_works_on_several_batches_of_its_agents_at_once() -> None:
+    async def test() -> None:
+        hosts = Hosts()
+        hosts.behaviours["ab1"] = never
+        setup = Setup(hosts, "ab1", concurrent=3)
+        for number in range(3):
+            setup.ask(f"text {number}", wanted=2)
+            await settle()
+        assert len(hosts.calls) == 3, "two agents' batches of the first text, and one of the next"
+        stats = setup.desk.stats().agents
+        assert (stats["a"].in_flight, stats["b"].in_flight) == (2, 1)
+        assert (stats["a"].waiting, stats["b"].waiting) == (1, 2)
+        await setup.desk.close(drain=False)
+
+    run(test)
+
+
+def test_agents_that_share_a_host_take_turns() -> None:
+    async def test() -> None:
+        hosts = Hosts()
+        setup = Setup(hosts, "ab1", max_batch=1)
+        asked = [setup.ask(f"text {i}", wanted=2) for i in range(8)]
+        replies = await asyncio.gather(*asked)
+        assert {reply.agents for reply in replies} == {("a", "b")}
+        order = [texts[0] for _, texts in hosts.calls]
+        assert [order.index(f"text {i}") for i in range(1, 8)] == sorted(
+            order.index(f"text {i}") for i in range(1, 8)
+        )
+        assert order[-2:] == ["text 7", "text 7"], "neither agent has answered all before the other"
+
+    run(test)
+
+
+def test_after_a_death_each_text_is_alone_and_only_the_one_that_kills_is_given_up() -> None:
+    async def test() -> None:
+        hosts = Hosts()
+        at_work = 0
+
+        async def dies_of_poison() -> str:
+            nonlocal at_work
+            at_work += 1
+            try:
+                texts = hosts.calls[-1][1]
+                await asyncio.sleep(0)
+                if texts == ["poison"]:
+                    assert at_work == 1 or len(hosts.calls) <= 4, "not alone"
+                    await dies()
+                await asyncio.sleep(0.001)
+                return "said"
+            finally:
+                at_work -= 1
+
+        for number in range(1, 4):
+            hosts.behaviours[f"a{number}"] = dies_of_poison
+        setup = Setup(hosts, "a1", concurrent=4, max_batch=1)
+        words = ["one", "two", "poison", "four", "five", "six"]
+        asked = [setup.ask(word) for word in words]
+        await settle()
+        setup.join("a2")
+        while not hosts.suspects[1:]:
+            await asyncio.sleep(0.001)
+        setup.join("a3")
+        replies = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [w for w, r in zip(words, replies, strict=True) if isinstance(r, Exception)]
+        assert failed == ["poison"]
+        assert "worker_died: twice" in str(replies[2])
+        assert [address for address, _ in hosts.suspects] == ["a1", "a2"]
 
     run(test)
 
 
 def test_a_worker_whose_connection_was_lost_is_asked_again() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = dies
-        setup = Setup(replicas, "a1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = dies
+        setup = Setup(hosts, "a1")
         asked = setup.ask()
         await settle()
-        del replicas.behaviours["a1"]
-        setup.desk.joined("a1", "a", paused=False)  # it lives
+        del hosts.behaviours["a1"]
+        setup.join("a1")  # it lives
         assert (await asked).answer == "a"
-        assert [address for address, _ in replicas.calls] == ["a1", "a1"]
+        assert [address for address, _ in hosts.calls] == ["a1", "a1"]
 
     run(test)
 
 
 def test_leaving_answers_also_what_waits_for_room() -> None:
     async def test() -> None:
-        replicas, free = Replicas(), asyncio.Event()
+        hosts, free = Hosts(), asyncio.Event()
 
         async def waits() -> str:
             await free.wait()
             return "said"
 
-        replicas.behaviours["a1"] = waits
-        setup = Setup(replicas, "a1", max_pending=2)
+        hosts.behaviours["a1"] = waits
+        setup = Setup(hosts, "a1", max_pending=2)
         asking = AskingRules(setup.samples, 1, False, None, 60.0, True, 8)
         records = [make_record(f"text {i}", None) for i in range(6)]
         asked = [
@@ -230,27 +306,27 @@ def test_leaving_answers_also_what_waits_for_room() -> None:
 
 def test_a_text_that_kills_two_workers_is_given_up_and_others_are_not() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours |= {"a1": dies, "a2": dies}
-        setup = Setup(replicas, "a1", "a2", "b1")
+        hosts = Hosts()
+        hosts.behaviours |= {"a1": dies, "a2": dies}
+        setup = Setup(hosts, "a1", "a2", "b1")
         reply = await setup.ask("poison")
         assert reply.agents == ("b",), "somebody else is asked for it"
         (failure,) = reply.failures
         assert (failure.agent_id, failure.reason) == ("a", Reason.WORKER_DIED)
-        setup.desk.joined("a3", "a", paused=False)
+        setup.join("a3")
         assert (await setup.ask("harmless")).agents == ("a",)
 
     run(test)
 
 
-def test_an_engine_that_fails_is_passed_over_for_another_replica() -> None:
+def test_an_engine_that_fails_is_passed_over_for_another_host() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = refuses
-        setup = Setup(replicas, "a1", "a2")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = refuses
+        setup = Setup(hosts, "a1", "a2")
         for number in range(8):
             assert (await setup.ask(f"text {number}")).answer == "a"
-        num_failed = sum(address == "a1" for address, _ in replicas.calls)
+        num_failed = sum(address == "a1" for address, _ in hosts.calls)
         assert num_failed <= 3, "after three failures in a row it is left alone"
 
     run(test)
@@ -262,32 +338,32 @@ def test_an_agent_whose_every_worker_fails_is_not_waited_for(
     monkeypatch.setattr(Breaker, "FIRST_S", 3600.0)
 
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = refuses
-        setup = Setup(replicas, "a1", "b1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = refuses
+        setup = Setup(hosts, "a1", "b1")
         for number in range(Breaker.LIMIT):
             reply = await setup.ask(f"text {number}", wanted=2)
             assert reply.failures[0].message == "no such model"
         reply = await setup.ask("text", wanted=2)
         assert reply.agents == ("b",)
         assert reply.failures[0].message == "every worker of the agent is failing"
-        assert sum(address == "a1" for address, _ in replicas.calls) == Breaker.LIMIT
+        assert sum(address == "a1" for address, _ in hosts.calls) == Breaker.LIMIT
         assert (await setup.ask("another")).failures == (), "it is not even asked"
 
     run(test)
 
 
-def test_a_replica_that_failed_is_tried_again_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_failed_is_tried_again_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Breaker, "FIRST_S", 0.01)
 
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = refuses
-        setup = Setup(replicas, "a1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = refuses
+        setup = Setup(hosts, "a1")
         for number in range(Breaker.LIMIT):
             with pytest.raises(NoAnswerError):
                 await setup.ask(f"text {number}")
-        del replicas.behaviours["a1"]
+        del hosts.behaviours["a1"]
         await asyncio.sleep(0.02)
         setup.desk.tick()
         assert (await setup.ask("text")).agents == ("a",)
@@ -298,9 +374,9 @@ def test_a_replica_that_failed_is_tried_again_in_time(monkeypatch: pytest.Monkey
 
 def test_when_all_fail_the_error_says_what_each_did() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours |= {"a1": refuses, "b1": refuses}
-        setup = Setup(replicas, "a1", "b1")
+        hosts = Hosts()
+        hosts.behaviours |= {"a1": refuses, "b1": refuses}
+        setup = Setup(hosts, "a1", "b1")
         with pytest.raises(NoAnswerError, match="a: agent_failed: no such model; b: agent_failed"):
             await setup.ask()
         assert setup.desk.stats().num_failed == 1
@@ -311,13 +387,13 @@ def test_when_all_fail_the_error_says_what_each_did() -> None:
 
 def test_at_the_deadline_what_is_there_is_merged() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["b1"] = never
-        setup = Setup(replicas, "a1", "b1")
+        hosts = Hosts()
+        hosts.behaviours["b1"] = never
+        setup = Setup(hosts, "a1", "b1")
         reply = await setup.ask(wanted=2, timeout_s=2.0)
         assert reply.agents == ("a",)
         assert [(f.agent_id, f.message) for f in reply.failures] == [("b", "no answer in time")]
-        replicas.behaviours["a1"] = never
+        hosts.behaviours["a1"] = never
         with pytest.raises(AnswerTimeoutError, match=r"no answer within 0.1 s; asked: a"):
             await setup.ask(timeout_s=0.1)
         await setup.desk.close(drain=False)
@@ -325,34 +401,34 @@ def test_at_the_deadline_what_is_there_is_merged() -> None:
     run(test)
 
 
-def test_a_replica_that_hangs_is_reported_and_its_texts_go_elsewhere() -> None:
+def test_a_host_that_hangs_is_reported_and_its_texts_go_elsewhere() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = never
-        setup = Setup(replicas, "a1", timeout_s=0.1)
+        hosts = Hosts()
+        hosts.behaviours["a1"] = never
+        setup = Setup(hosts, "a1", timeout_s=0.1)
         asked = setup.ask()
-        while not replicas.suspects:
+        while not hosts.suspects:
             await asyncio.sleep(0.01)
-        assert replicas.suspects == [("a1", True)]
-        setup.desk.joined("a2", "a", paused=False)
+        assert hosts.suspects == [("a1", True)]
+        setup.join("a2")
         assert (await asked).answer == "a"
 
     run(test)
 
 
-def test_a_late_answer_is_hedged_by_another_replica() -> None:
+def test_a_late_answer_is_hedged_by_another_host() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        setup = Setup(replicas, "a1")
+        hosts = Hosts()
+        setup = Setup(hosts, "a1")
         for number in range(20):
             await setup.ask(f"text {number}")
         assert setup.desk.stats().num_hedged == 0
-        replicas.behaviours["a1"] = never
+        hosts.behaviours["a1"] = never
         asked = setup.ask("late")
         await settle()
-        setup.desk.joined("a2", "a", paused=False)
+        setup.join("a2")
         assert (await asked).answer == "a"
-        assert replicas.calls[-1] == ("a2", ["late"])
+        assert hosts.calls[-1] == ("a2", ["late"])
         assert setup.desk.stats().num_hedged == 1
         await setup.desk.close(drain=False)
 
@@ -361,9 +437,9 @@ def test_a_late_answer_is_hedged_by_another_replica() -> None:
 
 def test_an_agent_without_workers_is_not_waited_for_where_another_can_answer() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = never
-        setup = Setup(replicas, "a1", "b1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = never
+        setup = Setup(hosts, "a1", "b1")
         asked = setup.ask()
         await settle()
         setup.desk.left("a1")
@@ -374,7 +450,7 @@ def test_an_agent_without_workers_is_not_waited_for_where_another_can_answer() -
 
 def test_one_more_is_asked_only_while_the_vote_is_open() -> None:
     async def test() -> None:
-        replicas = Replicas()
+        hosts = Hosts()
 
         async def yes() -> str:
             return "yes"
@@ -382,11 +458,11 @@ def test_one_more_is_asked_only_while_the_vote_is_open() -> None:
         async def no() -> str:
             return "no"
 
-        replicas.behaviours |= {"a1": yes, "b1": yes, "c1": yes}
-        setup = Setup(replicas, "a1", "b1", "c1")
+        hosts.behaviours |= {"a1": yes, "b1": yes, "c1": yes}
+        setup = Setup(hosts, "a1", "b1", "c1")
         rule = StoppingRule(confidence=None, max_answers=3)
         assert (await setup.ask("one", wanted=2, stopping=rule)).agents == ("a", "b")
-        replicas.behaviours["b1"] = no
+        hosts.behaviours["b1"] = no
         reply = await setup.ask("two", wanted=2, stopping=rule)
         assert (reply.agents, reply.answer) == (("a", "b", "c"), "yes")
 
@@ -395,14 +471,14 @@ def test_one_more_is_asked_only_while_the_vote_is_open() -> None:
 
 def test_the_latency_of_a_reply_adds_up() -> None:
     async def test() -> None:
-        replicas = Replicas()
+        hosts = Hosts()
 
         async def computes() -> str:
             await asyncio.sleep(0.01)
             return "said"
 
-        replicas.behaviours["a1"] = computes
-        setup = Setup(replicas, "a1")
+        hosts.behaviours["a1"] = computes
+        setup = Setup(hosts, "a1")
         loop = asyncio.get_running_loop()
         start = loop.time()
         latency = (await setup.ask()).latency
@@ -437,15 +513,15 @@ def test_a_question_waits_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Breaker, "FIRST_S", 0.0)
 
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = is_away
-        setup = Setup(replicas, "a1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = is_away
+        setup = Setup(hosts, "a1")
         asked = [setup.ask(f"text {i}") for i in range(3)]
         for _ in range(4):
             await settle()
             setup.desk.tick()
         assert not any(question.done() for question in asked)
-        del replicas.behaviours["a1"]
+        del hosts.behaviours["a1"]
         while not all(question.done() for question in asked):
             await settle()
             setup.desk.tick()
@@ -456,9 +532,9 @@ def test_a_question_waits_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPa
 
 def test_another_agent_answers_while_a_server_is_away() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = is_away
-        setup = Setup(replicas, "a1", "b1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = is_away
+        setup = Setup(hosts, "a1", "b1")
         assert (await setup.ask(wanted=1, race=True)).answer == "b"
 
     run(test)
@@ -466,9 +542,9 @@ def test_another_agent_answers_while_a_server_is_away() -> None:
 
 def test_a_question_that_waits_in_vain_says_for_what() -> None:
     async def test() -> None:
-        replicas = Replicas()
-        replicas.behaviours["a1"] = is_away
-        setup = Setup(replicas, "a1")
+        hosts = Hosts()
+        hosts.behaviours["a1"] = is_away
+        setup = Setup(hosts, "a1")
         with pytest.raises(AnswerTimeoutError, match=r"a \(its server is away: http://x/v1: API"):
             await setup.ask(timeout_s=0.01)
 

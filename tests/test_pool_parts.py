@@ -84,7 +84,7 @@ class Batching(RuleBasedStateMachine):
 TestBatching = Batching.TestCase
 
 
-def test_a_free_replica_takes_at_once_what_waits() -> None:
+def test_a_free_host_takes_at_once_what_waits() -> None:
     batcher: MicroBatcher[str] = MicroBatcher(max_batch=4)
     batcher.add("a", 1.0)
     assert batcher.take(1.0) == ["a"]

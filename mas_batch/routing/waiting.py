@@ -128,6 +128,8 @@ class Waiting:
         return None
 
     def _first_read(self, besides: set[int]) -> tuple[OpenPartition, list[Candidate]] | None:
+        if not self._read:
+            return None
         found: set[int] = set()
         for host in list(self._free_readers()):
             for index in sorted(self._read[host.host_id] - besides):
@@ -170,7 +172,7 @@ class Waiting:
         firsts = []
         for agent in self._agents:
             free = self._hosts.free(agent)
-            if not free:
+            if not (free and heaps[agent]):
                 continue
             waiting = self._in(heaps[agent], agent, is_moved)
             for state in waiting:

@@ -1,7 +1,7 @@
 """The parts that wait for an agent: new ones as batches, failed or late ones again, one by one.
 
-Pure: knows neither clock nor network. Batching is continuous: a free replica takes what waits, and
-while all replicas are busy the next batch grows by itself. A fixed window would make a lone
+Pure: knows neither clock nor network. Batching is continuous: a free host takes what waits, and
+while all hosts are busy the next batch grows by itself. A fixed window would make a lone
 question wait for others that may never come; `max_wait_s` is for engines on which a fuller batch
 is worth the wait.
 """
@@ -19,10 +19,10 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class Backlog:
-    """The parts that wait for one agent, in the order in which its replicas take them.
+    """The parts that wait for one agent, in the order in which its hosts take them.
 
-    A part that is asked again is taken alone, so that a part which kills workers harms no other
-    part, and by a replica at which it has not failed.
+    A part that is asked again is a batch of its own, taken by a host at which it has not failed;
+    one at which a host has died is taken by an idle host only, so that it harms no other part.
     """
 
     def __init__(self, max_batch: int, max_wait_s: float) -> None:
@@ -40,7 +40,7 @@ class Backlog:
         self._new.add(part, now)
 
     def add_again(self, part: AgentPart) -> bool:
-        """Let a part wait for another replica; returns False if it waits for one already."""
+        """Let a part wait for another host; returns False if it waits for one already."""
         if part in self._again:
             return False
         self._again.append(part)
@@ -52,24 +52,37 @@ class Backlog:
         if part in self._again:
             self._again.remove(part)
 
-    def take(self, replica_id: str, now: float) -> list[AgentPart]:
-        """Remove and return the parts that the replica is to be asked next; empty: none yet."""
+    def take(
+        self, host_id: str, now: float, *, idle: bool = True, only_alone: bool = False
+    ) -> list[AgentPart]:
+        """Remove and return the parts that the host is to be asked next; empty: none yet.
+
+        Args:
+            idle: whether the host works on nothing else.
+            only_alone: whether it takes nothing but a part at which a host has died.
+        """
         for part in self._again:
-            if replica_id not in part.tried:
+            if host_id in part.tried or (part.num_deaths and not idle):
+                continue
+            if part.num_deaths or not only_alone:
                 self._again.remove(part)
                 return [part]
-        return self._new.take(now)
+        return [] if only_alone else self._new.take(now)
 
-    def take_hopeless(self, replicas: Collection[str]) -> list[AgentPart]:
-        """Remove and return the parts that have been at all of these replicas."""
-        hopeless = [part for part in self._again if replicas and part.tried.issuperset(replicas)]
+    def alone(self) -> list[AgentPart]:
+        """Return the parts at which a host has died, first come first."""
+        return [part for part in self._again if part.num_deaths]
+
+    def take_hopeless(self, hosts: Collection[str]) -> list[AgentPart]:
+        """Remove and return the parts that have been at all of these hosts."""
+        hopeless = [part for part in self._again if hosts and part.tried.issuperset(hosts)]
         for part in hopeless:
             self._again.remove(part)
         return hopeless
 
     @property
     def is_for_some_only(self) -> bool:
-        """Whether some parts wait that only some replicas may take."""
+        """Whether some parts wait that only some hosts may take."""
         return bool(self._again)
 
     @property
@@ -83,7 +96,7 @@ class MicroBatcher(Generic[Item]):
 
     Args:
         max_batch: the most items that are taken together.
-        max_wait_s: how long the oldest item may wait, with a replica free, for a batch to fill;
+        max_wait_s: how long the oldest item may wait, with a host free, for a batch to fill;
             0: not at all.
     """
 
@@ -113,7 +126,7 @@ class MicroBatcher(Generic[Item]):
         return self._since.pop(item, None) is not None
 
     def take(self, now: float) -> list[Item]:
-        """Remove and return the next batch for a free replica; empty: none is due yet."""
+        """Remove and return the next batch for a free host; empty: none is due yet."""
         if now < self.due:
             return []
         batch = list(islice(self._since, self._max_batch))

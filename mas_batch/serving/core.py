@@ -99,8 +99,8 @@ class PoolCore:
         queues = AgentQueues(
             job.agents,
             _queue_rules(job, limits.timeout_s),
-            lambda replica, agent, records: self._residence.call(_host(replica), agent, records),
-            lambda replica, hangs: self._residence.suspect(_host(replica), hangs),
+            self._residence.call,
+            self._residence.suspect,
             max_batch=limits.max_batch,
             max_wait_s=limits.max_wait_s,
         )
@@ -116,7 +116,7 @@ class PoolCore:
             RunError: the cluster cannot be reached.
             PoolClosedError: the pool was open before.
         """
-        self._residence.open(_ReplicaPerAgent(self._desk))
+        self._residence.open(self._desk)
         self._is_open = not self._is_abandoned
 
     def abandon(self) -> None:
@@ -321,39 +321,8 @@ def _queue_rules(job: Job, timeout_s: float) -> Rules:
     """Return the queues' rules; a worker that is silent for `timeout_s` is restarted."""
     return Rules(
         answers_per_record=job.answers_per_record,
-        window=1,  # a replica has begun whatever it was sent; all other parts can be withdrawn
+        window=None,  # as many batches as a host works on at once
         weights=job.routing.weights,
         accuracies=job.merge.accuracies,
         timeout_s=job.routing.timeout_s or max(timeout_s, _MIN_SILENCE_S),
     )
-
-
-class _ReplicaPerAgent:
-    """SHIM until the queues know hosts: each agent of a host is a replica to them."""
-
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
-        self._agents: dict[str, tuple[str, ...]] = {}
-
-    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int, paused: bool) -> None:
-        self._agents[host_id] = agents
-        for agent in agents:
-            self._desk.joined(f"{agent}@{host_id}", agent, paused)
-
-    def paused(self, host_id: str, paused: bool) -> None:
-        for agent in self._agents.get(host_id, ()):
-            self._desk.paused(f"{agent}@{host_id}", paused)
-
-    def left(self, host_id: str) -> None:
-        for agent in self._agents.pop(host_id, ()):
-            self._desk.left(f"{agent}@{host_id}")
-
-    def tick(self) -> None:
-        self._desk.tick()
-
-    def fail(self, why: str) -> None:
-        self._desk.fail(why)
-
-
-def _host(replica: str) -> str:
-    return replica.partition("@")[2]

@@ -32,7 +32,7 @@ class Desk:
     """Asks agents about many questions at a time, waits for their answers, and merges them.
 
     Args:
-        queues: the agents' queues and replicas.
+        queues: the agents' queues and hosts.
         policy: chooses the agent that is asked next about a question.
         spec: how answers are merged.
         max_pending: the most questions at a time.
@@ -110,22 +110,22 @@ class Desk:
             self._withdraw(question)
 
     def tick(self) -> None:
-        """Let replicas that failed be tried again when it is time; call it every second."""
+        """Let hosts that failed be tried again when it is time; call it every second."""
         self._queues.tick()
 
-    def joined(self, address: str, agent_id: str, paused: bool) -> None:
-        """Note that a worker holds the agent's model."""
-        self._queues.joined(address, agent_id, paused=paused)
+    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int, paused: bool) -> None:
+        """Note that a host holds its engine, and answers for these agents."""
+        self._queues.joined(host_id, agents, concurrent, paused=paused)
         self._wake_questions()
 
-    def paused(self, address: str, paused: bool) -> None:
-        """Note that a worker is paused, and takes no further batch, or works again."""
-        self._queues.paused(address, paused)
+    def paused(self, host_id: str, paused: bool) -> None:
+        """Note that a host is paused, and takes no further batch, or works again."""
+        self._queues.paused(host_id, paused)
         self._wake_questions()
 
-    def left(self, address: str) -> None:
-        """Note that a worker is gone."""
-        self._queues.left(address)
+    def left(self, host_id: str) -> None:
+        """Note that a host is gone."""
+        self._queues.left(host_id)
         self._wake_questions()
 
     def fail(self, why: str) -> None:
@@ -213,7 +213,7 @@ class Desk:
         if not views:
             return None if question.quorum.open else unasked[0]
         partition = PartitionView(question.number, question.tokens, len(question.parts))
-        # A policy that would rather wait for another replica returns None; this does not wait.
+        # A policy that would rather wait for another host returns None; this does not wait.
         chosen = self._policy.choose(partition, views)
         return chosen.agent_id if chosen is not None else views[0].agent_id
 
@@ -246,7 +246,7 @@ class Desk:
         return None if late_s is None else part.asked + part.patience * late_s
 
     def _hedge(self, question: Question) -> None:
-        """For every late part ask another agent, or else another replica of the same agent."""
+        """For every late part ask another agent, or else another host of the same agent."""
         for agent in question.quorum.open:
             part = question.parts[agent]
             due = self._late_at(part)

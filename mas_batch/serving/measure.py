@@ -63,12 +63,12 @@ class Meter:
 class AgentStats:
     """One agent of a pool."""
 
-    num_replicas: int
-    """Workers that can be asked or are at work."""
+    num_hosts: int
+    """Hosts that can be asked or are at work; other agents may share them."""
     waiting: int
-    """Questions that no replica has taken yet."""
+    """Questions that no host has taken yet."""
     in_flight: int
-    """Questions that its replicas work on."""
+    """Questions that its hosts work on."""
     num_answered: int
     """Questions to which it gave a valid answer."""
     num_failed: int
@@ -90,7 +90,7 @@ class PoolStats:
     num_busy: int
     """Questions that were refused because too many were pending."""
     num_hedged: int
-    """Parts for which another agent or replica was asked because the answer was late."""
+    """Parts for which another agent or host was asked because the answer was late."""
     latency: Mapping[str, Mapping[str, float]]
     """`queue`, `compute`, `transfer`, `processing`, `total` → count, mean_s, p50_s, …, max_s."""
     agents: Mapping[str, AgentStats]
@@ -105,10 +105,10 @@ class AgentMeter:
     latency: Meter = field(default_factory=Meter)
     batch_sizes: Counter[int] = field(default_factory=Counter)
 
-    def stats(self, num_replicas: int, waiting: int, in_flight: int) -> AgentStats:
+    def stats(self, num_hosts: int, waiting: int, in_flight: int) -> AgentStats:
         """Return the measurements together with the agent's present state."""
         return AgentStats(
-            num_replicas,
+            num_hosts,
             waiting,
             in_flight,
             self.num_answered,

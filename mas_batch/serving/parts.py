@@ -14,7 +14,7 @@ from mas_batch.serving.reply import Failure
 if TYPE_CHECKING:
     from mas_batch.agents.texts import Answered
 
-_WORTH_ANOTHER_REPLICA = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)
+_WORTH_ANOTHER_HOST = (Reason.ENGINE_ERROR, Reason.OUT_OF_MEMORY)
 """Without WORKER_DIED: deaths are counted in `AgentPart.num_deaths`."""
 
 
@@ -33,11 +33,11 @@ class Outcome:
 
     @property
     def engine_failure(self) -> Reason | None:
-        """The reason of a failure of the engine, for which another replica is worth a try."""
+        """The reason of a failure of the engine, for which another host is worth a try."""
         if self.answers or self.failure is None:
             return None
         reason = Reason(self.failure.reason)
-        return reason if reason in _WORTH_ANOTHER_REPLICA else None
+        return reason if reason in _WORTH_ANOTHER_HOST else None
 
 
 @dataclass(slots=True, eq=False)
@@ -53,19 +53,19 @@ class AgentPart:
     on_settled: Callable[[AgentPart], None]
     outcome: Outcome | None = None
     hedged: bool = False
-    """Whether another agent or replica has been asked because this answer was late."""
+    """Whether another agent or host has been asked because this answer was late."""
     patience: float = 1.0
     """How often the agent's `late_s` must pass until the answer is late; it doubles each time."""
     tried: set[str] = field(default_factory=set)
-    """Replicas to which the part was sent."""
+    """Hosts to which the part was sent."""
     at: set[str] = field(default_factory=set)
-    """Replicas that work on the part now."""
+    """Hosts that work on the part now."""
     num_deaths: int = 0
-    """Workers that died while they worked on the part."""
+    """Hosts that died while they worked on the part."""
 
-    def leave(self, replica_id: str) -> bool:
-        """Note that the replica works on it no longer; returns whether it needs another one."""
-        self.at.discard(replica_id)
+    def leave(self, host_id: str) -> bool:
+        """Note that the host works on it no longer; returns whether it needs another one."""
+        self.at.discard(host_id)
         return not self.at and self.outcome is None
 
     def failure(self, reason: Reason, message: str) -> Failure:

@@ -32,11 +32,11 @@ class AgentPool:
             them. k: all agents are asked, the first k answers are merged. "first": k = 1.
         learned_from: folder of a published run of this job, for merges that learn from a whole
             corpus (`reliability`, learned weights). None: they merge as in their first pass.
-        max_batch: the most texts that a replica is asked about at once.
-        max_wait_s: how long a text may wait, with a replica free, for others to join its batch.
+        max_batch: the most texts that a host is asked about at once.
+        max_wait_s: how long a text may wait, with a host free, for others to join its batch.
         max_pending: the most questions at a time; further ones are refused.
         timeout_s: time of a question, from asking to the last answer.
-        hedge: ask another agent or replica too when an answer is later than 95 % of those before.
+        hedge: ask another agent or host too when an answer is later than 95 % of those before.
 
     Raises:
         JobError: the job cannot be asked about single texts, or an argument does not go with it.
@@ -86,7 +86,7 @@ class AgentPool:
         """Ask the agents about a text and return their merged answer.
 
         At the deadline the answers that are there are merged; late agents are among the reply's
-        `failures`. Cancelling the call frees its place; no replica begins work on it any more.
+        `failures`. Cancelling the call frees its place; no host begins work on it any more.
 
         Args:
             context: background, as the job's `corpus.context` column would hold.

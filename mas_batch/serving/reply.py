@@ -47,7 +47,7 @@ class ReplyTimes:
     """
 
     queue_s: float
-    """Waiting for a replica, in its worker, and for agents that failed or were late before."""
+    """Waiting for a host, in its worker, and for agents that failed or were late before."""
     compute_s: float
     """The model's time on the batch that the text was in."""
     transfer_s: float
