@@ -28,7 +28,7 @@ class TaskTimes:
     process_s: float = 0.0
     """Tokenising, batching, parsing, merging; loading a model that was no longer resident."""
     idle_s: float = 0.0
-    """How long the replica had nothing to do before the task."""
+    """How long the host had nothing to do before the task."""
 
     @property
     def own_s(self) -> float:
