@@ -15,6 +15,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch.engines.echo",
             options="mas_batch.engines.echo:read",
             holds="nothing",
+            concurrent=1,  # some of its faults count batches: they must not depend on who is fast
             computes_elsewhere=True,
             uses_threads=False,
             limits=("max_context_tokens",),
