@@ -20,7 +20,7 @@ MERGE_S = 0.01
 
 @dataclass(frozen=True)
 class Worker:
-    """A replica: how many tokens a second it makes, and from when to when it is there."""
+    """A host: how many tokens a second it makes, and from when to when it is there."""
 
     name: str
     agent_id: str

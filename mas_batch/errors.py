@@ -79,7 +79,7 @@ class EngineRefusedError(EngineError):
 class EngineUnavailableError(EngineError):
     """The server behind an engine is away: starting, overloaded, gone. It may answer later.
 
-    No record is to blame. A run commits nothing of the partition, leaves the replica alone for a
+    No record is to blame. A run commits nothing of the partition, leaves the host alone for a
     while and asks again; a pool lets the question wait.
     """
 

@@ -84,7 +84,7 @@ def eat_memory() -> None:
 
 
 def failing_worker(worker: Worker) -> None:
-    """One replica fails fast on everything, the first few times or for good."""
+    """One host fails fast on everything, the first few times or for good."""
     if worker.name != PLAN["worker"]:
         return
     ask, num_failed = work.answer_records, 0
@@ -101,7 +101,7 @@ def failing_worker(worker: Worker) -> None:
 
 
 def unloadable_worker(worker: Worker) -> None:
-    """One replica cannot load its model."""
+    """One host cannot load its model."""
     if worker.name != PLAN["worker"]:
         return
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_batch.routing.dispatcher import Dispatcher
+from mas_batch.routing.host import Host
 from mas_batch.routing.instructions import Abandon, Ask, Merge, Rules, Work
 from mas_batch.routing.policies import POLICIES
+from mas_batch.routing.speculation import remaining_s
 from tests.routing_simulation import Simulation, plan_of
 
 
@@ -656,3 +661,227 @@ def test_an_agent_that_nobody_needs_is_not_overdue() -> None:
     assert sim.dispatcher.overdue(sim.now) == {}
     sim.finish()
     assert set(sim.merged.values()) == {("b",)}
+
+
+# Hosts of several agents, with several partitions at once
+
+
+def shared(
+    num_hosts: int, num_partitions: int, *, concurrent: int = 1, **rules: object
+) -> Simulation:
+    """Three agents that share their hosts; every one answers everything."""
+    keep = Rules(3, **{"window": None, "speculate": False, **rules})  # type: ignore[arg-type]
+    sim = Simulation(dict.fromkeys("abc", 1), plan_of(num_partitions), keep)
+    for number in range(num_hosts):
+        sim.join(f"h{number}", "a", "b", "c", concurrent=concurrent)
+    return sim
+
+
+def test_a_host_is_sent_as_many_partitions_as_it_works_on_at_once() -> None:
+    sim = shared(1, 9, concurrent=4)
+    assert [(ask.partition, ask.agent_id) for ask in sim.in_flight] == [
+        (0, "a"),
+        (0, "b"),
+        (0, "c"),
+        (1, "a"),
+    ]
+    sim.finish()
+    assert set(sim.merged.values()) == {("a", "b", "c")}
+
+
+@pytest.mark.parametrize("concurrent", [1, 4])
+def test_the_host_that_has_read_a_partition_goes_on_with_it(concurrent: int) -> None:
+    sim = shared(5, 60, concurrent=concurrent)
+    chance = random.Random(0)
+    while len(sim.merged) < 40:  # the rest is the end, where a second read beats an idle host
+        sim.now += 0.3
+        sim.merge(sim.to_merge[0]) if sim.to_merge else sim.answer(chance.choice(sim.in_flight))
+    readers = {index: {a.host_id for a in sim.asks if a.partition == index} for index in sim.merged}
+    assert all(len(hosts) == 1 for hosts in readers.values())
+
+
+def test_what_a_lost_host_had_read_goes_to_others_at_once() -> None:
+    sim = shared(2, 60)
+    sim.leave("h0", blamed=False)
+    sim.answer(sim.at("h1")[0])
+    while sim.at("h1")[0].partition == 1:
+        sim.answer(sim.at("h1")[0])
+    assert sim.at("h1")[0].partition == 0
+
+
+def test_near_the_end_an_idle_host_takes_what_another_one_has_read() -> None:
+    sim = shared(2, 1)
+    assert [(ask.agent_id, ask.host_id) for ask in sim.in_flight] == [("a", "h0"), ("b", "h1")]
+
+
+def test_agents_that_share_a_host_are_asked_equally_often() -> None:
+    sim = Simulation({"a": 1, "b": 1}, plan_of(20), Rules(1))
+    sim.join("h", "a", "b")
+    sim.finish()
+    assert Counter(sim.merged.values()) == {("a",): 10, ("b",): 10}
+
+
+def test_all_that_a_dead_host_had_begun_is_suspect_and_what_waited_is_not() -> None:
+    sim = Simulation({"a": 1}, plan_of(9), Rules(1, window=4))
+    sim.join("h0", "a", concurrent=3)
+    assert [ask.partition for ask in sim.begun("h0")] == [0, 1, 2]
+    sim.in_flight.clear()
+    sim.take(sim.dispatcher.host_left("h0", 1.0, committed=[(1, "a")]))
+    sim.deaths |= {(0, "a"): 1, (2, "a"): 1, (3, "a"): 1}  # as 1 is done, 3 was begun
+    sim.join("h1", "a", concurrent=3)
+    alone = []
+    while sim.in_flight[0].purpose == "careful":
+        assert len(sim.in_flight) == 1
+        alone.append(sim.in_flight[0].partition)
+        sim.answer(sim.in_flight[0])
+    assert alone == [0, 2, 3]
+
+
+@pytest.mark.parametrize("num_hosts", [1, 3])
+@pytest.mark.parametrize("concurrent", [1, 2, 4])
+def test_who_kills_is_found_and_no_innocent_is_blamed_twice(
+    num_hosts: int, concurrent: int
+) -> None:
+    """The killer's own record is found by the journal of its second death alone."""
+    sim = shared(num_hosts, 30, concurrent=concurrent)
+    killer, number = (7, "b"), num_hosts
+    while not sim.dispatcher.done:
+        killed = next(
+            (h for h in sorted(sim.hosts) if killer in {_task(ask) for ask in sim.begun(h)}), None
+        )
+        if killed is not None and sim.deaths[killer] < 2:
+            beside = {_task(ask) for ask in sim.begun(killed)} - {killer}
+            assert not (sim.deaths[killer] and beside), "it kills alone, once it is suspected"
+            sim.leave(killed)
+            sim.join(f"h{number}", "a", "b", "c", concurrent=concurrent)
+            number += 1
+        elif sim.to_merge:
+            sim.merge(sim.to_merge[0])
+        else:
+            sim.now += 0.3
+            sim.answer(sim.in_flight[0])
+    assert sim.deaths.pop(killer) == 2
+    assert set(sim.deaths.values()) <= {1}
+    assert sum(sim.deaths.values()) == concurrent - 1
+    assert set(sim.merged.values()) == {("a", "b", "c")}
+
+
+def _task(ask: Ask) -> tuple[int, str]:
+    return (ask.partition, ask.agent_id)
+
+
+def test_many_that_must_be_alone_leave_half_of_the_hosts_to_the_others() -> None:
+    sim = Simulation({"a": 1}, plan_of(200), Rules(1, window=None, speculate=False))
+    for number in range(5):
+        sim.join(f"h{number}", "a", concurrent=8)
+    sim.leave("h0")
+    emptied = {ask.host_id for ask in sim.asks}
+    for _ in range(40):
+        sim.now += 3.0
+        sim.answer(next(ask for ask in sim.in_flight if ask.purpose == "answer"))
+        emptied = {h for h in sim.hosts if len(sim.at(h)) < 7}
+        assert len(emptied) <= 2
+    while any(ask.purpose == "careful" for ask in sim.in_flight):
+        sim.answer(next(ask for ask in sim.in_flight if ask.purpose == "careful"))
+    sim.finish()
+    assert len(sim.merged) == 200
+
+
+def test_an_agent_that_only_fails_does_not_take_the_others_of_its_host_with_it() -> None:
+    sim = shared(1, 200, max_attempts=3)
+    while len([a for a in sim.asks if a.agent_id == "a"]) < 3 or sim.now < 3.0:
+        sim.now += 0.05
+        ask = sim.in_flight[0] if sim.in_flight else None
+        if ask is None:
+            sim.wait(1.0)
+        else:
+            (sim.fail if ask.agent_id == "a" else sim.answer)(ask)
+    last = sim.asks[-12:]
+    assert {ask.agent_id for ask in last} >= {"b", "c"}
+    assert sim.news[-1].agent_id == "a", "the others' breakers are closed by their answers"
+    states = {news.agent_id: news.state for news in sim.news}
+    assert states.pop("a") == "open"
+    assert set(states.values()) <= {"closed"}
+
+
+def test_an_agent_that_breaks_on_a_shared_host_stops_the_run_and_degrades_nothing() -> None:
+    sim = shared(1, 40)
+    for _ in range(12):
+        sim.answer(sim.in_flight[0])
+    num_whole = len(sim.to_merge)
+    while not sim.dispatcher.distrusted_agents():
+        if sim.in_flight:
+            ask = sim.in_flight[0]
+            (sim.fail if ask.agent_id == "a" else sim.answer)(ask)
+        else:
+            sim.wait(1.0)
+    assert sim.dispatcher.distrusted_agents() == {"a"}
+    assert {merge.agents for merge in sim.to_merge} == {("a", "b", "c")}
+    assert num_whole == 4
+
+
+def test_an_engine_that_fails_for_all_its_agents_is_left_alone_after_three_partitions() -> None:
+    sim = shared(2, 60)
+    while bad := sim.at("h0"):
+        sim.fail(bad[0])
+    failed = [ask.partition for ask in sim.asks if ask.host_id == "h0"]
+    assert len(set(failed)) == 3
+    assert len(failed) <= 9
+    assert {news.agent_id for news in sim.news if news.state == "open"} == set("abc")
+
+
+def test_a_server_that_is_away_is_probed_for_one_agent_of_its_host() -> None:
+    sim = shared(1, 9, concurrent=3)
+    while sim.in_flight:
+        sim.find_away(sim.in_flight[0])
+    sim.wait(1.5)
+    assert [ask.purpose for ask in sim.in_flight] == ["probe"]
+    sim.now += 2.0
+    sim.answer(sim.in_flight[0])
+    assert len(sim.in_flight) == 3
+    sim.finish()
+    assert sim.dispatcher.done
+
+
+def test_the_rate_of_a_host_is_that_of_all_it_works_on_and_a_task_s_its_share() -> None:
+    host = Host("h", ("a",), concurrent=4)
+    now, number = 0.0, 0
+    for _ in range(4):
+        host.send((number, "a"), 100, now)
+        number += 1
+    for _ in range(100):  # four at once, each takes 4 s: one ends each second
+        now += 1.0
+        host.answered(next(host.begun), now)
+        host.send((number, "a"), 100, now)
+        number += 1
+    assert host.tokens_per_s == pytest.approx(100, rel=0.01)
+    assert host.task_tokens_per_s == pytest.approx(25, rel=0.01)
+    assert not host.is_quick
+    assert remaining_s(next(host.begun), host, {}, now) == pytest.approx(1.0, rel=0.01)
+    host.send((number, "a"), 100, now)  # it waits until the first of the four is done
+    assert remaining_s((number, "a"), host, {}, now) == pytest.approx(5.0, rel=0.01)
+
+
+def test_any_sign_of_life_is_the_host_s() -> None:
+    sim = shared(1, 9, concurrent=3, timeout_s=10.0)
+    for _ in range(5):
+        sim.wait(9.0)
+        sim.answer(sim.in_flight[-1])  # the first one takes long
+    assert sim.restarts == []
+    sim.wait(11.0)
+    assert len(sim.restarts) == 1
+
+
+def test_the_tail_of_a_slow_host_is_copied_to_all_that_a_fast_one_has_room_for() -> None:
+    sim = Simulation({"a": 1}, plan_of(18), Rules(1, window=3))
+    sim.join("fast", "a", concurrent=3)
+    sim.join("slow", "a", concurrent=3)
+    sim.now = 20.0
+    sim.answer(sim.at("slow")[0])
+    while any(ask.purpose == "answer" for ask in sim.at("fast")):
+        sim.now += 0.1
+        sim.answer(sim.at("fast")[0])
+    assert [ask.purpose for ask in sim.at("fast")] == ["copy"], "the others should end any moment"
+    sim.wait(15.0)
+    assert [ask.purpose for ask in sim.at("fast")] == ["copy"] * 3
+    assert {ask.partition for ask in sim.at("fast")} == {a.partition for a in sim.at("slow")}

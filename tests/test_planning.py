@@ -163,6 +163,45 @@ def simulate(
 WORK = st.lists(SECONDS, min_size=1, max_size=30)
 
 
+def at_once(overlap: float, seconds: list[float], concurrent: int = 3, cores: float = 0.0) -> Any:
+    """Simulate one host of two agents that works on several partitions at once."""
+    plan = [Work(i, max(1, round(100 * spent))) for i, spent in enumerate(seconds)]
+    rules = Rules(2, window=None, speculate=False)
+    agents = {"a": 1, "b": 1}
+    dispatcher = Dispatcher(agents, rules, POLICIES["least-loaded"](), plan, len(plan))
+    costs = Costs(
+        answer_s=lambda worker, ask, share: seconds[ask.partition],
+        merge_s=lambda partition: 0.0,
+        num_cores=1.0,
+    )
+    host = Worker("h", ("a", "b"), cores=cores, concurrent=concurrent, overlap=overlap)
+    return Simulation(dispatcher, [host], costs, samples=agents).run()
+
+
+@given(WORK, st.integers(1, 5), st.sampled_from([0.0, 1.0]))
+def test_a_host_shares_its_time_among_the_partitions_it_works_on(
+    seconds: list[float], concurrent: int, cores: float
+) -> None:
+    result = at_once(0.0, seconds, concurrent, cores)
+    assert result.makespan_s == pytest.approx(2 * sum(seconds))
+    assert result.busy_s["h"] == pytest.approx(2 * sum(seconds))
+
+
+@pytest.mark.parametrize(("overlap", "expected_s"), [(0.0, 12.0), (0.5, 6.0), (1.0, 4.0)])
+def test_partitions_that_overlap_cost_a_host_less(overlap: float, expected_s: float) -> None:
+    assert at_once(overlap, [2.0, 2.0, 2.0]).makespan_s == pytest.approx(expected_s)
+
+
+def test_who_begins_later_slows_down_who_is_at_work() -> None:
+    clock, ends = Clock(1.0), dict[str, float]()
+    first = clock.work(3.0, 1.0, lambda: ends.update(never=clock.now))
+    clock.at(1.0, lambda: ends.update(done_s=clock.cancel(first)))
+    clock.work(2.0, 1.0, lambda: ends.update(other=clock.now))
+    while clock.num_events:
+        clock.step()
+    assert ends == {"done_s": 0.5, "other": 2.5}, "it had half of the core, and then all of it"
+
+
 @given(WORK, st.integers(1, 5))
 def test_work_is_conserved(seconds: list[float], num_workers: int) -> None:
     result = simulate(seconds, num_workers, speculate=False)

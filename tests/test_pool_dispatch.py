@@ -53,7 +53,7 @@ class Hosts:
 
 
 class Setup:
-    """A desk of agents named by letters; their hosts are `a1`, `a2`, …, and `ab1` is one of both."""
+    """A desk of agents named by letters, with hosts `a1`, `a2`, …; `ab1` is one of both."""
 
     def __init__(
         self,

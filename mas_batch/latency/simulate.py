@@ -166,7 +166,7 @@ class Clock:
     @property
     def num_events(self) -> int:
         """Events that are to come."""
-        return len(self._timed) + len(self._working)
+        return len(self._timed) + self._num_working
 
     @property
     def _speed(self) -> float:

@@ -9,6 +9,7 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 
 from mas_batch.agents.posts import posts_of
+from mas_batch.engine_info import EngineInfo
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.latency.simulate import Costs, Simulation, SimulationResult, Worker
@@ -25,6 +26,7 @@ MAX_SIMULATED = 600
 """Partitions of a simulation, evenly spaced; the rest goes on at the rate of its middle half."""
 _PER_HOST = 8
 """A simulation has at least so many for each host: its middle half must not be start and end."""
+_UNKNOWN = EngineInfo("")
 
 
 @dataclass(slots=True)
@@ -195,7 +197,16 @@ class _Pass:
             agents = tuple(agent.name for agent in self.agents if agent.name in post.agents)
             for number in range(hosts[post.name] if agents else 0):
                 rates = self.rates.agents[agents[0]]
-                yield Worker(f"{post.name}-{number}", agents, rates.load_s, rates.cores)
+                engine = next(a for a in self.agents if a.name == agents[0]).engine_info or _UNKNOWN
+                yield Worker(
+                    f"{post.name}-{number}",
+                    agents,
+                    rates.load_s,
+                    rates.cores,
+                    concurrent=engine.concurrent,
+                    # What a task takes is its share of the engine's time, if the engine is here.
+                    overlap=1.0 if engine.computes_elsewhere else 0.0,
+                )
 
     def _costs(self) -> Costs:
         shared = self.rates.num_cores != float("inf")
