@@ -34,8 +34,9 @@ from mas_batch.planning.measurements import AgentMeasurements, Measurements, wai
 from mas_batch.planning.planner import WORST_ERROR, predict
 from mas_batch.planning.rates import other_phases
 from mas_batch.planning.sampling import sizes
-from mas_batch.planning.service_time import fit, nonnegative_least_squares, work_done
+from mas_batch.planning.service_time import fit, nonnegative_least_squares, shares, speeds
 from mas_batch.planning.survey import EvenlySpacedSample, Survey, survey
+from mas_batch.registries import ENGINES
 from mas_batch.routing.dispatcher import Dispatcher
 from mas_batch.routing.instructions import Rules, Work
 from mas_batch.routing.policies import POLICIES
@@ -46,7 +47,7 @@ SECONDS = st.floats(0.01, 100.0)
 
 def tasks_of(rows: Any, first: int = 0) -> pd.DataFrame:
     tasks = pd.DataFrame(rows, columns=["num_records", "text_tokens", "seconds"], dtype=float)
-    return tasks.assign(is_first=np.arange(len(tasks)) < first)
+    return tasks.assign(share=1.0, is_first=np.arange(len(tasks)) < first)
 
 
 # --- Fits
@@ -118,22 +119,36 @@ def test_sharing_cores_is_undone(tasks: list[tuple[float, float]], num_cores: in
     while clock.num_events:
         clock.step()
     starts = np.array([start for start, _ in tasks])
-    found = work_done(
-        starts, np.array([ends[i] for i in range(len(tasks))]), np.ones(len(tasks)), num_cores
-    )
-    assert found == pytest.approx([work_s for _, work_s in tasks], rel=1e-6, abs=1e-6)
+    stops = np.array([ends[i] for i in range(len(tasks))])
+    own_hosts = range(len(tasks))
+    speed = speeds(starts, stops, np.ones(len(tasks)), own_hosts, num_cores)
+    known = [work_s for _, work_s in tasks]
+    assert speed * (stops - starts) == pytest.approx(known, rel=1e-6, abs=1e-6)
 
 
 def test_what_needs_no_core_is_not_slowed() -> None:
-    both = np.zeros(3), np.full(3, 6.0)
-    assert work_done(*both, np.array([0.0, 2.0, 2.0]), 2).tolist() == [6.0, 3.0, 3.0]
+    found = speeds(np.zeros(3), np.full(3, 6.0), np.array([0.0, 2.0, 2.0]), [*"abc"], 2)
+    assert found.tolist() == [1.0, 0.5, 0.5]
+
+
+def test_tasks_at_one_host_want_its_cores_once_and_share_its_batches() -> None:
+    starts, ends = np.array([0.0, 0.0, 1.0, 6.0, 4.0]), np.array([4.0, 2.0, 4.0, 8.0, 8.0])
+    cores, hosts = np.ones(5), ["a", "a", "a", "a", "b"]
+    assert speeds(starts, ends, cores, hosts, 1).tolist() == [1.0, 1.0, 1.0, 0.5, 0.75]
+    at_a = shares(starts[:4], ends[:4])
+    assert at_a == pytest.approx([(1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4, 5 / 12, 4 / 9, 1.0])
 
 
 def test_waiting_for_a_busy_worker_is_no_lag() -> None:
-    sent, heard = [0.0, 0.1, 5.0, 0.0], [1.2, 2.3, 6.5, 4.0]
-    answers = pd.DataFrame({"at_s": sent, "end_s": heard, "own_s": 1.0, "worker": [*"aaab"]})
-    found = waiting_s(answers.iloc[::-1])
+    sent, heard = np.array([0.0, 0.1, 5.0, 0.0]), np.array([1.2, 2.3, 6.5, 4.0])
+    answers = pd.DataFrame(
+        {"at_s": sent, "end_s": heard, "begin_s": heard - 1, "worker": [*"aaab"]}
+    )
+    found = waiting_s(answers.assign(concurrent=1).iloc[::-1])
     assert found.sort_index().tolist() == pytest.approx([0.2, 0.1, 0.5, 3.0])
+    # A host of two begins with the first two at once, and with the third when one has ended.
+    begun = {"at_s": 0.0, "begin_s": [0.2, 0.3, 2.5], "end_s": [3.0, 2.0, 4.0], "worker": "a"}
+    assert waiting_s(pd.DataFrame(begun).assign(concurrent=2)).tolist() == [0.2, 0.3, 0.5]
 
 
 # --- The simulator
@@ -163,7 +178,14 @@ def simulate(
 WORK = st.lists(SECONDS, min_size=1, max_size=30)
 
 
-def at_once(overlap: float, seconds: list[float], concurrent: int = 3, cores: float = 0.0) -> Any:
+def at_once(
+    seconds: list[float],
+    concurrent: int = 3,
+    *,
+    cores: float = 0.0,
+    overlap: float = 0.0,
+    batched: float = 0.0,
+) -> Any:
     """Simulate one host of two agents that works on several partitions at once."""
     plan = [Work(i, max(1, round(100 * spent))) for i, spent in enumerate(seconds)]
     rules = Rules(2, window=None, speculate=False)
@@ -174,7 +196,9 @@ def at_once(overlap: float, seconds: list[float], concurrent: int = 3, cores: fl
         merge_s=lambda partition: 0.0,
         num_cores=1.0,
     )
-    host = Worker("h", ("a", "b"), cores=cores, concurrent=concurrent, overlap=overlap)
+    host = Worker(
+        "h", ("a", "b"), cores=cores, concurrent=concurrent, overlap=overlap, batched=batched
+    )
     return Simulation(dispatcher, [host], costs, samples=agents).run()
 
 
@@ -182,14 +206,20 @@ def at_once(overlap: float, seconds: list[float], concurrent: int = 3, cores: fl
 def test_a_host_shares_its_time_among_the_partitions_it_works_on(
     seconds: list[float], concurrent: int, cores: float
 ) -> None:
-    result = at_once(0.0, seconds, concurrent, cores)
+    result = at_once(seconds, concurrent, cores=cores)
     assert result.makespan_s == pytest.approx(2 * sum(seconds))
     assert result.busy_s["h"] == pytest.approx(2 * sum(seconds))
 
 
-@pytest.mark.parametrize(("overlap", "expected_s"), [(0.0, 12.0), (0.5, 6.0), (1.0, 4.0)])
-def test_partitions_that_overlap_cost_a_host_less(overlap: float, expected_s: float) -> None:
-    assert at_once(overlap, [2.0, 2.0, 2.0]).makespan_s == pytest.approx(expected_s)
+@pytest.mark.parametrize(
+    ("overlap", "batched", "expected_s"),
+    [(0.0, 0.0, 12.0), (0.5, 0.0, 6.0), (1.0, 0.0, 4.0), (0.0, 0.5, 8.0), (0.25, 0.5, 5.0)],
+)
+def test_partitions_that_overlap_cost_a_host_less(
+    overlap: float, batched: float, expected_s: float
+) -> None:
+    found = at_once([2.0, 2.0, 2.0], overlap=overlap, batched=batched)
+    assert found.makespan_s == pytest.approx(expected_s)
 
 
 def test_who_begins_later_slows_down_who_is_at_work() -> None:
@@ -303,6 +333,7 @@ def measurements_of(seconds_per_record: dict[str, float], cores: float = 0.0) ->
             load_s=0.5,
             threads=1,
             cores=cores,
+            engine=ENGINES["echo"],
             peak_memory_bytes=2**20,
             failed_fraction=0.0,
         )

@@ -13,8 +13,8 @@ from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import EngineConfig
 from mas_batch.job import Agent, Job, fingerprint
 
-_UNKNOWN = EngineInfo("")
-"""Stands for an engine that only the model's files tell."""
+_UNKNOWN = EngineInfo("", concurrent=4)
+"""Stands for an engine that only the model's files tell: room for what the keenest one wants."""
 
 
 @pickled_by_name

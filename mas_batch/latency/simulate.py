@@ -34,8 +34,11 @@ class Worker:
     concurrent: int = 1
     """Partitions that it works on at once."""
     overlap: float = 0.0
-    """What each further one adds to its speed, as a share of what the first has alone: 0 where
-    they only share the engine's time, 1 where each takes as long as if it were alone."""
+    """Share of a task's time in which the engine can work for others: 0 where they only share the
+    engine's time, 1 where each takes as long as if it were alone."""
+    batched: float = 0.0
+    """Share of a task's time that all it works on at once take once: an engine's batch has it
+    whoever is in it."""
     joins_s: float = 0.0
     dies_s: float = float("inf")
 
@@ -92,7 +95,8 @@ class _AtHost:
     @property
     def speed(self) -> float:
         """Of each of the tasks, if one alone has 1."""
-        return (1.0 + self.worker.overlap * (len(self.begun) - 1)) / len(self.begun)
+        batched, each = self.worker.batched, 1.0 - self.worker.overlap - self.worker.batched
+        return 1.0 / max(1.0, batched + each * len(self.begun))
 
 
 class Clock:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 
 from mas_batch.agents.posts import posts_of
-from mas_batch.engine_info import EngineInfo
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.latency.simulate import Costs, Simulation, SimulationResult, Worker
@@ -26,7 +25,6 @@ MAX_SIMULATED = 600
 """Partitions of a simulation, evenly spaced; the rest goes on at the rate of its middle half."""
 _PER_HOST = 8
 """A simulation has at least so many for each host: its middle half must not be start and end."""
-_UNKNOWN = EngineInfo("")
 
 
 @dataclass(slots=True)
@@ -197,16 +195,25 @@ class _Pass:
             agents = tuple(agent.name for agent in self.agents if agent.name in post.agents)
             for number in range(hosts[post.name] if agents else 0):
                 rates = self.rates.agents[agents[0]]
-                engine = next(a for a in self.agents if a.name == agents[0]).engine_info or _UNKNOWN
+                overlap, batched = self._together(agents)
                 yield Worker(
                     f"{post.name}-{number}",
                     agents,
                     rates.load_s,
                     rates.cores,
-                    concurrent=engine.concurrent,
-                    # What a task takes is its share of the engine's time, if the engine is here.
-                    overlap=1.0 if engine.computes_elsewhere else 0.0,
+                    concurrent=rates.concurrent,
+                    overlap=overlap,
+                    batched=batched,
                 )
+
+    def _together(self, agents: Sequence[str]) -> tuple[float, float]:
+        """Return which shares of a host's tasks overlap, and are a batch's, on average."""
+        records, tokens = self._records.mean(), self._tokens.mean()
+        rates = [self.rates.agents[name] for name in agents]
+        once_s = sum(each.answer.per_task_s for each in rates)
+        whole_s = max(1e-9, sum(each.answer.seconds(records, tokens) for each in rates))
+        overlap = float(np.mean([each.overlap for each in rates]))
+        return overlap, (1.0 - overlap) * once_s / whole_s
 
     def _costs(self) -> Costs:
         shared = self.rates.num_cores != float("inf")

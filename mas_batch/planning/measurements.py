@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,11 @@ from dask.system import CPU_COUNT
 from mas_batch.agents.posts import posts_of
 from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.cluster import is_embedded
+from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ALL, PUBLISHING
-from mas_batch.planning.service_time import work_done
+from mas_batch.planning.service_time import shares, speeds
 from mas_batch.planning.survey import evenly_spaced
 from mas_batch.registries import ENGINES
 from mas_batch.run_folder.kept_job import read_job
@@ -41,6 +43,7 @@ class AgentMeasurements:
     """Of each measured host."""
     cores: float
     """Of the machine, that a host keeps busy; 0: its hardware is its own."""
+    engine: EngineInfo
     peak_memory_bytes: int | None
     failed_fraction: float
 
@@ -109,15 +112,21 @@ class _RunLedger:
         self._add_sizes()
         self._add_seconds()
 
+    def engine(self, agent_id: str) -> EngineInfo:
+        """Return the engine that has answered for the agent."""
+        name = str(self._facts(agent_id).get("engine"))
+        return ENGINES[name] if name in ENGINES else EngineInfo("")
+
     def cores(self, agent_id: str) -> float:
         """Return how many of the shared machine's cores a host of the agent keeps busy."""
-        if not self._embedded:
+        on_gpu = str(self._facts(agent_id).get("device")).startswith("cuda")
+        if not self._embedded or on_gpu or self.engine(agent_id).computes_elsewhere:
             return 0.0
-        facts = self.run.manifest["engines"].get(agent_id, {})
-        engine = str(facts.get("engine"))
-        elsewhere = engine in ENGINES and ENGINES[engine].computes_elsewhere
-        elsewhere = elsewhere or str(facts.get("device")).startswith("cuda")
-        return 0.0 if elsewhere else float(self.specs[agent_id].threads)
+        return float(self.specs[agent_id].threads)
+
+    def _facts(self, agent_id: str) -> Mapping[str, Any]:
+        facts: Mapping[str, Any] = self.run.manifest["engines"].get(agent_id, {})
+        return facts
 
     def spec(self, agent: Agent) -> AgentSpec | None:
         """Return the run's agent of that name and model."""
@@ -157,27 +166,44 @@ class _RunLedger:
         tasks = self.tasks
         tasks["end_s"] = tasks["at_s"] + tasks["wall_s"]
         tasks["own_s"] = sum(tasks[f"{part}_s"] for part in ("read", "write", "compute", "process"))
-        of_agents = {name: self.cores(name) for name in tasks["agent_id"].dropna().unique()}
-        cores = tasks["agent_id"].map(of_agents).fillna(1.0 if self._embedded else 0.0)  # merges
+        tasks["begin_s"] = tasks["end_s"] - tasks["own_s"] - tasks["wait_s"]
+        answers = self.rows_of("answer")
+        of_agents = {name: self.cores(name) for name in answers["agent_id"].unique()}
+        of_hosts = answers.groupby("worker")["agent_id"].first().map(of_agents)
+        is_merge = tasks["stage"] == "merge"  # it is in a thread of its own, whatever its worker
+        cores = tasks["worker"].map(of_hosts).mask(is_merge).fillna(float(self._embedded))
+        hosts = tasks["worker"].mask(is_merge, tasks.index.to_series())
+        tasks["concurrent"] = tasks["agent_id"].map(
+            {name: self.engine(name).concurrent for name in of_agents}
+        )
+        tasks["share"] = 1.0
         for _, rows in tasks.groupby("execution"):
-            ends, own = rows["end_s"].to_numpy(), rows["own_s"].to_numpy()
-            work_s = work_done(ends - own, ends, cores[rows.index].to_numpy(), CPU_COUNT)
-            tasks.loc[rows.index, "seconds"] = work_s
-        first = self.rows_of("answer").groupby(["agent_id", "worker"])["end_s"].idxmin()
+            begins, ends = rows["begin_s"].to_numpy(), rows["end_s"].to_numpy()
+            of_rows = cores[rows.index].to_numpy()
+            speed = speeds(begins, ends, of_rows, hosts[rows.index].tolist(), CPU_COUNT)
+            tasks.loc[rows.index, "seconds"] = speed * rows["own_s"]
+            for _, at_host in rows[rows["stage"] == "answer"].groupby("worker"):
+                own_share = shares(at_host["begin_s"].to_numpy(), at_host["end_s"].to_numpy())
+                tasks.loc[at_host.index, "share"] = own_share
+        first = answers.groupby(["execution", "worker"])["end_s"].idxmin()
         tasks["is_first"] = tasks.index.isin(first)
 
 
 def waiting_s(answers: pd.DataFrame) -> pd.Series[float]:
-    """Return how long each task waited without its worker being busy with another.
+    """Return how long each task waited for something else than the others at its host.
 
     Args:
-        answers: with `worker`; `at_s` and `end_s`, when it was sent and heard of; and `own_s`, the
-            seconds that it took by itself.
+        answers: with `worker`; `concurrent`, how many tasks it works on at once; `at_s`,
+            `begin_s` and `end_s`, when the task was sent, begun and heard of.
     """
-    answers = answers.sort_values("end_s", kind="stable")
-    before = answers.groupby("worker")["end_s"].shift().fillna(-np.inf)
-    began = np.maximum(answers["at_s"], before)
-    return (answers["end_s"] - began - answers["own_s"]).clip(lower=0.0)
+    waited = pd.Series(0.0, answers.index)
+    for _, rows in answers.sort_values("at_s", kind="stable").groupby("worker"):
+        concurrent = int(rows["concurrent"].iloc[0])
+        # They are begun in the order sent: each when so many have ended that there is room for it.
+        room = np.full(len(rows), -np.inf)
+        room[concurrent:] = np.sort(rows["end_s"])[:-concurrent]
+        waited[rows.index] = rows["begin_s"] - np.maximum(rows["at_s"], room)
+    return waited.clip(lower=0.0)
 
 
 def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> AgentMeasurements:
@@ -211,6 +237,7 @@ def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> 
         load_s=float(loads["seconds"].mean()),
         threads=spec.threads,
         cores=useful[-1].cores(agent.name),
+        engine=useful[-1].engine(agent.name),
         peak_memory_bytes=int(tasks["peak_memory_bytes"].max()) or None,
         failed_fraction=min(1.0, max(0.0, failed)),
     )

@@ -42,6 +42,10 @@ class AgentRates:
     load_s: float
     cores: float
     """Of the shared machine that a host keeps busy; 0: its hardware is its own."""
+    concurrent: int
+    """Partitions that a host works on at once, as far as the job's window allows."""
+    overlap: float
+    """Share of a task's time in which the engine can work for others."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +83,8 @@ def fit_rates(
             fit(known.tasks, job.task.max_new_tokens).scaled(1 / faster),
             known.load_s / faster,
             float(threads or 1) if shares else 0.0,
+            known.engine.concurrent,
+            _overlap(known),
         )
     merges = measurements.merges
     return RunRates(
@@ -87,6 +93,13 @@ def fit_rates(
         measurements.send_s,
         float(CPU_COUNT) if embedded else float("inf"),
     )
+
+
+def _overlap(known: AgentMeasurements) -> float:
+    whole_s = sum(known.parts_s.values())
+    if known.engine.computes_elsewhere or not whole_s:
+        return 1.0  # what a task takes is no share of the engine's time
+    return 1.0 - known.parts_s["compute"] / whole_s
 
 
 def with_hosts(job: Job, hosts: Mapping[str, int]) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
@@ -35,6 +36,7 @@ class ServiceTime:
     """Seconds of a task = per_task_s + per_record_s · records + per_token_s · text tokens."""
 
     per_task_s: float = 0.0
+    """Tasks that a host works on at once share it: an engine's batch takes it once."""
     per_record_s: float = 0.0
     per_token_s: float = 0.0
     first_s: float = 0.0
@@ -61,6 +63,7 @@ def fit(tasks: pd.DataFrame, tokens_per_record: float) -> ServiceTime:
     Args:
         tasks: measured, a row each and at least one: `num_records`; `text_tokens`, estimated and
             without what is to be generated; `seconds` on a machine that it has to itself;
+            `share`, 1 divided by the tasks that its host worked on meanwhile, itself among them;
             `is_first`, whether it was its worker's first: that one warms caches up.
         tokens_per_record: what a record counts beside its text where both have one coefficient.
     """
@@ -75,8 +78,7 @@ def fit(tasks: pd.DataFrame, tokens_per_record: float) -> ServiceTime:
 
 
 def _fit_best_model(tasks: pd.DataFrame, tokens_per_record: float) -> ServiceTime:
-    sizes = tasks[["num_records", "text_tokens"]].to_numpy(float)
-    columns = np.column_stack([np.ones(len(tasks)), sizes])
+    columns = tasks[["share", "num_records", "text_tokens"]].to_numpy(float)
     # What each coefficient of a model stands for: (per task, per record, per token).
     task, record, token = np.eye(3)
     size = np.array([0.0, tokens_per_record, 1.0])
@@ -111,24 +113,52 @@ def nonnegative_least_squares(columns: Floats, values: Floats, weights: Floats) 
     return found
 
 
-def work_done(starts: Floats, ends: Floats, cores: Floats, num_cores: float) -> Floats:
-    """Return what each task would have taken on a machine that it had to itself.
+def speeds(
+    starts: Floats, ends: Floats, cores: Floats, hosts: Sequence[Hashable], num_cores: float
+) -> Floats:
+    """Return how fast each task was at work on average; 1: as on a machine that it had to itself.
 
-    While more cores are wanted than there are, all tasks at work get the same share of them.
+    While more cores are wanted than there are, all hosts at work get the same share of them.
     The inverse of what `latency.simulate.Clock` does.
 
     Args:
-        starts, ends: when each task was at work.
-        cores: how many it keeps busy; 0: none of this machine, so nothing slows it.
+        starts, ends: when each task was at work, waiting for its host's other tasks included.
+        cores: how many its host keeps busy; 0: none of this machine, so nothing slows it.
+        hosts: where each was; a host with several tasks wants its cores once.
     """
     if not len(starts):
         return np.zeros(0)
+    spans = pd.DataFrame({"start": starts, "end": ends, "cores": cores, "host": hosts})
+    spans = spans.sort_values("start", kind="stable")
+    of_host = spans.groupby("host", sort=False)
+    idle_before = spans["start"] > of_host["end"].cummax().groupby(spans["host"]).shift()
+    spans["stretch"] = idle_before.groupby(spans["host"]).cumsum()
+    busy = spans.groupby(["host", "stretch"], sort=False).agg(
+        {"start": "min", "end": "max", "cores": "first"}
+    )
+    times, wanted = _levels(*(busy[name].to_numpy(float) for name in ("start", "end", "cores")))
+    speed = np.minimum(1.0, num_cores / np.maximum(wanted, num_cores))
+    return np.where(cores > 0, _means(times, speed, starts, ends), 1.0)
+
+
+def shares(starts: Floats, ends: Floats) -> Floats:
+    """Return 1 divided by the tasks at work, as each task of one host has seen it on average."""
+    times, at_once = _levels(starts, ends, np.ones(len(starts)))
+    return _means(times, 1 / np.maximum(at_once, 1.0), starts, ends)
+
+
+def _levels(starts: Floats, ends: Floats, amounts: Floats) -> tuple[Floats, Floats]:
+    """Return times, and the sum of the amounts that are there from each of them to the next."""
     times = np.unique(np.concatenate([starts, ends]))
-    wanted = np.zeros(len(times))
-    np.add.at(wanted, np.searchsorted(times, starts), cores)
-    np.add.at(wanted, np.searchsorted(times, ends), -cores)
-    level = np.cumsum(wanted)[:-1]
-    speed = np.minimum(1.0, num_cores / np.maximum(level, num_cores))
-    progress = np.concatenate([[0.0], np.cumsum(speed * np.diff(times))])
-    shared = np.interp(ends, times, progress) - np.interp(starts, times, progress)
-    return np.where(cores > 0, shared, ends - starts)
+    changes = np.zeros(len(times))
+    np.add.at(changes, np.searchsorted(times, starts), amounts)
+    np.add.at(changes, np.searchsorted(times, ends), -amounts)
+    return times, np.cumsum(changes)[:-1]
+
+
+def _means(times: Floats, values: Floats, starts: Floats, ends: Floats) -> Floats:
+    """Return the mean of a step function over each interval; over an empty one it is 1."""
+    passed = np.concatenate([[0.0], np.cumsum(values * np.diff(times))])
+    lengths = ends - starts
+    sums = np.interp(ends, times, passed) - np.interp(starts, times, passed)
+    return np.divide(sums, lengths, out=np.ones(len(starts)), where=lengths > 0)
