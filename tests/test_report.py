@@ -91,7 +91,8 @@ def test_every_run_has_its_report(real_run: pipeline.Summary) -> None:
     assert facts.time is not None
     assert facts.totals.wall_s is not None
     assert all(agent.latency is not None for agent in facts.agents)
-    assert {each.agent_id for each in facts.time.activity} == {"whole", "brief"}
+    assert {each.agents for each in facts.time.activity} == {("whole",), ("brief",)}
+    assert all(each.num_hosts == 1 for each in facts.time.activity)
 
 
 def test_what_comes_out_of_the_corpus_cannot_become_markup(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mas_batch.records import SUPPORT
 from mas_batch.report.agreeing_pairs import PAIRS
-from mas_batch.report.timing import mean_overlap
+from mas_batch.report.timing import mean_overlap, stretches
 
 AGENTS = ["a", "b", "b#1", "c"]
 SUPPORTS = st.lists(
@@ -62,6 +62,16 @@ def test_activity_is_the_mean_number_of_open_intervals(spans: list[list[float]],
     for mean, low, high in zip(found, edges[:-1], edges[1:], strict=True):
         open_s = sum(max(0.0, min(stop, high) - max(start, low)) for start, stop in spans)
         assert mean == pytest.approx(open_s / (high - low), abs=1e-9)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(sorted), min_size=1, max_size=8)
+)
+def test_a_host_is_busy_once_however_much_it_works_on(spans: list[list[int]]) -> None:
+    starts, stops = stretches(*np.array(spans, float).T)
+    assert all(stop < start for stop, start in zip(stops[:-1], starts[1:], strict=True))
+    open_at = {at for start, stop in spans for at in range(start, stop)}
+    assert (stops - starts).sum() == len(open_at)
 
 
 # The command

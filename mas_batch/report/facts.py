@@ -93,12 +93,13 @@ class AgentFacts:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """How busy an agent's hosts were while one execution answered."""
+    """How busy the hosts of one engine were while one execution answered."""
 
-    agent_id: str
-    num_workers: int
+    agents: tuple[str, ...]
+    """Those that share them."""
+    num_hosts: int
     busy: tuple[float, ...]
-    """Mean number of busy hosts in each of equal stretches of time."""
+    """Mean number of hosts that worked on anything, in each of equal stretches of time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mas_batch.agents.posts import posts_of
+from mas_batch.errors import RunError
 from mas_batch.report.facts import Activity, Spread, TimeFacts
+from mas_batch.run_folder.kept_job import read_job
 from mas_batch.run_folder.read import Run
 
 NUM_STRETCHES = 80
-"""Points of an agent's activity."""
+"""Points of an activity."""
 MAX_ACTIVITIES = 16
-"""Agents whose activity is drawn: the busiest."""
+"""Posts whose hosts' activity is drawn: the busiest."""
 
 MAX_PARTITION_ROWS = 60
 
@@ -31,7 +34,7 @@ def time_facts(run: Run) -> TimeFacts | None:
     if not facts:
         return None
     hosts = facts.get("hosts") or facts.get("replicas") or {}  # of before
-    length_s, activity = _activity(run.ledger())
+    length_s, activity = _activity(run.ledger(), _sharers(run))
     return TimeFacts(
         wall_s=facts.get("wall_s"),
         phases={name: seconds for name, seconds in facts.get("phases", {}).items() if seconds},
@@ -57,7 +60,18 @@ def _spread(parts: Mapping[str, Mapping[str, float]]) -> Spread:
     return Spread(**means, **{q: parts["total"][q] for q in ("p50_s", "p95_s", "p99_s", "max_s")})
 
 
-def _activity(ledger: pa.Table) -> tuple[float, tuple[Activity, ...]]:
+def _sharers(run: Run) -> dict[str, tuple[str, ...]]:
+    """Return agent → all agents that share its hosts; empty where the job is another version's."""
+    try:
+        posts = posts_of(read_job(run))
+    except RunError:
+        return {}
+    return {name: post.agents for post in posts for name in post.agents}
+
+
+def _activity(
+    ledger: pa.Table, sharers: Mapping[str, tuple[str, ...]]
+) -> tuple[float, tuple[Activity, ...]]:
     """Follow the hosts while the longest execution answers; returns for how long, too."""
     work = ledger.filter(pc.is_in(ledger["stage"], pa.array(_WORK)))
     if not work.num_rows:
@@ -69,13 +83,29 @@ def _activity(ledger: pa.Table) -> tuple[float, tuple[Activity, ...]]:
     within = execution == execution[np.argmax(stops)]
     first, last = starts[within].min(), stops[within].max()
     found = []
-    for name in sorted(set(agent[within])):
-        own = within & (agent == name)
-        num = len(set(worker[own]))
-        busy = mean_overlap(starts[own] - first, stops[own] - first, last - first, NUM_STRETCHES)
-        found.append(Activity(name, num, tuple(np.minimum(busy, num).round(3).tolist())))
-    found.sort(key=lambda each: (-sum(each.busy), each.agent_id))
+    for agents in sorted({sharers.get(name, (name,)) for name in set(agent[within])}):
+        of_post = within & np.isin(agent, agents)
+        own = [of_post & (worker == host) for host in sorted(set(worker[of_post]))]
+        spans = [stretches(starts[rows] - first, stops[rows] - first) for rows in own]
+        begins, ends = (np.concatenate(side) for side in zip(*spans, strict=True))
+        busy = mean_overlap(begins, ends, last - first, NUM_STRETCHES)
+        found.append(Activity(agents, len(own), tuple(busy.round(3).tolist())))
+    found.sort(key=lambda each: (-sum(each.busy), each.agents))
     return float(last - first), tuple(found[:MAX_ACTIVITIES])
+
+
+def stretches(
+    starts: npt.NDArray[np.float64], stops: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return (starts, stops) of when at least one of the intervals is open.
+
+    Args:
+        stops: none before its start.
+    """
+    order = np.argsort(starts, kind="stable")
+    starts, reached = starts[order], np.maximum.accumulate(stops[order])
+    is_new = np.append(True, starts[1:] > reached[:-1])
+    return starts[is_new], reached[np.append(is_new[1:], True)]
 
 
 def mean_overlap(
