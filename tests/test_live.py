@@ -70,6 +70,10 @@ def answered(partition: int, agent: str = "a", worker: str = "a-0", failed: int 
         compute_s=0.5,
         transfer_s=0.25,
         processing_s=0.125,
+        queue_s=0.0625,
+        wait_s=0.03125,
+        idle_s=0.25,
+        peak_memory_bytes=2**20,
     )
 
 
@@ -412,6 +416,11 @@ def test_what_agents_share_is_counted_once() -> None:
         ("a+b", 0, "echo"), ("a+b", 2, "echo"),
     ]  # fmt: skip
     assert (host.agents, host.in_flight, host.asked, host.answered) == (["a", "b"], 2, 3, 1)
+    row = overview_of(take(fold, answered(0, "b", "a+b-0"), at=3.0)).runs[0]
+    (post,), (host,) = row.posts, row.hosts
+    assert (host.served_s, host.idle_s) == (2.0, 0.5), "of both agents"
+    assert host.peak_memory_bytes == post.peak_memory_bytes == 2**20, "of one process"
+    assert [(a.processing_s, a.waiting_s) for a in row.agents] == [(0.125, 0.09375)] * 2
     run = take(fold, HostLost("a+b-0", ("a", "b"), "gone"))
     assert [agent.in_flight for agent in run.agents.values()] == [0, 0]
     assert run.num_answering == 0

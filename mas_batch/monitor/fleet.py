@@ -44,6 +44,14 @@ class LiveHost:
     """Partitions."""
     num_failed: int = 0
     """Tries that came to nothing."""
+    ready: float = 0.0
+    """Unix time since which it holds its engine."""
+    served_s: float = 0.0
+    """From then to its last answers."""
+    idle_s: float = 0.0
+    """Of that, how long its engine had nothing to do."""
+    peak_memory_bytes: int = 0
+    """Of its process; 0: not known."""
     message: str = ""
     """Why it is in this state, if that needs saying."""
 
@@ -94,6 +102,8 @@ class LiveAgent:
     compute_s: float = 0.0
     transfer_s: float = 0.0
     processing_s: float = 0.0
+    waiting_s: float = 0.0
+    """Part of `processing_s`: for a worker, or for an engine that worked for others."""
     asked: dict[str, int] = field(default_factory=dict)
     """Purpose (see `events.PartitionAsked`) → partitions."""
     num_agreed: int = 0

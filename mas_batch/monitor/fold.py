@@ -130,6 +130,8 @@ class Fold:
             case HostReady():
                 host.become(HostState.READY, at)
                 host.window = self.run.window or event.concurrent + 1
+                host.ready, host.served_s, host.idle_s = at, 0.0, 0.0
+                host.peak_memory_bytes = 0
                 for agent in map(self._agent, event.agents):
                     agent.engine = public_text(str(event.engine.get("engine", "")))
                     agent.device = public_text(str(event.engine.get("device", "")))
@@ -188,10 +190,14 @@ class Fold:
         agent.compute_s += event.compute_s
         agent.transfer_s += event.transfer_s
         agent.processing_s += event.processing_s
+        agent.waiting_s += event.queue_s + event.wait_s
         agent.recent.add(at, event.num_records, event.completion_tokens)
         # A host that was lost and is forgotten stays so, whatever is heard of it late.
         if (host := self.run.hosts.get(event.worker)) is not None:
             host.num_answered += 1
+            host.served_s = at - host.ready
+            host.idle_s += event.idle_s
+            host.peak_memory_bytes = max(host.peak_memory_bytes, event.peak_memory_bytes or 0)
         # The agent's copies of the task are no longer needed.
         self._end_tries(event.partition, lambda attempt: attempt[0] == event.agent_id)
         return event.completion_tokens

@@ -31,6 +31,8 @@ class PostRow:
     """Partitions at its hosts."""
     window: int
     """Partitions that may be at its hosts, those that are gone not counted."""
+    peak_memory_bytes: int
+    """Of its hosts in sum, those that are gone not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class AgentRow:
     transfer_s: float
     processing_s: float
     """Summed over its partitions."""
+    waiting_s: float
+    """Part of `processing_s`: for a worker, or for an engine that worked for others."""
     asked: dict[str, int]
     """Purpose (answer, retry, careful, copy, probe) → partitions."""
     last_failure: str
@@ -88,6 +92,12 @@ class HostRow:
     answered: int
     failed: int
     """Partitions."""
+    served_s: float
+    """From when it held its engine to its last answers."""
+    idle_s: float
+    """Of that, how long its engine had nothing to do."""
+    peak_memory_bytes: int
+    """Of its process; 0: not known."""
     message: str
 
 
@@ -224,6 +234,11 @@ def window_of(run: LiveRun, post: LivePost) -> int:
     return sum(host.window for host in hosts_of(run, post) if is_serving(host))
 
 
+def memory_of(run: LiveRun, post: LivePost) -> int:
+    """Return the bytes that the hosts of a post had at their peaks, in sum."""
+    return sum(host.peak_memory_bytes for host in hosts_of(run, post) if is_serving(host))
+
+
 def _post_row(run: LiveRun, post: LivePost) -> PostRow:
     hosts = hosts_of(run, post)
     states = Counter(str(host.shown_state) for host in hosts)
@@ -234,6 +249,7 @@ def _post_row(run: LiveRun, post: LivePost) -> PostRow:
         hosts_wanted=post.num_wanted,
         in_flight=sum(host.in_flight for host in hosts),
         window=window_of(run, post),
+        peak_memory_bytes=memory_of(run, post),
     )
 
 
@@ -261,6 +277,7 @@ def _agent_row(run: LiveRun, agent: LiveAgent, run_now: float) -> AgentRow:
         compute_s=agent.compute_s,
         transfer_s=agent.transfer_s,
         processing_s=agent.processing_s,
+        waiting_s=agent.waiting_s,
         asked=dict(agent.asked),
         last_failure=agent.last_failure,
     )
@@ -277,6 +294,9 @@ def _host_row(host: LiveHost, run_now: float) -> HostRow:
         asked=host.num_asked,
         answered=host.num_answered,
         failed=host.num_failed,
+        served_s=host.served_s,
+        idle_s=host.idle_s,
+        peak_memory_bytes=host.peak_memory_bytes,
         message=host.message,
     )
 

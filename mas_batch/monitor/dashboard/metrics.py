@@ -26,12 +26,13 @@ from mas_batch.monitor.overview import (
     PARTITION_STATES,
     PURPOSES,
     hosts_of,
+    memory_of,
     progress,
     window_of,
 )
 
 STATUSES = ("starting", "answering", "escalating", "finished", "failed", "silent")
-_PARTS = ("compute", "transfer", "processing")
+_PARTS = ("compute", "transfer", "processing", "waiting")
 
 
 class AgentsCollector(Collector):
@@ -172,9 +173,12 @@ _OF_AGENTS: list[tuple[type, str, str, list[str], Callable[[LiveAgent, LiveRun],
     ),
     (
         CounterMetricFamily, "agent_seconds",
-        "Seconds spent on answers, by part of the latency model T = T_c + T_t + T_p",
+        "Seconds spent on answers, by part of the latency model T = T_c + T_t + T_p, "
+        "T_p without its waiting",
         ["part"],
-        lambda a, run: _by(_PARTS, (a.compute_s, a.transfer_s, a.processing_s)),
+        lambda a, run: _by(
+            _PARTS, (a.compute_s, a.transfer_s, a.processing_s - a.waiting_s, a.waiting_s)
+        ),
     ),
     (
         CounterMetricFamily, "partitions_asked",
@@ -205,5 +209,10 @@ _OF_POSTS: list[tuple[type, str, str, list[str], Callable[[LivePost, LiveRun], S
     (
         GaugeMetricFamily, "window_partitions", "Partitions that may be at the hosts",
         [], lambda post, run: {(): window_of(run, post)},
+    ),
+    (
+        GaugeMetricFamily, "hosts_peak_memory_bytes",
+        "Memory of the hosts' processes at their peaks, in sum",
+        [], lambda post, run: {(): memory_of(run, post)},
     ),
 ]  # fmt: skip

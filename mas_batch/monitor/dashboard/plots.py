@@ -11,8 +11,8 @@ from mas_batch.monitor.dashboard.base import RunPlot
 from mas_batch.monitor.overview import PARTITION_STATES, PURPOSES, RunRow
 
 _PARTITION_COLOURS = ("#e0e0e0", "#fd8d3c", "#9ecae1", "#2171b5")
-_PARTS = ("compute", "transfer", "processing")
-_PART_COLOURS = ("#2171b5", "#fd8d3c", "#9ecae1")
+_PARTS = ("compute", "transfer", "processing", "waiting")
+_PART_COLOURS = ("#2171b5", "#fd8d3c", "#9ecae1", "#e0e0e0")
 
 
 class HistoryPlot(RunPlot):
@@ -91,7 +91,13 @@ class LatencyPlot(RunPlot):
         """Return the means of each agent's records."""
         agents = [agent for agent in reversed(run.agents) if agent.records]
         self.root.y_range.factors = [agent.agent for agent in agents]
-        means = {p: [getattr(a, f"{p}_s") / a.records for a in agents] for p in _PARTS}
+        parts = [
+            (a.compute_s, a.transfer_s, a.processing_s - a.waiting_s, a.waiting_s) for a in agents
+        ]
+        means = {
+            name: [each[i] / a.records for a, each in zip(agents, parts, strict=True)]
+            for i, name in enumerate(_PARTS)
+        }
         return {"agent": [agent.agent for agent in agents], **means}
 
 

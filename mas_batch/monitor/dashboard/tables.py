@@ -66,7 +66,9 @@ _HOST_COLUMNS: _Columns = {
     "asked": ("asked", 60, _COUNT),
     "answered": ("answered", 70, _COUNT),
     "failed": ("failed", 60, _COUNT),
-    "message": ("why", 400, StringFormatter),
+    "idle": ("idle %", 60, partial(NumberFormatter, format="0", nan_format="–")),
+    "memory": ("memory", 70, partial(NumberFormatter, format="0.0 ib")),
+    "message": ("why", 300, StringFormatter),
 }
 
 
@@ -121,6 +123,8 @@ class HostsTable(RunPlot):
                 "colour": STATE_COLOURS[host.state],
                 "since_s": int(host.since_s),
                 "load": f"{host.in_flight} / {host.window}",
+                "idle": 100 * host.idle_s / host.served_s if host.served_s else None,
+                "memory": host.peak_memory_bytes or None,
             }
             for host in run.hosts
         ]
