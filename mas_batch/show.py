@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mas_batch import report
+from mas_batch.agents.posts import posts_of
 from mas_batch.errors import Reason
 from mas_batch.incremental.since_facts import since_facts, since_lines
 from mas_batch.job import Job
@@ -34,7 +35,12 @@ def preview_facts(job: Job, plan: Preview) -> dict[str, Any]:
         for a in job.agents
     ]
     facts = {**asdict(plan), "run": without_credentials(plan.run)}
-    return {"job": job.name, "policy": job.routing.policy, **facts, "agents": agents}
+    posts = [
+        {"post": p.name, "agents": p.agents, "hosts": p.wanted, "most": p.most, "needs": p.needs}
+        for p in posts_of(job)
+    ]
+    own = {"job": job.name, "policy": job.routing.policy}
+    return {**own, **facts, "agents": agents, "posts": posts}
 
 
 def print_preview(out: Console, job: Job, plan: Preview) -> None:
@@ -52,12 +58,16 @@ def print_preview(out: Console, job: Job, plan: Preview) -> None:
         f"{plan.num_records:,} records ({plan.num_unusable:,} unusable), {plan.num_files:,} files "
         f"→ {plan.num_partitions:,} partitions, about {plan.estimated_tokens:,} tokens per answer"
     )
-    table = Table("agent", "hosts", "answers", "model", "needs workers with")
-    for agent in job.agents:
-        needs = ", ".join(f"{k}={v:g}" for k, v in job.capabilities(agent).items())
-        table.add_row(
-            agent.name, str(agent.count), str(agent.samples), agent.model.partition("#")[0], needs
-        )
+    agents = {agent.name: agent for agent in job.agents}
+    table = Table("agent", "answers", "model", "hosts", "each worker declares")
+    for post in posts_of(job):
+        for name in post.agents:
+            shared, needs = f"with {post.agents[0]}", ""
+            if name == post.agents[0]:
+                shared = f"{post.wanted}" + f" to {post.most}" * (post.most > post.wanted)
+                needs = ", ".join(f"{key}={amount:g}" for key, amount in post.needs.items())
+            model = agents[name].model.partition("#")[0]
+            table.add_row(name, str(agents[name].samples), model, shared, needs)
     out.print(table)
 
 

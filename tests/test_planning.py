@@ -27,7 +27,7 @@ from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, READING
 from mas_batch.latency.simulate import Clock, Costs, Simulation, Worker
 from mas_batch.partition import partition
-from mas_batch.planning import parse_deadline, parse_hosts, plan
+from mas_batch.planning import parse_deadline, parse_hosts, plan, to_json
 from mas_batch.planning import service_time as service_time_module
 from mas_batch.planning.forecast import MAX_SIMULATED, Forecaster
 from mas_batch.planning.measurements import AgentMeasurements, Measurements, waiting_s
@@ -441,6 +441,16 @@ def base_job(**sections: Any) -> Job:
     )
 
 
+def test_hosts_that_agents_share_are_planned_once(make_job: MakeJob) -> None:
+    agents = [{"name": name, "model": "echo:same"} for name in ("strong", "weak")]
+    measured = measurements_of({"strong": 0.2, "weak": 0.1})
+    predicted = predict(forecaster_of(make_job(agents=agents), measured), (1, 1))
+    (post,) = predicted.posts
+    assert (post.agents, post.hosts) == (("strong", "weak"), 1)
+    assert post.memory_bytes == to_json(predicted)["total_memory_bytes"] == 2**20
+    assert predicted.phases["answering"] == pytest.approx(40 * (1.7 + 0.9), rel=0.02)
+
+
 @settings(max_examples=settings.default.max_examples // 7)
 @given(st.lists(st.floats(5.0, 60.0), min_size=2, max_size=3))
 def test_a_later_deadline_never_needs_more_hosts(deadlines: list[float]) -> None:
@@ -652,4 +662,10 @@ def test_the_command_prints_a_table_and_json(
     facts = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert facts["recommendation"]["meets_deadline"] is True
     assert facts["own"]["duration_s"] == pytest.approx(sum(facts["phases"].values()))
-    assert facts["total_memory_bytes"] > 0
+    (first, second), agents = facts["posts"], facts["agents"]
+    assert [(each["agents"], each["hosts"]) for each in (first, second)] == [
+        (["strong"], 1), (["weak"], 1),
+    ]  # fmt: skip
+    assert first["needs"] == {"summarize": 1, "strong": 1}
+    assert facts["total_memory_bytes"] == first["memory_bytes"] + second["memory_bytes"] > 0
+    assert not {"hosts", "memory_bytes", "busy_fraction"} & agents[0].keys(), "they are the hosts'"

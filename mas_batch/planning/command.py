@@ -14,7 +14,12 @@ from rich.text import Text
 
 from mas_batch.errors import JobError
 from mas_batch.latency.phases import ALL
-from mas_batch.planning.prediction import AgentPrediction, Allocation, RunPrediction
+from mas_batch.planning.prediction import (
+    AgentPrediction,
+    Allocation,
+    HostsPrediction,
+    RunPrediction,
+)
 from mas_batch.terminal import plain_table
 
 _FASTER = 0.98
@@ -53,7 +58,7 @@ def parse_hosts(text: str) -> tuple[int, int]:
 
 def to_json(found: RunPrediction) -> dict[str, Any]:
     """Return the plan as plain data; `total_memory_bytes` is of all hosts of the job."""
-    return {**asdict(found), "total_memory_bytes": _memory(found.agents)}
+    return {**asdict(found), "total_memory_bytes": _memory(found.posts)}
 
 
 def print_plan(out: Console, found: RunPrediction) -> None:
@@ -74,8 +79,8 @@ def print_plan(out: Console, found: RunPrediction) -> None:
     out.print()
     out.print(_agents(found.agents))
     out.print()
-    out.print(_times(found.agents))
-    total = _memory(found.agents)
+    out.print(_posts(found.posts))
+    total = _memory(found.posts)
     if total is not None:
         out.print(Text(f"memory at the peak, all hosts: {_bytes(total)}"))
     out.print(Text.assemble("bottleneck: ", (found.bottleneck.what, "yellow")))
@@ -113,41 +118,40 @@ def _phases(phases: Mapping[str, float]) -> str:
 
 
 def _agents(agents: Iterable[AgentPrediction]) -> Table:
-    table = plain_table(("Agent", "answers", "failed", "prompt tokens", "new tokens"))
+    columns = ("answers", "failed", "prompt tokens", "new tokens")
+    table = plain_table(("Agent", *columns, "compute", "transfer", "processing"))
     for agent in agents:
         counts = (agent.answers, agent.failed_answers, agent.prompt_tokens, agent.completion_tokens)
-        table.add_row(Text(agent.agent_id), *(f"{count:,}" for count in counts))
-    return table
-
-
-def _times(agents: Iterable[AgentPrediction]) -> Table:
-    table = plain_table(("Agent", "hosts", "busy", "memory", "compute", "transfer", "processing"))
-    shown: set[str] = set()
-    for agent in agents:
         seconds = (agent.compute_s, agent.transfer_s, agent.processing_s)
         table.add_row(
-            Text(agent.agent_id),
-            *(_of_hosts(agent) if agent.post not in shown else ("shared", "", "")),
-            *map(_duration, seconds),
+            Text(agent.agent_id), *(f"{count:,}" for count in counts), *map(_duration, seconds)
         )
-        shown.add(agent.post)
     return table
 
 
-def _of_hosts(agent: AgentPrediction) -> tuple[str, str, str]:
-    memory = "–" if agent.memory_bytes is None else _bytes(agent.memory_bytes)
-    return str(agent.hosts), f"{agent.busy_fraction:.0%}", memory
+def _posts(posts: Iterable[HostsPrediction]) -> Table:
+    """Show hosts once for all agents that share them."""
+    table = plain_table(("Hosts of", "hosts", "busy", "memory each", "each worker declares"))
+    table.columns[-1].justify = "left"
+    for post in posts:
+        table.add_row(
+            Text(", ".join(post.agents)),
+            str(post.hosts),
+            f"{post.busy_fraction:.0%}",
+            "–" if post.memory_bytes is None else _bytes(post.memory_bytes),
+            Text(", ".join(f"{name}={amount:g}" for name, amount in post.needs.items())),
+        )
+    return table
 
 
-def _memory(agents: Sequence[AgentPrediction]) -> int | None:
-    """Return the memory of all hosts; those that agents share count once."""
-    of_posts: dict[str, int] = {}
-    for agent in agents:
-        if agent.memory_bytes is None:
+def _memory(posts: Sequence[HostsPrediction]) -> int | None:
+    """Return the memory of all hosts."""
+    total = 0
+    for post in posts:
+        if post.memory_bytes is None:
             return None
-        needed = agent.memory_bytes * agent.hosts
-        of_posts[agent.post] = max(needed, of_posts.get(agent.post, 0))
-    return sum(of_posts.values())
+        total += post.memory_bytes * post.hosts
+    return total
 
 
 def _allocations(found: RunPrediction) -> Table:

@@ -15,7 +15,13 @@ from mas_batch.job import Job
 from mas_batch.planning.bottleneck import find_bottleneck
 from mas_batch.planning.forecast import Forecast, Forecaster
 from mas_batch.planning.measurements import gather
-from mas_batch.planning.prediction import AgentPrediction, Allocation, Recommendation, RunPrediction
+from mas_batch.planning.prediction import (
+    AgentPrediction,
+    Allocation,
+    HostsPrediction,
+    Recommendation,
+    RunPrediction,
+)
 from mas_batch.planning.sampling import OtherPrograms, other_programs, sampled
 from mas_batch.planning.shares import escalated_share, undecided_shares
 from mas_batch.planning.survey import Survey, survey
@@ -98,6 +104,7 @@ def predict(
         worst_error=WORST_ERROR,
         phases=own.phases,
         agents=tuple(_agents(forecaster, own)),
+        posts=tuple(_posts(forecaster, own)),
         bottleneck=find_bottleneck(own),
         allocations=tuple(map(_allocation, others)),
         recommendation=None if deadline_s is None else _recommend(others, bounds, deadline_s),
@@ -134,7 +141,6 @@ def _allocation(forecast: Forecast) -> Allocation:
 
 
 def _agents(forecaster: Forecaster, forecast: Forecast) -> Iterator[AgentPrediction]:
-    busy = forecast.busy_fractions()
     posts = {name: post.name for post in posts_of(forecaster.job) for name in post.agents}
     for agent in forecaster.job.agents:
         measured = forecaster.measurements.agents[agent.name]
@@ -145,14 +151,26 @@ def _agents(forecaster: Forecaster, forecast: Forecast) -> Iterator[AgentPredict
         yield AgentPrediction(
             agent_id=agent.name,
             post=posts[agent.name],
-            hosts=forecast.hosts[posts[agent.name]],
-            busy_fraction=busy[posts[agent.name]],
             answers=asked - failed,
             failed_answers=failed,
             prompt_tokens=prompt,
             completion_tokens=completion,
-            memory_bytes=measured.peak_memory_bytes,
             **forecaster.parts_s(forecast, agent.name),
+        )
+
+
+def _posts(forecaster: Forecaster, forecast: Forecast) -> Iterator[HostsPrediction]:
+    busy = forecast.busy_fractions()
+    for post in posts_of(forecaster.job):
+        # Measured agents may have had hosts of their own; one that has both needs the larger.
+        peaks = [forecaster.measurements.agents[name].peak_memory_bytes for name in post.agents]
+        yield HostsPrediction(
+            post=post.name,
+            agents=post.agents,
+            hosts=forecast.hosts[post.name],
+            needs=post.needs,
+            busy_fraction=busy[post.name],
+            memory_bytes=max((peak for peak in peaks if peak is not None), default=None),
         )
 
 

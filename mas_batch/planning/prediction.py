@@ -15,9 +15,6 @@ class AgentPrediction:
     agent_id: str
     post: str
     """Whose hosts answer for it; several agents may share them."""
-    hosts: int
-    busy_fraction: float
-    """Of its hosts' time while answers are asked for, by all agents that share them."""
     answers: int
     failed_answers: int
     prompt_tokens: int
@@ -25,9 +22,24 @@ class AgentPrediction:
     compute_s: float
     transfer_s: float
     processing_s: float
-    """T_compute, T_transfer and T_processing, of all its tasks in sum."""
+    """T_compute, T_transfer and T_processing, of all its tasks in sum; without what they wait for
+    others at their hosts."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostsPrediction:
+    """The hosts of one engine, and what they are expected to do."""
+
+    post: str
+    agents: tuple[str, ...]
+    """Those that share them."""
+    hosts: int
+    needs: Mapping[str, float]
+    """Dask resources that each of their workers must declare."""
+    busy_fraction: float
+    """Of their time while answers are asked for."""
     memory_bytes: int | None
-    """Of a host, at its peak; None: not measured."""
+    """Of one, at its peak; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,7 @@ class RunPrediction:
     phases: Mapping[str, float]
     """Phase → seconds."""
     agents: tuple[AgentPrediction, ...]
+    posts: tuple[HostsPrediction, ...]
     bottleneck: Bottleneck
     allocations: tuple[Allocation, ...]
     """Other numbers of hosts, fewest first."""

@@ -67,7 +67,7 @@ _HOST_COLUMNS: _Columns = {
     "answered": ("answered", 70, _COUNT),
     "failed": ("failed", 60, _COUNT),
     "idle": ("idle %", 60, partial(NumberFormatter, format="0", nan_format="–")),
-    "memory": ("memory", 70, partial(NumberFormatter, format="0.0 ib")),
+    "memory": ("memory", 70, StringFormatter),
     "message": ("why", 300, StringFormatter),
 }
 
@@ -124,7 +124,7 @@ class HostsTable(RunPlot):
                 "since_s": int(host.since_s),
                 "load": f"{host.in_flight} / {host.window}",
                 "idle": 100 * host.idle_s / host.served_s if host.served_s else None,
-                "memory": host.peak_memory_bytes or None,
+                "memory": f"{host.peak_memory_bytes / 2**20:,.0f} MiB",
             }
             for host in run.hosts
         ]
