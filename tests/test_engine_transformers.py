@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,7 +15,15 @@ import pytest
 from mas_batch import job
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
-from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Message,
+    Request,
+    Sampling,
+    SteppingEngine,
+    Waiting,
+)
 from mas_batch.engines.batching import complete
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
 from mas_batch.models import ModelFiles, fetch
@@ -78,6 +87,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 SEQ2SEQ = ("t5", "bart")
+STEPPED = ("llama", "gpt2", "bloom")
 
 
 @pytest.fixture(scope="session")
@@ -348,6 +358,150 @@ def test_logits_that_are_not_numbers_are_an_error(
 
     with pytest.raises(EngineError, match="not finite"):
         engine.generate(_requests(2), Sampling(4))
+
+
+# --- Stepping
+
+ALIKE = [
+    Sampling(16),
+    Sampling(24),
+    Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3),
+    Sampling(9, temperature=0.7),
+]
+
+
+def _step_all(engine: Any, arrivals: Sequence[Sequence[Waiting]]) -> dict[int, list[Completion]]:
+    """Let requests arrive, some before each step; return their completions."""
+    waiting: list[Waiting] = []
+    found: dict[int, list[Completion]] = {}
+    coming = list(arrivals)
+    while coming or waiting or engine.num_running:
+        waiting += coming.pop(0) if coming else []
+        begun = engine.begin(waiting)
+        assert begun or engine.num_running or not waiting
+        waiting = [one for i, one in enumerate(waiting) if i not in begun]
+        for finished in engine.step():
+            assert finished.key not in found
+            found[finished.key] = finished.completions
+    return found
+
+
+def _waiting(number: int, seed: int) -> list[Waiting]:
+    """Requests that are to be decoded in unlike ways, in no order."""
+    order = np.random.default_rng(seed).permutation(number)
+    return [Waiting(int(i), _requests(number)[i], ALIKE[i % len(ALIKE)]) for i in order]
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_requests_that_come_at_any_time_are_answered_as_if_alone(
+    kind: str, seed: int, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine, waiting = _load(tiny(kind), max_batch_tokens=300), _waiting(16, seed)
+    assert isinstance(engine, SteppingEngine)
+    alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
+    arrivals = np.split(np.array(waiting, dtype=object), [1, 2, 5, 6, 11])
+
+    found = _step_all(engine, [*map(list, arrivals[:3]), [], [], *map(list, arrivals[3:])])
+
+    assert found.keys() == alone.keys()
+    for key, completions in found.items():
+        assert [c.token_ids for c in completions] == [c.token_ids for c in alone[key]]
+        for mine, its in zip(completions, alone[key], strict=True):
+            assert mine.sum_logprob == pytest.approx(its.sum_logprob, abs=1e-3)
+            assert (mine.finish_reason, mine.text) == (its.finish_reason, its.text)
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_what_is_under_way_stays_within_the_budget(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine = _load(tiny(kind), max_batch_tokens=200)
+    waiting = [Waiting(i, r, Sampling(24)) for i, r in enumerate(_requests(12))]
+    sizes = {one.key: len(one.request.text.split()) + 2 + 24 for one in waiting}
+    running: set[int] = set()
+    refilled = False
+    while waiting or running:
+        first = waiting[0].key if waiting else None
+        begun = [waiting[i].key for i in engine.begin(waiting)]
+        assert first in begun or not begun  # nobody passes it
+        refilled |= bool(begun and running)
+        running |= set(begun)
+        waiting = [one for one in waiting if one.key not in running]
+        assert sum(sizes[key] for key in running) <= 200
+        running -= {finished.key for finished in engine.step()}
+        assert len(running) == engine.num_running
+    assert refilled
+
+
+def test_a_request_over_the_budget_goes_alone(tiny: Callable[[str], ModelFiles]) -> None:
+    engine = _load(tiny("llama"), max_batch_tokens=10)
+    waiting = [Waiting(i, r, Sampling(8)) for i, r in enumerate(_requests(3))]
+    assert engine.begin(waiting) == [0]
+    assert engine.begin(waiting[1:]) == []
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_seconds_are_shared_among_those_in_a_step(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine = _load(tiny(kind))
+    start = time.perf_counter()
+    found = _step_all(engine, [_waiting(8, 0)[:3], [], [], _waiting(8, 0)[3:]])
+    wall_s = time.perf_counter() - start
+
+    shares = [c for completions in found.values() for c in completions]
+    assert all(0 < (c.prefill_s or 0) <= c.compute_s for c in shares)
+    assert 0.5 * wall_s < sum(c.compute_s for c in shares) < wall_s
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_what_does_not_fit_has_not_begun(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
+    engine, waiting = _load(tiny(kind), max_batch_tokens=None), _waiting(8, 0)
+    alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
+    huge = Waiting(99, waiting[0].request, Sampling(10**13))
+
+    assert len(engine.begin(waiting[:4])) == 4
+    found = {finished.key: finished.completions for finished in engine.step()}
+    with pytest.raises(OutOfMemoryError):
+        engine.begin([huge])
+    assert engine.num_running == 4 - len(found)
+
+    found |= _step_all(engine, [waiting[4:]])
+    assert {key: [c.token_ids for c in row] for key, row in found.items()} == {
+        key: [c.token_ids for c in row] for key, row in alone.items()
+    }
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_a_step_that_fails_and_the_engine_after_it(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine, waiting = _load(tiny(kind)), _waiting(8, 0)
+    alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
+    norms = [m for m in engine._model.modules() if "norm" in type(m).__name__.lower()]
+    engine.begin(waiting[:3])
+    kept = norms[-1].weight.clone()
+    norms[-1].weight.data.fill_(float("nan"))
+
+    with pytest.raises(EngineError, match="step 0 are not finite"):
+        engine.begin(waiting[3:5])
+    assert engine.num_running == 3
+    with pytest.raises(EngineError, match="step 1 are not finite"):
+        engine.step()
+
+    norms[-1].weight.data.copy_(kept)
+    engine.drop()
+    assert engine.num_running == 0
+    assert engine.step() == []
+    found = _step_all(engine, [waiting])
+    assert all([c.token_ids for c in found[k]] == [c.token_ids for c in alone[k]] for k in alone)
+
+
+def test_what_cannot_be_stepped(tiny: Callable[[str], ModelFiles]) -> None:
+    assert not _load(tiny("llama")).can_step(Sampling(4, num_beams=2))
+    for kind in ("sliding", "t5"):
+        assert not _load(tiny(kind)).can_step(Sampling(4))
 
 
 def test_an_encoder_decoder_reads_the_text_or_the_prompt(
