@@ -57,6 +57,9 @@ DECODER = {
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
     # Layers of its cache forget: they cannot be put together from groups of prompts.
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**DECODER, head_dim=16)
+    ),
     "sliding": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**DECODER, sliding_window=6)
     ),

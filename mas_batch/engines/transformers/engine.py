@@ -34,9 +34,10 @@ from mas_batch.engines.transformers.checkpoints import (
     load_model,
     load_tokenizer,
 )
+from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
 from mas_batch.engines.transformers.running import Asked, Running
-from mas_batch.engines.transformers.streams import SpecialTokens
+from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
 from mas_batch.engines.transformers.transformers_compat import model_length
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
@@ -69,6 +70,8 @@ class TransformersEngine:
         self.only_translates = not self.takes_messages
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
+        packed = options.pack_weights and can_pack(model)
+        self._network = Network(model) if packed else None
         self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -144,6 +147,7 @@ class TransformersEngine:
             "architecture": type(self._model).__name__,
             "device": str(self._model.device),
             "dtype": str(self._model.dtype).removeprefix("torch."),
+            "packed_weights": self._network is not None,
             "threads": torch.get_num_threads(),
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
@@ -151,7 +155,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
-        for name in ("_model", "_running"):
+        for name in ("_model", "_network", "_running"):
             vars(self).pop(name, None)
         free_caches()
 
@@ -176,7 +180,8 @@ class TransformersEngine:
         return text, False  # the template has written them
 
     def _open(self) -> Running:
-        return Running(self._model, self._special)
+        stream = open_stream(self._model, self._special, self._network)
+        return Running(stream, self._special)
 
     def _call(self, call: Callable[[], T]) -> T:
         with torch.inference_mode():

@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from mas_batch.engines.base import Sampling
 from mas_batch.engines.decoding import Decoded
 from mas_batch.engines.sampling import draw
-from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
+from mas_batch.engines.transformers.streams import SpecialTokens, Stream
 from mas_batch.errors import EngineError
 
 
@@ -70,13 +69,13 @@ class Running:
     seconds that it takes are in somebody's share.
     """
 
-    def __init__(self, model: Any, special: SpecialTokens) -> None:
+    def __init__(self, stream: Stream, special: SpecialTokens) -> None:
         self._special = special
-        self._stream = open_stream(model, special)
+        self._stream = stream
         self._rows: list[Row] = []
         self._ended: list[Asked] = []
         """By their first tokens; the next step tells."""
-        self.joinable = self._stream.joinable
+        self.joinable = stream.joinable
 
     @property
     def num_asked(self) -> int:

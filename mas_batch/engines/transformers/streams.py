@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, EncoderDecoderCache
 
+from mas_batch.engines.transformers.network import Network
+from mas_batch.engines.transformers.packed_stream import PackedStream
 from mas_batch.engines.transformers.transformers_compat import (
     accepted,
     cache_argument,
@@ -67,8 +69,10 @@ class Stream(Protocol):
         """Return the tokens that rows of these lengths, prompts and all new ones, take room for."""
 
 
-def open_stream(model: Any, special: SpecialTokens) -> Stream:
-    """Return an empty stream for a model of either kind."""
+def open_stream(model: Any, special: SpecialTokens, network: Network | None) -> Stream:
+    """Return an empty stream for a model of either kind, or of its packed network."""
+    if network is not None:
+        return PackedStream(network)
     stream_type = _DecoderOnly if special.decoder_start is None else _EncoderDecoder
     return stream_type(model, special)
 
