@@ -57,6 +57,10 @@ DECODER = {
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
     # Layers of its cache forget: they cannot be put together from groups of prompts.
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**DECODER, sliding_window=None)
+    ),
+    # More in all heads than in a state, and norms of queries and keys.
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**DECODER, head_dim=16)
     ),
@@ -91,6 +95,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 SEQ2SEQ = ("t5", "bart")
 STEPPED = ("llama", "gpt2", "bloom")
+PACKED: dict[str, Callable[[], Any]] = {
+    **{kind: MODELS[kind] for kind in ("llama", "mistral", "qwen3")},
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER)),
+}
 
 
 @pytest.fixture(scope="session")
@@ -499,6 +507,57 @@ def test_a_step_that_fails_and_the_engine_after_it(
     assert engine.step() == []
     found = _step_all(engine, [waiting])
     assert all([c.token_ids for c in found[k]] == [c.token_ids for c in alone[k]] for k in alone)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_give_the_logits_of_the_module(kind: str) -> None:
+    from mas_batch.engines.transformers.network import Network, can_pack
+    from mas_batch.engines.transformers.packed_stream import PackedStream
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = PACKED[kind]().eval()
+    assert can_pack(model)
+    for module in model.modules():  # biases and norms of a new model say nothing
+        for weight in module.parameters(recurse=False):
+            if weight.dim() == 1:
+                weight.data += torch.linspace(-0.3, 0.3, len(weight))
+    stream = PackedStream(Network(model))
+    rows = [[5, 9, 12], [7] * 40, [3, 60]]
+
+    with torch.inference_mode():
+        found = [stream.join(rows[:2], 1, [9, 9])]
+        found.append(stream.step(torch.tensor([8, 9])))
+        found.append(stream.join(rows[2:], 2, [9]))
+        found.append(stream.step(torch.tensor([10, 11, 12, 13])))
+        stream.keep([1, 3])
+        found.append(stream.step(torch.tensor([14, 15])))
+        ways = [
+            rows[:2],
+            [[*rows[0], 8], [*rows[1], 9]],
+            rows[2:],
+            [[*rows[0], 8, 10], [*rows[1], 9, 11], [*rows[2], 12], [*rows[2], 13]],
+            [[*rows[1], 9, 11, 14], [*rows[2], 13, 15]],
+        ]
+        for logits, way in zip(found, ways, strict=True):
+            expected = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in way]
+            assert torch.allclose(logits, torch.stack(expected), atol=1e-4)
+
+
+def test_weights_that_are_not_to_be_packed_are_shared(tiny: Callable[[str], ModelFiles]) -> None:
+    packed = _load(tiny("llama"))
+    plain = _load(tiny("llama"), options={"pack_weights": False})
+    assert packed.describe()["packed_weights"]
+    assert not plain.describe()["packed_weights"]
+    found = [e.generate(_requests(), Sampling(16)) for e in (packed, plain)]
+    assert [c.token_ids for (c,) in found[0]] == [c.token_ids for (c,) in found[1]]
+
+
+@pytest.mark.parametrize("kind", ["sliding", "gpt2"])
+def test_what_is_not_of_the_family_goes_through_its_module(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    assert not _load(tiny(kind)).describe()["packed_weights"]
 
 
 def test_what_cannot_be_stepped(tiny: Callable[[str], ModelFiles]) -> None:

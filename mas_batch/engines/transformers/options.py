@@ -11,7 +11,7 @@ from mas_batch.engines.options import EngineOptions, read_options
 
 
 class Options(EngineOptions):
-    """What `agents.options` may hold for this engine; from `reads` on they are encoder-decoders'."""
+    """What `agents.options` may hold for this engine; from `reads` on, encoder-decoders'."""
 
     max_context_tokens: Annotated[int, Field(ge=2)] | None = None
     """At most the model's own limit, which is also the default."""
