@@ -24,6 +24,9 @@ FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary positions that do not depend on how long the longest row is."""
 
+OPERATIONS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+"""PyTorch's own names, not documented, for what its compiler calls: not in every build."""
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, queries [tokens, heads, size], keys and values [tokens, key heads, size]) →
 [tokens, heads × size]."""
@@ -39,8 +42,10 @@ def can_pack(model: Any) -> bool:
         return False
     if not torch.backends.mkldnn.is_available() or not is_joinable(DynamicCache(config=config)):
         return False
-    own = torch.ops.mkldnn
-    fast_bf16 = model.dtype == torch.bfloat16 and own._is_mkldnn_bf16_supported()
+    ops = torch.ops.mkldnn
+    if not all(hasattr(ops, name) for name in OPERATIONS):
+        return False
+    fast_bf16 = model.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported()
     return model.dtype == torch.float32 or bool(fast_bf16)
 
 
@@ -129,16 +134,16 @@ class _Linear:
         return self._run_with(states, other, "mul")
 
     def _run(self, states: Tensor, then: str) -> Tensor:
-        found: Tensor = _POINTWISE(states, self._weight, self._bias, then, [], "")
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(
+            states, self._weight, self._bias, then, [], ""
+        )
         return found
 
     def _run_with(self, states: Tensor, other: Tensor, then: str) -> Tensor:
-        found: Tensor = _POINTWISE_WITH(states, other, self._weight, self._bias, then)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(
+            states, other, self._weight, self._bias, then
+        )
         return found
-
-
-_POINTWISE = torch.ops.mkldnn._linear_pointwise.default
-_POINTWISE_WITH = torch.ops.mkldnn._linear_pointwise.binary
 
 
 def _norm(module: Any, states: Tensor) -> Tensor:
