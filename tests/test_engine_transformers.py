@@ -404,11 +404,10 @@ def _waiting(number: int, seed: int) -> list[Waiting]:
 
 
 @pytest.mark.parametrize("kind", STEPPED)
-@pytest.mark.parametrize("seed", [0, 1])
 def test_requests_that_come_at_any_time_are_answered_as_if_alone(
-    kind: str, seed: int, tiny: Callable[[str], ModelFiles]
+    kind: str, tiny: Callable[[str], ModelFiles]
 ) -> None:
-    engine, waiting = _load(tiny(kind), max_batch_tokens=300), _waiting(16, seed)
+    engine, waiting = _load(tiny(kind), max_batch_tokens=300), _waiting(16, 0)
     assert isinstance(engine, SteppingEngine)
     alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
     arrivals = np.split(np.array(waiting, dtype=object), [1, 2, 5, 6, 11])
@@ -423,7 +422,7 @@ def test_requests_that_come_at_any_time_are_answered_as_if_alone(
             assert (mine.finish_reason, mine.text) == (its.finish_reason, its.text)
 
 
-@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize("kind", STEPPED[:2])
 def test_what_is_under_way_stays_within_the_budget(
     kind: str, tiny: Callable[[str], ModelFiles]
 ) -> None:
@@ -452,7 +451,7 @@ def test_a_request_over_the_budget_goes_alone(tiny: Callable[[str], ModelFiles])
     assert engine.begin(waiting[1:]) == []
 
 
-@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize("kind", STEPPED[:2])
 def test_seconds_are_shared_among_those_in_a_step(
     kind: str, tiny: Callable[[str], ModelFiles]
 ) -> None:
@@ -466,7 +465,7 @@ def test_seconds_are_shared_among_those_in_a_step(
     assert 0.5 * wall_s < sum(c.compute_s for c in shares) < wall_s
 
 
-@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize("kind", STEPPED[:2])
 def test_what_does_not_fit_has_not_begun(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
     engine, waiting = _load(tiny(kind), max_batch_tokens=None), _waiting(8, 0)
     alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
@@ -484,7 +483,7 @@ def test_what_does_not_fit_has_not_begun(kind: str, tiny: Callable[[str], ModelF
     }
 
 
-@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize("kind", STEPPED[:2])
 def test_a_step_that_fails_and_the_engine_after_it(
     kind: str, tiny: Callable[[str], ModelFiles]
 ) -> None:
