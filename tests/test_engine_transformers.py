@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -14,7 +15,15 @@ import pytest
 from mas_batch import job
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
-from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
+from mas_batch.engines.base import (
+    Completion,
+    EngineConfig,
+    Message,
+    Request,
+    Sampling,
+    SteppingEngine,
+    Waiting,
+)
 from mas_batch.engines.batching import complete
 from mas_batch.engines.client import DirectClient
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
@@ -49,6 +58,13 @@ DECODER = {
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)),
     # Layers of its cache forget: they cannot be put together from groups of prompts.
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**DECODER, sliding_window=None)
+    ),
+    # More in all heads than in a state, and norms of queries and keys.
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**DECODER, head_dim=16)
+    ),
     "sliding": lambda: transformers.MistralForCausalLM(
         transformers.MistralConfig(**DECODER, sliding_window=6)
     ),
@@ -79,6 +95,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }  # fmt: skip
 SEQ2SEQ = ("t5", "bart")
+STEPPED = ("llama", "gpt2", "bloom")
+PACKED: dict[str, Callable[[], Any]] = {
+    **{kind: MODELS[kind] for kind in ("llama", "mistral", "qwen3")},
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER)),
+}
 
 
 @pytest.fixture(scope="session")
@@ -349,6 +370,200 @@ def test_logits_that_are_not_numbers_are_an_error(
 
     with pytest.raises(EngineError, match="not finite"):
         engine.generate(_requests(2), Sampling(4))
+
+
+# --- Stepping
+
+ALIKE = [
+    Sampling(16),
+    Sampling(24),
+    Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3),
+    Sampling(9, temperature=0.7),
+]
+
+
+def _step_all(engine: Any, arrivals: Sequence[Sequence[Waiting]]) -> dict[int, list[Completion]]:
+    """Let requests arrive, some before each step; return their completions."""
+    waiting: list[Waiting] = []
+    found: dict[int, list[Completion]] = {}
+    coming = list(arrivals)
+    while coming or waiting or engine.num_running:
+        waiting += coming.pop(0) if coming else []
+        begun = engine.begin(waiting)
+        assert begun or engine.num_running or not waiting
+        waiting = [one for i, one in enumerate(waiting) if i not in begun]
+        for finished in engine.step():
+            assert finished.key not in found
+            found[finished.key] = finished.completions
+    return found
+
+
+def _waiting(number: int, seed: int) -> list[Waiting]:
+    """Requests that are to be decoded in unlike ways, in no order."""
+    order = np.random.default_rng(seed).permutation(number)
+    return [Waiting(int(i), _requests(number)[i], ALIKE[i % len(ALIKE)]) for i in order]
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_requests_that_come_at_any_time_are_answered_as_if_alone(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine, waiting = _load(tiny(kind), max_batch_tokens=300), _waiting(16, 0)
+    assert isinstance(engine, SteppingEngine)
+    alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
+    arrivals = np.split(np.array(waiting, dtype=object), [1, 2, 5, 6, 11])
+
+    found = _step_all(engine, [*map(list, arrivals[:3]), [], [], *map(list, arrivals[3:])])
+
+    assert found.keys() == alone.keys()
+    for key, completions in found.items():
+        assert [c.token_ids for c in completions] == [c.token_ids for c in alone[key]]
+        for mine, its in zip(completions, alone[key], strict=True):
+            assert mine.sum_logprob == pytest.approx(its.sum_logprob, abs=1e-3)
+            assert (mine.finish_reason, mine.text) == (its.finish_reason, its.text)
+
+
+@pytest.mark.parametrize("kind", STEPPED[:2])
+def test_what_is_under_way_stays_within_the_budget(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine = _load(tiny(kind), max_batch_tokens=200)
+    waiting = [Waiting(i, r, Sampling(24)) for i, r in enumerate(_requests(12))]
+    sizes = {one.key: len(one.request.text.split()) + 2 + 24 for one in waiting}
+    running: set[int] = set()
+    refilled = False
+    while waiting or running:
+        first = waiting[0].key if waiting else None
+        begun = [waiting[i].key for i in engine.begin(waiting)]
+        assert first in begun or not begun  # nobody passes it
+        refilled |= bool(begun and running)
+        running |= set(begun)
+        waiting = [one for one in waiting if one.key not in running]
+        assert sum(sizes[key] for key in running) <= 200
+        running -= {finished.key for finished in engine.step()}
+        assert len(running) == engine.num_running
+    assert refilled
+
+
+def test_a_request_over_the_budget_goes_alone(tiny: Callable[[str], ModelFiles]) -> None:
+    engine = _load(tiny("llama"), max_batch_tokens=10)
+    waiting = [Waiting(i, r, Sampling(8)) for i, r in enumerate(_requests(3))]
+    assert engine.begin(waiting) == [0]
+    assert engine.begin(waiting[1:]) == []
+
+
+@pytest.mark.parametrize("kind", STEPPED[:2])
+def test_seconds_are_shared_among_those_in_a_step(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine = _load(tiny(kind))
+    start = time.perf_counter()
+    found = _step_all(engine, [_waiting(8, 0)[:3], [], [], _waiting(8, 0)[3:]])
+    wall_s = time.perf_counter() - start
+
+    shares = [c for completions in found.values() for c in completions]
+    assert all(0 < (c.prefill_s or 0) <= c.compute_s for c in shares)
+    assert 0.5 * wall_s < sum(c.compute_s for c in shares) < wall_s
+
+
+@pytest.mark.parametrize("kind", STEPPED[:2])
+def test_what_does_not_fit_has_not_begun(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
+    engine, waiting = _load(tiny(kind), max_batch_tokens=None), _waiting(8, 0)
+    alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
+    huge = Waiting(99, waiting[0].request, Sampling(10**13))
+
+    assert len(engine.begin(waiting[:4])) == 4
+    found = {finished.key: finished.completions for finished in engine.step()}
+    with pytest.raises(OutOfMemoryError):
+        engine.begin([huge])
+    assert engine.num_running == 4 - len(found)
+
+    found |= _step_all(engine, [waiting[4:]])
+    assert {key: [c.token_ids for c in row] for key, row in found.items()} == {
+        key: [c.token_ids for c in row] for key, row in alone.items()
+    }
+
+
+@pytest.mark.parametrize("kind", STEPPED[:2])
+def test_a_step_that_fails_and_the_engine_after_it(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    engine, waiting = _load(tiny(kind)), _waiting(8, 0)
+    alone = {one.key: engine.generate([one.request], one.sampling)[0] for one in waiting}
+    norms = [m for m in engine._model.modules() if "norm" in type(m).__name__.lower()]
+    engine.begin(waiting[:3])
+    kept = norms[-1].weight.clone()
+    norms[-1].weight.data.fill_(float("nan"))
+
+    with pytest.raises(EngineError, match="step 0 are not finite"):
+        engine.begin(waiting[3:5])
+    assert engine.num_running == 3
+    with pytest.raises(EngineError, match="step 1 are not finite"):
+        engine.step()
+
+    norms[-1].weight.data.copy_(kept)
+    engine.drop()
+    assert engine.num_running == 0
+    assert engine.step() == []
+    found = _step_all(engine, [waiting])
+    assert all([c.token_ids for c in found[k]] == [c.token_ids for c in alone[k]] for k in alone)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_give_the_logits_of_the_module(kind: str) -> None:
+    from mas_batch.engines.transformers.network import Network, can_pack
+    from mas_batch.engines.transformers.packed_stream import PackedStream
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = PACKED[kind]().eval()
+    assert can_pack(model)
+    for module in model.modules():  # biases and norms of a new model say nothing
+        for weight in module.parameters(recurse=False):
+            if weight.dim() == 1:
+                weight.data += torch.linspace(-0.3, 0.3, len(weight))
+    stream = PackedStream(Network(model))
+    rows = [[5, 9, 12], [7] * 40, [3, 60]]
+
+    with torch.inference_mode():
+        found = [stream.join(rows[:2], 1, [9, 9])]
+        found.append(stream.step(torch.tensor([8, 9])))
+        found.append(stream.join(rows[2:], 2, [9]))
+        found.append(stream.step(torch.tensor([10, 11, 12, 13])))
+        stream.keep([1, 3])
+        found.append(stream.step(torch.tensor([14, 15])))
+        ways = [
+            rows[:2],
+            [[*rows[0], 8], [*rows[1], 9]],
+            rows[2:],
+            [[*rows[0], 8, 10], [*rows[1], 9, 11], [*rows[2], 12], [*rows[2], 13]],
+            [[*rows[1], 9, 11, 14], [*rows[2], 13, 15]],
+        ]
+        for logits, way in zip(found, ways, strict=True):
+            expected = [model(input_ids=torch.tensor([row])).logits[0, -1] for row in way]
+            assert torch.allclose(logits, torch.stack(expected), atol=1e-4)
+
+
+def test_weights_that_are_not_to_be_packed_are_shared(tiny: Callable[[str], ModelFiles]) -> None:
+    packed = _load(tiny("llama"))
+    plain = _load(tiny("llama"), options={"pack_weights": False})
+    assert packed.describe()["packed_weights"]
+    assert not plain.describe()["packed_weights"]
+    found = [e.generate(_requests(), Sampling(16)) for e in (packed, plain)]
+    assert [c.token_ids for (c,) in found[0]] == [c.token_ids for (c,) in found[1]]
+
+
+@pytest.mark.parametrize("kind", ["sliding", "gpt2"])
+def test_what_is_not_of_the_family_goes_through_its_module(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    assert not _load(tiny(kind)).describe()["packed_weights"]
+
+
+def test_what_cannot_be_stepped(tiny: Callable[[str], ModelFiles]) -> None:
+    assert not _load(tiny("llama")).can_step(Sampling(4, num_beams=2))
+    for kind in ("sliding", "t5"):
+        assert not _load(tiny(kind)).can_step(Sampling(4))
 
 
 def test_an_encoder_decoder_reads_the_text_or_the_prompt(

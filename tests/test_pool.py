@@ -410,7 +410,7 @@ def test_a_worker_that_hangs_is_restarted(nannies: Client, make_job: MakeJob) ->
     async def test() -> None:
         async with AgentPool(job, client=nannies, max_batch=1) as pool:
             # A pool is open when one has loaded; one that is stopped before it has is not asked.
-            await until(pool, lambda stats: stats.agents["a"].num_replicas == 2)
+            await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
             pids = nannies.run(os.getpid)
             os.kill(next(iter(pids.values())), signal.SIGSTOP)
             replies = await asyncio.gather(*(pool.ask(f"text {i}") for i in range(4)))

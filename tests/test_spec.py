@@ -75,7 +75,7 @@ def test_agents_that_share_hosts_count_once() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("window", "slots"), [({}, 4), ({"window": 5}, 6)])
+@pytest.mark.parametrize(("window", "slots"), [({}, 3), ({"window": 5}, 6)])
 def test_a_worker_has_slots_for_its_partitions_and_for_a_merge(
     window: dict[str, int], slots: int
 ) -> None:

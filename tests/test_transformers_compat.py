@@ -15,8 +15,8 @@ from mas_batch.engines.transformers.transformers_compat import (  # noqa: E402 -
     dequantized,
     drop_columns,
     is_joinable,
+    join_rows,
     model_length,
-    put_rows,
 )
 
 SMALL = {
@@ -69,11 +69,13 @@ def test_a_cache_that_is_put_together_is_read_and_written_by_the_model(llama: An
     read(llama, [[1, 2, 3], [4, 5, 6]], whole)
     expected = read(llama, [[7], [8]], whole)
 
-    joined = transformers.DynamicCache(config=LLAMA)
+    parts = []
     for row, ids in enumerate(([1, 2, 3], [4, 5, 6])):
         part = transformers.DynamicCache(config=LLAMA)
         read(llama, [ids], part)
-        put_rows(joined, torch.tensor([row]), part, num_rows=2, width=3, capacity=8)
+        parts.append((torch.tensor([row]), part))
+    joined = transformers.DynamicCache(config=LLAMA)
+    joined.layers = join_rows(parts, num_rows=2, width=3, capacity=8)
 
     assert torch.allclose(read(llama, [[7], [8]], joined), expected, atol=1e-6)
     assert joined.layers[0].keys.shape[2] == joined.layers[0].values.shape[2] == 4
@@ -83,7 +85,8 @@ def test_rows_of_a_cache_that_is_put_together_can_go_in_another_order(llama: Any
     part = transformers.DynamicCache(config=LLAMA)
     read(llama, [[1, 2, 3], [4, 5, 6]], part)
     joined = transformers.DynamicCache(config=LLAMA)
-    put_rows(joined, torch.tensor([0, 1]), part, num_rows=2, width=3, capacity=8)
+    rows = torch.tensor([0, 1])
+    joined.layers = join_rows([(rows, part)], num_rows=2, width=3, capacity=8)
     before = joined.layers[1].keys.clone()
 
     joined.reorder_cache(torch.tensor([1, 1, 0]))

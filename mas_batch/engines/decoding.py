@@ -82,38 +82,40 @@ def extend(
     return done
 
 
+Read = Callable[[Decoded], tuple[str, Sequence[int]]]
+"""A result → the text and the `Completion.token_ids` of it."""
+
+
+def completion(
+    prompt: Sequence[int], decoded: Decoded, read: Read, compute_s: float, prefill_s: float | None
+) -> Completion:
+    """Make the completion of one result."""
+    text, token_ids = read(decoded)
+    return Completion(
+        text=text,
+        token_ids=tuple(token_ids),
+        sum_logprob=decoded.sum_logprob,
+        num_tokens=len(decoded.tokens),
+        finish_reason="stop" if decoded.ended else "length",
+        prompt_tokens=len(prompt),
+        compute_s=compute_s,
+        prefill_s=prefill_s,
+    )
+
+
 def completions(
     prompts: Sequence[Sequence[int]],
     found: Sequence[Sequence[Decoded]],
-    read: Callable[[Decoded], tuple[str, Sequence[int]]],
+    read: Read,
     *,
     total_s: float,
     prefill_s: float | None,
 ) -> list[list[Completion]]:
-    """Make completions of a batch's results per prompt, each with its share of the batch's time.
-
-    Args:
-        read: returns the text and the `Completion.token_ids` of a result.
-    """
+    """Make completions of a batch's results per prompt, each with its share of the batch's time."""
     new_tokens = [[len(decoded.tokens) for decoded in row] for row in found]
     shares = share_time(total_s, prefill_s, [len(prompt) for prompt in prompts], new_tokens)
 
-    def completion(
-        prompt: Sequence[int], decoded: Decoded, share: tuple[float, float | None]
-    ) -> Completion:
-        text, token_ids = read(decoded)
-        return Completion(
-            text=text,
-            token_ids=tuple(token_ids),
-            sum_logprob=decoded.sum_logprob,
-            num_tokens=len(decoded.tokens),
-            finish_reason="stop" if decoded.ended else "length",
-            prompt_tokens=len(prompt),
-            compute_s=share[0],
-            prefill_s=share[1],
-        )
-
     return [
-        [completion(prompt, decoded, share) for decoded, share in zip(row, own, strict=True)]
+        [completion(prompt, decoded, read, *share) for decoded, share in zip(row, own, strict=True)]
         for prompt, row, own in zip(prompts, found, shares, strict=True)
     ]

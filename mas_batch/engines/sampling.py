@@ -32,16 +32,23 @@ class Sampler:
 
     def __call__(self, logits: Tensor, active: Sequence[int], step: int) -> Tensor:
         """Return one token per row of `logits`; `active` are the rows' numbers from the start."""
-        device = logits.device
-        if device.type == "mps":  # it has no float64, and float32 sums are off by a draw's grain
-            logits = logits.cpu()
-        probs = (logits.double() / self._sampling.temperature).softmax(-1)
-        # In the order of token ids: a near-tie may swap places in an order by probability.
-        below = _restrict(probs, self._sampling.top_k, self._sampling.top_p).cumsum(-1)
-        # Divided by its last value it ends with exactly 1, above any draw.
-        below /= below[:, -1:].clone()
-        draw = torch.from_numpy(self._uniform[active, step]).to(below.device)
-        return torch.searchsorted(below, draw[:, None], right=True)[:, 0].to(device)
+        return draw(logits, self._sampling, self._uniform[active, step])
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: np.ndarray) -> Tensor:
+    """Return one token per row by a number between 0 and 1 per row."""
+    device = logits.device
+    if device.type == "mps":  # it has no float64, and float32 sums are off by a draw's grain
+        logits = logits.cpu()
+    probs = (logits.double() / sampling.temperature).softmax(-1)
+    # In the order of token ids: a near-tie may swap places in an order by probability.
+    below = _restrict(probs, sampling.top_k, sampling.top_p).cumsum(-1)
+    # Divided by its last value it ends with exactly 1, above any draw.
+    below /= below[:, -1:].clone()
+    drawn = torch.from_numpy(uniform).to(below.device)
+    tokens = torch.searchsorted(below, drawn[:, None], right=True)[:, 0]
+    # Of logits that are not numbers any token is as good, but it has to be one.
+    return tokens.clamp(max=logits.shape[-1] - 1).to(device)
 
 
 def _restrict(probs: Tensor, top_k: int, top_p: float) -> Tensor:

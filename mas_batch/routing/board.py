@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mas_batch.routing.instructions import Rules, Work
-from mas_batch.routing.policies import Policy, order_of
+from mas_batch.routing.policies import Ordered, Policy, order_of
 
 _COUNTED = 256
 """Partitions by which it is estimated how often an ordered policy asks an agent."""
@@ -124,6 +124,7 @@ class Board:
         self._agents = tuple(samples)
         self._rules = rules
         self._policy = policy
+        self._has_order = rules.ordered and isinstance(policy, Ordered)  # slow: asked once
         self._plan = iter(plan)
         self.open: dict[int, OpenPartition] = {}
         self.is_exhausted = False
@@ -153,7 +154,7 @@ class Board:
         return state
 
     def _order(self, index: int) -> tuple[str, ...] | None:
-        if not self._rules.ordered:
+        if not self._has_order:
             return None
         return order_of(self._policy, index, self._agents, self._rules.weights)
 

@@ -18,6 +18,9 @@ from mas_batch.engines.transformers.transformers_compat import cache_argument, d
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
 
+DECODER_OPTIONS = frozenset({"max_context_tokens", "pack_weights"})
+"""Those that mean something for a decoder-only model."""
+
 
 def checkpoint(model: ModelFiles, dtype: str) -> Path:
     """Return a directory of safetensors with its tokenizer; a .gguf is converted if need be.
@@ -89,9 +92,10 @@ def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> A
         auto = transformers.AutoModelForSeq2SeqLM
     else:
         auto = transformers.AutoModelForCausalLM
-        if unread := sorted(options.model_fields_set - {"max_context_tokens"}):
+        if unread := sorted(options.model_fields_set - DECODER_OPTIONS):
             raise JobError(
-                f"{model.source} is not an encoder-decoder; allowed: max_context_tokens",
+                f"{model.source} is not an encoder-decoder; allowed: "
+                f"{', '.join(sorted(DECODER_OPTIONS))}",
                 key=f"agents.options.{unread[0]}",
             )
     loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings)

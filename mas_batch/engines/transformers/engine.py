@@ -7,9 +7,9 @@ run. Of a checkpoint's `generation_config` only token ids are heeded: how to dec
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import torch
@@ -19,24 +19,30 @@ from transformers.utils import logging as transformers_logging
 from mas_batch.engines.base import (
     Completion,
     EngineConfig,
+    Finished,
     Request,
     Sampling,
     TokenizedPrompt,
+    Waiting,
     tokenized_prompt,
 )
-from mas_batch.engines.decoding import Decoded, completions
+from mas_batch.engines.decoding import Decoded, completion, completions
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
+from mas_batch.engines.transformers.beams import beam_search
 from mas_batch.engines.transformers.checkpoints import (
     checkpoint,
     load_model,
     load_tokenizer,
 )
-from mas_batch.engines.transformers.decoding import decode
+from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
-from mas_batch.engines.transformers.streams import SpecialTokens
+from mas_batch.engines.transformers.running import Asked, Running
+from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
 from mas_batch.engines.transformers.transformers_compat import model_length
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
+
+T = TypeVar("T")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len")
@@ -64,6 +70,9 @@ class TransformersEngine:
         self.only_translates = not self.takes_messages
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
+        packed = options.pack_weights and can_pack(model)
+        self._network = Network(model) if packed else None
+        self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
         """Tokenise the prompt, or the source for an encoder.
@@ -79,18 +88,53 @@ class TransformersEngine:
         """Run one batch; see `Engine.generate`."""
         if not requests:
             return []
-        sampling.check()
-        prompts: list[list[int]] = [tokenized_prompt(self, request).tokens for request in requests]
-        if empty := [r.request_id for r, p in zip(requests, prompts, strict=True) if not p]:
-            raise EngineError(f"request {empty[0]!r} has no tokens")
-        seeds = [request.seed for request in requests]
-        start = time.perf_counter()
-        with torch.inference_mode():
-            found, prefill_s = run_freeing(
-                lambda: decode(self._model, prompts, self._special, sampling, seeds)
-            )
-        total_s = time.perf_counter() - start
-        return completions(prompts, found, self._read, total_s=total_s, prefill_s=prefill_s)
+        prompts = [self._tokens(request, sampling) for request in requests]
+        if sampling.num_beams > 1:
+            start = time.perf_counter()
+            with torch.inference_mode():
+                found = run_freeing(
+                    lambda: beam_search(self._model, prompts, self._special, sampling)
+                )
+            total_s = time.perf_counter() - start
+            best = [[decoded] for decoded in found]
+            return completions(prompts, best, self._read, total_s=total_s, prefill_s=None)
+        running = self._open()
+        asked = [
+            Asked(i, prompt, sampling, request.seed)
+            for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+        ]
+        self._call(lambda: running.begin(asked))
+        while running.num_asked:
+            self._call(running.step)
+        return [self._completions(one) for one in asked]
+
+    def can_step(self, sampling: Sampling) -> bool:
+        """See `SteppingEngine.can_step`: no beams, and a cache whose rows can be put together."""
+        return sampling.num_beams == 1 and self._running.joinable
+
+    def begin(self, waiting: Sequence[Waiting]) -> list[int]:
+        """See `SteppingEngine.begin`."""
+        asked = [
+            Asked(one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed)
+            for one in waiting
+        ]
+        chosen = self._running.choose(asked, self.max_batch_tokens)
+        if chosen:
+            self._call(lambda: self._running.begin([asked[i] for i in chosen]))
+        return chosen
+
+    def step(self) -> list[Finished]:
+        """See `SteppingEngine.step`."""
+        return [Finished(one.key, self._completions(one)) for one in self._call(self._running.step)]
+
+    @property
+    def num_running(self) -> int:
+        """Requests under way."""
+        return self._running.num_asked
+
+    def drop(self) -> None:
+        """Forget everything under way."""
+        self._running = self._open()
 
     def describe(self) -> Mapping[str, Any]:
         """Facts for the manifest."""
@@ -103,6 +147,7 @@ class TransformersEngine:
             "architecture": type(self._model).__name__,
             "device": str(self._model.device),
             "dtype": str(self._model.dtype).removeprefix("torch."),
+            "packed_weights": self._network is not None,
             "threads": torch.get_num_threads(),
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
@@ -110,7 +155,8 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
-        vars(self).pop("_model", None)
+        for name in ("_model", "_network", "_running"):
+            vars(self).pop(name, None)
         free_caches()
 
     def _prompt(self, request: Request) -> tuple[str, bool]:
@@ -132,6 +178,28 @@ class TransformersEngine:
                 key="agents.system",
             ) from error
         return text, False  # the template has written them
+
+    def _open(self) -> Running:
+        stream = open_stream(self._model, self._special, self._network)
+        return Running(stream, self._special)
+
+    def _call(self, call: Callable[[], T]) -> T:
+        with torch.inference_mode():
+            return run_freeing(call)
+
+    def _tokens(self, request: Request, sampling: Sampling) -> list[int]:
+        sampling.check()
+        tokens: list[int] = tokenized_prompt(self, request).tokens
+        if not tokens:
+            raise EngineError(f"request {request.request_id!r} has no tokens")
+        return tokens
+
+    def _completions(self, asked: Asked) -> list[Completion]:
+        prefill_s = asked.prefill_s / len(asked.results)
+        return [
+            completion(asked.prompt, row.decoded, self._read, row.decode_s + prefill_s, prefill_s)
+            for row in asked.results
+        ]
 
     def _read(self, decoded: Decoded) -> tuple[str, list[int]]:
         kept = decoded.tokens[:-1] if decoded.ended else decoded.tokens

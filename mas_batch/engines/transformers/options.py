@@ -11,10 +11,13 @@ from mas_batch.engines.options import EngineOptions, read_options
 
 
 class Options(EngineOptions):
-    """What `agents.options` may hold for this engine; all but the first are encoder-decoder's."""
+    """What `agents.options` may hold for this engine; from `reads` on, encoder-decoders'."""
 
     max_context_tokens: Annotated[int, Field(ge=2)] | None = None
     """At most the model's own limit, which is also the default."""
+    pack_weights: bool = True
+    """Where a CPU multiplies packed weights faster, hold them so. They are each process's own;
+    what is not packed is shared by the processes of a machine, as the file is mapped."""
     reads: Literal["text", "messages"] = "text"
     """`text`: the record alone, as translation models do. `messages`: the prompt's turns joined
     by blank lines, for encoder-decoders that follow instructions or summarize."""

@@ -11,15 +11,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, EncoderDecoderCache
 
-from mas_batch.engines.decoding import Rows
+from mas_batch.engines.transformers.network import Network
+from mas_batch.engines.transformers.packed_stream import PackedStream
 from mas_batch.engines.transformers.transformers_compat import (
     accepted,
     cache_argument,
     drop_columns,
     is_joinable,
-    put_rows,
+    join_rows,
 )
 
 GROUP_PADDING = 0.1
@@ -41,72 +43,115 @@ class SpecialTokens:
     """Never chosen: Marian models rank their padding token first."""
 
 
-class Stream(Rows, Protocol):
-    """Rows that begin with prompts."""
+class Stream(Protocol):
+    """Rows that are decoded together; prompts may join them."""
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts, one row each; return the logits of the first tokens."""
+    joinable: bool
+    """Whether prompts can join rows that are under way; otherwise only an empty stream."""
+
+    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+        """Read prompts; return the logits of their first tokens, one row per prompt.
+
+        Each prompt makes `copies` rows, which come after those under way, side by side. An
+        exception leaves a joinable stream as it was.
+
+        Args:
+            max_new: of each prompt, the most tokens that its rows will get.
+        """
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token per row; return the logits of the next."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only; their numbers ascend."""
+
+    def num_tokens(self, row_tokens: Sequence[int]) -> int:
+        """Return the tokens that rows of these lengths, prompts and all new ones, take room for."""
 
 
-def open_stream(model: Any, special: SpecialTokens, max_new_tokens: int) -> Stream:
-    """Return a stream for a model of either kind, with room for `max_new_tokens` a row."""
+def open_stream(model: Any, special: SpecialTokens, network: Network | None) -> Stream:
+    """Return an empty stream for a model of either kind, or of its packed network."""
+    if network is not None:
+        return PackedStream(network)
     stream_type = _DecoderOnly if special.decoder_start is None else _EncoderDecoder
-    return stream_type(model, special, max_new_tokens)
+    return stream_type(model, special)
 
 
-class _DecoderOnly:
-    """Prompts padded on the left, read in groups of like length so that little is padding."""
+class _Padded:
+    """What is common to streams whose rows have one width."""
 
-    def __init__(self, model: Any, special: SpecialTokens, max_new_tokens: int) -> None:
+    def __init__(self, model: Any, special: SpecialTokens) -> None:
         self._model = model
         self._special = special
-        self._max_new_tokens = max_new_tokens
-        self._cache = DynamicCache(config=model.config)
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        ids, self._mask = pad_rows(prompts, self._special.pad, "left", self._model.device)
-        self._lengths = self._mask.sum(-1, keepdim=True)
-        self._joinable = is_joinable(self._cache)
-        if not self._joinable:
-            return self._forward(ids, self._mask, self._positions(), self._cache)
-        return self._read_groups(ids, _groups([len(prompt) for prompt in prompts]))
+    def num_tokens(self, row_tokens: Sequence[int]) -> int:
+        return len(row_tokens) * max(row_tokens, default=0)
+
+
+class _DecoderOnly(_Padded):
+    """Prompts padded on the left, read in groups of like length so that little is padding."""
+
+    def __init__(self, model: Any, special: SpecialTokens) -> None:
+        super().__init__(model, special)
+        self._clear()
+        self.joinable = is_joinable(self._cache)
+
+    def _clear(self) -> None:
+        self._cache = DynamicCache(config=self._model.config)
+        self._mask = torch.zeros((0, 0), dtype=torch.long, device=self._model.device)
+        self._room = 0
+        """Columns that the rows under way may still need."""
+
+    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+        ids, mask = pad_rows(prompts, self._special.pad, "left", self._model.device)
+        lengths = mask.sum(-1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        if not self.joinable:
+            logits = self._forward(ids, mask, positions, self._cache)
+            self._mask = mask.repeat_interleave(copies, 0)
+            if copies > 1:
+                order = torch.arange(len(prompts), device=ids.device)
+                self._cache.reorder_cache(order.repeat_interleave(copies))
+            return logits
+        old, width = self._mask.shape
+        parts = [(torch.arange(old, device=ids.device), self._cache)] if old else []
+        found: list[Tensor] = []
+        groups = _groups([len(prompt) for prompt in prompts])
+        for group in groups:
+            rows = torch.tensor(group, device=ids.device)
+            own = slice(ids.shape[1] - int(lengths[rows].max()), None)
+            cache = DynamicCache(config=self._model.config)
+            found.append(
+                self._forward(ids[rows, own], mask[rows, own], positions[rows, own], cache)
+            )
+            parts += [(old + rows * copies + copy, cache) for copy in range(copies)]
+        num_rows, width = old + len(prompts) * copies, max(width, ids.shape[1])
+        room = max(self._room, *max_new)
+        layers = join_rows(parts, num_rows=num_rows, width=width, capacity=width + room)
+        masks = [pad(self._mask, (width - self._mask.shape[1], 0))] if old else []
+        new = pad(mask, (width - mask.shape[1], 0)).repeat_interleave(copies, 0)
+        self._cache.layers, self._room = layers, room
+        self._mask = torch.cat([*masks, new])
+        order = torch.tensor([i for group in groups for i in group], device=ids.device)
+        return torch.cat(found)[order.argsort()]
 
     def step(self, tokens: Tensor) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        self._lengths = self._lengths + 1
-        return self._forward(tokens[:, None], self._mask, self._lengths - 1, self._cache)
+        self._room -= 1
+        positions = self._mask.sum(-1, keepdim=True) - 1
+        return self._forward(tokens[:, None], self._mask, positions, self._cache)
 
-    def keep(self, rows: Tensor) -> None:
-        self._mask, self._lengths = self._mask[rows], self._lengths[rows]
-        if self._joinable:  # what was padding to a longer row that has ended is not carried on
+    def keep(self, rows: Sequence[int]) -> None:
+        if not rows:
+            self._clear()
+            return
+        index = torch.tensor(rows, device=self._mask.device)
+        self._mask = self._mask[index]
+        self._cache.reorder_cache(index)
+        if self.joinable:  # what was padding to a longer row that has ended is not carried on
             lead = int(self._mask.argmax(-1).min())
             self._mask = self._mask[:, lead:]
             drop_columns(self._cache, lead)
-        self._cache.reorder_cache(rows)
-
-    def _positions(self) -> Tensor:
-        return (self._mask.cumsum(-1) - 1).clamp(min=0)
-
-    def _read_groups(self, ids: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
-        num_rows, width = ids.shape
-        positions = self._positions()
-        found: list[Tensor] = []
-        for group in groups:
-            rows = torch.tensor(group, device=ids.device)
-            own = slice(width - int(self._lengths[rows].max()), width)
-            cache = DynamicCache(config=self._model.config)
-            mask = self._mask[rows, own]
-            found.append(self._forward(ids[rows, own], mask, positions[rows, own], cache))
-            put_rows(
-                self._cache,
-                rows,
-                cache,
-                num_rows=num_rows,
-                width=width,
-                capacity=width + self._max_new_tokens,
-            )
-        order = torch.tensor([i for group in groups for i in group], device=ids.device)
-        return torch.cat(found)[order.argsort()]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         optional = accepted(self._model, position_ids=positions, logits_to_keep=1)
@@ -116,21 +161,22 @@ class _DecoderOnly:
         return logits
 
 
-class _EncoderDecoder:
+class _EncoderDecoder(_Padded):
     """Sources padded on the right: encoders count positions from the first column."""
 
-    def __init__(self, model: Any, special: SpecialTokens, max_new_tokens: int) -> None:
-        self._model = model
-        self._special = special
-        config = model.config
-        self._cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
+    joinable = False
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        device = self._model.device
+    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+        device, config = self._model.device, self._model.config
         ids, self._mask = pad_rows(prompts, self._special.pad, "right", device)
+        self._cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
         encoder = self._model.get_encoder()
         self._encoded = encoder(input_ids=ids, attention_mask=self._mask).last_hidden_state
-        return self.step(torch.full((len(ids),), self._special.decoder_start, device=device))
+        start = torch.full((len(ids),), self._special.decoder_start, device=device)
+        logits = self.step(start)
+        if copies > 1:
+            self._take(torch.arange(len(ids), device=device).repeat_interleave(copies))
+        return logits
 
     def step(self, tokens: Tensor) -> Tensor:
         output = self._model(
@@ -143,7 +189,10 @@ class _EncoderDecoder:
         logits: Tensor = output.logits[:, -1].float()
         return logits
 
-    def keep(self, rows: Tensor) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
+        self._take(torch.tensor(rows, dtype=torch.long, device=self._mask.device))
+
+    def _take(self, rows: Tensor) -> None:
         self._mask, self._encoded = self._mask[rows], self._encoded[rows]
         self._cache.reorder_cache(rows)
 

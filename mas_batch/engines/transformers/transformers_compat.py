@@ -8,6 +8,7 @@ versions that no test has seen.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,26 +63,22 @@ def is_joinable(cache: DynamicCache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def put_rows(
-    cache: DynamicCache,
-    rows: Tensor,
-    part: DynamicCache,
-    *,
-    num_rows: int,
-    width: int,
-    capacity: int,
-) -> None:
-    """Put the cache of a group of rows into that of all, right-aligned at `width` columns.
+def join_rows(
+    parts: Sequence[tuple[Tensor, DynamicCache]], *, num_rows: int, width: int, capacity: int
+) -> list[GrowingLayer]:
+    """Return the layers of a cache that holds the rows of several, right-aligned at `width`.
 
     Args:
-        cache: joinable, and written to by this function only.
-        rows: the group's numbers, of `num_rows`.
+        parts: joinable caches, each with the numbers, of `num_rows`, that its rows get.
         capacity: columns that there is room for.
     """
-    if not all(type(layer) is GrowingLayer for layer in cache.layers):
-        cache.layers = [GrowingLayer(like, num_rows, width, capacity) for like in part.layers]
-    for layer, own in zip(cache.layers, part.layers, strict=True):
-        layer.fill(rows, own)
+    layers = []
+    for like in zip(*(part.layers for _, part in parts), strict=True):
+        layer = GrowingLayer(like[0], num_rows, width, capacity)
+        for (rows, _), own in zip(parts, like, strict=True):
+            layer.fill(rows, own)
+        layers.append(layer)
+    return layers
 
 
 def drop_columns(cache: DynamicCache, number: int) -> None:
