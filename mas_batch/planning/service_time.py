@@ -161,4 +161,5 @@ def _means(times: Floats, values: Floats, starts: Floats, ends: Floats) -> Float
     passed = np.concatenate([[0.0], np.cumsum(values * np.diff(times))])
     lengths = ends - starts
     sums = np.interp(ends, times, passed) - np.interp(starts, times, passed)
-    return np.divide(sums, lengths, out=np.ones(len(starts)), where=lengths > 0)
+    means: Floats = np.divide(sums, lengths, out=np.ones(len(starts)), where=lengths > 0)
+    return means
