@@ -1,7 +1,7 @@
 """What an engine remembers of batches that its server's absence interrupted; in memory only.
 
 What was answered before the interruption is not asked again when the partition comes back to the
-same replica. A request that was under way at every interruption may be what fells the server: it is
+same host. A request that was under way at every interruption may be what fells the server: it is
 asked alone, and in the end it fails alone. Several threads may have such batches at once.
 """
 
@@ -21,7 +21,7 @@ ALONE_AFTER = 2
 MAX_INTERRUPTIONS = 4
 """Interruptions, the last of them alone, after which a request is to blame."""
 _MAX_KEPT = 10_000
-"""Requests; a partition that goes to another replica leaves some behind."""
+"""Requests; a partition that goes to another host leaves some behind."""
 
 
 class Interrupted:

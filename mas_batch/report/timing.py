@@ -33,7 +33,7 @@ def time_facts(run: Run) -> TimeFacts | None:
     facts = run.manifest.get("latency")
     if not facts:
         return None
-    hosts = facts.get("hosts") or facts.get("replicas") or {}  # of before
+    hosts = facts.get("hosts") or facts.get("replicas") or {}  # so earlier versions called them
     length_s, activity = _activity(run.ledger(), _sharers(run))
     return TimeFacts(
         wall_s=facts.get("wall_s"),
