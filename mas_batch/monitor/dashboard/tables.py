@@ -58,7 +58,7 @@ _STATE = partial(
     HTMLTemplateFormatter, template='<span style="color: <%- colour %>">&#9679;</span> <%- value %>'
 )
 _HOST_COLUMNS: _Columns = {
-    "worker": ("worker", 150, StringFormatter),
+    "worker": ("worker", 215, StringFormatter),
     "agents": ("agents", 150, StringFormatter),
     "state": ("state", 100, _STATE),
     "since_s": ("for s", 50, _COUNT),
