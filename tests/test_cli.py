@@ -127,6 +127,21 @@ def test_dry_run_plans_and_writes_nothing(job_file: Path) -> None:
     assert not (job_file.parent / "runs").exists()
 
 
+def test_dry_run_shows_hosts_once_for_all_agents_that_share_them(job_file: Path) -> None:
+    agents = [{"name": name, "model": "echo:same"} for name in ("a", "b")]
+    agents += [{"name": "c", "model": "echo:other", "count": 2, "max_count": 3}]
+    job_file.write_text(yaml.safe_dump({**JOB, "agents": agents}))
+    shown = CliRunner().invoke(main, ["submit", str(job_file), "--dry-run"]).output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines()]
+    hosts = {row[0]: row[3] for row in rows if len(row) == 5}
+    assert hosts == {"a": "1", "b": "with a", "c": "2 to 3"}
+    as_json = CliRunner().invoke(main, ["submit", str(job_file), "--dry-run", "--json"])
+    posts = json.loads(as_json.stdout)["posts"]
+    assert [(post["agents"], post["hosts"], post["most"]) for post in posts] == [
+        (["a", "b"], 1, 1), (["c"], 2, 3),
+    ]  # fmt: skip
+
+
 def test_all_three_entry_points_are_one_command() -> None:
     outputs = [
         subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
