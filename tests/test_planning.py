@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from mas_batch import pipeline
 from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader
+from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, READING
@@ -318,7 +319,9 @@ def test_a_sample_has_several_partitions_in_two_sizes(make_job: MakeJob) -> None
 # --- Forecasts
 
 
-def measurements_of(seconds_per_record: dict[str, float], cores: float = 0.0) -> Measurements:
+def measurements_of(
+    seconds_per_record: dict[str, float], cores: float = 0.0, engine: EngineInfo = ENGINES["echo"]
+) -> Measurements:
     tasks = {
         name: tasks_of([(n, 10.0 * n, 0.1 + each * n) for n in (2, 4, 8) for _ in range(6)])
         for name, each in seconds_per_record.items()
@@ -333,7 +336,7 @@ def measurements_of(seconds_per_record: dict[str, float], cores: float = 0.0) ->
             load_s=0.5,
             threads=1,
             cores=cores,
-            engine=ENGINES["echo"],
+            engine=engine,
             peak_memory_bytes=2**20,
             failed_fraction=0.0,
         )
@@ -366,6 +369,22 @@ def test_tokens_and_time_add_up(make_job: MakeJob) -> None:
     assert forecaster.tokens(forecast, "weak") == (320 * 13, 320 * 7)
     parts = forecaster.parts_s(forecast, "strong")
     assert parts["compute_s"] == pytest.approx(40 * 1.7 * 0.75, rel=0.01)
+
+
+def test_partitions_at_one_host_share_its_batches_and_its_engine_works_on(
+    make_job: MakeJob,
+) -> None:
+    job = make_job(agents=[{"name": "strong", "model": "echo"}])
+    measured = measurements_of({"strong": 0.2}, engine=EngineInfo("", concurrent=2))
+    forecast = forecaster_of(job, measured).forecast({"strong": 1})
+    # Of 0.1 s + 8 · 0.2 s, a quarter is not the engine's; two at once have the 0.1 s once.
+    both_s = 0.75 * (0.1 + 2 * 1.6)
+    assert forecast.phases["answering"] == pytest.approx(20 * both_s, rel=0.03)
+    elsewhere = measurements_of(
+        {"strong": 0.2}, engine=EngineInfo("", concurrent=2, computes_elsewhere=True)
+    )
+    forecast = forecaster_of(job, elsewhere).forecast({"strong": 1})
+    assert forecast.phases["answering"] == pytest.approx(20 * 1.7, rel=0.03)
 
 
 @settings(max_examples=settings.default.max_examples // 2)
