@@ -4,7 +4,7 @@
     python benchmarks/planner.py --only echo marian  those whose names contain one of these
     python benchmarks/planner.py --folder DIR        keep what was found; done ones are not repeated
 
-Every corpus is bundled data, repeated under other ids so that a run lasts half a minute or more.
+Every corpus is bundled data, repeated so that a run lasts half a minute or more.
 A configuration is planned from a sample, or from a run of another one, right before it runs: on a
 machine that others use, a figure holds for as long as their load stays what it was. How many cores
 they kept busy is shown: while measuring, and during the run.
@@ -18,7 +18,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +189,26 @@ CONFIGURATIONS = (
         },
     ),
     Configuration(
+        "jobs/classify.yaml: three agents of one encoder, two more",
+        {**shipped("classify.yaml"), "partition": {"max_records": 16}},
+        MODULES,
+        552,
+        num_sampled=96,
+    ),
+    Configuration(
+        "jobs/summarize.yaml: two agents of one model",
+        {
+            **shipped("summarize.yaml"),
+            "task": {"kind": "summarize", "max_new_tokens": 32},
+            "merge": {"method": "mbr", "utility": "rouge-l"},
+            "routing": {"policy": "least-loaded", "answers_per_record": 3},
+            "partition": {"max_records": 4},
+        },
+        PAGES,
+        32,
+        num_sampled=16,
+    ),
+    Configuration(
         "SmolLM2 summaries, two hosts",
         {
             **shipped("summarize.yaml", "plain", count=2),
@@ -213,7 +232,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         found = []
         for configuration in CONFIGURATIONS:
-            kept = folder / f"{configuration.name}.json"
+            kept = folder / f"{configuration.name.replace('/', ' ')}.json"
             if any(word in configuration.name for word in args.only) and not kept.exists():
                 kept.write_text(json.dumps(asdict(compare(configuration)), indent=1))
                 print(row(Found(**json.loads(kept.read_text()))), flush=True)
@@ -258,8 +277,7 @@ def compare(configuration: Configuration) -> Found:
 
 
 def job_of(folder: Path, configuration: Configuration, sections: Mapping[str, Any]) -> Job:
-    text = {"text": "en"} if configuration.source == SENTENCES else {}
-    corpus = {"path": str(folder / "corpus.jsonl"), "id": "id", **text}
+    corpus = {"path": str(folder / "corpus.jsonl"), "id": "id", "text": text_column(configuration)}
     return check_job(
         {
             "name": "bench",
@@ -273,10 +291,19 @@ def job_of(folder: Path, configuration: Configuration, sections: Mapping[str, An
 
 
 def write_corpus(path: Path, configuration: Configuration) -> None:
+    """Write the bundled texts, and again with a number before them: an encoder remembers texts."""
     lines = (ROOT / "data" / configuration.source).read_text().splitlines()
+    text = text_column(configuration)
     with path.open("w") as file:
-        for number, line in enumerate(islice(cycle(lines), configuration.num_records)):
-            file.write(json.dumps({**json.loads(line), "id": f"r{number}"}) + "\n")
+        for number in range(configuration.num_records):
+            row = json.loads(lines[number % len(lines)])
+            if number >= len(lines):
+                row[text] = f"{number // len(lines) + 1}. {row[text]}"
+            file.write(json.dumps({**row, "id": f"r{number}"}) + "\n")
+
+
+def text_column(configuration: Configuration) -> str:
+    return "en" if configuration.source == SENTENCES else "text"
 
 
 def row(found: Found) -> str:
