@@ -4,8 +4,8 @@ Three ways to summarise the same documents with the same model and greedy decodi
 several rounds:
 
     mas_batch    hosts on an embedded cluster, partition by partition, from models ready to manifest
-    direct       the same engine and loop in as many bare processes, each given its share of all documents at
-                 once: no partitions, no Dask, nothing stored
+    direct       the same engine and loop in as many bare processes, each given its share of all
+                 documents at once: no partitions, no Dask, nothing stored
     pipeline     a Hugging Face `pipeline` loop, batch size 8, file order, one process, two threads
 
 Loading the model is not timed in any of them. Quoted are medians over the rounds of
