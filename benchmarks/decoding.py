@@ -117,7 +117,7 @@ def batched(engine: Any, requests: Sequence[Request], sampling: Sampling, clock:
 
 def vllm(
     dtype: str, options: argparse.Namespace, requests: Sequence[Request]
-) -> Callable[[], Outcome]:
+) -> tuple[Callable[[], Outcome], subprocess.Popen[str]]:
     process = subprocess.Popen(
         [options.vllm_python, "-c", VLLM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -135,7 +135,7 @@ def vllm(
         seconds, rows = json.loads(stdout.readline())
         return seconds, rows
 
-    return ask
+    return ask, process
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -167,7 +167,7 @@ def compare_in(
         "packed, stepped": lambda: stepped(packed, requests, sampling, clock),
     }
     if options.vllm_python:
-        ways["vLLM"] = vllm(dtype, options, requests)
+        ways["vLLM"], process = vllm(dtype, options, requests)
         ways["vLLM"]()  # its first call is slower than those that follow
     for engine in (plain, packed):
         engine.generate(requests[:2], sampling)
@@ -182,6 +182,8 @@ def compare_in(
             rates[name].append(tokens / seconds)
             same[name] = sum(a == b for a, b in zip(kept, expected, strict=True))
         print({name: round(found[-1], 1) for name, found in rates.items()}, flush=True)
+    if options.vllm_python:
+        process.communicate()  # it ends with its input
     print(f"{dtype}, load {os.getloadavg()[0]:.1f}")
     for name, found in rates.items():
         ratios = [a / b for a, b in zip(found, rates.get("vLLM", found), strict=True)]
