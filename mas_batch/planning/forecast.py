@@ -10,6 +10,7 @@ import numpy as np
 
 from mas_batch.agents.posts import posts_of
 from mas_batch.engine_info import EngineInfo
+from mas_batch.engines.job_options import partitions_at_once
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ANSWERING, FIRST_MODEL
 from mas_batch.latency.simulate import Costs, Simulation, SimulationResult, Worker
@@ -197,13 +198,14 @@ class _Pass:
             agents = tuple(agent.name for agent in self.agents if agent.name in post.agents)
             for number in range(hosts[post.name] if agents else 0):
                 rates = self.rates.agents[agents[0]]
-                engine = next(a for a in self.agents if a.name == agents[0]).engine_info or _UNKNOWN
+                agent = next(agent for agent in self.agents if agent.name == agents[0])
+                engine = agent.engine_info or _UNKNOWN
                 yield Worker(
                     f"{post.name}-{number}",
                     agents,
                     rates.load_s,
                     rates.cores,
-                    concurrent=engine.concurrent,
+                    concurrent=partitions_at_once(agent),
                     # What a task takes is its share of the engine's time, if the engine is here.
                     overlap=1.0 if engine.computes_elsewhere else 0.0,
                 )
