@@ -223,9 +223,10 @@ def test_a_record_that_kills_its_worker_every_time_is_alone_in_the_failures(
         if e["purpose"] == "careful"
     }
     assert {(poison // 3, "a"), (poison // 3, "b")} <= asked
-    assert len(asked) <= 2 * arena.layout.concurrent, "what only waited is not blamed"
-    # For each agent twice alone, and before once among others, which may be both agents' death.
-    assert 5 <= len(arena.events("HostLost")) <= 6
+    if fault == "kill":  # what takes long to kill may have been copied to a second host by then
+        assert len(asked) <= 2 * arena.layout.concurrent, "what only waited is not blamed"
+        # For each agent twice alone, before once among others, which may be both agents' death.
+        assert 5 <= len(arena.events("HostLost")) <= 6
 
 
 @in_layouts("three", "shared", "one")
