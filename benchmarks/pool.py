@@ -12,7 +12,8 @@ What is asked, all on the same three workers of one thread:
 by 1, 8 and 32 askers, each of which asks its next text when it has a reply. `echo`: agents that
 take time and no CPU, as models on accelerators; `marian`: a real translation model on the CPU,
 whose agents share three hosts; `smollm2`: a language model on the CPU, one host, whose texts join
-what is being decoded. `transport`: what one call of a worker costs, by the ways in which Dask can make it.
+what is being decoded. `transport`: what one call of a worker costs, by the ways in which Dask can
+make it.
 
     python benchmarks/pool.py [echo marian smollm2 transport] [--rounds 3] [--askers 1 8 32]
 """
