@@ -429,8 +429,8 @@ def test_a_host_that_answers_anything_does_not_hang() -> None:
             await quick.wait()
             return "said"
 
-        calls = iter([never, once_quick, never])
-        hosts.behaviours["a1"] = lambda: next(calls)()
+        calls = iter([never(), once_quick()])
+        hosts.behaviours["a1"] = calls.__next__
         setup = Setup(hosts, "a1", timeout_s=60.0, concurrent=2)
         setup.ask("slow", timeout_s=1e6)
         await settle()
