@@ -109,8 +109,9 @@ CHAOS = "chaos"
 def as_table(outcomes: Sequence[Outcome]) -> str:
     """Return one line per kind of fault, added up over the rounds; times injected by layout."""
     columns = [name for name in LAYOUTS if any(outcome.layout == name for outcome in outcomes)]
+    titles = ["times injected"] if columns == ["one"] else columns
     lines = [
-        f"| fault | {' | '.join(columns)} | lost | doubled | identical |",
+        f"| fault | {' | '.join(titles)} | lost | doubled | identical |",
         "|---" * (4 + len(columns)) + "|",
     ]
     for fault in dict.fromkeys(outcome.fault for outcome in outcomes):
