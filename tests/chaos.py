@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import mas_batch
+from mas_batch.run_folder.names import JOURNAL
 from mas_batch.run_folder.read import Run
 from mas_batch.run_folder.storage import Store
 from tests.waiting import PATIENCE_S, wait_until
@@ -41,6 +42,53 @@ JOB: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a run's agents are held."""
+
+    name: str
+    concurrent: int = 1
+    """Partitions that a host works on at once."""
+    shared: bool = False
+    """The two agents are of one engine, and its three hosts answer for both."""
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """The job; as many partitions at once make a batch, so that it takes as much longer."""
+        slower = {**JOB, "agents": [dict(agent) for agent in JOB["agents"]]}
+        for agent in slower["agents"]:
+            agent["options"] = self.options(agent["options"]["seconds_per_batch"])
+        if self.shared:
+            first, other = slower["agents"]
+            first["count"] = 3
+            slower["agents"] = [first, {**first, "name": other["name"]}]
+        return slower
+
+    def options(self, seconds_per_batch: float, **others: Any) -> dict[str, Any]:
+        """Options of an agent whose batch would take so long if it were of one partition."""
+        seconds = round(seconds_per_batch * self.concurrent, 3)
+        return {"seconds_per_batch": seconds, "concurrent": self.concurrent, **others}
+
+    def worker(self, name: str) -> str:
+        """Return what a worker is called that is `name` where agents are alone at their hosts."""
+        return name.replace("a-", "a+b-") if self.shared else name
+
+    def set(self, agents: str, seconds_per_batch: float, **others: Any) -> list[str]:
+        """Return arguments that give these agents (letters), or all that share, other options."""
+        options = yaml.safe_dump(
+            self.options(seconds_per_batch, **others), default_flow_style=True, width=10**6
+        ).strip()
+        named = "ab" if self.shared else agents
+        return [part for a in named for part in ("--set", f"agents.{a}.options={options}")]
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (Layout("one"), Layout("three", 3), Layout("shared", 3, shared=True))
+}
+"""By how many partitions a host works on at once."""
+
+
 @dataclass
 class Outcome:
     """What a fault did to the run's output."""
@@ -51,6 +99,7 @@ class Outcome:
     doubled: int
     identical: bool
     note: str = ""
+    layout: str = "one"
 
 
 CHAOS = "chaos"
@@ -58,14 +107,20 @@ CHAOS = "chaos"
 
 
 def as_table(outcomes: Sequence[Outcome]) -> str:
-    """Return one line per kind of fault, added up over the rounds."""
-    lines = ["| fault | times injected | lost | doubled | identical |", "|---|---|---|---|---|"]
+    """Return one line per kind of fault, added up over the rounds; times injected by layout."""
+    columns = [name for name in LAYOUTS if any(outcome.layout == name for outcome in outcomes)]
+    titles = ["times injected"] if columns == ["one"] else columns
+    lines = [
+        f"| fault | {' | '.join(titles)} | lost | doubled | identical |",
+        "|---" * (4 + len(columns)) + "|",
+    ]
     for fault in dict.fromkeys(outcome.fault for outcome in outcomes):
         these = [outcome for outcome in outcomes if outcome.fault == fault]
-        injected, lost, doubled = (
-            sum(getattr(outcome, name) for outcome in these)
-            for name in ("injected", "lost", "doubled")
+        lost, doubled = (
+            sum(getattr(outcome, name) for outcome in these) for name in ("lost", "doubled")
         )
+        of_layout = (sum(o.injected for o in these if o.layout == name) for name in columns)
+        injected = " | ".join(str(number or "") for number in of_layout)
         same = "yes" if all(outcome.identical for outcome in these) else "NO"
         notes = {outcome.note for outcome in these if outcome.note}
         lines.append(
@@ -77,15 +132,21 @@ def as_table(outcomes: Sequence[Outcome]) -> str:
 class Arena:
     """A corpus, a job and processes at their mercy; one folder per run."""
 
-    def __init__(self, folder: Path, seed: int = 0) -> None:
+    def __init__(self, folder: Path, seed: int = 0, layout: Layout = LAYOUTS["one"]) -> None:
         self.folder = folder
+        self.layout = layout
         self.rng = random.Random(seed)
         self.log = folder / "log"
         rows = [
             {"id": f"r{i:02d}", "text": f"record {i} has a few words"} for i in range(NUM_RECORDS)
         ]
         (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+        (folder / "job.yaml").write_text(yaml.safe_dump(layout.job))
+
+    @property
+    def slow(self) -> list[str]:
+        """Options without which the run would be over too soon."""
+        return self.layout.set("b", 0.4)
 
     @contextmanager
     def submitted(
@@ -206,6 +267,7 @@ def compare(fault: str, injected: int, run: Run, reference: Run, *, but: str = "
     else:
         identical = _contents(run) == _contents(reference)
     assert not list(Path(run.store.url).rglob(".tmp-*")), "temporary files were left behind"
+    assert not list(Path(run.store.url).glob(f"{JOURNAL}/*/*")), "a journal was left behind"
     return Outcome(fault, injected, len(set(expected) - set(ids)), doubled, identical)
 
 

@@ -41,8 +41,14 @@ JOB: dict[str, Any] = {
     "output": {"path": "runs", "max_failed_fraction": 1.0},
     "cluster": {"dashboard_address": None},
 }
+SHARED = {
+    "model": "echo:a",
+    "count": 2,
+    "options": {"labels": LABELS, "error_rate": 0.2, "concurrent": 2},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "vote": {},
+    "shared hosts, two at once": {"agents": [{**SHARED, "name": name} for name in "abc"]},
     "reliability": {"merge": {"method": "reliability"}},
     "adaptive": {"routing": {"policy": "round-robin", "adaptive": {"first": 2}}},
     "escalated": {"routing": {"escalate": {"agent": "c", "fraction": 0.3}}},

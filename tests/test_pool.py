@@ -383,21 +383,47 @@ def nannies() -> Iterator[Client]:
 
 @pytest.mark.faults
 def test_a_worker_killed_in_the_middle_of_a_question(nannies: Client, make_job: MakeJob) -> None:
-    agent = {"name": "a", "model": "echo:a", "count": 2, "options": {"seconds_per_batch": 1.0}}
-    job = make_job(agents=[agent])
+    options = {"seconds_per_batch": 1.0, "concurrent": 2}
+    job = make_job(agents=[{"name": "a", "model": "echo:a", "count": 2, "options": options}])
 
     async def test() -> None:
         async with AgentPool(job, client=nannies, max_batch=1) as pool:
-            asked = [asyncio.create_task(pool.ask(f"text {i}")) for i in range(2)]
-            await until(pool, lambda stats: stats.agents["a"].in_flight == 2)
+            await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
+            asked = [asyncio.create_task(pool.ask(f"text {i}")) for i in range(4)]
+            await until(pool, lambda stats: stats.agents["a"].in_flight == 4)
             pids = nannies.run(os.getpid)
             os.kill(next(iter(pids.values())), signal.SIGKILL)
-            assert [(await each).answer for each in asked] == ["text 0", "text 1"]
+            assert [(await each).answer for each in asked] == [f"text {i}" for i in range(4)]
             sizes = pool.stats().agents["a"].batch_sizes
-            assert sizes == {1: 3}, "one was asked again, of the other"
+            assert sizes == {1: 6}, "its two were asked again, alone"
             # The nanny starts another, the model is loaded, and the pool is whole again.
             await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
             assert len(await pool.ask_many(["more", "and more"])) == 2
+
+    run(test)
+
+
+@pytest.mark.faults
+@pytest.mark.nightly
+def test_a_text_that_kills_its_worker_is_found_among_those_in_flight(
+    nannies: Client, make_job: MakeJob
+) -> None:
+    options = {"seconds_per_batch": 0.5, "concurrent": 2, "faults": {"poison": "kill"}}
+    job = make_job(agents=[{"name": "a", "model": "echo:a", "count": 2, "options": options}])
+
+    async def test() -> None:
+        async with AgentPool(job, client=nannies, max_batch=2) as pool:
+            await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
+            texts = [
+                *(f"text {i}" for i in range(4)),
+                "poison",
+                *(f"text {i}" for i in range(5, 8)),
+            ]
+            replies = await pool.ask_many(texts)
+            said = [reply.answer if isinstance(reply, Reply) else str(reply) for reply in replies]
+            assert "worker_died: twice" in said.pop(4)
+            assert said == [text for text in texts if text != "poison"]
+            await until(pool, lambda stats: stats.agents["a"].num_hosts == 2)
 
     run(test)
 

@@ -416,6 +416,40 @@ def test_a_host_that_hangs_is_reported_and_its_texts_go_elsewhere() -> None:
     run(test)
 
 
+def test_a_host_that_answers_anything_does_not_hang() -> None:
+    """What it begins late among others takes longer, and is not silence."""
+
+    async def test() -> None:
+        hosts, passed_s, loop = Hosts(), 0.0, asyncio.get_running_loop()
+        real = loop.time
+        loop.time = lambda: real() + passed_s  # type: ignore[method-assign]
+        quick = asyncio.Event()
+
+        async def once_quick() -> str:
+            await quick.wait()
+            return "said"
+
+        calls = iter([never(), once_quick()])
+        hosts.behaviours["a1"] = calls.__next__
+        setup = Setup(hosts, "a1", timeout_s=60.0, concurrent=2)
+        setup.ask("slow", timeout_s=1e6)
+        await settle()
+        other = setup.ask("quick", timeout_s=1e6)
+        passed_s = 50.0
+        quick.set()
+        assert (await other).answer == "said"
+        passed_s = 100.0
+        await asyncio.sleep(0.01)
+        assert not hosts.suspects
+        passed_s = 120.0
+        while not hosts.suspects:
+            await asyncio.sleep(0.01)
+        assert hosts.suspects == [("a1", True)]
+        await setup.desk.close(drain=False)
+
+    run(test)
+
+
 def test_a_late_answer_is_hedged_by_another_host() -> None:
     async def test() -> None:
         hosts = Hosts()

@@ -75,15 +75,18 @@ def test_agents_that_share_hosts_count_once() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("window", "slots"), [({}, 3), ({"window": 5}, 6)])
+@pytest.mark.parametrize(
+    ("window", "options", "slots"),
+    [({}, {}, 3), ({"window": 5}, {}, 6), ({}, {"concurrent": 3}, 5)],
+)
 def test_a_worker_has_slots_for_its_partitions_and_for_a_merge(
-    window: dict[str, int], slots: int
+    window: dict[str, int], options: dict[str, int], slots: int
 ) -> None:
-    the_job = job({"name": "a"})
+    the_job = job({"name": "a", "options": options})
     the_job = the_job.with_changes(routing=the_job.routing.with_changes(**window))
     specs = agent_specs(the_job, embedded=True, num_cores=8)
-    options = worker_options(the_job, specs, memory_bytes=9000, devices={})
-    assert options["a-0"]["nthreads"] == slots
+    workers = worker_options(the_job, specs, memory_bytes=9000, devices={})
+    assert workers["a-0"]["nthreads"] == slots
 
 
 def on_devices(*amounts: tuple[float, int], num_devices: int = 4) -> dict[str, str]:

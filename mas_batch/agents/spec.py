@@ -11,6 +11,7 @@ from mas_batch.agents.posts import Post, posts_of
 from mas_batch.by_name import pickled_by_name
 from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import EngineConfig
+from mas_batch.engines.job_options import partitions_at_once
 from mas_batch.job import Agent, Job, fingerprint
 
 _UNKNOWN = EngineInfo("", concurrent=4)
@@ -104,7 +105,7 @@ def worker_options(
         # Threads that spin while they wait starve the neighbours that share their cores.
         env["OMP_WAIT_POLICY"] = "PASSIVE"
         env["TQDM_DISABLE"] = "1"  # a worker's own bars would garble the terminal
-        in_flight = job.routing.window or _engine(job, post).concurrent + 1
+        in_flight = job.routing.window or partitions_at_once(_agent(job, post)) + 1
         for name in post.worker_names:
             seen = {"CUDA_VISIBLE_DEVICES": devices[name]} if name in devices else {}
             options[name] = {
@@ -124,5 +125,9 @@ def worker_options(
 
 def _engine(job: Job, post: Post) -> EngineInfo:
     """Return what is known of the post's engine."""
-    agent = next(agent for agent in job.agents if agent.name == post.agents[0])
-    return agent.engine_info or _UNKNOWN
+    return _agent(job, post).engine_info or _UNKNOWN
+
+
+def _agent(job: Job, post: Post) -> Agent:
+    """Return one of the post's agents; their engine is the same."""
+    return next(agent for agent in job.agents if agent.name == post.agents[0])

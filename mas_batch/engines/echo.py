@@ -50,6 +50,9 @@ class Options(EngineOptions):
     """End the reply after so many words, as a model that has said enough."""
     error_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Fraction of replies that are wrong: another of `labels`, or each word spelled backwards."""
+    concurrent: Annotated[int, Field(ge=1, le=32)] = 1
+    """How many partitions it is asked about at once. The loop makes them one batch, so faults that
+    count batches (`fail_after`) depend on who is fast if it is above 1."""
     max_context_tokens: Annotated[int, Field(ge=1)] = 8192
     seconds_per_token: Annotated[float, Field(ge=0.0)] = 0.0
     """Time of one decoding step: a batch takes as many as its longest reply has tokens."""
@@ -66,6 +69,11 @@ class Options(EngineOptions):
     """After so many batches it refuses every batch, as a backend that breaks."""
     fail_for_s: Annotated[float, Field(ge=0.0)] | None = None
     """So long after it first refused a batch it works again, for good; None: never."""
+
+    @property
+    def partitions_at_once(self) -> int:
+        """See `concurrent`."""
+        return self.concurrent
 
     @field_validator("fail_for_s")
     @classmethod
@@ -97,6 +105,7 @@ class EchoEngine:
                 f"{model.source}: it fails to load because options.fail_to_load is set"
             )
         self._source = model.source
+        self.concurrent = options.concurrent
         self._options = options
         self.max_context_tokens = options.max_context_tokens
         self.max_batch_tokens = config.max_batch_tokens

@@ -53,6 +53,10 @@ _TOO_LONG = re.compile(
 )
 
 
+_MAX_PARTITIONS = 32
+"""At once: each has a thread of the worker, and is put off when the server goes away."""
+
+
 class Options(EngineOptions):
     """What `agents.options` may hold for this engine."""
 
@@ -76,6 +80,14 @@ class Options(EngineOptions):
     """Ask for log-probabilities. Not every endpoint has them; most leave the end token out."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Merged over the body of every request."""
+
+    @property
+    def partitions_at_once(self) -> int:
+        """Enough that `concurrency` requests are under way, though each has but four left.
+
+        One's answers are being committed and one's texts are being read meanwhile.
+        """
+        return min(_MAX_PARTITIONS, 2 + self.concurrency // 4)
 
     def check_environment(self) -> None:
         """Find the key, where one is wanted."""

@@ -14,6 +14,8 @@ from mas_batch.job import Agent, Job
 from mas_batch.models import parse_source
 from mas_batch.registries import ENGINES
 
+_UNKNOWN = EngineInfo("")
+
 
 def check_options(job: Job, *, environment: bool = False) -> None:
     """Find options that an agent's engine does not know, or not with this value.
@@ -36,6 +38,19 @@ def check_options(job: Job, *, environment: bool = False) -> None:
         except JobError as error:
             key = (error.key or "agents.options").replace("agents.", f"agents.{agent.name}.", 1)
             raise JobError(error.message, key=key) from None
+
+
+def partitions_at_once(agent: Agent) -> int:
+    """Return how many partitions keep a host of the agent busy, as far as the job tells.
+
+    A loaded engine may know better.
+
+    Raises:
+        JobError: an option is wrong; see `check_options`.
+    """
+    options = _read(agent)
+    own = options.partitions_at_once if options is not None else None
+    return (agent.engine_info or _UNKNOWN).concurrent if own is None else own
 
 
 def _read(agent: Agent) -> EngineOptions | None:

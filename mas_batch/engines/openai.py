@@ -55,9 +55,6 @@ BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4
 """What chat templates put around a turn, about."""
 
-MAX_CONCURRENT = 32
-"""Partitions: each has a thread of the worker, and is put off when the server goes away."""
-
 read = partial(read_options, Options, engine="openai", show_values=False)
 
 
@@ -83,9 +80,7 @@ class OpenAIEngine:
         self._endpoint = Endpoint(options, self._model, key)
         self._interrupted = Interrupted()
         self._turns = Turns()
-        # One whose answers are being committed, one whose texts are being read, and between them
-        # enough that `concurrency` requests are under way, though each has but four left.
-        self.concurrent = min(MAX_CONCURRENT, 2 + options.concurrency // 4)
+        self.concurrent = options.partitions_at_once
         self.max_context_tokens = options.max_context_tokens
         self._threads = ThreadPoolExecutor(options.concurrency, thread_name_prefix="openai")
 

@@ -27,6 +27,11 @@ class EngineOptions(BaseModel):
             JobError: a variable is not set; the message names it.
         """
 
+    @property
+    def partitions_at_once(self) -> int | None:
+        """How many partitions keep an engine with these options busy; None: they do not say."""
+        return None
+
 
 def read_options(
     model: type[OptionsT], given: Mapping[str, Any], engine: str, *, show_values: bool = True

@@ -47,6 +47,8 @@ class _Send:
     agent_id: str
     parts: list[AgentPart]
     call: asyncio.Task[None] | None = None
+    limit: asyncio.Timeout | None = None
+    """Until when the host must have answered something; None: the call has not begun."""
 
 
 class AgentQueues:
@@ -253,6 +255,7 @@ class AgentQueues:
         limit = asyncio.timeout(host.max_silent_s(self._rules.timeout_s))
         try:
             async with limit:
+                self._sends[host_id][task].limit = limit
                 answered = await self._call(host_id, agent_id, [*records.values()])
             works = self._answered(host_id, parts, answered, sent)
         except OSError as error:
@@ -276,6 +279,7 @@ class AgentQueues:
             self._sends[host_id].pop(task, None)
             if not self._sends[host_id]:
                 del self._sends[host_id]
+        self._heard(host)
         if works:
             host.answered(task, self._now())
         elif away is not None:
@@ -288,6 +292,13 @@ class AgentQueues:
         # Each agent has its turn: the one that was served now comes last.
         turn = host.agents.index(agent_id) + 1
         self._send_waiting([*host.agents[turn:], *host.agents[:turn]])
+
+    def _heard(self, host: Host) -> None:
+        """Note a sign of life: what the host works on may take so much longer."""
+        until = self._now() + host.max_silent_s(self._rules.timeout_s)
+        for send in self._at(host.host_id):
+            if send.limit is not None and not send.limit.expired():
+                send.limit.reschedule(until)
 
     # Outcomes
 
