@@ -885,3 +885,12 @@ def test_the_tail_of_a_slow_host_is_copied_to_all_that_a_fast_one_has_room_for()
     sim.wait(15.0)
     assert [ask.purpose for ask in sim.at("fast")] == ["copy"] * 3
     assert {ask.partition for ask in sim.at("fast")} == {a.partition for a in sim.at("slow")}
+
+
+def test_a_late_answer_of_an_agent_of_an_earlier_pass_is_no_news() -> None:
+    sim = Simulation({"b": 1}, plan_of(2), Rules(1, speculate=False))
+    sim.join("h0", "b")
+    assert not sim.dispatcher.awaits(0, "a")
+    assert sim.dispatcher.answered(0, "a", "h0", 1.0) == []
+    sim.finish()
+    assert set(sim.merged.values()) == {("b",)}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 from distributed import Client
 
 from mas_batch import pipeline
+from mas_batch.agents.spec import agent_specs
 from mas_batch.events import Event, HostLost, HostReady, PartitionAnswered
 from mas_batch.job import Job
+from mas_batch.merging import merge_spec
+from mas_batch.routing.hosting import Hosting
 from mas_batch.run_folder.read import Run, open_run
+from mas_batch.run_folder.ref import RunRef
+from mas_batch.run_folder.storage import Store
 from mas_batch.serving.pool import AgentPool
 from tests.clusters import summarizers
 from tests.test_run import Recorder
@@ -88,3 +94,24 @@ def test_a_pools_agents_share_a_host(make_job: MakeJob) -> None:
         job = make_job(agents=AGENTS[:2])
         with AgentPool(job, client=client).sync() as pool:
             assert set(pool.ask("some text").agents) == {"plain", "asked"}
+
+
+def test_a_late_report_of_an_earlier_pass_is_no_load_of_this_one(make_job: MakeJob) -> None:
+    """All passes of a run report under one topic."""
+    job = make_job(agents=AGENTS[1:2])
+    run = RunRef(
+        Store(job.output.path), uuid.uuid4().hex, job.task, merge_spec(job), None, (), True
+    )
+    specs = agent_specs(job, embedded=False, num_cores=1)
+    own = {"family_id": "echo:one", "engine": {"engine": "echo"}}
+    events = Recorder()
+    with summarizers(1) as client:
+        hosting = Hosting(client, job, run, specs, events, lambda future, handle: None)
+        hosting.start()
+        (address,) = client.scheduler_info()["workers"]
+        hosting.loaded(address, {"load_s": 1.0, "concurrent": 1, "agents": {"plain": own}})
+        assert hosting.unserved == {"asked"}
+        hosting.loaded(address, {"load_s": 2.0, "concurrent": 1, "agents": {"asked": own}})
+        assert hosting.unserved == set()
+        hosting.close()
+    assert [event.load_s for event in events.of(HostReady)] == [2.0]

@@ -281,6 +281,8 @@ class Dispatcher:
 
     def awaits(self, partition: int, agent_id: str) -> bool:
         """Whether the agent's answers to the partition would be news."""
+        if agent_id not in self._samples:
+            return False  # late: it was asked in an earlier pass of the run
         state = self._board.get(partition)
         return state is not None and not state.merging and agent_id not in state.answered
 

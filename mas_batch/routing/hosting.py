@@ -123,6 +123,8 @@ class Hosting:
         self._loading: dict[str, _Load] = {}  # by host
         self._concurrent: dict[str, int] = {}  # by host
         self._refused: dict[str, _Refusal] = {}  # by worker address
+        self._unable: dict[str, dict[str, Exception]] = {}
+        """Host → those of its agents that its engine cannot answer for, and why."""
         self._paused: set[str] = set()  # hosts
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
         self._hung: set[str] = set()  # hosts that it has restarted
@@ -177,12 +179,17 @@ class Hosting:
             ModelError: no worker could load the engine of such an agent.
             RunError: its hosts left and none came back.
         """
-        hosted = {agent for host in self._hosts.values() for agent in self._agents(host)}
-        for agent_id, refusal in self._refusals().items():
+        hosted = {
+            agent
+            for host_id, host in self._hosts.items()
+            for agent in self._agents(host)
+            if agent not in self._unable.get(host_id, ())
+        }
+        for agent_id, error in self._refusals().items():
             if agent_id in unserved - hosted:
                 model = self._specs[agent_id].agent.model
-                message = f"agents.{agent_id}: no worker could load {model}: {refusal.error}"
-                raise ModelError(message) from refusal.error
+                message = f"agents.{agent_id}: no worker could load {model}: {error}"
+                raise ModelError(message) from error
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
@@ -198,15 +205,18 @@ class Hosting:
         for agent_id, since in sorted(self._missing.items()):
             if now - since > self._wait_s:
                 refusal = self._refusals().get(agent_id)
-                why = f" (its model could not be loaded: {refusal.error})" if refusal else ""
+                why = f" (its model could not be loaded: {refusal})" if refusal else ""
                 raise RunError(
                     f"no worker serves agent {agent_id!r} for {self._wait_s:g} s{why}; "
                     "what is answered is kept: start a worker and run the same command again"
                 )
 
-    def _refusals(self) -> dict[str, _Refusal]:
-        """Return agent → the last refusal that concerns it."""
-        return {agent: refusal for refusal in self._refused.values() for agent in refusal.agents}
+    def _refusals(self) -> dict[str, Exception]:
+        """Return agent → why it was refused last."""
+        found = {agent: each.error for each in self._refused.values() for agent in each.agents}
+        for errors in self._unable.values():
+            found |= errors
+        return found
 
     def _agents(self, host: Host) -> tuple[str, ...]:
         return self._agents_of[host.post]
@@ -223,11 +233,19 @@ class Hosting:
 
     def loaded(self, address: str, facts: dict[str, Any]) -> None:
         """Take the report of a load, from a host's leading worker."""
-        load = self._loading.pop(address, None)
+        load, refused = self._loading.get(address), facts.get("refused", {})
         if load is None:
             return
+        wanted = self._agents(self._hosts[address])
+        if {*facts["agents"], *refused} != set(wanted):
+            return  # a late one of an earlier pass: the topic is the same
+        del self._loading[address]
         load.future.release()
-        agents = self.ready[address] = self._agents(self._hosts[address])
+        if refused:
+            self._unable[address] = {agent: ModelError(why) for agent, why in refused.items()}
+            message = f"could not load the model: {'; '.join(dict.fromkeys(refused.values()))}"
+            self._emit(HostLost(self.name(address), tuple(refused), message))
+        agents = self.ready[address] = tuple(agent for agent in wanted if agent not in refused)
         concurrent = self._concurrent[address] = facts["concurrent"]
         for agent, own in facts["agents"].items():
             self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
@@ -408,6 +426,7 @@ class Hosting:
             self.listener.left(host_id, blamed=not expected)
         self.ready.pop(host_id, None)
         self._concurrent.pop(host_id, None)
+        self._unable.pop(host_id, None)
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:
