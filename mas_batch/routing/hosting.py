@@ -122,6 +122,7 @@ class Hosting:
         self._hosts: dict[str, Host] = {}  # loading or ready
         self._loading: dict[str, _Load] = {}  # by host
         self._concurrent: dict[str, int] = {}  # by host
+        self._max_in_flight: dict[str, int] = {}  # by host
         self._refused: dict[str, _Refusal] = {}  # by worker address
         self._unable: dict[str, dict[str, Exception]] = {}
         """Host → those of its agents that its engine cannot answer for, and why."""
@@ -143,6 +144,10 @@ class Hosting:
     def concurrent(self, host_id: str) -> int:
         """Return how many partitions at once keep the loaded engine busy."""
         return self._concurrent.get(host_id, 1)
+
+    def max_in_flight(self, host_id: str) -> int:
+        """Return how many partitions may be at the host, so that its worker can merge."""
+        return self._max_in_flight.get(host_id, 1)
 
     def ready_for(self, post: str) -> list[str]:
         """Return the post's hosts that can be asked."""
@@ -233,7 +238,7 @@ class Hosting:
 
     def loaded(self, address: str, facts: dict[str, Any]) -> None:
         """Take the report of a load, from a host's leading worker."""
-        load, refused = self._loading.get(address), facts.get("refused", {})
+        load, refused = self._loading.get(address), facts["refused"]
         if load is None:
             return
         wanted = self._agents(self._hosts[address])
@@ -247,11 +252,12 @@ class Hosting:
             self._emit(HostLost(self.name(address), tuple(refused), message))
         agents = self.ready[address] = tuple(agent for agent in wanted if agent not in refused)
         concurrent = self._concurrent[address] = facts["concurrent"]
+        most = self._max_in_flight[address] = facts["max_in_flight"]
         for agent, own in facts["agents"].items():
             self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
         name, load_s = self.name(address), facts["load_s"]
         engine = facts["agents"][agents[0]]["engine"]
-        self._emit(HostReady(name, agents, load_s, engine, concurrent))
+        self._emit(HostReady(name, agents, load_s, engine, concurrent, most))
         if self.listener is not None:
             self.listener.joined(address, agents, concurrent)
 
@@ -426,6 +432,7 @@ class Hosting:
             self.listener.left(host_id, blamed=not expected)
         self.ready.pop(host_id, None)
         self._concurrent.pop(host_id, None)
+        self._max_in_flight.pop(host_id, None)
         self._unable.pop(host_id, None)
 
 
