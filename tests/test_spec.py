@@ -186,7 +186,7 @@ def test_an_agents_own_options_are_not_the_engines(
         AgentSpec(Agent(name="a", model="echo", options={"fail_on": "x", "delay_s": delay_s}), 1)
         for delay_s in (1, 2)
     ]
-    assert sorted(specs[0].agent_options) == of_agent
+    assert sorted(specs[0].agent.agent_options) == of_agent
     assert specs[0].engine_config.options == (held if own else {"fail_on": "x", "delay_s": 1})
     assert (specs[0].engine_key == specs[1].engine_key) == same_engine
 

@@ -55,7 +55,7 @@ class _Resident:
     def view(self, spec: AgentSpec) -> Engine:
         """Return the engine as this agent asks it; agents with the same options share a view."""
         engine: Any = self.loop.engine
-        options = _agent_options(self.name, spec.agent.options)
+        options = ENGINES[self.name].of_agent(spec.agent.options)
         key = fingerprint(options)
         has_views = bool(ENGINES[self.name].agent_options)
         with self._lock:
@@ -199,7 +199,7 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
             self._resident, self._held = None, HeldPartitions()
         model = fetch(spec.agent.model)
         name = spec.agent.engine if spec.agent.engine != "auto" else detect_engine(model)
-        of_agents = _agent_options(name, spec.agent.options)
+        of_agents = ENGINES[name].of_agent(spec.agent.options)
         options = {k: v for k, v in spec.engine_config.options.items() if k not in of_agents}
         config = replace(spec.engine_config, options=options)
         loop = EngineLoop(lambda: load_engine(name, model, config))
@@ -224,12 +224,6 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         executor = ThreadPoolExecutor(concurrent, thread_name_prefix="mas-batch-agent")
         self._executors = [*self._executors[-1:], executor]
         self._worker.executors[self.name] = executor
-
-
-def _agent_options(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of an agent's options that say how it asks, not what is held."""
-    names = ENGINES[engine].agent_options
-    return {key: value for key, value in options.items() if "*" in names or key in names}
 
 
 class Report(StrEnum):

@@ -42,11 +42,6 @@ class AgentSpec:
         )
 
     @property
-    def agent_options(self) -> Mapping[str, Any]:
-        """The options for the loaded engine's `for_agent`; empty: the engine answers as it is."""
-        return self.agent.agent_options
-
-    @property
     def engine_key(self) -> str:
         """The same for all agents of a host; with another one, another model is to be loaded."""
         return fingerprint([*self.agent.engine_settings, self.threads])
