@@ -33,7 +33,7 @@ from mas_batch.planning import service_time as service_time_module
 from mas_batch.planning.forecast import MAX_SIMULATED, Forecaster
 from mas_batch.planning.measurements import AgentMeasurements, Measurements, waiting_s
 from mas_batch.planning.planner import WORST_ERROR, predict
-from mas_batch.planning.rates import other_phases
+from mas_batch.planning.rates import fit_rates, other_phases
 from mas_batch.planning.sampling import sizes
 from mas_batch.planning.service_time import fit, nonnegative_least_squares, shares, speeds
 from mas_batch.planning.survey import EvenlySpacedSample, Survey, survey
@@ -688,3 +688,14 @@ def test_the_command_prints_a_table_and_json(
     assert first["needs"] == {"summarize": 1, "strong": 1}
     assert facts["total_memory_bytes"] == first["memory_bytes"] + second["memory_bytes"] > 0
     assert not {"hosts", "memory_bytes", "busy_fraction"} & agents[0].keys(), "they are the hosts'"
+
+
+def test_a_host_is_taken_to_do_as_many_at_once_as_its_engines_options_say(
+    make_job: MakeJob,
+) -> None:
+    agents = [{"name": "a", "model": "echo", "options": {"concurrent": 3}}, {"name": "b"}]
+    agents[1] |= {"model": "org/model"}  # `auto`: the run tells which engine it was
+    job = make_job(agents=agents, routing={})
+    measured = measurements_of({"a": 0.1, "b": 0.1}, engine=ENGINES["marian"])
+    rates = fit_rates(job, measured, {"a": 1, "b": 1}, embedded=True)
+    assert {name: each.concurrent for name, each in rates.agents.items()} == {"a": 3, "b": 2}
