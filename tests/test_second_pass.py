@@ -66,7 +66,9 @@ _right: dict[str, str] = {}
 def right_answers(make_job: MakeJob, client: Any) -> dict[str, str]:
     """What an agent that never errs says: the echo's labels depend on the text alone."""
     if not _right:
-        job = job_of(make_job, {"method": "vote"}, error_rates={"oracle": 0.0}, name="oracle", **FEW)
+        job = job_of(
+            make_job, {"method": "vote"}, error_rates={"oracle": 0.0}, name="oracle", **FEW
+        )
         table = mas_batch.open_run(pipeline.run(job, client=client).run).arrow()
         pairs = zip(*(table[c].to_pylist() for c in ("record_id", "answer")), strict=True)
         _right.update(pairs)
