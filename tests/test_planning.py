@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -385,6 +386,16 @@ def test_partitions_at_one_host_share_its_batches_and_its_engine_works_on(
     )
     forecast = forecaster_of(job, elsewhere).forecast({"strong": 1})
     assert forecast.phases["answering"] == pytest.approx(20 * 1.7, rel=0.03)
+
+
+def test_an_agent_with_nothing_to_compute_makes_its_host_no_faster(make_job: MakeJob) -> None:
+    """As two agents of one encoder: the second finds every text encoded."""
+    agents = [{"name": name, "model": "echo:same"} for name in ("strong", "weak")]
+    measured = measurements_of({"strong": 0.2, "weak": 1e-9}, engine=EngineInfo("", concurrent=2))
+    weak = replace(measured.agents["weak"], parts_s={"compute": 0.0, "transfer": 1.0})
+    measured = replace(measured, agents={**measured.agents, "weak": weak})
+    forecast = forecaster_of(make_job(agents=agents), measured).forecast({"strong+weak": 1})
+    assert forecast.phases["answering"] == pytest.approx(20 * 0.75 * (0.1 + 2 * 1.6), rel=0.05)
 
 
 @settings(max_examples=settings.default.max_examples // 2)
