@@ -14,8 +14,8 @@ from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.job_options import partitions_at_once
 from mas_batch.job import Agent, Job, fingerprint
 
-_UNKNOWN = EngineInfo("", concurrent=4)
-"""Stands for an engine that only the model's files tell: room for what the keenest one wants."""
+_UNKNOWN = EngineInfo("")
+"""Stands for an engine that only the model's files tell."""
 
 
 @pickled_by_name

@@ -14,7 +14,8 @@ from mas_batch.job import Agent, Job
 from mas_batch.models import parse_source
 from mas_batch.registries import ENGINES
 
-_UNKNOWN = EngineInfo("")
+_UNKNOWN = EngineInfo("", concurrent=4)
+"""Stands for an engine that only the model's files tell: room for what the keenest one wants."""
 
 
 def check_options(job: Job, *, environment: bool = False) -> None:
