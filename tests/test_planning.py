@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -374,17 +375,26 @@ def test_tokens_and_time_add_up(make_job: MakeJob) -> None:
 def test_partitions_at_one_host_share_its_batches_and_its_engine_works_on(
     make_job: MakeJob,
 ) -> None:
-    job = make_job(agents=[{"name": "strong", "model": "echo"}])
-    measured = measurements_of({"strong": 0.2}, engine=EngineInfo("", concurrent=2))
+    job = make_job(agents=[{"name": "strong", "model": "echo", "options": {"concurrent": 2}}])
+    measured = measurements_of({"strong": 0.2}, engine=EngineInfo(""))
     forecast = forecaster_of(job, measured).forecast({"strong": 1})
     # Of 0.1 s + 8 · 0.2 s, a quarter is not the engine's; two at once have the 0.1 s once.
     both_s = 0.75 * (0.1 + 2 * 1.6)
     assert forecast.phases["answering"] == pytest.approx(20 * both_s, rel=0.03)
-    elsewhere = measurements_of(
-        {"strong": 0.2}, engine=EngineInfo("", concurrent=2, computes_elsewhere=True)
-    )
+    elsewhere = measurements_of({"strong": 0.2}, engine=EngineInfo("", computes_elsewhere=True))
     forecast = forecaster_of(job, elsewhere).forecast({"strong": 1})
     assert forecast.phases["answering"] == pytest.approx(20 * 1.7, rel=0.03)
+
+
+def test_an_agent_with_nothing_to_compute_makes_its_host_no_faster(make_job: MakeJob) -> None:
+    """As two agents of one encoder: the second finds every text encoded."""
+    both = {"model": "echo:same", "options": {"concurrent": 2}}
+    agents = [{"name": name, **both} for name in ("strong", "weak")]
+    measured = measurements_of({"strong": 0.2, "weak": 1e-9}, engine=EngineInfo(""))
+    weak = replace(measured.agents["weak"], parts_s={"compute": 0.0, "transfer": 1.0})
+    measured = replace(measured, agents={**measured.agents, "weak": weak})
+    forecast = forecaster_of(make_job(agents=agents), measured).forecast({"strong+weak": 1})
+    assert forecast.phases["answering"] == pytest.approx(20 * 0.75 * (0.1 + 2 * 1.6), rel=0.05)
 
 
 @settings(max_examples=settings.default.max_examples // 2)

@@ -189,7 +189,9 @@ class _RunLedger:
             tasks.loc[rows.index, "seconds"] = speed * rows["own_s"]
             for _, at_host in rows[rows["stage"] == "answer"].groupby("worker"):
                 own_share = shares(at_host["begin_s"].to_numpy(), at_host["end_s"].to_numpy())
-                tasks.loc[at_host.index, "share"] = own_share
+                # News that is late makes tasks look as if they overlapped with the next ones.
+                least = 1 / at_host["concurrent"].to_numpy()
+                tasks.loc[at_host.index, "share"] = np.maximum(own_share, least)
         first = answers.groupby(["execution", "worker"])["end_s"].idxmin()
         tasks["is_first"] = tasks.index.isin(first)
 
