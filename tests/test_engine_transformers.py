@@ -211,6 +211,9 @@ def _end(completion: Completion, token: int | None) -> list[int]:
     return [*completion.token_ids, *([token] if completion.finish_reason == "stop" else [])]
 
 
+SAMPLED = Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_tokens_are_those_of_generate_one_by_one(
     kind: str, tiny: Callable[[str], ModelFiles]
@@ -268,7 +271,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(
     kind: str, tiny: Callable[[str], ModelFiles]
 ) -> None:
     engine, requests = _load(tiny(kind)), _requests()
-    sampling = Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3)
+    sampling = SAMPLED
     state = torch.random.get_rng_state()
 
     together = engine.generate(requests, sampling)
@@ -278,6 +281,25 @@ def test_a_sample_depends_on_its_seed_and_number_alone(
     assert tokens == [[c.token_ids for c in row] for row in alone]
     assert sum(len(set(row)) > 1 for row in tokens) > len(tokens) // 2
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "bart"])
+def test_every_tensor_is_where_the_model_is(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    """What names no device is made on the default one, where an accelerator's model is not."""
+    engine, requests = _load(tiny(kind)), _requests(4)
+    expected = engine.generate(requests, SAMPLED)
+    with torch.device("meta"):
+        found = engine.generate(requests, SAMPLED)
+        if kind in STEPPED:
+            waiting = [Waiting(i, request, SAMPLED) for i, request in enumerate(requests)]
+            stepped = _step_all(engine, [waiting[:2], [], waiting[2:]])
+            found = [*found, *(stepped[i] for i in range(4))]
+            expected *= 2
+    assert [[c.token_ids for c in row] for row in found] == [
+        [c.token_ids for c in row] for row in expected
+    ]
 
 
 def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) -> None:
@@ -377,7 +399,7 @@ def test_logits_that_are_not_numbers_are_an_error(
 ALIKE = [
     Sampling(16),
     Sampling(24),
-    Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3),
+    SAMPLED,
     Sampling(9, temperature=0.7),
 ]
 

@@ -108,6 +108,8 @@ class PackedStream:
     """A `Stream` of a `Network`."""
 
     joinable = True
+    device = torch.device("cpu")
+    """A network is packed for no other."""
 
     def __init__(self, network: Network) -> None:
         self._network = network

@@ -149,8 +149,9 @@ class Running:
         ended, self._ended = self._ended, []
         if rows := self._rows:
             start = time.perf_counter()
-            last = torch.tensor([row.decoded.tokens[-1] for row in rows])
-            self._choose(self._stream.step(last), rows)
+            last = [row.decoded.tokens[-1] for row in rows]
+            tokens = torch.tensor(last, device=self._stream.device)
+            self._choose(self._stream.step(tokens), rows)
             self._retire(ended)
             share_s = (time.perf_counter() - start) / len(rows)
             for row in rows:

@@ -48,6 +48,8 @@ class Stream(Protocol):
 
     joinable: bool
     """Whether prompts can join rows that are under way; otherwise only an empty stream."""
+    device: torch.device
+    """Where its tokens and logits are."""
 
     def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
         """Read prompts; return the logits of their first tokens, one row per prompt.
@@ -83,6 +85,7 @@ class _Padded:
     def __init__(self, model: Any, special: SpecialTokens) -> None:
         self._model = model
         self._special = special
+        self.device = model.device
 
     def num_tokens(self, row_tokens: Sequence[int]) -> int:
         return len(row_tokens) * max(row_tokens, default=0)
@@ -213,10 +216,11 @@ def pad_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the ids and their mask, both int64 [rows, longest]."""
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        own = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, own] = torch.tensor(row)
-        mask[i, own] = 1
-    return ids.to(device), mask.to(device)
+    left = side == "left"
+
+    def padded(parts: Sequence[Sequence[int]], fill: int) -> Tensor:
+        lines = [([fill] * (width - len(p)), list(p)) for p in parts]
+        full = [[*gap, *own] if left else [*own, *gap] for gap, own in lines]
+        return torch.tensor(full, dtype=torch.long, device=device)
+
+    return padded(rows, pad), padded([[1] * len(row) for row in rows], 0)
