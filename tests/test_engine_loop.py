@@ -286,11 +286,10 @@ def test_an_engine_that_waits_for_a_server_is_called_by_its_callers() -> None:
         first = ask(loop, "held")
         engine.holding.wait(PATIENCE_S)
         assert spoken(loop.complete(requests("a"), GREEDY)) == ["A"]
-        loop.close()
-        assert not engine.closed, "it is in use"
         engine.go_on.set()
         assert answers(first) == ["HELD"]
-        wait_until(lambda: engine.closed)
+        loop.close(drain=True)
+    assert engine.closed
     assert len(engine.threads) == 3
 
 
@@ -335,8 +334,25 @@ def test_closing_wakes_all_who_wait_and_frees_the_engine_after_its_batch() -> No
     assert engine.batches == [["held"]]
 
 
-def test_draining_answers_who_waits() -> None:
-    engine = Capitals()
+def test_closing_an_engine_that_waits_for_a_server_ends_its_calls() -> None:
+    engine = Server()
+
+    def close() -> None:
+        engine.closed = True
+        engine.go_on.set()  # nothing else ends the call
+
+    engine.close = close  # type: ignore[method-assign]
+    loop = EngineLoop(lambda: engine)
+    with callers() as ask:
+        first = ask(loop, "held")
+        engine.holding.wait(PATIENCE_S)
+        loop.close()
+        wait_until(lambda: engine.closed)
+        first.exception(PATIENCE_S)
+
+
+@pytest.mark.parametrize("engine", [Capitals(), Server()], ids=["batches", "server"])
+def test_draining_answers_who_waits(engine: Capitals) -> None:
     loop = EngineLoop(lambda: engine)
     with callers() as ask, ThreadPoolExecutor(1) as closer:
         waiting = [ask(loop, "held"), ask(loop, "a")]

@@ -44,7 +44,6 @@ def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
     Args:
         specs: agents of one engine: their `engine_key` is the same.
 
-
     Raises:
         ModelError, JobError: the model cannot be loaded, or cannot do the task for one of them.
     """

@@ -140,7 +140,7 @@ class EngineLoop:
         positions = prepared.fitting
         if not positions:
             return prepared.with_answers({})
-        if getattr(engine, "threadsafe", False):
+        if _is_threadsafe(engine):
             with self._caller():
                 return complete(engine, prepared.requests, sampling)
         call = _Call(engine, sampling, len(positions))
@@ -181,7 +181,8 @@ class EngineLoop:
 
         Args:
             drain: answer those who wait, and return when the engine is freed. Otherwise whoever
-                waits gets a `RunError`, and this returns at once.
+                waits gets a `RunError`, or what a threadsafe engine makes of calls that its
+                `close` ends, and this returns at once.
         """
         with self._changed:
             self._closed = True
@@ -243,8 +244,9 @@ class EngineLoop:
             with self._changed:
                 self._closed = True
             self._end(RunError(f"the engine's loop broke: {type(error).__name__}: {error}"))
-        with self._changed:
-            self._changed.wait_for(lambda: self.num_callers == 0)
+        if not _is_threadsafe(engine):  # closing one ends the calls that others are in
+            with self._changed:
+                self._changed.wait_for(lambda: self.num_callers == 0)
         engine.close()
         atexit.unregister(self._close_at_exit)
 
@@ -392,6 +394,10 @@ class EngineLoop:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+def _is_threadsafe(engine: Engine) -> bool:
+    return getattr(engine, "threadsafe", False)
 
 
 def _copy(error: Exception) -> Exception:
