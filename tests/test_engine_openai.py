@@ -588,10 +588,12 @@ def test_closing_the_loop_asks_nothing_further(server, load):
     loop = EngineLoop(lambda: engine)
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(loop.complete, [request("a"), request("b")], GREEDY)
-        wait_until(lambda: server.tries["a"])
-        loop.close()
-        wait_until(lambda: engine._endpoint.is_closed)
-        release.set()
+        try:
+            wait_until(lambda: server.tries["a"])
+            loop.close()
+            wait_until(lambda: engine._endpoint.is_closed)
+        finally:
+            release.set()
         assert isinstance(asked.exception(), EngineUnavailableError)
     assert server.tries["b"] == 0
 
