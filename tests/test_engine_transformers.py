@@ -284,9 +284,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bloom", "bart"])
-def test_every_tensor_is_where_the_model_is(
-    kind: str, tiny: Callable[[str], ModelFiles]
-) -> None:
+def test_every_tensor_is_where_the_model_is(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
     """What names no device is made on the default one, where an accelerator's model is not."""
     engine, requests = _load(tiny(kind)), _requests(4)
     expected = engine.generate(requests, SAMPLED)
@@ -465,6 +463,44 @@ def test_what_is_under_way_stays_within_the_budget(
         running -= {finished.key for finished in engine.step()}
         assert len(running) == engine.num_running
     assert refilled
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_allocated_for_padded_rows_stays_within_the_budget(
+    seed: int, tiny: Callable[[str], ModelFiles]
+) -> None:
+    """A long prompt that ends soon, joined by short ones that go on: they are as wide as it."""
+    engine, rng = _load(tiny("gpt2"), max_batch_tokens=300), np.random.default_rng(seed)
+    waiting = [
+        Waiting(int(i), _requests(16)[i], Sampling(int(rng.choice([2, 8, 40]))))
+        for i in rng.permutation(16)
+    ]
+    refilled = 0
+    while waiting or engine.num_running:
+        under_way = engine.num_running
+        begun = engine.begin(waiting)
+        waiting = [one for i, one in enumerate(waiting) if i not in begun]
+        refilled += bool(begun and under_way)
+        if begun and engine._running._rows:
+            rows, _, columns, _ = engine._running._stream._cache.layers[0]._buffers[0].shape
+            assert rows * columns <= 300
+        engine.step()
+    assert refilled > 2
+
+
+def test_a_choice_among_many_ends_when_nothing_fits_any_more(
+    tiny: Callable[[str], ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mas_batch.engines.transformers.size import Size
+
+    engine, plus, asked = _load(tiny("llama"), max_batch_tokens=100), Size.plus, []
+    monkeypatch.setattr(Size, "plus", lambda *args: asked.append(1) or plus(*args))
+    waiting = [Waiting(i, _requests(3)[0], Sampling(8)) for i in range(200)]
+    begun = engine.begin(waiting)
+    assert len(asked) < 3 * (len(begun) + 1)
+    asked.clear()
+    assert engine.begin(waiting[len(begun) :]) == []
+    assert len(asked) == 1
 
 
 def test_a_request_over_the_budget_goes_alone(tiny: Callable[[str], ModelFiles]) -> None:
