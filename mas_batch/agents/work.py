@@ -58,7 +58,7 @@ def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
             "family_id": host.family_id(spec),
             "engine": dict(engine.describe()),
         }
-    facts = {"load_s": load_s, "concurrent": host.concurrent, "agents": agents}
+    facts = {"load_s": load_s, "concurrent": host.concurrent, "joins": host.joins, "agents": agents}
     report(run.topic, Report.LOADED, facts)
 
 

@@ -122,6 +122,7 @@ class Hosting:
         self._hosts: dict[str, Host] = {}  # loading or ready
         self._loading: dict[str, _Load] = {}  # by host
         self._concurrent: dict[str, int] = {}  # by host
+        self._joining: set[str] = set()  # hosts
         self._refused: dict[str, _Refusal] = {}  # by worker address
         self._paused: set[str] = set()  # hosts
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
@@ -141,6 +142,10 @@ class Hosting:
     def concurrent(self, host_id: str) -> int:
         """Return how many partitions at once keep the loaded engine busy."""
         return self._concurrent.get(host_id, 1)
+
+    def joins(self, host_id: str) -> bool:
+        """Whether the loaded engine takes up what comes while it works on something else."""
+        return host_id in self._joining
 
     def ready_for(self, post: str) -> list[str]:
         """Return the post's hosts that can be asked."""
@@ -229,6 +234,7 @@ class Hosting:
         load.future.release()
         agents = self.ready[address] = self._agents(self._hosts[address])
         concurrent = self._concurrent[address] = facts["concurrent"]
+        (self._joining.add if facts["joins"] else self._joining.discard)(address)
         for agent, own in facts["agents"].items():
             self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
         name, load_s = self.name(address), facts["load_s"]
@@ -408,6 +414,7 @@ class Hosting:
             self.listener.left(host_id, blamed=not expected)
         self.ready.pop(host_id, None)
         self._concurrent.pop(host_id, None)
+        self._joining.discard(host_id)
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:
