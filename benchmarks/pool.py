@@ -11,11 +11,11 @@ What is asked, all on the same three workers of one thread:
 
 by 1, 8 and 32 askers, each of which asks its next text when it has a reply. `echo`: agents that
 take time and no CPU, as models on accelerators; `marian`: a real translation model on the CPU,
-whose agents share three hosts; `smollm2`: a language model on the CPU, one host, whose texts join
-what is being decoded. `transport`: what one call of a worker costs, by the ways in which Dask can
-make it.
+whose agents share three hosts; `smollm2`: a language model on the CPU, one host. `joins`: when that
+one answers a text that comes while it decodes others. `transport`: what one call of a worker costs,
+by the ways in which Dask can make it.
 
-    python benchmarks/pool.py [echo marian smollm2 transport] [--rounds 3] [--askers 1 8 32]
+    python benchmarks/pool.py [echo marian smollm2 joins transport] [--rounds 3] [--askers 1 8 32]
 """
 
 from __future__ import annotations
@@ -183,6 +183,26 @@ async def measure(kind: str, client: Client, folder: str, rounds: int, askers: l
     report(kind, seen)
 
 
+async def joins(client: Client, folder: str, rounds: int) -> None:
+    """Print when a text is answered that comes while the same host decodes eight others."""
+    job, texts = make_job("smollm2", Way(slice(1)), folder), iter(sentences())
+    print("\n| eight texts | one that comes meanwhile | ÷ |\n|---|---|---|")
+    async with AgentPool(job, client=client, max_wait_s=0.3) as pool:
+        await pool.ask(next(texts))
+        for _ in range(rounds):
+            async with asyncio.TaskGroup() as group:
+                eight = group.create_task(pool.ask_many([next(texts) for _ in range(8)]))
+                while pool.stats().agents["small"].in_flight < 8:
+                    await asyncio.sleep(0.01)
+                start = time.perf_counter()
+                group.create_task(pool.ask(next(texts)))
+                await eight
+                eight_s = time.perf_counter() - start
+            one_s = time.perf_counter() - start
+            print(f"| {eight_s:.2f} s | {one_s:.2f} s | {one_s / eight_s:.2f} |", flush=True)
+    print()
+
+
 def report(kind: str, seen: Mapping[tuple[int, str], Sequence[tuple[list[float], float]]]) -> None:
     """Print medians over the rounds of each round's p50, p95 and throughput."""
     print(f"\n| {kind} | askers | p50 | p95 | replies/s | ÷ alone |\n|---|---|---|---|---|---|")
@@ -305,6 +325,8 @@ def main() -> None:
             if what == "transport":
                 transport(client, options.rounds)
                 overhead(client, folder, options.rounds)
+            elif what == "joins":
+                asyncio.run(joins(client, folder, options.rounds))
             else:
                 asyncio.run(measure(what, client, folder, options.rounds, options.askers))
 

@@ -125,9 +125,11 @@ def test_what_waits_for_a_busy_host_becomes_its_next_batch() -> None:
 
         hosts.behaviours["a1"] = when_free
         setup = Setup(hosts, "a1", max_batch=4)
-        asked = [setup.ask(f"text {i}") for i in range(7)]
+        asked = [setup.ask("text 0")]
         await settle()
         assert hosts.calls == [("a1", ["text 0"])], "a lone text does not wait for company"
+        asked += [setup.ask(f"text {i}") for i in range(1, 7)]
+        await settle()
         free.set()
         replies = await asyncio.gather(*asked)
         assert [texts for _, texts in hosts.calls[1:]] == [
@@ -140,12 +142,23 @@ def test_what_waits_for_a_busy_host_becomes_its_next_batch() -> None:
     run(test)
 
 
+def test_what_is_asked_in_the_same_moment_is_shared_among_the_free_hosts() -> None:
+    async def test() -> None:
+        hosts = Hosts()
+        setup = Setup(hosts, "a1", "a2", max_batch=9)
+        await asyncio.gather(*(setup.ask(f"text {i}") for i in range(7)))
+        assert sorted(len(texts) for _, texts in hosts.calls) == [3, 4]
+        assert {address for address, _ in hosts.calls} == {"a1", "a2"}
+
+    run(test)
+
+
 def test_a_text_that_many_ask_about_is_read_once() -> None:
     async def test() -> None:
         hosts = Hosts()
         setup = Setup(hosts, "a1", max_batch=9)
         replies = await asyncio.gather(*(setup.ask("same") for _ in range(5)))
-        assert [texts for _, texts in hosts.calls] == [["same"], ["same"]]
+        assert [texts for _, texts in hosts.calls] == [["same"]]
         assert [reply.answer for reply in replies] == ["a"] * 5
 
     run(test)

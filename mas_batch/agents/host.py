@@ -161,6 +161,11 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
             tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
         return LoopClient(resident.loop, view, tokenize)
 
+    @property
+    def joins(self) -> bool:
+        """Whether the engine takes up what comes while it works on something else."""
+        return self._resident is not None and self._resident.loop.joins
+
     def held(self, run: RunRef, partition: int) -> HeldPartition:
         """Return a partition's records; where there are several agents, they are kept for a while.
 

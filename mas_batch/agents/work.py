@@ -67,7 +67,8 @@ def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
             "engine": dict(engine.describe()),
         }
     facts = {"load_s": load_s, "concurrent": host.concurrent, "max_in_flight": host.max_in_flight}
-    report(run.topic, Report.LOADED, {**facts, "agents": agents, "refused": refused})
+    facts |= {"joins": host.joins, "agents": agents, "refused": refused}
+    report(run.topic, Report.LOADED, facts)
 
 
 def answer_partition(

@@ -172,6 +172,11 @@ class EngineLoop:
         """Whether it takes no further requests."""
         return self._closed
 
+    @property
+    def joins(self) -> bool:
+        """Whether what comes is taken up while the engine works on something else."""
+        return self._stepping is not None or bool(getattr(self.engine, "threadsafe", False))
+
     def take_idle_s(self) -> float:
         """Return for how many seconds nobody has asked anything, since this was called last."""
         with self._changed:

@@ -123,6 +123,7 @@ class Hosting:
         self._loading: dict[str, _Load] = {}  # by host
         self._concurrent: dict[str, int] = {}  # by host
         self._max_in_flight: dict[str, int] = {}  # by host
+        self._joining: set[str] = set()  # hosts
         self._refused: dict[str, _Refusal] = {}  # by worker address
         self._unable: dict[str, dict[str, Exception]] = {}
         """Host → those of its agents that its engine cannot answer for, and why."""
@@ -148,6 +149,10 @@ class Hosting:
     def max_in_flight(self, host_id: str) -> int:
         """Return how many partitions may be at the host, so that its worker can merge."""
         return self._max_in_flight.get(host_id, 1)
+
+    def joins(self, host_id: str) -> bool:
+        """Whether the loaded engine takes up what comes while it works on something else."""
+        return host_id in self._joining
 
     def ready_for(self, post: str) -> list[str]:
         """Return the post's hosts that can be asked."""
@@ -253,6 +258,7 @@ class Hosting:
         agents = self.ready[address] = tuple(agent for agent in wanted if agent not in refused)
         concurrent = self._concurrent[address] = facts["concurrent"]
         most = self._max_in_flight[address] = facts["max_in_flight"]
+        (self._joining.add if facts["joins"] else self._joining.discard)(address)
         for agent, own in facts["agents"].items():
             self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
         name, load_s = self.name(address), facts["load_s"]
@@ -434,6 +440,7 @@ class Hosting:
         self._concurrent.pop(host_id, None)
         self._max_in_flight.pop(host_id, None)
         self._unable.pop(host_id, None)
+        self._joining.discard(host_id)
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:

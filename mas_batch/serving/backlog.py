@@ -53,11 +53,18 @@ class Backlog:
             self._again.remove(part)
 
     def take(
-        self, host_id: str, now: float, *, idle: bool = True, only_alone: bool = False
+        self,
+        host_id: str,
+        now: float,
+        *,
+        num_free: int = 1,
+        idle: bool = True,
+        only_alone: bool = False,
     ) -> list[AgentPart]:
         """Remove and return the parts that the host is to be asked next; empty: none yet.
 
         Args:
+            num_free: hosts among which new parts are shared, this one included.
             idle: whether the host works on nothing else.
             only_alone: whether it takes nothing but a part at which a host has died.
         """
@@ -67,7 +74,7 @@ class Backlog:
             if part.num_deaths or not only_alone:
                 self._again.remove(part)
                 return [part]
-        return [] if only_alone else self._new.take(now)
+        return [] if only_alone else self._new.take(now, math.ceil(len(self._new) / num_free))
 
     def alone(self) -> list[AgentPart]:
         """Return the parts at which a host has died, first come first."""
@@ -125,11 +132,15 @@ class MicroBatcher(Generic[Item]):
         """Remove the item; returns whether it was still waiting."""
         return self._since.pop(item, None) is not None
 
-    def take(self, now: float) -> list[Item]:
-        """Remove and return the next batch for a free host; empty: none is due yet."""
+    def take(self, now: float, most: int | None = None) -> list[Item]:
+        """Remove and return the next batch for a free host; empty: none is due yet.
+
+        Args:
+            most: the most items that are taken now; None: `max_batch`.
+        """
         if now < self.due:
             return []
-        batch = list(islice(self._since, self._max_batch))
+        batch = list(islice(self._since, min(self._max_batch, most or self._max_batch)))
         for item in batch:
             del self._since[item]
         return batch

@@ -86,6 +86,8 @@ class AgentQueues:
         self._timers: dict[str, asyncio.TimerHandle] = {}  # by agent
         self._fastest = Throughput()
         self._numbers = count()
+        self._submitted: dict[str, None] = {}  # agents that have new parts, in order
+        self._flush: asyncio.Handle | None = None
 
     # News of hosts from the cluster
 
@@ -140,7 +142,15 @@ class AgentQueues:
     def submit(self, part: AgentPart) -> None:
         """Let the part wait for a host; its `on_settled` is called when it has an outcome."""
         self._backlogs[part.agent_id].add(part, self._now())
-        self._send_waiting([part.agent_id])
+        # Not at once: what is asked in the same moment, as those do whose batch has just been
+        # answered, makes one batch; else the first of them would go alone.
+        if not self._submitted:
+            self._flush = asyncio.get_running_loop().call_soon(self._send_submitted)
+        self._submitted[part.agent_id] = None
+
+    def _send_submitted(self) -> None:
+        agents, self._submitted = [*self._submitted], {}
+        self._send_waiting(agents)
 
     def hedge(self, part: AgentPart) -> bool:
         """Ask another host too, if a healthy one is there; returns whether it will be asked."""
@@ -178,6 +188,8 @@ class AgentQueues:
         """Ask no host any more, and cancel the calls under way."""
         for timer in self._timers.values():
             timer.cancel()
+        if self._flush is not None:
+            self._flush.cancel()
         for host_id in list(self._sends):
             self._cancel(host_id)
 
@@ -216,7 +228,11 @@ class AgentQueues:
             host_id = self._fastest.choose(_ANY, views).host_id
             host = free[host_id]
             batch = backlog.take(
-                host_id, self._now(), idle=not host.sent, only_alone=host.set_aside
+                host_id,
+                self._now(),
+                num_free=len(free),
+                idle=not host.sent,
+                only_alone=host.set_aside,
             )
             if batch:
                 self._begin_send(host, agent_id, batch)

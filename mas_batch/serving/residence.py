@@ -230,8 +230,10 @@ class Residence:
             self._proxied.discard(host_id)
         else:
             self._proxied.add(host_id)
+        # A batch that would only wait for the one before it is better still growing in the queue.
+        at_once = concurrent if self._hosting.joins(host_id) else 1
         paused = self._hosting.is_paused(host_id)
-        self._notify(self._listener.joined, host_id, agents, concurrent, paused)
+        self._notify(self._listener.joined, host_id, agents, at_once, paused)
 
     def paused(self, host_id: str, paused: bool) -> None:
         """Note that a host is paused, and takes no further batch, or works again."""
