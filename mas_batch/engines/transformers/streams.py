@@ -106,7 +106,8 @@ class _DecoderOnly(_Padded):
 
     @property
     def size(self) -> Size:
-        return Size(True, *self._mask.shape, max(self._left, default=0))
+        num_rows, width = self._mask.shape
+        return Size(True, num_rows, width, max(self._left, default=0))
 
     def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
         ids, mask = pad_rows(prompts, self._special.pad, "left", self._model.device)
