@@ -128,7 +128,9 @@ class Engine(Protocol):
     max_context_tokens: int
     """Prompt plus completion, in the model's own tokens."""
     max_batch_tokens: int | None
-    """Budget of rows × (longest prompt + max_new_tokens) per batch; None = take all at once."""
+    """Budget of rows × (longest prompt + max_new_tokens) per batch; None = take all at once.
+
+    A stepping engine that pads no rows counts the tokens of each instead."""
     takes_messages: bool
     """False for engines that read `Request.text` and ignore the prompt."""
     only_translates: bool
