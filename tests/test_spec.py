@@ -76,13 +76,18 @@ def test_agents_that_share_hosts_count_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "options", "slots"),
-    [({}, {}, 3), ({"window": 5}, {}, 6), ({}, {"concurrent": 3}, 5)],
+    ("window", "agent", "slots"),
+    [
+        ({}, {}, 3),
+        ({"window": 5}, {}, 6),
+        ({}, {"options": {"concurrent": 3}}, 5),
+        ({}, {"model": "pypi://a==1/of-some-engine"}, 6),
+    ],
 )
 def test_a_worker_has_slots_for_its_partitions_and_for_a_merge(
-    window: dict[str, int], options: dict[str, int], slots: int
+    window: dict[str, int], agent: dict[str, Any], slots: int
 ) -> None:
-    the_job = job({"name": "a", "options": options})
+    the_job = job({"name": "a", **agent})
     the_job = the_job.with_changes(routing=the_job.routing.with_changes(**window))
     specs = agent_specs(the_job, embedded=True, num_cores=8)
     workers = worker_options(the_job, specs, memory_bytes=9000, devices={})

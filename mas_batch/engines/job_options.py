@@ -14,8 +14,6 @@ from mas_batch.job import Agent, Job
 from mas_batch.models import parse_source
 from mas_batch.registries import ENGINES
 
-_UNKNOWN = EngineInfo("")
-
 
 def check_options(job: Job, *, environment: bool = False) -> None:
     """Find options that an agent's engine does not know, or not with this value.
@@ -43,14 +41,15 @@ def check_options(job: Job, *, environment: bool = False) -> None:
 def partitions_at_once(agent: Agent) -> int:
     """Return how many partitions keep a host of the agent busy, as far as the job tells.
 
-    A loaded engine may know better.
+    Of several engines that `auto` may stand for, the one that wants most. A loaded engine may know
+    better.
 
     Raises:
         JobError: an option is wrong; see `check_options`.
     """
     options = _read(agent)
     own = options.partitions_at_once if options is not None else None
-    return (agent.engine_info or _UNKNOWN).concurrent if own is None else own
+    return max(info.concurrent for info in _possible_engines(agent)) if own is None else own
 
 
 def _read(agent: Agent) -> EngineOptions | None:
