@@ -35,7 +35,7 @@ from mas_batch.aggregate.calibration import calibration_error, learn_from_labels
 from mas_batch.aggregate.label_weights import Labelled, features
 from mas_batch.aggregate.learning import learn
 from mas_batch.aggregate.posterior_vote import by_reliability
-from mas_batch.aggregate.reliability import Reliability
+from mas_batch.aggregate.reliability import Reliability, posterior
 from mas_batch.aggregate.vote import vote
 from mas_batch.labelling import spread
 
@@ -127,8 +127,9 @@ def judge(each: AnswerSet) -> Judged:
         fields = zip(agents, pattern.split(";"), strict=True)
         said = [(a, each.labels[int(code)]) for a, code in fields if code]
         ballots = [Ballot(agent, families[agent], 0, label, label) for agent, label in said]
-        raw = by_reliability(ballots, replace(learned, temperature=1.0)).support[0].weight
-        return vote(ballots), by_reliability(ballots, learned), raw
+        published = by_reliability(ballots, learned)
+        raw = posterior(learned, pattern).shares[each.labels.index(published.answer)]
+        return vote(ballots), published, raw
 
     found = [verdicts(pattern) for pattern in patterns]
     truth = [each.labels[int(row[0])] for row in rows]

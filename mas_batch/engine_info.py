@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,8 @@ class EngineInfo:
     """Options that make it draw its answers by lot, whatever the temperature."""
     greedy_samples_differ: bool = False
     """Several samples at temperature 0 are not the same answer several times."""
+
+    def of_agent(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the options that say how one agent asks: see `agent_options`."""
+        own = self.agent_options
+        return {key: value for key, value in options.items() if key in own or "*" in own}

@@ -97,6 +97,8 @@ class HostReady(Event):
     engine: dict[str, Any] = field(default_factory=dict)
     concurrent: int = 1
     """Partitions at once that keep its engine busy."""
+    max_in_flight: int | None = None
+    """Partitions that its worker has task slots for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,8 +282,7 @@ class Agent(_Model):
         Where `engine: auto` takes a look at the model's files, all are the engine's.
         """
         engine = self.engine_info
-        own = engine.agent_options if engine is not None else ()
-        return {k: value for k, value in self.options.items() if k in own or "*" in own}
+        return engine.of_agent(self.options) if engine is not None else {}
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -407,9 +406,9 @@ class Routing(_Model):
     """A worker that has not loaded its model for longer, downloading it included, is given up and
     restarted."""
     window: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Partitions in flight per host: one runs, the others wait at its worker. More than 1
-    hides the latency of asking, but what waits cannot go to the host that is free first. None: 2
-    where a partition takes a worker less than a second, else 1."""
+    """Partitions in flight per host, those of all its agents. What waits there hides the latency of
+    asking, but cannot go to the host that is free first. None: as many as its engine works on at
+    once, and one more where one takes less than a second. A worker's task slots limit it, too."""
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """Tries of one agent on one partition before its answers are given up."""
 

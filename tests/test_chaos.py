@@ -264,7 +264,7 @@ class UsersCluster:
             )
         )  # fmt: skip
         self._arena.wait_until(self._file.exists, scheduler)
-        nthreads = str(self._arena.layout.concurrent + 1)
+        nthreads = str(self._arena.layout.concurrent + 2)
         for name in ("a-0", "a-1", "b-0"):
             command = ["-m", "dask", "worker", *common, "--name", name, "--nthreads", nthreads]
             self._stack.enter_context(
@@ -294,7 +294,7 @@ def test_the_cluster_scaled_down_with_work_in_flight(
     arena: Arena, reference: Run, tell: Tell
 ) -> None:
     """Dask's own scaling asks nobody: it retires the workers that it likes."""
-    nthreads = arena.layout.concurrent + 1
+    nthreads = arena.layout.concurrent + 2
     workers = {
         name: {
             "cls": Nanny,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mas_batch.engines.base import Engine, Sampling, SteppingEngine
 from mas_batch.engines.batching import complete
 from mas_batch.engines.client import LoopClient
-from mas_batch.engines.loop import EngineLoop
+from mas_batch.engines.loop import MOST_OFFERED, EngineLoop
 from mas_batch.errors import (
     EngineRefusedError,
     EngineUnavailableError,
@@ -230,6 +230,53 @@ def test_without_memory_for_another_one_it_goes_on_with_those_under_way() -> Non
     assert engine.steps == [["a a", "b"], ["a a"], ["c"]]
 
 
+def test_one_that_cannot_begin_keeps_nobody_else_from_being_stepped() -> None:
+    engine = StepByStep(max_rows=2)
+    texts = ["a a a", "b b", "c", "unbegun", *"defgh"]
+    with loop_of(engine) as loop:
+        found = spoken(loop.complete(requests(*texts), GREEDY))
+    assert found == ["A A A", "B B", "C", Reason.ENGINE_ERROR, *"DEFGH"]
+    assert engine.batches == [["unbegun"]]
+
+
+def test_after_one_for_which_there_was_no_memory_one_is_begun_at_a_time() -> None:
+    engine = StepByStep()
+    begin, tries = engine.begin, []
+
+    def begin_in_three(waiting: Sequence[Any]) -> list[int]:
+        tries.append((engine.num_running, len(waiting)))
+        if engine.num_running + len(waiting) > 3:
+            raise OutOfMemoryError("no room")
+        return begin(waiting)
+
+    engine.begin = begin_in_three  # type: ignore[method-assign]
+    with loop_of(engine) as loop, callers() as ask:
+        first = ask(loop, "held", sampling=BEAMS)
+        engine.holding.wait(PATIENCE_S)
+        others = [ask(loop, "a a a a", "b"), ask(loop, "c c", "d", "e", "f")]
+        engine.go_on.set()
+        found = [answers(each) for each in (first, *others)]
+    assert found == [["HELD"], ["A A A A", "B"], ["C C", "D", "E", "F"]]
+    assert engine.batches == [["held"]], "none was asked again"
+    assert tries[0] == (0, 6)
+    assert all(number == 1 for running, number in tries[1:] if running), tries
+
+
+def test_of_very_many_the_engine_is_offered_the_first() -> None:
+    engine = StepByStep()
+    begin, sizes = engine.begin, []
+
+    def noting(waiting: Sequence[Any]) -> list[int]:
+        sizes.append(len(waiting))
+        return begin(waiting)
+
+    engine.begin = noting  # type: ignore[method-assign]
+    texts = [f"a{i}" for i in range(600)]
+    with loop_of(engine) as loop:
+        assert spoken(loop.complete(requests(*texts), GREEDY)) == [t.upper() for t in texts]
+    assert max(sizes) == MOST_OFFERED < 600
+
+
 def test_an_engine_that_begins_with_a_group_at_a_time_is_filled_up() -> None:
     engine = StepByStep()
     begin, sizes = engine.begin, []
@@ -286,11 +333,10 @@ def test_an_engine_that_waits_for_a_server_is_called_by_its_callers() -> None:
         first = ask(loop, "held")
         engine.holding.wait(PATIENCE_S)
         assert spoken(loop.complete(requests("a"), GREEDY)) == ["A"]
-        loop.close()
-        assert not engine.closed, "it is in use"
         engine.go_on.set()
         assert answers(first) == ["HELD"]
-        wait_until(lambda: engine.closed)
+        loop.close(drain=True)
+    assert engine.closed
     assert len(engine.threads) == 3
 
 
@@ -335,8 +381,25 @@ def test_closing_wakes_all_who_wait_and_frees_the_engine_after_its_batch() -> No
     assert engine.batches == [["held"]]
 
 
-def test_draining_answers_who_waits() -> None:
-    engine = Capitals()
+def test_closing_an_engine_that_waits_for_a_server_ends_its_calls() -> None:
+    engine = Server()
+
+    def close() -> None:
+        engine.closed = True
+        engine.go_on.set()  # nothing else ends the call
+
+    engine.close = close  # type: ignore[method-assign]
+    loop = EngineLoop(lambda: engine)
+    with callers() as ask:
+        first = ask(loop, "held")
+        engine.holding.wait(PATIENCE_S)
+        loop.close()
+        wait_until(lambda: engine.closed)
+        first.exception(PATIENCE_S)
+
+
+@pytest.mark.parametrize("engine", [Capitals(), Server()], ids=["batches", "server"])
+def test_draining_answers_who_waits(engine: Capitals) -> None:
     loop = EngineLoop(lambda: engine)
     with callers() as ask, ThreadPoolExecutor(1) as closer:
         waiting = [ask(loop, "held"), ask(loop, "a")]

@@ -24,6 +24,7 @@ from mas_batch.engines.base import Completion, Engine, EngineConfig, Message, Re
 from mas_batch.engines.batching import complete
 from mas_batch.engines.claims import MAX_CHARS_PER_TOKEN
 from mas_batch.engines.interrupted import Interrupted
+from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import (
     EngineError,
     EngineRefusedError,
@@ -579,6 +580,22 @@ def test_what_is_remembered_of_equal_requests() -> None:
     kept.keep("key", second)
     assert [kept.take("key") for _ in range(3)] == [second, first, None]
     assert not kept.is_suspect("key")
+
+
+def test_closing_the_loop_asks_nothing_further(server, load):
+    release, engine = threading.Event(), load(concurrency=1)
+    server.fault = lambda text: release.wait() and None
+    loop = EngineLoop(lambda: engine)
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(loop.complete, [request("a"), request("b")], GREEDY)
+        try:
+            wait_until(lambda: server.tries["a"])
+            loop.close()
+            wait_until(lambda: engine._endpoint.is_closed)
+        finally:
+            release.set()
+        assert isinstance(asked.exception(), EngineUnavailableError)
+    assert server.tries["b"] == 0
 
 
 def test_closing_ends_the_calls_that_are_under_way(server, load):

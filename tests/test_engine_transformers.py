@@ -211,6 +211,9 @@ def _end(completion: Completion, token: int | None) -> list[int]:
     return [*completion.token_ids, *([token] if completion.finish_reason == "stop" else [])]
 
 
+SAMPLED = Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_tokens_are_those_of_generate_one_by_one(
     kind: str, tiny: Callable[[str], ModelFiles]
@@ -268,7 +271,7 @@ def test_a_sample_depends_on_its_seed_and_number_alone(
     kind: str, tiny: Callable[[str], ModelFiles]
 ) -> None:
     engine, requests = _load(tiny(kind)), _requests()
-    sampling = Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3)
+    sampling = SAMPLED
     state = torch.random.get_rng_state()
 
     together = engine.generate(requests, sampling)
@@ -278,6 +281,23 @@ def test_a_sample_depends_on_its_seed_and_number_alone(
     assert tokens == [[c.token_ids for c in row] for row in alone]
     assert sum(len(set(row)) > 1 for row in tokens) > len(tokens) // 2
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "bart"])
+def test_every_tensor_is_where_the_model_is(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
+    """What names no device is made on the default one, where an accelerator's model is not."""
+    engine, requests = _load(tiny(kind)), _requests(4)
+    expected = engine.generate(requests, SAMPLED)
+    with torch.device("meta"):
+        found = engine.generate(requests, SAMPLED)
+        if kind in STEPPED:
+            waiting = [Waiting(i, request, SAMPLED) for i, request in enumerate(requests)]
+            stepped = _step_all(engine, [waiting[:2], [], waiting[2:]])
+            found = [*found, *(stepped[i] for i in range(4))]
+            expected *= 2
+    assert [[c.token_ids for c in row] for row in found] == [
+        [c.token_ids for c in row] for row in expected
+    ]
 
 
 def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) -> None:
@@ -377,7 +397,7 @@ def test_logits_that_are_not_numbers_are_an_error(
 ALIKE = [
     Sampling(16),
     Sampling(24),
-    Sampling(16, temperature=1.2, top_p=0.95, top_k=30, num_samples=3),
+    SAMPLED,
     Sampling(9, temperature=0.7),
 ]
 
@@ -443,6 +463,44 @@ def test_what_is_under_way_stays_within_the_budget(
         running -= {finished.key for finished in engine.step()}
         assert len(running) == engine.num_running
     assert refilled
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_allocated_for_padded_rows_stays_within_the_budget(
+    seed: int, tiny: Callable[[str], ModelFiles]
+) -> None:
+    """A long prompt that ends soon, joined by short ones that go on: they are as wide as it."""
+    engine, rng = _load(tiny("gpt2"), max_batch_tokens=300), np.random.default_rng(seed)
+    waiting = [
+        Waiting(int(i), _requests(16)[i], Sampling(int(rng.choice([2, 8, 40]))))
+        for i in rng.permutation(16)
+    ]
+    refilled = 0
+    while waiting or engine.num_running:
+        under_way = engine.num_running
+        begun = engine.begin(waiting)
+        waiting = [one for i, one in enumerate(waiting) if i not in begun]
+        refilled += bool(begun and under_way)
+        if begun and engine._running._rows:
+            rows, _, columns, _ = engine._running._stream._cache.layers[0]._buffers[0].shape
+            assert rows * columns <= 300
+        engine.step()
+    assert refilled > 2
+
+
+def test_a_choice_among_many_ends_when_nothing_fits_any_more(
+    tiny: Callable[[str], ModelFiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mas_batch.engines.transformers.size import Size
+
+    engine, plus, asked = _load(tiny("llama"), max_batch_tokens=100), Size.plus, []
+    monkeypatch.setattr(Size, "plus", lambda *args: asked.append(1) or plus(*args))
+    waiting = [Waiting(i, _requests(3)[0], Sampling(8)) for i in range(200)]
+    begun = engine.begin(waiting)
+    assert len(asked) < 3 * (len(begun) + 1)
+    asked.clear()
+    assert engine.begin(waiting[len(begun) :]) == []
+    assert len(asked) == 1
 
 
 def test_a_request_over_the_budget_goes_alone(tiny: Callable[[str], ModelFiles]) -> None:

@@ -138,3 +138,28 @@ def test_what_was_decided_for_the_reader_is_said(
     run = label_run(tmp_path, {"a": "yn-", "b": "yn-"}, **manifest)
     assert words in page_of(run).text
     assert not [text for text, is_bad in said_of(run) if is_bad]
+
+
+LEARNED = {"method": "reliability", "reliability": {"method": "dawid-skene", "agents": {}}}
+
+
+@pytest.mark.parametrize(
+    ("merge", "words"),
+    [
+        (LEARNED, "reliability is better than the vote on this corpus: rows from `mas-batch label"),
+        ({"method": "mbr", "weights": "learned"}, "learned weights are better than equal ones"),
+        ({**LEARNED, "calibration": {"chosen": "labels weigh the agents"}}, None),
+        ({"method": "reliability", "reliability": {"method": "vote", "agents": {}}}, None),
+        ({"method": "mbr", "weights": "learned", "chosen_by": "auto", "why": "mbr"}, None),
+        ({"method": "vote"}, None),
+    ],
+)
+def test_what_is_not_proven_without_labels_is_said(
+    merge: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    run = made_run(tmp_path, [[result("r0")]], merge=merge)
+    said = [text for text, is_bad in said_of(run) if "not proven" in text and not is_bad]
+    assert len(said) == (words is not None)
+    if words is not None:
+        assert words in said[0]
+        assert said[0] in " ".join(terminal_of(run).split())

@@ -33,6 +33,7 @@ from mas_batch.latency.times import TaskTimes
 from mas_batch.merging import merge_spec
 from mas_batch.models import ModelFiles
 from mas_batch.partition import partition
+from mas_batch.registries import ENGINES
 from mas_batch.run_folder.names import JOURNAL, answers_name
 from mas_batch.run_folder.plan import stage
 from mas_batch.run_folder.ref import RunRef
@@ -239,11 +240,11 @@ def test_a_partition_is_read_and_tokenized_once_for_all_agents_of_a_host(
 def test_agents_that_differ_in_their_own_options_have_views(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = EngineInfo("echo", agent_options=("words",))
-    monkeypatch.setattr(host_module, "ENGINES", {"echo": info})
-    monkeypatch.setattr(AgentSpec, "engine_key", "the same")
+    info = EngineInfo("views", holds="nothing", agent_options=("words",))
+    monkeypatch.setattr(ENGINES, "_built_in", {**ENGINES._built_in, "views": info})
+    monkeypatch.setattr(ENGINES, "_loaded", {})
     agents = [
-        {"name": name, "options": {"words": words, "reply": "x"}, "engine": "echo"}
+        {"name": name, "model": "views", "options": {"words": words, "reply": "x"}}
         for name, words in (("a", 1), ("b", 1), ("c", 2))
     ]
     at = bench(engine := Counting(), agents=agents)

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mas_batch.planning import service_time as service_time_module
 from mas_batch.planning.forecast import MAX_SIMULATED, Forecaster
 from mas_batch.planning.measurements import AgentMeasurements, Measurements, waiting_s
 from mas_batch.planning.planner import WORST_ERROR, predict
-from mas_batch.planning.rates import other_phases
+from mas_batch.planning.rates import fit_rates, other_phases
 from mas_batch.planning.sampling import sizes
 from mas_batch.planning.service_time import fit, nonnegative_least_squares, shares, speeds
 from mas_batch.planning.survey import EvenlySpacedSample, Survey, survey
@@ -374,17 +375,26 @@ def test_tokens_and_time_add_up(make_job: MakeJob) -> None:
 def test_partitions_at_one_host_share_its_batches_and_its_engine_works_on(
     make_job: MakeJob,
 ) -> None:
-    job = make_job(agents=[{"name": "strong", "model": "echo"}])
-    measured = measurements_of({"strong": 0.2}, engine=EngineInfo("", concurrent=2))
+    job = make_job(agents=[{"name": "strong", "model": "echo", "options": {"concurrent": 2}}])
+    measured = measurements_of({"strong": 0.2}, engine=EngineInfo(""))
     forecast = forecaster_of(job, measured).forecast({"strong": 1})
     # Of 0.1 s + 8 · 0.2 s, a quarter is not the engine's; two at once have the 0.1 s once.
     both_s = 0.75 * (0.1 + 2 * 1.6)
     assert forecast.phases["answering"] == pytest.approx(20 * both_s, rel=0.03)
-    elsewhere = measurements_of(
-        {"strong": 0.2}, engine=EngineInfo("", concurrent=2, computes_elsewhere=True)
-    )
+    elsewhere = measurements_of({"strong": 0.2}, engine=EngineInfo("", computes_elsewhere=True))
     forecast = forecaster_of(job, elsewhere).forecast({"strong": 1})
     assert forecast.phases["answering"] == pytest.approx(20 * 1.7, rel=0.03)
+
+
+def test_an_agent_with_nothing_to_compute_makes_its_host_no_faster(make_job: MakeJob) -> None:
+    """As two agents of one encoder: the second finds every text encoded."""
+    both = {"model": "echo:same", "options": {"concurrent": 2}}
+    agents = [{"name": name, **both} for name in ("strong", "weak")]
+    measured = measurements_of({"strong": 0.2, "weak": 1e-9}, engine=EngineInfo(""))
+    weak = replace(measured.agents["weak"], parts_s={"compute": 0.0, "transfer": 1.0})
+    measured = replace(measured, agents={**measured.agents, "weak": weak})
+    forecast = forecaster_of(make_job(agents=agents), measured).forecast({"strong+weak": 1})
+    assert forecast.phases["answering"] == pytest.approx(20 * 0.75 * (0.1 + 2 * 1.6), rel=0.05)
 
 
 @settings(max_examples=settings.default.max_examples // 2)
@@ -688,3 +698,14 @@ def test_the_command_prints_a_table_and_json(
     assert first["needs"] == {"summarize": 1, "strong": 1}
     assert facts["total_memory_bytes"] == first["memory_bytes"] + second["memory_bytes"] > 0
     assert not {"hosts", "memory_bytes", "busy_fraction"} & agents[0].keys(), "they are the hosts'"
+
+
+def test_a_host_is_taken_to_do_as_many_at_once_as_its_engines_options_say(
+    make_job: MakeJob,
+) -> None:
+    agents = [{"name": "a", "model": "echo", "options": {"concurrent": 3}}, {"name": "b"}]
+    agents[1] |= {"model": "org/model"}  # `auto`: the run tells which engine it was
+    job = make_job(agents=agents, routing={})
+    measured = measurements_of({"a": 0.1, "b": 0.1}, engine=ENGINES["marian"])
+    rates = fit_rates(job, measured, {"a": 1, "b": 1}, embedded=True)
+    assert {name: each.concurrent for name, each in rates.agents.items()} == {"a": 3, "b": 2}

@@ -181,6 +181,22 @@ def test_ten_thousand_workers_compare_kinds_not_workers(monkeypatch: pytest.Monk
     assert len(calls) == 4 * 3, "kinds × posts"
 
 
+def test_where_nothing_is_left_nobody_searches_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    free_group = posts_module._Placement._free_group
+
+    def counted(self: Any, number: int) -> Any:
+        calls.append(number)
+        return free_group(self, number)
+
+    monkeypatch.setattr(posts_module._Placement, "_free_group", counted)
+    needs: list[dict[str, float]] = [{"GPU": 1}, {"long": 1}]
+    workers = [worker(f"w{i}", translate=1, **needs[i % 2]) for i in range(200)]
+    posts = [post(f"p{i}", 2, **needs[i % 2]) for i in range(200)]
+    assert set(Counter(host.post for host in place(workers, posts)).values()) == {1}
+    assert len(calls) == 2 * len(posts), "once for its first host, once in vain"
+
+
 def test_a_missing_capability_lists_what_is_there() -> None:
     the_job = job(
         {"name": "z"},

@@ -54,15 +54,25 @@ def four_workers() -> Any:
 def job_of(make_job: MakeJob, merge: dict[str, Any], **sections: Any) -> Job:
     agents = labelling(sections.pop("error_rates", UNEQUAL))
     return make_job(
-        ROWS, **{**agents, "merge": merge, "partition": {"max_records": 24}}, **sections
+        ROWS, **{**agents, "merge": merge, "partition": {"max_records": 24}, **sections}
     )
+
+
+FEW = {"partition": {"max_records": 120}}
+"""What needs no more than two partitions is over sooner."""
+_right: dict[str, str] = {}
 
 
 def right_answers(make_job: MakeJob, client: Any) -> dict[str, str]:
     """What an agent that never errs says: the echo's labels depend on the text alone."""
-    job = job_of(make_job, {"method": "vote"}, error_rates={"oracle": 0.0}, name="oracle")
-    run = mas_batch.open_run(pipeline.run(job, client=client).run)
-    return dict(zip(*(run.arrow()[c].to_pylist() for c in ("record_id", "answer")), strict=True))
+    if not _right:
+        job = job_of(
+            make_job, {"method": "vote"}, error_rates={"oracle": 0.0}, name="oracle", **FEW
+        )
+        table = mas_batch.open_run(pipeline.run(job, client=client).run).arrow()
+        pairs = zip(*(table[c].to_pylist() for c in ("record_id", "answer")), strict=True)
+        _right.update(pairs)
+    return _right
 
 
 def accuracy(run: Run, right: dict[str, str]) -> float:
@@ -354,7 +364,7 @@ def test_escalated_are_the_least_sure_by_the_calibrated_figure(
     right = right_answers(make_job, four_workers)
     file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
     merge, rates = {"method": "vote", "calibrate": {"labels": file}}, {"a": 0.3, "b": 0.3, "c": 0.3}
-    plain = job_of(make_job, merge, error_rates=rates, name="plain")
+    plain = job_of(make_job, merge, error_rates=rates, name="plain", **FEW)
     without = mas_batch.open_run(pipeline.run(plain, client=four_workers).run)
     unaided = without.arrow()
     own = merge_again(without, {"calibrate": None}, client=four_workers).arrow()
@@ -363,7 +373,8 @@ def test_escalated_are_the_least_sure_by_the_calibrated_figure(
     least = next(c for c in between if ids_below(unaided, c) != ids_below(own, c))
     expected = ids_below(unaided, least)
     routing = {"escalate": {"agent": "expert", "below": least}}
-    job = job_of(make_job, merge, error_rates={**rates, "expert": 0.0}, routing=routing)
+    rates |= {"expert": 0.0}
+    job = job_of(make_job, merge, error_rates=rates, routing=routing, **FEW)
     run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
     assert {r["record_id"] for r in answers_of(run) if r["agent_id"] == "expert"} == expected
     assert set(run.arrow()["confidence_kind"].to_pylist()) == {"calibrated"}
@@ -374,7 +385,8 @@ def test_calibrated_confidences_keep_a_cascades_guarantee(
 ) -> None:
     right = right_answers(make_job, four_workers)
     file = labels_file(tmp_path / "labels.jsonl", right, [row["id"] for row in ROWS[::3]])
-    job = job_of(make_job, {"method": "reliability", "calibrate": {"labels": file}}, **GUARANTEED)
+    merge = {"method": "reliability", "calibrate": {"labels": file}}
+    job = job_of(make_job, merge, **GUARANTEED, **FEW)
     run = mas_batch.open_run(pipeline.run(job, client=four_workers).run)
     expert = {r["record_id"]: r["label"] for r in run.arrow("answers").to_pylist()
               if r["agent_id"] == "expert"}  # fmt: skip
@@ -429,8 +441,7 @@ def test_a_guaranteed_cascade_asks_a_sample_and_what_it_must_and_goes_on_when_ki
     make_job: MakeJob, four_workers: Any
 ) -> None:
     recorder = Recorder()
-    job = job_of(make_job, {"method": "reliability"}, **GUARANTEED)
-    job = job.with_changes(partition=job.partition.with_changes(max_records=120))
+    job = job_of(make_job, {"method": "reliability"}, **GUARANTEED, **FEW)
     run = mas_batch.open_run(pipeline.run(job, client=four_workers, emit=recorder).run)
     asked = [row["record_id"] for row in answers_of(run) if row["agent_id"] == "expert"]
     assert len(asked) == len(set(asked)), "the sample is not asked about again"

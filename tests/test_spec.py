@@ -81,7 +81,8 @@ def test_agents_that_share_hosts_count_once() -> None:
         ({}, {}, 3),
         ({"window": 5}, {}, 6),
         ({}, {"options": {"concurrent": 3}}, 5),
-        ({}, {"model": "pypi://a==1/of-some-engine"}, 6),
+        ({}, {"model": "org/model"}, 6),  # only the files will tell: perhaps `transformers`
+        ({}, {"model": "openai:m", "options": {"concurrency": 64}}, 20),
     ],
 )
 def test_a_worker_has_slots_for_its_partitions_and_for_a_merge(
@@ -185,7 +186,7 @@ def test_an_agents_own_options_are_not_the_engines(
         AgentSpec(Agent(name="a", model="echo", options={"fail_on": "x", "delay_s": delay_s}), 1)
         for delay_s in (1, 2)
     ]
-    assert sorted(specs[0].agent_options) == of_agent
+    assert sorted(specs[0].agent.agent_options) == of_agent
     assert specs[0].engine_config.options == (held if own else {"fail_on": "x", "delay_s": 1})
     assert (specs[0].engine_key == specs[1].engine_key) == same_engine
 

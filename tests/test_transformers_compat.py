@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from mas_batch.engines.transformers.transformers_compat import (  # noqa: E402 - it needs torch
+    GrowingLayer,
     accepted,
     cache_argument,
     dequantized,
@@ -74,19 +76,57 @@ def test_a_cache_that_is_put_together_is_read_and_written_by_the_model(llama: An
         part = transformers.DynamicCache(config=LLAMA)
         read(llama, [ids], part)
         parts.append((torch.tensor([row]), part))
-    joined = transformers.DynamicCache(config=LLAMA)
-    joined.layers = join_rows(parts, num_rows=2, width=3, capacity=8)
+    joined = join_rows(parts, num_rows=2, width=3, capacity=8)
 
     assert torch.allclose(read(llama, [[7], [8]], joined), expected, atol=1e-6)
     assert joined.layers[0].keys.shape[2] == joined.layers[0].values.shape[2] == 4
 
 
+def halves(llama: Any) -> list[Any]:
+    """Two caches of a row each."""
+    parts = []
+    for row, ids in enumerate(([1, 2, 3], [4, 5])):
+        part = transformers.DynamicCache(config=LLAMA)
+        read(llama, [ids], part)
+        parts.append((torch.tensor([row]), part))
+    return parts
+
+
+def test_caches_are_put_together_a_layer_at_a_time(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, held = halves(llama), []
+    old = weakref.WeakSet(layer for _, part in parts for layer in part.layers)
+    fill = GrowingLayer.fill
+    monkeypatch.setattr(GrowingLayer, "fill", lambda *args: held.append(len(old)) or fill(*args))
+    join_rows(parts, num_rows=2, width=3, capacity=8)
+    assert held == [4, 4, 2, 2]
+    assert not old
+
+
+def test_a_cache_to_which_rows_could_not_be_joined_goes_on_as_it_was(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, alone = halves(llama)[::-1], halves(llama)[1][1]
+    parts = [(torch.tensor([row]), part) for row, (_, part) in enumerate(parts)]
+    make = GrowingLayer.__init__
+
+    def fail_at_the_last(layer: Any, like: Any, *args: int) -> None:
+        if like is parts[0][1].layers[-1]:
+            raise MemoryError
+        make(layer, like, *args)
+
+    monkeypatch.setattr(GrowingLayer, "__init__", fail_at_the_last)
+    with pytest.raises(MemoryError):
+        join_rows(parts, num_rows=2, width=3, capacity=8)
+    assert torch.equal(read(llama, [[7]], parts[0][1]), read(llama, [[7]], alone))
+
+
 def test_rows_of_a_cache_that_is_put_together_can_go_in_another_order(llama: Any) -> None:
     part = transformers.DynamicCache(config=LLAMA)
     read(llama, [[1, 2, 3], [4, 5, 6]], part)
-    joined = transformers.DynamicCache(config=LLAMA)
     rows = torch.tensor([0, 1])
-    joined.layers = join_rows([(rows, part)], num_rows=2, width=3, capacity=8)
+    joined = join_rows([(rows, part)], num_rows=2, width=3, capacity=8)
     before = joined.layers[1].keys.clone()
 
     joined.reorder_cache(torch.tensor([1, 1, 0]))

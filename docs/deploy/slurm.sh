@@ -47,9 +47,10 @@ until [ -s "$cluster" ]; do # its address is in it when it listens
     sleep 1
 done
 
-# --nthreads: what a worker does beside its model. No dashboard: it would be open to the network.
+# --nthreads: partitions at once (transformers: 4), one that waits, and a merge.
+# No dashboard: it would be open to the network.
 start_workers() { # group of the heterogeneous job, the Dask resources that its workers declare
-    srun --het-group="$1" dask worker --scheduler-file "$cluster" --resources "$2" --nthreads 3 \
+    srun --het-group="$1" dask worker --scheduler-file "$cluster" --resources "$2" --nthreads 6 \
         --no-dashboard --death-timeout 300 &
     workers+=($!)
 }

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -55,15 +55,14 @@ class _Resident:
     def view(self, spec: AgentSpec) -> Engine:
         """Return the engine as this agent asks it; agents with the same options share a view."""
         engine: Any = self.loop.engine
-        options = _agent_options(self.name, spec.agent.options)
+        options = ENGINES[self.name].of_agent(spec.agent.options)
         key = fingerprint(options)
+        has_views = bool(ENGINES[self.name].agent_options)
         with self._lock:
-            self.agents.add(spec.agent_id)
-            if not ENGINES[self.name].agent_options:
-                return self.loop.engine
-            if key not in self.views:
+            if has_views and key not in self.views:
                 self.views[key] = self.loop.run(lambda: engine.for_agent(options))
-            return self.views[key]
+            self.agents.add(spec.agent_id)
+            return self.views[key] if has_views else self.loop.engine
 
 
 class EngineHost(WorkerPlugin):  # type: ignore[misc]
@@ -73,7 +72,9 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
     run's topic, so that two runs on one cluster do not remove each other's plugin; it also names
     the executor in whose threads the tasks of its agents run. The engine runs in a thread of its
     own (`engines.loop`), and the executor has as many threads as partitions keep it busy, so that
-    Dask begins with no more of them.
+    no more are begun. To Dask a task that only waits for a thread of an executor is executing, and
+    has one of the worker's task slots (`nthreads`): so that merges find one free, at most
+    `max_in_flight` tasks may be there.
     """
 
     def __init__(self, name: str) -> None:
@@ -89,6 +90,7 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         self._changing = threading.Lock()  # held while an engine is loaded
         self._state = threading.Lock()
         self._executors: list[ThreadPoolExecutor] = []
+        self.max_in_flight = max(1, worker.state.nthreads - 1)
         self.worker_name = str(worker.name)
         self.concurrent = 0
         self._admit(1)
@@ -118,34 +120,32 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         if self._closing:
             raise RunError("the worker is closing its model")
 
-    def load(self, specs: Sequence[AgentSpec]) -> float:
-        """Make the agents' engine resident; returns the seconds that it took, 0.0 if it was.
+    def load(self, spec: AgentSpec) -> float:
+        """Make the agent's engine resident; returns the seconds that it took, 0.0 if it was.
 
         An engine with another key is freed first, when it has answered whoever was asking it.
 
-        Args:
-            specs: agents of one engine: their `engine_key` is the same.
-
         Raises:
-            ModelError, JobError: the engine cannot be loaded, or has no such view.
+            ModelError, JobError: the engine cannot be loaded.
             RunError: the host is being torn down.
         """
         start = time.perf_counter()
         with self._changing:
-            resident = self._usable(specs[0])
-            is_new = resident is None
-            if resident is None:
-                resident = self._replace(specs[0])
-            for spec in specs:
-                resident.view(spec)
-        return time.perf_counter() - start if is_new else 0.0
+            if self._usable(spec) is not None:
+                return 0.0
+            self._replace(spec)
+        return time.perf_counter() - start
 
     def family_id(self, spec: AgentSpec) -> str:
         """Return the family of the agent's model."""
         return self._of(spec).model.family_id
 
     def engine(self, spec: AgentSpec) -> Engine:
-        """Return the agent's view of the engine: to look at, not to ask; see `client`."""
+        """Return the agent's view of the engine: to look at, not to ask; see `client`.
+
+        Raises:
+            ModelError, JobError: the engine cannot be loaded, or has no such view.
+        """
         return self._of(spec).view(spec)
 
     def client(self, spec: AgentSpec, held: HeldPartition | None = None) -> LoopClient:
@@ -184,7 +184,7 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         """Return the agent's engine; after a restart of the worker it is loaded now."""
         resident = self._usable(spec)
         if resident is None:
-            self.load([spec])
+            self.load(spec)
             resident = self._usable(spec)
         if resident is None:
             raise RunError(f"the engine of agent {spec.agent_id!r} was freed for another one")
@@ -197,14 +197,14 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
             return None
         return resident
 
-    def _replace(self, spec: AgentSpec) -> _Resident:
+    def _replace(self, spec: AgentSpec) -> None:
         """Free the engine that is there, and load another one."""
         if self._resident is not None:
             self._resident.loop.close(drain=True)  # before: two may not fit into the memory
             self._resident, self._held = None, HeldPartitions()
         model = fetch(spec.agent.model)
         name = spec.agent.engine if spec.agent.engine != "auto" else detect_engine(model)
-        of_agents = _agent_options(name, spec.agent.options)
+        of_agents = ENGINES[name].of_agent(spec.agent.options)
         options = {k: v for k, v in spec.engine_config.options.items() if k not in of_agents}
         config = replace(spec.engine_config, options=options)
         loop = EngineLoop(lambda: load_engine(name, model, config))
@@ -213,29 +213,22 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
             if not self._closing:
                 self._resident = resident
                 self._admit(resident.wish)
-                return resident
+                return
         loop.close()
         raise RunError("the worker is closing its model")
 
     def _admit(self, wish: int) -> None:
-        """Have so many tasks of the agents run at once, as far as the worker has task slots.
-
-        Dask counts tasks in other executors too: one slot is left for merges.
-        """
-        concurrent = max(1, min(wish, self._worker.state.nthreads - 1))
+        """Have so many tasks of the agents run at once, as far as the worker has task slots."""
+        concurrent = min(wish, self.max_in_flight)
         if concurrent == self.concurrent:
             return
         self.concurrent = concurrent
         # The one before stays: Dask may be about to submit to it, and it runs the load task.
+        for executor in self._executors[:-1]:
+            executor.shutdown(wait=False)
         executor = ThreadPoolExecutor(concurrent, thread_name_prefix="mas-batch-agent")
-        self._executors.append(executor)
+        self._executors = [*self._executors[-1:], executor]
         self._worker.executors[self.name] = executor
-
-
-def _agent_options(engine: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of an agent's options that say how it asks, not what is held."""
-    names = ENGINES[engine].agent_options
-    return {key: value for key, value in options.items() if "*" in names or key in names}
 
 
 class Report(StrEnum):

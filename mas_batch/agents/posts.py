@@ -123,7 +123,8 @@ def place(
     - The rest go to whoever lacks the largest part of what it wants, then of the most it may have.
     - The order of the workers does not matter.
 
-    Time grows with workers times posts: workers that the same posts can use are one vertex.
+    Workers that the same posts can use are one vertex of a search, and from whom a search was in
+    vain none is made again.
     """
     taken = {member for host in hosts for member in host.members}
     free = [worker for worker in workers if worker.address not in taken]
@@ -201,6 +202,7 @@ class _Placement:
         self._groups = _groups(free, posts)
         self._choices = [_choices(self._groups, number) for number in range(len(posts))]
         self._first_free = [0] * len(posts)  # where in its choices a post may find a free worker
+        self._hopeless: set[int] = set()  # posts that no search can help any more
         self._held_by: list[dict[int, dict[_Group, None]]] = [{} for _ in posts]
         """Post → another post → groups where the other one holds what the post can use."""
 
@@ -259,7 +261,7 @@ class _Placement:
         """Form one more host, or leave everything as it is."""
         done: list[_Move] = []
         for _ in range(self._posts[number].size):
-            moves = self._find_worker(number)
+            moves = self._find_worker(number, whole=not done)
             if moves is None:
                 for move in reversed(done):
                     self._undo(move)
@@ -270,8 +272,16 @@ class _Placement:
         self._counts[number] += 1
         return True
 
-    def _find_worker(self, number: int) -> list[_Move] | None:
-        """Return what has to move for one more worker; breadth first, so that the fewest do."""
+    def _find_worker(self, number: int, *, whole: bool) -> list[_Move] | None:
+        """Return what has to move for one more worker; breadth first, so that the fewest do.
+
+        Args:
+            whole: nothing is taken yet that may have to be given back. Then whom a search in vain
+                has reached can have nothing free later either: no path leads out of these, and
+                none that others find leads through them.
+        """
+        if number in self._hopeless:
+            return None
         reached: dict[int, tuple[int, _Group] | None] = {number: None}
         queue = deque([number])
         while queue:
@@ -284,9 +294,11 @@ class _Placement:
                     mover = successor
                 return moves
             for holder, groups in self._held_by[mover].items():
-                if groups and holder not in reached:
+                if groups and holder not in reached and holder not in self._hopeless:
                     reached[holder] = (mover, next(iter(groups)))
                     queue.append(holder)
+        if whole:
+            self._hopeless.update(reached)
         return None
 
     def _free_group(self, number: int) -> _Group | None:

@@ -9,13 +9,9 @@ from typing import Any
 
 from mas_batch.agents.posts import Post, posts_of
 from mas_batch.by_name import pickled_by_name
-from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import EngineConfig
-from mas_batch.engines.job_options import partitions_at_once
+from mas_batch.engines.job_options import engine_of, partitions_at_once
 from mas_batch.job import Agent, Job, fingerprint
-
-_UNKNOWN = EngineInfo("", concurrent=4)
-"""Stands for an engine that only the model's files tell: room for what the keenest one wants."""
 
 
 @pickled_by_name
@@ -46,11 +42,6 @@ class AgentSpec:
         )
 
     @property
-    def agent_options(self) -> Mapping[str, Any]:
-        """The options for the loaded engine's `for_agent`; empty: the engine answers as it is."""
-        return self.agent.agent_options
-
-    @property
     def engine_key(self) -> str:
         """The same for all agents of a host; with another one, another model is to be loaded."""
         return fingerprint([*self.agent.engine_settings, self.threads])
@@ -63,11 +54,12 @@ def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentS
     the others one; on a user's cluster it leaves the choice to the worker's own environment.
     """
     posts = posts_of(job)
-    computing = sum(p.most * p.size for p in posts if _engine(job, p).uses_threads)
+    computing = sum(p.most * p.size for p in posts if engine_of(_agent(job, p)).uses_threads)
     share = max(1, num_cores // computing) if computing else 1
     found: dict[str, tuple[int, str]] = {}
     for post in posts:
-        threads = (share if _engine(job, post).uses_threads else 1) if embedded else 0
+        uses_threads = engine_of(_agent(job, post)).uses_threads
+        threads = (share if uses_threads else 1) if embedded else 0
         found |= dict.fromkeys(post.agents, (threads, post.name))
     return {
         agent.name: AgentSpec(agent, agent.threads or found[agent.name][0], found[agent.name][1])
@@ -86,8 +78,8 @@ def worker_options(
     """Return worker name → options of a Nanny, a worker for each member of a host (`small-0`).
 
     All hosts that the job allows (`max_count`) are there, whether or not they are started. A
-    worker has a task slot for each partition that may be in flight there, and one more, so that a
-    merge never waits behind a long generation.
+    worker has a task slot for each partition that its engine works on at once, for one that waits
+    there, and for a merge, which so never waits behind a long generation.
 
     Args:
         devices: worker name → value of `CUDA_VISIBLE_DEVICES`; see `devices.assign_devices`.
@@ -121,11 +113,6 @@ def worker_options(
                 "silence_logs": logging.ERROR,
             }
     return options
-
-
-def _engine(job: Job, post: Post) -> EngineInfo:
-    """Return what is known of the post's engine."""
-    return _agent(job, post).engine_info or _UNKNOWN
 
 
 def _agent(job: Job, post: Post) -> Agent:

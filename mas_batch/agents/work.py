@@ -27,7 +27,7 @@ from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import undecided
 from mas_batch.engines.base import Sampling
-from mas_batch.errors import EngineError, EngineUnavailableError, Reason
+from mas_batch.errors import EngineError, EngineUnavailableError, JobError, ModelError, Reason
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch
 from mas_batch.records import ANSWERS, Answer, Record, join_answers
@@ -41,24 +41,33 @@ from mas_batch.tasks import make_task
 def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
     """Make the engine of these agents resident on this worker, and check it for each of them.
 
+    An agent for which it cannot do the task is reported as refused; the others go on without it.
+
     Args:
         specs: agents of one engine: their `engine_key` is the same.
 
-
     Raises:
-        ModelError, JobError: the model cannot be loaded, or cannot do the task for one of them.
+        ModelError, JobError: the model cannot be loaded, or cannot do the task for any of them.
     """
     host = current_host(run.topic)
-    load_s = host.load(specs)
+    load_s = host.load(specs[0])
     agents: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
     for spec in specs:
-        engine = host.engine(spec)
-        check_engine(make_task(run.task), engine, spec.agent)
+        try:
+            engine = host.engine(spec)
+            check_engine(make_task(run.task), engine, spec.agent)
+        except (ModelError, JobError) as error:
+            refused[spec.agent_id] = str(error)
+            if len(refused) == len(specs):
+                raise
+            continue
         agents[spec.agent_id] = {
             "family_id": host.family_id(spec),
             "engine": dict(engine.describe()),
         }
-    facts = {"load_s": load_s, "concurrent": host.concurrent, "joins": host.joins, "agents": agents}
+    facts = {"load_s": load_s, "concurrent": host.concurrent, "max_in_flight": host.max_in_flight}
+    facts |= {"joins": host.joins, "agents": agents, "refused": refused}
     report(run.topic, Report.LOADED, facts)
 
 

@@ -27,15 +27,17 @@ def by_reliability(
     reliability: Reliability,
     known: MutableMapping[str, Posterior] | None = None,
 ) -> Verdict:
-    """Return the answer of the highest posterior probability, among those that were given.
+    """Return the answer, of those given, that is highest by the mean of two figures.
 
-    Its probability is far too high where agents share errors, which their answers alone do not show
-    (Li, Rubinstein and Cohn, "Exploiting worker correlation for label aggregation in
-    crowdsourcing", ICML 2019, need many workers for it). The confidence is therefore the mean of
-    two figures: the share of the answers that agree, and the posterior, softened until it is on
-    average as sure as that share. What is left of the
-    probability belongs to labels that no agent gave, or to "none of these". The weight that decides
-    ties is the agent's log-odds.
+    They are the share of the answers that agree, and the posterior probability (a linear opinion
+    pool: Stone, "The opinion pool", 1961). The posterior is far too sure where agents share errors,
+    which their answers alone do not show (Li, Rubinstein and Cohn, "Exploiting worker correlation
+    for label aggregation in crowdsourcing", ICML 2019, need many workers for it): so it overrules a
+    majority only where it is surer than the majority is large.
+
+    The confidence is the same mean, with the posterior softened until it is on average as sure as
+    that share. What is left of the probability belongs to labels that no agent gave, or to "none of
+    these". The weight that decides ties is the agent's log-odds.
 
     Args:
         known: posteriors by pattern, filled and used; they depend on the pattern alone.
@@ -53,14 +55,18 @@ def by_reliability(
     softened = dict(zip(codes, found.softened(reliability.temperature).shares, strict=True))
     weights = _weights(ballots, reliability)
     support = rank_candidates(
-        replace(candidate, score=to_units(shares[key]), weight=softened[key])
+        replace(
+            candidate,
+            score=to_units(len(candidate.backers) / len(ballots) + shares[key]),
+            weight=softened[key],
+        )
         for candidate in gather(ballots, weights)
         for key in [candidate.backers[0].key]
     )
     softened_best, agreement = support[0].weight, len(support[0].backers) / len(ballots)
     # A single answer agrees with itself only, which says nothing.
     confidence = softened_best if len(ballots) < 2 else (agreement + softened_best) / 2
-    margin = support[0].weight - sum(candidate.weight for candidate in support[1:2])
+    margin = max(0.0, softened_best - sum(candidate.weight for candidate in support[1:2]))
     kind = "agreement" if reliability.method == "vote" else "uncalibrated"
     rest = shares_of([candidate.weight for candidate in support])
     return verdict(support, rest, confidence, kind, margin)

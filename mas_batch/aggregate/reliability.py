@@ -195,14 +195,15 @@ def soften(probabilities: Floats, temperature: float) -> Floats:
 def temperature_of(reliability: Reliability, table: PatternTable) -> float:
     """Return by what to soften posteriors so that their mean is the mean share of agreement.
 
-    It is that of the most probable answers among those given; at least 1, since it is to make
+    It is that of the published answers (see `by_reliability`); at least 1, since it is to make
     nothing surer, and at most `MAX_TEMPERATURE`.
     """
     probabilities = _probabilities(reliability, table)
     rows = np.arange(len(table.counts))
     votes = table.sums_by_code(np.ones(table.codes.shape), probabilities.shape[1])
-    best = np.where(votes > 0, probabilities, -1.0).argmax(axis=1)
-    agreement = table.counts @ (votes[rows, best] / votes.sum(axis=1))
+    shares = votes / votes.sum(axis=1, keepdims=True)
+    best = np.where(votes > 0, shares + probabilities, -1.0).argmax(axis=1)
+    agreement = table.counts @ shares[rows, best]
     low, high = 0.0, float(np.log(MAX_TEMPERATURE))
     for _ in range(40):
         middle = (low + high) / 2

@@ -119,9 +119,10 @@ class Engine(Protocol):
 
     An engine is loaded, called and closed in one thread (`engines.loop`), but for `tokenize`. One
     that waits for a server may have `threadsafe = True`: then any number of threads call its
-    `generate` at once. One that knows how many partitions keep it busy has `concurrent`, and one
-    whose `EngineInfo` names `agent_options` has `for_agent(options) -> Engine`: a light view that
-    shares what is held; closing a view closes nothing.
+    `generate` at once, and its `close` ends their calls. One that knows how many partitions keep
+    it busy has `concurrent`, and one whose `EngineInfo` names `agent_options` has
+    `for_agent(options) -> Engine`: a light view that shares what is held; closing a view closes
+    nothing.
     """
 
     max_context_tokens: int
@@ -212,11 +213,6 @@ class SteppingEngine(Engine, Protocol):
 
         After an exception the state of what is under way is undefined: call `drop`.
         """
-        ...
-
-    @property
-    def num_running(self) -> int:
-        """Requests under way."""
         ...
 
     def drop(self) -> None:

@@ -38,18 +38,25 @@ def check_options(job: Job, *, environment: bool = False) -> None:
             raise JobError(error.message, key=key) from None
 
 
-def partitions_at_once(agent: Agent) -> int:
+def engine_of(agent: Agent) -> EngineInfo:
+    """Return the agent's engine; where files that are not here will tell, the likeliest."""
+    return next(_possible_engines(agent))
+
+
+def partitions_at_once(agent: Agent, engine: EngineInfo | None = None) -> int:
     """Return how many partitions keep a host of the agent busy, as far as the job tells.
 
-    Of several engines that `auto` may stand for, the one that wants most. A loaded engine may know
-    better.
+    A loaded engine may know better.
+
+    Args:
+        engine: the agent's, where it is known from a run.
 
     Raises:
         JobError: an option is wrong; see `check_options`.
     """
     options = _read(agent)
     own = options.partitions_at_once if options is not None else None
-    return max(info.concurrent for info in _possible_engines(agent)) if own is None else own
+    return (engine or engine_of(agent)).concurrent if own is None else own
 
 
 def _read(agent: Agent) -> EngineOptions | None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 from typing import Any, TypeVar
 
 from mas_batch.engines.base import (
@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MOST_OFFERED = 256
+"""Requests that a stepping engine chooses among: it looks at each before every step."""
 _EXIT_PATIENCE_S = 30.0
 """How long a process that exits waits for a batch that is running."""
 
@@ -114,6 +116,8 @@ class EngineLoop:
         self._pending: list[_Item] = []  # in order of arrival
         self._under_way: dict[int, _Item] = {}  # stepped, by key
         self._may_begin = True
+        self._num_offered = MOST_OFFERED
+        self._short_of_memory = False  # since a `begin`, until nothing is under way
         loaded: Future[Engine] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(load, loaded), daemon=True, name="mas-batch-engine"
@@ -140,7 +144,7 @@ class EngineLoop:
         positions = prepared.fitting
         if not positions:
             return prepared.with_answers({})
-        if getattr(engine, "threadsafe", False):
+        if _is_threadsafe(engine):
             with self._caller():
                 return complete(engine, prepared.requests, sampling)
         call = _Call(engine, sampling, len(positions))
@@ -186,7 +190,8 @@ class EngineLoop:
 
         Args:
             drain: answer those who wait, and return when the engine is freed. Otherwise whoever
-                waits gets a `RunError`, and this returns at once.
+                waits gets a `RunError`, or what a threadsafe engine makes of calls that its
+                `close` ends, and this returns at once.
         """
         with self._changed:
             self._closed = True
@@ -248,8 +253,9 @@ class EngineLoop:
             with self._changed:
                 self._closed = True
             self._end(RunError(f"the engine's loop broke: {type(error).__name__}: {error}"))
-        with self._changed:
-            self._changed.wait_for(lambda: self.num_callers == 0)
+        if not _is_threadsafe(engine):  # closing one ends the calls that others are in
+            with self._changed:
+                self._changed.wait_for(lambda: self.num_callers == 0)
         engine.close()
         atexit.unregister(self._close_at_exit)
 
@@ -294,20 +300,34 @@ class EngineLoop:
         return engine is self._stepping and self._stepping.can_step(sampling)
 
     def _begin(self, engine: SteppingEngine) -> None:
-        """Begin with what there is room for."""
-        offered = [item for item in self._pending if not item.by_batch]
+        """Begin with what there is room for.
+
+        Which of those offered the engine has failed on is not known. So after a failure one is
+        offered, and twice as many each time that it begins: the culprit fails alone in the end.
+        """
+        stepped = (item for item in self._pending if not item.by_batch)
+        offered = list(islice(stepped, self._num_offered))
         try:
             begun = [offered[i] for i in engine.begin([item.waiting for item in offered])]
         except Exception as error:
-            if self._under_way and isinstance(error, (OutOfMemoryError, MemoryError)):
+            no_memory = isinstance(error, (OutOfMemoryError, MemoryError))
+            self._short_of_memory |= no_memory
+            if isinstance(error, (EngineRefusedError, EngineUnavailableError)):
+                self._fail(offered, error)
+            elif len(offered) > 1:
+                self._num_offered = 1
+            elif no_memory and self._under_way:
                 self._may_begin = False  # there will be room when others have ended
             else:
+                self._short_of_memory &= bool(self._under_way)
                 self._ask_by_batch(offered, error)
             return
         if not begun and not self._under_way:
             self._ask_by_batch(offered, RunError("the engine begins with nothing"))
             return
         self._may_begin = bool(begun)  # one that reads prompts in groups may have room for more
+        if begun and not self._short_of_memory:
+            self._num_offered = min(2 * self._num_offered, MOST_OFFERED)
         self._under_way.update({item.waiting.key: item for item in begun})
         self._pending = [item for item in self._pending if item.waiting.key not in self._under_way]
 
@@ -317,6 +337,7 @@ class EngineLoop:
         except Exception as error:
             items = list(self._under_way.values())
             self._under_way.clear()
+            self._short_of_memory = False
             engine.drop()
             self._pending = sorted([*items, *self._pending], key=lambda item: item.waiting.key)
             self._ask_by_batch(items, error)
@@ -326,6 +347,7 @@ class EngineLoop:
             item = self._under_way.pop(each.key)
             self._answer(item, [checked(c, item.waiting.sampling) for c in each.completions])
         self._may_begin |= bool(finished)
+        self._short_of_memory &= bool(self._under_way)
 
     def _ask_by_batch(self, items: Sequence[_Item], error: Exception) -> None:
         """Have `generate` find out which of these the engine has failed on."""
@@ -397,6 +419,10 @@ class EngineLoop:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+def _is_threadsafe(engine: Engine) -> bool:
+    return getattr(engine, "threadsafe", False)
 
 
 def _copy(error: Exception) -> Exception:

@@ -129,7 +129,8 @@ class Fold:
                 host.become(HostState.LOADING, at)
             case HostReady():
                 host.become(HostState.READY, at)
-                host.window = self.run.window or event.concurrent + 1
+                window = self.run.window or event.concurrent + 1
+                host.window = min(window, event.max_in_flight or window)
                 host.ready, host.served_s, host.idle_s = at, 0.0, 0.0
                 host.peak_memory_bytes = 0
                 for agent in map(self._agent, event.agents):

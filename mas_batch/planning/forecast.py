@@ -207,13 +207,14 @@ class _Pass:
                 )
 
     def _together(self, agents: Sequence[str]) -> tuple[float, float]:
-        """Return which shares of a host's tasks overlap, and are a batch's, on average."""
+        """Return which shares of the time of a host's tasks overlap, and are a batch's."""
         records, tokens = self._records.mean(), self._tokens.mean()
         rates = [self.rates.agents[name] for name in agents]
-        once_s = sum(each.answer.per_task_s for each in rates)
-        whole_s = max(1e-9, sum(each.answer.seconds(records, tokens) for each in rates))
-        overlap = float(np.mean([each.overlap for each in rates]))
-        return overlap, (1.0 - overlap) * once_s / whole_s
+        seconds = [each.answer.seconds(records, tokens) for each in rates]
+        whole_s = max(1e-9, sum(seconds))
+        overlap_s = sum(each.overlap * s for each, s in zip(rates, seconds, strict=True))
+        once_s = sum((1.0 - each.overlap) * each.answer.per_task_s for each in rates)
+        return overlap_s / whole_s, once_s / whole_s
 
     def _costs(self) -> Costs:
         shared = self.rates.num_cores != float("inf")

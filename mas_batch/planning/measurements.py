@@ -14,6 +14,7 @@ from mas_batch.agents.posts import posts_of
 from mas_batch.agents.spec import AgentSpec, agent_specs
 from mas_batch.cluster import is_embedded
 from mas_batch.engine_info import EngineInfo
+from mas_batch.engines.job_options import partitions_at_once
 from mas_batch.errors import JobError, RunError
 from mas_batch.job import Agent, Job
 from mas_batch.latency.phases import ALL, PUBLISHING
@@ -174,7 +175,11 @@ class _RunLedger:
         cores = tasks["worker"].map(of_hosts).mask(is_merge).fillna(float(self._embedded))
         hosts = tasks["worker"].mask(is_merge, tasks.index.to_series())
         tasks["concurrent"] = tasks["agent_id"].map(
-            {name: self.engine(name).concurrent for name in of_agents}
+            {
+                agent.name: partitions_at_once(agent, self.engine(agent.name))
+                for agent in self.job.agents
+                if agent.name in of_agents
+            }
         )
         tasks["share"] = 1.0
         for _, rows in tasks.groupby("execution"):
@@ -184,7 +189,9 @@ class _RunLedger:
             tasks.loc[rows.index, "seconds"] = speed * rows["own_s"]
             for _, at_host in rows[rows["stage"] == "answer"].groupby("worker"):
                 own_share = shares(at_host["begin_s"].to_numpy(), at_host["end_s"].to_numpy())
-                tasks.loc[at_host.index, "share"] = own_share
+                # News that is late makes tasks look as if they overlapped with the next ones.
+                least = 1 / at_host["concurrent"].to_numpy()
+                tasks.loc[at_host.index, "share"] = np.maximum(own_share, least)
         first = answers.groupby(["execution", "worker"])["end_s"].idxmin()
         tasks["is_first"] = tasks.index.isin(first)
 

@@ -10,6 +10,7 @@ from dask.system import CPU_COUNT
 
 from mas_batch.agents.posts import posts_of
 from mas_batch.agents.spec import agent_specs
+from mas_batch.engines.job_options import partitions_at_once
 from mas_batch.job import Job
 from mas_batch.latency.phases import COUNTING, LEARNING, PUBLISHING, READING, STARTING
 from mas_batch.planning.measurements import AgentMeasurements, Measurements
@@ -83,7 +84,7 @@ def fit_rates(
             fit(known.tasks, job.task.max_new_tokens).scaled(1 / faster),
             known.load_s / faster,
             float(threads or 1) if shares else 0.0,
-            known.engine.concurrent,
+            partitions_at_once(agent, known.engine),
             _overlap(known),
         )
     merges = measurements.merges

@@ -35,12 +35,14 @@ class Finding:
 
 def findings(run: Run) -> tuple[Finding, ...]:
     """Return what is to be said first of a run, from its manifest and its last evaluation."""
+    evaluation = read_evaluation(run)
     found = [
-        *_worth(read_evaluation(run), run),
+        *_worth(evaluation, run),
         *(Finding(text, is_bad=True) for text in _warnings(run)),
         *_cut(run.manifest["counts"]),
         *_favourites(run.manifest["counts"].get("labels") or {}),
         *_choices(run),
+        *_unproven(run.manifest.get("merge") or {}, is_judged=evaluation is not None),
     ]
     return tuple(found)
 
@@ -147,6 +149,27 @@ def _choices(run: Run) -> Iterator[Finding]:
             f"probability {1 - escalation['delta']:g}, published answers agree with its own on "
             f"{escalation['target']:.0%} of all records or more.",
             False,
+        )
+
+
+def _unproven(merge: Mapping[str, Any], *, is_judged: bool) -> Iterator[Finding]:
+    """Say of what was learned without labels that it may be worse than what learns nothing."""
+    if is_judged or merge.get("calibration"):
+        return
+    if merge.get("method") == "reliability":
+        if (merge.get("reliability") or {}).get("method") == "vote":
+            return  # a warning says why the vote is published
+        yield Finding(
+            "Without labels it is not proven that learned reliability is better than the vote on "
+            "this corpus: rows from `mas-batch label RUN`, labelled and named by "
+            "merge.calibrate.labels, tell.",
+            is_bad=False,
+        )
+    elif merge.get("weights") == "learned" and not merge.get("chosen_by"):
+        yield Finding(
+            "Without references it is not proven that learned weights are better than equal ones "
+            "on this corpus: `mas-batch evaluate` with references tells.",
+            is_bad=False,
         )
 
 

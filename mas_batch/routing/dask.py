@@ -266,9 +266,16 @@ class DaskRouter:
     def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
         """A host can be asked."""
         if self._dispatcher is not None:
-            paused, now = self._hosting.is_paused(host_id), time.monotonic()
-            joined = self._dispatcher.host_joined
-            self._act(joined(host_id, agents, now, concurrent=concurrent, paused=paused))
+            self._act(
+                self._dispatcher.host_joined(
+                    host_id,
+                    agents,
+                    time.monotonic(),
+                    concurrent=concurrent,
+                    max_in_flight=self._hosting.max_in_flight(host_id),
+                    paused=self._hosting.is_paused(host_id),
+                )
+            )
 
     def paused(self, host_id: str, paused: bool) -> None:
         """A host takes nothing further, or again."""

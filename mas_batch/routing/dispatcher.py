@@ -99,14 +99,23 @@ class Dispatcher:
         now: float,
         *,
         concurrent: int = 1,
+        max_in_flight: int | None = None,
         paused: bool = False,
     ) -> list[Instruction]:
         """A host that holds these agents' engine is ready for work, or will be (`paused`).
 
         Args:
             concurrent: how many partitions it works on at once.
+            max_in_flight: how many its worker has room for; None: no fewer than the window's.
         """
-        self._hosts.add(host_id, agents, now, concurrent=concurrent, paused=paused)
+        self._hosts.add(
+            host_id,
+            agents,
+            now,
+            concurrent=concurrent,
+            max_in_flight=max_in_flight,
+            paused=paused,
+        )
         return self._advance([], now)
 
     def host_paused(self, host_id: str, paused: bool, now: float) -> list[Instruction]:
@@ -281,6 +290,8 @@ class Dispatcher:
 
     def awaits(self, partition: int, agent_id: str) -> bool:
         """Whether the agent's answers to the partition would be news."""
+        if agent_id not in self._samples:
+            return False  # late: it was asked in an earlier pass of the run
         state = self._board.get(partition)
         return state is not None and not state.merging and agent_id not in state.answered
 

@@ -103,6 +103,8 @@ class Host:
     agents: tuple[str, ...]
     concurrent: int = 1
     """How many partitions it works on at once."""
+    max_in_flight: int | None = None
+    """Partitions that its worker has room for beside a merge; None: as many as the window's."""
     sent: dict[Task, int] = field(default_factory=dict)
     """Task → its estimated tokens (of all samples), oldest first: the first `concurrent` are begun.
     Also what is no longer needed: the host is busy with it all the same."""

@@ -122,8 +122,11 @@ class Hosting:
         self._hosts: dict[str, Host] = {}  # loading or ready
         self._loading: dict[str, _Load] = {}  # by host
         self._concurrent: dict[str, int] = {}  # by host
+        self._max_in_flight: dict[str, int] = {}  # by host
         self._joining: set[str] = set()  # hosts
         self._refused: dict[str, _Refusal] = {}  # by worker address
+        self._unable: dict[str, dict[str, Exception]] = {}
+        """Host → those of its agents that its engine cannot answer for, and why."""
         self._paused: set[str] = set()  # hosts
         self._retiring: set[str] = set()  # addresses of workers that the router lets go
         self._hung: set[str] = set()  # hosts that it has restarted
@@ -142,6 +145,10 @@ class Hosting:
     def concurrent(self, host_id: str) -> int:
         """Return how many partitions at once keep the loaded engine busy."""
         return self._concurrent.get(host_id, 1)
+
+    def max_in_flight(self, host_id: str) -> int:
+        """Return how many partitions may be at the host, so that its worker can merge."""
+        return self._max_in_flight.get(host_id, 1)
 
     def joins(self, host_id: str) -> bool:
         """Whether the loaded engine takes up what comes while it works on something else."""
@@ -182,12 +189,17 @@ class Hosting:
             ModelError: no worker could load the engine of such an agent.
             RunError: its hosts left and none came back.
         """
-        hosted = {agent for host in self._hosts.values() for agent in self._agents(host)}
-        for agent_id, refusal in self._refusals().items():
+        hosted = {
+            agent
+            for host_id, host in self._hosts.items()
+            for agent in self._agents(host)
+            if agent not in self._unable.get(host_id, ())
+        }
+        for agent_id, error in self._refusals().items():
             if agent_id in unserved - hosted:
                 model = self._specs[agent_id].agent.model
-                message = f"agents.{agent_id}: no worker could load {model}: {refusal.error}"
-                raise ModelError(message) from refusal.error
+                message = f"agents.{agent_id}: no worker could load {model}: {error}"
+                raise ModelError(message) from error
         self.give_up_waiting(unserved)
 
     def give_up_waiting(self, unserved: set[str]) -> None:
@@ -203,15 +215,18 @@ class Hosting:
         for agent_id, since in sorted(self._missing.items()):
             if now - since > self._wait_s:
                 refusal = self._refusals().get(agent_id)
-                why = f" (its model could not be loaded: {refusal.error})" if refusal else ""
+                why = f" (its model could not be loaded: {refusal})" if refusal else ""
                 raise RunError(
                     f"no worker serves agent {agent_id!r} for {self._wait_s:g} s{why}; "
                     "what is answered is kept: start a worker and run the same command again"
                 )
 
-    def _refusals(self) -> dict[str, _Refusal]:
-        """Return agent → the last refusal that concerns it."""
-        return {agent: refusal for refusal in self._refused.values() for agent in refusal.agents}
+    def _refusals(self) -> dict[str, Exception]:
+        """Return agent → why it was refused last."""
+        found = {agent: each.error for each in self._refused.values() for agent in each.agents}
+        for errors in self._unable.values():
+            found |= errors
+        return found
 
     def _agents(self, host: Host) -> tuple[str, ...]:
         return self._agents_of[host.post]
@@ -228,18 +243,27 @@ class Hosting:
 
     def loaded(self, address: str, facts: dict[str, Any]) -> None:
         """Take the report of a load, from a host's leading worker."""
-        load = self._loading.pop(address, None)
+        load, refused = self._loading.get(address), facts["refused"]
         if load is None:
             return
+        wanted = self._agents(self._hosts[address])
+        if {*facts["agents"], *refused} != set(wanted):
+            return  # a late one of an earlier pass: the topic is the same
+        del self._loading[address]
         load.future.release()
-        agents = self.ready[address] = self._agents(self._hosts[address])
+        if refused:
+            self._unable[address] = {agent: ModelError(why) for agent, why in refused.items()}
+            message = f"could not load the model: {'; '.join(dict.fromkeys(refused.values()))}"
+            self._emit(HostLost(self.name(address), tuple(refused), message))
+        agents = self.ready[address] = tuple(agent for agent in wanted if agent not in refused)
         concurrent = self._concurrent[address] = facts["concurrent"]
+        most = self._max_in_flight[address] = facts["max_in_flight"]
         (self._joining.add if facts["joins"] else self._joining.discard)(address)
         for agent, own in facts["agents"].items():
             self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
         name, load_s = self.name(address), facts["load_s"]
         engine = facts["agents"][agents[0]]["engine"]
-        self._emit(HostReady(name, agents, load_s, engine, concurrent))
+        self._emit(HostReady(name, agents, load_s, engine, concurrent, most))
         if self.listener is not None:
             self.listener.joined(address, agents, concurrent)
 
@@ -414,6 +438,8 @@ class Hosting:
             self.listener.left(host_id, blamed=not expected)
         self.ready.pop(host_id, None)
         self._concurrent.pop(host_id, None)
+        self._max_in_flight.pop(host_id, None)
+        self._unable.pop(host_id, None)
         self._joining.discard(host_id)
 
 

@@ -49,13 +49,20 @@ class Hosts:
         return self._hosts.get(host_id)
 
     def add(
-        self, host_id: str, agents: Sequence[str], now: float, *, concurrent: int, paused: bool
+        self,
+        host_id: str,
+        agents: Sequence[str],
+        now: float,
+        *,
+        concurrent: int,
+        max_in_flight: int | None = None,
+        paused: bool,
     ) -> None:
         """A host answers for these agents; nothing changes but `paused` if it is there already."""
         host = self._hosts.get(host_id)
         if host is None:
             known = tuple(agent for agent in agents if agent in self._of)
-            host = self._hosts[host_id] = Host(host_id, known, max(1, concurrent))
+            host = self._hosts[host_id] = Host(host_id, known, max(1, concurrent), max_in_flight)
             self.concurrent += host.concurrent
             self.max_open += self._room(host)
             for agent in known:
@@ -105,6 +112,8 @@ class Hosts:
         window = self._rules.window
         if window is None:
             window = host.concurrent + host.is_quick
+        if host.max_in_flight is not None:
+            window = min(window, host.max_in_flight)
         return window if self._may_wait else min(window, host.concurrent)
 
     def _room(self, host: Host) -> int:

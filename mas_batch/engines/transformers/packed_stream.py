@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mas_batch.engines.transformers.network import Network
+from mas_batch.engines.transformers.size import Size
 
 READ_TOKENS = 1024
 """Prompts are read together up to so many tokens: more do not stay in a CPU's cache."""
@@ -25,6 +26,8 @@ class _Row:
     block: _Block
     slot: int
     length: int
+    most: int
+    """Its length in the end, at most."""
 
 
 class _Block:
@@ -96,6 +99,7 @@ class _Reading:
     prompt: Sequence[int]
     block: _Block
     slots: slice
+    most: int
     start: int = 0
     """Among the tokens that are read together."""
 
@@ -108,6 +112,8 @@ class PackedStream:
     """A `Stream` of a `Network`."""
 
     joinable = True
+    device = torch.device("cpu")
+    """A network is packed for no other."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -115,9 +121,10 @@ class PackedStream:
         self._blocks: dict[int, _Block] = {}
         self._places = torch.zeros(0, dtype=torch.long)
 
-    def num_tokens(self, row_tokens: Sequence[int]) -> int:
-        """See `Stream.num_tokens`."""
-        return sum(row_tokens)
+    @property
+    def size(self) -> Size:
+        """See `Stream.size`."""
+        return Size(padded=False, total=sum(row.most for row in self._rows))
 
     def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
         """See `Stream.join`."""
@@ -131,14 +138,14 @@ class PackedStream:
                 # Some more than needed, where rows are joined by a few others again and again.
                 block.resize(needed + (needed // 4 if block.rows else 0))
         readings = []
-        for prompt, number in zip(prompts, columns, strict=True):
+        for prompt, new, number in zip(prompts, max_new, columns, strict=True):
             slots = slice(taken[number], taken[number] + copies)
-            readings.append(_Reading(prompt, self._blocks[number], slots))
+            readings.append(_Reading(prompt, self._blocks[number], slots, len(prompt) + new))
             taken[number] += copies
         logits = torch.cat([self._read(part) for part in _parts(readings)])
         for reading in readings:
             for slot in range(reading.slots.start, reading.slots.stop):
-                row = _Row(reading.block, slot, len(reading.prompt))
+                row = _Row(reading.block, slot, len(reading.prompt), reading.most)
                 reading.block.rows.append(row)
                 self._rows.append(row)
         self._place()

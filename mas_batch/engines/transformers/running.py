@@ -47,6 +47,11 @@ class Asked:
         """Tokens that each of its rows takes room for."""
         return len(self.prompt) + self.sampling.max_new_tokens
 
+    @property
+    def takes(self) -> tuple[int, int, int]:
+        """What `Size.plus` wants to know of it."""
+        return len(self.prompt), self.sampling.max_new_tokens, self.sampling.num_samples
+
 
 @dataclass(slots=True)
 class Row:
@@ -87,21 +92,21 @@ class Running:
 
         While there is none for the first, nobody passes it. One is taken if nothing is under way.
         """
-        if not waiting:
+        if not waiting or max_tokens is None:
+            return list(range(len(waiting)))
+        first, others = waiting[0], waiting[1:]
+        size = self._stream.size.plus(*first.takes)
+        if self._rows and size.num_tokens > max_tokens:
             return []
-        taken: list[int] = []
-        lengths = [row.asked.row_tokens for row in self._rows]
-        first = waiting[0].row_tokens
-        for i in sorted(
-            range(len(waiting)), key=lambda i: (i > 0, abs(waiting[i].row_tokens - first), i)
-        ):
-            own = [waiting[i].row_tokens] * waiting[i].sampling.num_samples
-            fits = max_tokens is None or self._stream.num_tokens(lengths + own) <= max_tokens
-            if fits or not lengths:
-                taken.append(i)
-                lengths += own
-            elif i == 0:
+        taken = [0]
+        least = tuple(map(min, zip(*(one.takes for one in others), strict=True)))
+        order = sorted((abs(one.row_tokens - first.row_tokens), i) for i, one in enumerate(others))
+        for _, i in order:
+            if size.plus(*least).num_tokens > max_tokens:
                 break
+            if (larger := size.plus(*others[i].takes)).num_tokens <= max_tokens:
+                taken.append(i + 1)
+                size = larger
         return sorted(taken)
 
     def begin(self, asked: Sequence[Asked]) -> None:
@@ -149,8 +154,9 @@ class Running:
         ended, self._ended = self._ended, []
         if rows := self._rows:
             start = time.perf_counter()
-            last = torch.tensor([row.decoded.tokens[-1] for row in rows])
-            self._choose(self._stream.step(last), rows)
+            last = [row.decoded.tokens[-1] for row in rows]
+            tokens = torch.tensor(last, device=self._stream.device)
+            self._choose(self._stream.step(tokens), rows)
             self._retire(ended)
             share_s = (time.perf_counter() - start) / len(rows)
             for row in rows:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from mas_batch.engines.transformers.network import Network
 from mas_batch.engines.transformers.packed_stream import PackedStream
+from mas_batch.engines.transformers.size import Size
 from mas_batch.engines.transformers.transformers_compat import (
     accepted,
     cache_argument,
@@ -48,6 +49,8 @@ class Stream(Protocol):
 
     joinable: bool
     """Whether prompts can join rows that are under way; otherwise only an empty stream."""
+    device: torch.device
+    """Where its tokens and logits are."""
 
     def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
         """Read prompts; return the logits of their first tokens, one row per prompt.
@@ -65,8 +68,9 @@ class Stream(Protocol):
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only; their numbers ascend."""
 
-    def num_tokens(self, row_tokens: Sequence[int]) -> int:
-        """Return the tokens that rows of these lengths, prompts and all new ones, take room for."""
+    @property
+    def size(self) -> Size:
+        """What the rows under way take room for; that of none if it is not joinable."""
 
 
 def open_stream(model: Any, special: SpecialTokens, network: Network | None) -> Stream:
@@ -83,9 +87,7 @@ class _Padded:
     def __init__(self, model: Any, special: SpecialTokens) -> None:
         self._model = model
         self._special = special
-
-    def num_tokens(self, row_tokens: Sequence[int]) -> int:
-        return len(row_tokens) * max(row_tokens, default=0)
+        self.device = model.device
 
 
 class _DecoderOnly(_Padded):
@@ -99,21 +101,27 @@ class _DecoderOnly(_Padded):
     def _clear(self) -> None:
         self._cache = DynamicCache(config=self._model.config)
         self._mask = torch.zeros((0, 0), dtype=torch.long, device=self._model.device)
-        self._room = 0
-        """Columns that the rows under way may still need."""
+        self._left: list[int] = []
+        """Of each row under way, the most tokens that it may still get."""
+
+    @property
+    def size(self) -> Size:
+        num_rows, width = self._mask.shape
+        return Size(True, num_rows, width, max(self._left, default=0))
 
     def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
         ids, mask = pad_rows(prompts, self._special.pad, "left", self._model.device)
         lengths = mask.sum(-1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        left = self._left + [new for new in max_new for _ in range(copies)]
         if not self.joinable:
             logits = self._forward(ids, mask, positions, self._cache)
-            self._mask = mask.repeat_interleave(copies, 0)
+            self._mask, self._left = mask.repeat_interleave(copies, 0), left
             if copies > 1:
                 order = torch.arange(len(prompts), device=ids.device)
                 self._cache.reorder_cache(order.repeat_interleave(copies))
             return logits
-        old, width = self._mask.shape
+        old, old_width = self._mask.shape
         parts = [(torch.arange(old, device=ids.device), self._cache)] if old else []
         found: list[Tensor] = []
         groups = _groups([len(prompt) for prompt in prompts])
@@ -125,19 +133,18 @@ class _DecoderOnly(_Padded):
                 self._forward(ids[rows, own], mask[rows, own], positions[rows, own], cache)
             )
             parts += [(old + rows * copies + copy, cache) for copy in range(copies)]
-        num_rows, width = old + len(prompts) * copies, max(width, ids.shape[1])
-        room = max(self._room, *max_new)
-        layers = join_rows(parts, num_rows=num_rows, width=width, capacity=width + room)
-        masks = [pad(self._mask, (width - self._mask.shape[1], 0))] if old else []
+        width = max(old_width, ids.shape[1])
+        masks = [pad(self._mask, (width - old_width, 0))] if old else []
         new = pad(mask, (width - mask.shape[1], 0)).repeat_interleave(copies, 0)
-        self._cache.layers, self._room = layers, room
-        self._mask = torch.cat([*masks, new])
+        joined = torch.cat([*masks, new])
+        self._cache = join_rows(parts, num_rows=len(left), width=width, capacity=width + max(left))
+        self._mask, self._left = joined, left
         order = torch.tensor([i for group in groups for i in group], device=ids.device)
         return torch.cat(found)[order.argsort()]
 
     def step(self, tokens: Tensor) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        self._room -= 1
+        self._left = [left - 1 for left in self._left]
         positions = self._mask.sum(-1, keepdim=True) - 1
         return self._forward(tokens[:, None], self._mask, positions, self._cache)
 
@@ -147,6 +154,7 @@ class _DecoderOnly(_Padded):
             return
         index = torch.tensor(rows, device=self._mask.device)
         self._mask = self._mask[index]
+        self._left = [self._left[row] for row in rows]
         self._cache.reorder_cache(index)
         if self.joinable:  # what was padding to a longer row that has ended is not carried on
             lead = int(self._mask.argmax(-1).min())
@@ -165,6 +173,7 @@ class _EncoderDecoder(_Padded):
     """Sources padded on the right: encoders count positions from the first column."""
 
     joinable = False
+    size = Size(padded=True)
 
     def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
         device, config = self._model.device, self._model.config
@@ -213,10 +222,11 @@ def pad_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the ids and their mask, both int64 [rows, longest]."""
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        own = slice(width - len(row), width) if side == "left" else slice(len(row))
-        ids[i, own] = torch.tensor(row)
-        mask[i, own] = 1
-    return ids.to(device), mask.to(device)
+    left = side == "left"
+
+    def padded(parts: Sequence[Sequence[int]], fill: int) -> Tensor:
+        lines = [([fill] * (width - len(p)), list(p)) for p in parts]
+        full = [[*gap, *own] if left else [*own, *gap] for gap, own in lines]
+        return torch.tensor(full, dtype=torch.long, device=device)
+
+    return padded(rows, pad), padded([[1] * len(row) for row in rows], 0)

@@ -65,20 +65,32 @@ def is_joinable(cache: DynamicCache) -> bool:
 
 def join_rows(
     parts: Sequence[tuple[Tensor, DynamicCache]], *, num_rows: int, width: int, capacity: int
-) -> list[GrowingLayer]:
-    """Return the layers of a cache that holds the rows of several, right-aligned at `width`.
+) -> DynamicCache:
+    """Make the first of several caches hold the rows of all, right-aligned at `width`.
+
+    Layer by layer, and all parts are given up: there is never room for two of more than one
+    layer. After an exception the first cache has its own rows at the old width.
 
     Args:
         parts: joinable caches, each with the numbers, of `num_rows`, that its rows get.
         capacity: columns that there is room for.
     """
-    layers = []
-    for like in zip(*(part.layers for _, part in parts), strict=True):
-        layer = GrowingLayer(like[0], num_rows, width, capacity)
-        for (rows, _), own in zip(parts, like, strict=True):
-            layer.fill(rows, own)
-        layers.append(layer)
-    return layers
+    whole = parts[0][1]
+    rows, old_width = len(parts[0][0]), whole.layers[0].keys.shape[2]
+    done = 0
+    try:
+        for i in range(len(whole.layers)):
+            layer = GrowingLayer(whole.layers[i], num_rows, width, capacity)
+            for own, part in parts:
+                layer.fill(own, part.layers[i])
+            for _, part in parts:
+                part.layers[i] = layer
+            done = i + 1
+    except BaseException:
+        for layer in whole.layers[:done]:
+            layer.cut(rows, old_width)
+        raise
+    return whole
 
 
 def drop_columns(cache: DynamicCache, number: int) -> None:
@@ -125,6 +137,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Forget the leftmost columns."""
         self._buffers = [buffer[:, :, number:] for buffer in self._buffers]
         self._set_width(self._width - number)
+
+    def cut(self, num_rows: int, width: int) -> None:
+        """Go on with the first rows and the rightmost columns."""
+        columns = self._width - width
+        self._buffers = [buffer[:num_rows, :, columns:] for buffer in self._buffers]
+        self._set_width(width)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows, in this order."""
