@@ -85,6 +85,7 @@ class Residence:
         self._opened: Promise[None] = Promise()
         self._closing = threading.Event()
         self._suspects: set[str] = set()  # hosts
+        self._doubtful: set[str] = set()  # suspects of the look before
         self._last_look = 0.0
         self._proxied: set[str] = set()  # hosts that are reached through the scheduler only
         self._thread = threading.Thread(target=self._run_thread, daemon=True, name="mas-batch-pool")
@@ -199,9 +200,11 @@ class Residence:
             self._inbox.get(timeout=_LOOK_EVERY_S)()
         if time.monotonic() - self._last_look > _LOOK_EVERY_S:
             self._last_look = time.monotonic()
-            suspects, self._suspects = self._suspects, set()
+            # The end of a process can be known here before the scheduler knows it: a text that is
+            # sent there once more would be blamed for a second death. So two looks must find it.
+            doubtful, self._doubtful, self._suspects = self._doubtful, self._suspects, set()
             self._hosting.refresh()
-            for host_id in suspects & self._hosting.ready.keys():  # these live
+            for host_id in doubtful & self._hosting.ready.keys():  # these live
                 agents, concurrent = self._hosting.ready[host_id], self._hosting.concurrent(host_id)
                 self.joined(host_id, agents, concurrent)
             self._notify(self._listener.tick)
