@@ -118,7 +118,7 @@ def test_a_late_report_of_an_earlier_pass_is_no_load_of_this_one(make_job: MakeJ
     )
     specs = agent_specs(job, embedded=False, num_cores=1)
     own = {"family_id": "echo:one", "engine": {"engine": "echo"}}
-    room = {"concurrent": 1, "max_in_flight": 2, "refused": {}}
+    room = {"concurrent": 1, "max_in_flight": 2, "joins": False, "refused": {}}
     events = Recorder()
     with summarizers(1) as client:
         hosting = Hosting(client, job, run, specs, events, lambda future, handle: None)
