@@ -365,8 +365,10 @@ def test_closing_wakes_all_who_wait_and_frees_the_engine_after_its_batch() -> No
     engine = Capitals()
     loop = EngineLoop(lambda: engine)
     with callers() as ask:
-        waiting = [ask(loop, "held"), ask(loop, "a"), ask(loop, "b", sampling=BEAMS)]
+        waiting = [ask(loop, "held")]
         engine.holding.wait(PATIENCE_S)
+        waiting += [ask(loop, "a"), ask(loop, "b", sampling=BEAMS)]
+        wait_until(lambda: loop.num_callers == len(waiting))
         loop.close()
         for each in waiting:
             with pytest.raises(RunError, match="closing"):
@@ -402,8 +404,10 @@ def test_closing_an_engine_that_waits_for_a_server_ends_its_calls() -> None:
 def test_draining_answers_who_waits(engine: Capitals) -> None:
     loop = EngineLoop(lambda: engine)
     with callers() as ask, ThreadPoolExecutor(1) as closer:
-        waiting = [ask(loop, "held"), ask(loop, "a")]
+        waiting = [ask(loop, "held")]
         engine.holding.wait(PATIENCE_S)
+        waiting.append(ask(loop, "a"))
+        wait_until(lambda: loop.num_callers == 2 or waiting[1].done())
         closing = closer.submit(loop.close, drain=True)
         wait_until(lambda: loop.closed)
         engine.go_on.set()

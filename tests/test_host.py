@@ -330,9 +330,10 @@ def test_a_host_that_is_closed_lets_all_go_and_commits_nothing(
 ) -> None:
     at = bench(engine := Counting(), "held 0", "held 1", "x", "y")
     at.load("a")
-    futures = [at.ask("a", 0), at.ask("a", 1)]
+    futures = [at.ask("a", 0)]
+    engine.holding.wait(PATIENCE_S)  # before the other is asked, which nothing would hold
+    futures.append(at.ask("a", 1))
     wait_until(lambda: at.host._resident and at.host._resident.loop.num_callers == 2)
-    engine.holding.wait(PATIENCE_S)
     cluster.unregister(at.client, at.run.topic)
     for future in futures:
         assert isinstance(future.exception(PATIENCE_S), RunError)
