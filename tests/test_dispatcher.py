@@ -902,3 +902,30 @@ def test_a_late_answer_of_an_agent_of_an_earlier_pass_is_no_news() -> None:
     assert sim.dispatcher.answered(0, "a", "h0", 1.0) == []
     sim.finish()
     assert set(sim.merged.values()) == {("b",)}
+
+
+def test_a_host_that_is_still_loading_is_left_its_share() -> None:
+    dispatcher = Dispatcher(
+        {"a": 1},
+        Rules(answers_per_record=1, window=None),
+        POLICIES["least-loaded"](),
+        [Work(index, 100) for index in range(4)],
+        4,
+    )
+    dispatcher.expect({"a": 2})
+    first = dispatcher.host_joined("a1", ("a",), 0.0, concurrent=4)
+    assert [ask.partition for ask in first if isinstance(ask, Ask)] == [0, 1]
+    second = dispatcher.host_joined("a2", ("a",), 1.0, concurrent=4)
+    assert [ask.partition for ask in second if isinstance(ask, Ask)] == [2, 3]
+
+
+def test_where_no_other_host_comes_one_takes_all_that_is_left() -> None:
+    dispatcher = Dispatcher(
+        {"a": 1},
+        Rules(answers_per_record=1, window=None),
+        POLICIES["least-loaded"](),
+        [Work(index, 100) for index in range(4)],
+        4,
+    )
+    asks = dispatcher.host_joined("a1", ("a",), 0.0, concurrent=4)
+    assert sum(isinstance(ask, Ask) for ask in asks) == 4

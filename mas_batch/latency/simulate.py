@@ -7,7 +7,7 @@ knows when each worker works, what it waits for, and what sharing a machine's co
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -284,6 +284,8 @@ class Simulation:
         elif self._may_start({agent for ready in self._ready for agent in ready.agents}):
             self._has_started = True
             self.result.loaded_s = self._clock.now
+            there = [w for w in self._workers.values() if w.joins_s <= self._clock.now]
+            self._dispatcher.expect(Counter(agent for w in there for agent in w.agents))
             for ready in self._ready:
                 self._hear(partial(self._join, ready))
 

@@ -134,6 +134,13 @@ class Board:
     def __iter__(self) -> Iterator[OpenPartition]:
         return iter(self.open.values())
 
+    @property
+    def num_left(self) -> int | None:
+        """Partitions that are not merged; None: it is not known how many there will be."""
+        if self.num_unpulled == 0 and not self.is_exhausted:
+            return None
+        return self.num_unpulled + len(self.open)
+
     def get(self, index: int) -> OpenPartition | None:
         """Return the partition if it is open."""
         return self.open.get(index)

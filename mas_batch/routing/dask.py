@@ -165,6 +165,7 @@ class DaskRouter:
         """
         self._dispatcher = dispatcher
         self._hosting.listener = self
+        dispatcher.expect(self._hosting.expected())
         for host_id, agents in sorted(self._hosting.ready.items()):
             self.joined(host_id, agents, self._hosting.concurrent(host_id))
         while not dispatcher.done:
@@ -189,6 +190,7 @@ class DaskRouter:
         if self._dispatcher is None or self._dispatcher.done:
             self._keep_started()
             return
+        self._dispatcher.expect(self._hosting.expected())
         self._act(self._dispatcher.tick(time.monotonic()))
         self._hurry_merges()
         self._scale(self._dispatcher)

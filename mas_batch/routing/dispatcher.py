@@ -92,6 +92,13 @@ class Dispatcher:
         """The agent has answered before, in an earlier execution."""
         self._proven.add(agent_id)
 
+    def expect(self, num_hosts: Mapping[str, int]) -> None:
+        """Note agent → hosts that answer for it or will soon, such as are loading.
+
+        Where little is left they are left their share of it.
+        """
+        self._hosts.expect(num_hosts)
+
     def host_joined(
         self,
         host_id: str,
@@ -433,6 +440,7 @@ class Dispatcher:
         """Open what there is room for, place what can be placed, copy what is late."""
         self._open_more(out)
         self._see_the_end(now)
+        self._hosts.share_out(self._board.num_left, now)
         self._hosts.update_broken(now)
         self._set_aside(now)
         self._place(out, now)

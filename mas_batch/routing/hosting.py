@@ -394,6 +394,11 @@ class Hosting:
             host.post for host_id, host in self._hosts.items() if host_id not in self._retiring
         )
 
+    def expected(self) -> dict[str, int]:
+        """Return agent → hosts that answer for it or will soon."""
+        counts = self.counts()
+        return {agent: counts[post] for post, own in self._agents_of.items() for agent in own}
+
     def _workers(self) -> list[WorkerInfo]:
         if self._client.status != "running":
             raise RunError("the scheduler is lost; run the same command again to resume")

@@ -32,6 +32,9 @@ class Hosts:
         self._set_aside: dict[str, Host] = {}
         self._compared: dict[str, tuple[int, int]] = dict.fromkeys(agents, (0, 0))
         self._may_wait = may_wait
+        self._expected: dict[str, int] = {}
+        self._shares: dict[str, int] = {}
+        """Agent → partitions that one of its hosts may have at most; empty: enough are left."""
         self.concurrent = 0
         """How many partitions all hosts together work on at once."""
         self.max_open = 16
@@ -107,6 +110,29 @@ class Hosts:
             for host in self:
                 self.update(host, now)
 
+    def expect(self, num_hosts: Mapping[str, int]) -> None:
+        """Note agent → hosts that answer for it or will soon: those are left their share."""
+        self._expected = dict(num_hosts)
+
+    def share_out(self, num_left: int | None, now: float) -> None:
+        """Leave every host, also one that is still loading, its share of what is left.
+
+        Args:
+            num_left: partitions that are not merged; None: not known.
+        """
+        shares: dict[str, int] = {}
+        if num_left is not None and num_left <= 2 * (
+            self.concurrent + sum(self._expected.values())
+        ):
+            for agent, hosts in self._of.items():
+                num_hosts = max(len(hosts), self._expected.get(agent, 0), 1)
+                shares[agent] = max(1, -(-num_left // num_hosts))
+        changed = [a for a in self._of if shares.get(a) != self._shares.get(a)]
+        self._shares = shares
+        for agent in changed:
+            for host in self._of[agent].values():
+                self.update(host, now)
+
     def window(self, host: Host) -> int:
         """Return how many partitions it may have in flight."""
         window = self._rules.window
@@ -114,6 +140,8 @@ class Hosts:
             window = host.concurrent + host.is_quick
         if host.max_in_flight is not None:
             window = min(window, host.max_in_flight)
+        if self._shares:
+            window = min(window, max(1, sum(self._shares[agent] for agent in host.agents)))
         return window if self._may_wait else min(window, host.concurrent)
 
     def _room(self, host: Host) -> int:
