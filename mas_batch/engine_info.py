@@ -34,6 +34,11 @@ class EngineInfo:
     """It waits for something else than the cores of the worker's machine."""
     uses_threads: bool = True
     """It computes with as many threads as it is given."""
+    adapters: bool = False
+    """Agents with different adapters of one base share it: the engine has
+    `add_adapter(name, files)` and heeds `Request.adapter`."""
+    quantizes: tuple[str, ...] = ()
+    """Values of `agents.quantize` that it knows."""
     operational: tuple[str, ...] = ()
     """Options that change no answer, only how fast it comes or who pays for it."""
     limits: tuple[str, ...] = ()

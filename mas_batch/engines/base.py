@@ -29,6 +29,9 @@ class Sampling:
     num_beams: int = 1
     num_samples: int = 1
     """Completions per request; above 1 only with temperature > 0."""
+    choices: tuple[str, ...] = ()
+    """Nothing is generated: the log-probability of each of these continuations is wanted.
+    `max_new_tokens` is the room for the longest. Only engines with `scores_choices`."""
 
     def check(self) -> None:
         """Refuse what no way of decoding can do.
@@ -68,6 +71,8 @@ class Request:
     so sample s of a request is the same whatever else is in the batch."""
     context: str | None = None
     """The background that the prompt holds too, for engines that take no prompt but can use it."""
+    adapter: str | None = None
+    """Name of the adapter to use; the engine was given it by `add_adapter`. None: the base."""
     tokenized: TokenizedPrompt | None = field(default=None, compare=False, repr=False)
     """What the engine has made of all that it reads; None: it has not been asked yet."""
 
@@ -90,6 +95,13 @@ class Completion:
     """This completion's share of its batch's model time."""
     prefill_s: float | None = None
     """Of that, its share of reading the prompts; None where the engine cannot tell."""
+    cached_tokens: int | None = None
+    """Of `prompt_tokens`, those that were read before, for others; None where it cannot be told."""
+    choice_logprobs: tuple[float, ...] = ()
+    """Natural log-probability of each of `Sampling.choices` after the prompt, end token excluded;
+    `text` is then the likeliest."""
+    choice_tokens: tuple[int, ...] = ()
+    """Number of tokens of each choice."""
     reason: Reason | None = None
     """Set when there is no completion (finish_reason `error`)."""
     message: str = ""
@@ -107,6 +119,8 @@ class EngineConfig:
     threads: int = 0
     """CPU threads for the model; 0 leaves the library's choice."""
     max_batch_tokens: int | None = 8192
+    quantize: str | None = None
+    """Hold weights in fewer bits; one of `EngineInfo.quantizes`. None: as `dtype` says."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings that only one engine knows; it rejects unknown keys with a `JobError`."""
 
