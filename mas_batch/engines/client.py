@@ -1,4 +1,4 @@
-"""The two ways in which an agent reaches an engine: through the engine's loop, or alone."""
+"""How one task of an agent reaches an engine that others ask too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
-from mas_batch.engines.batching import complete, tokenized
+from mas_batch.engines.batching import tokenized
 from mas_batch.engines.loop import EngineLoop
 
 
@@ -47,23 +47,3 @@ class LoopClient:
             return self._loop.complete(ready, sampling, self._engine)
         finally:
             self.asked_s += time.perf_counter() - start
-
-
-class DirectClient:
-    """Asks an engine that nobody else asks, in the caller's thread; an `EngineClient`."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def max_context_tokens(self) -> int:
-        """Prompt plus completion, in the model's own tokens."""
-        return self._engine.max_context_tokens
-
-    def tokenize(self, request: Request) -> TokenizedPrompt:
-        """Render and tokenise a request."""
-        return self._engine.tokenize(request)
-
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
-        """Answer every request; see `EngineClient.complete`."""
-        return complete(self._engine, requests, sampling)

@@ -220,8 +220,11 @@ class PackedStream:
 
 
 def _columns(number: int) -> int:
-    """Round up to one of four sizes per power of two, so that rows of like length share a block."""
-    step = max(16, 1 << max(0, number.bit_length() - 3))
+    """Round up to one of two sizes per power of two, so that rows of like length share a block.
+
+    A block more costs a few calls per layer at every step; more columns, reading what is empty.
+    """
+    step = max(16, 1 << max(0, number.bit_length() - 2))
     return -(-number // step) * step
 
 
