@@ -584,9 +584,9 @@ def test_packed_weights_give_the_logits_of_the_module(kind: str) -> None:
     rows = [[5, 9, 12], [7] * 40, [3, 60]]
 
     with torch.inference_mode():
-        found = [stream.join(rows[:2], 1, [9, 9])]
+        found = [stream.join(rows[:2], 1, [9, 9], None)[0]]
         found.append(stream.step(torch.tensor([8, 9])))
-        found.append(stream.join(rows[2:], 2, [9]))
+        found.append(stream.join(rows[2:], 2, [9], None)[0])
         found.append(stream.step(torch.tensor([10, 11, 12, 13])))
         stream.keep([1, 3])
         found.append(stream.step(torch.tensor([14, 15])))
