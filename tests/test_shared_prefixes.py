@@ -16,6 +16,7 @@ from mas_batch.engines.transformers.network import Network  # noqa: E402
 from mas_batch.engines.transformers.packed_stream import PackedStream  # noqa: E402
 from mas_batch.engines.transformers.prefixes import (  # noqa: E402
     LEAST_TOKENS,
+    Layers,
     Prefixes,
     num_common,
     stretches,
@@ -84,9 +85,13 @@ def test_prefixes_used_last_are_kept() -> None:
     prefixes = Prefixes(most_tokens=50)
     asked: list[int] = []
 
+    def layers(num: int) -> Layers:
+        asked.append(num)
+        return []
+
     def see(prompt: list[int], adapter: str | None = None) -> int:
         found, _ = prefixes.find(prompt, adapter)
-        prefixes.see(prompt, adapter, lambda num: asked.append(num) or [])
+        prefixes.see(prompt, adapter, layers)
         return found
 
     assert [see([*TEMPLATE, i]) for i in range(3)] == [0, 0, 12]
