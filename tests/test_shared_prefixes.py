@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from mas_batch.agents.work import _counts_of_answers as counts_of_answers  # noqa: E402
 from mas_batch.engines.base import Sampling  # noqa: E402
 from mas_batch.engines.transformers import blocks  # noqa: E402
 from mas_batch.engines.transformers.network import Network  # noqa: E402
@@ -23,6 +25,7 @@ from mas_batch.engines.transformers.prefixes import (  # noqa: E402
 )
 from mas_batch.engines.transformers.running import Asked, Running  # noqa: E402
 from mas_batch.engines.transformers.streams import SpecialTokens  # noqa: E402
+from mas_batch.records import ANSWERS  # noqa: E402
 
 TEMPLATE = [i % 50 + 3 for i in range(12)]
 DOCUMENT = [i * 7 % 50 + 3 for i in range(30)]
@@ -135,6 +138,31 @@ def test_logits_are_those_of_whole_prompts(model: Any, monkeypatch: pytest.Monke
         stream.keep([])
         assert join([[*TEMPLATE, *DOCUMENT[:15], 3], [*TEMPLATE, 1]]) == [27, 12]  # of kept ones
         assert PackedStream(Network(model)).join(ways, 1, [9] * 5, None)[1] == [0] * 5
+
+
+def test_what_is_not_finite_is_not_kept(model: Any) -> None:
+    prefixes = Prefixes()
+    broken, stream = Network(model), PackedStream(Network(model), prefixes)
+    prompts = [[*TEMPLATE, 1], [*TEMPLATE, 2]]
+    broken.scale = float("nan")
+
+    with torch.inference_mode():
+        PackedStream(broken, prefixes).join(prompts, 1, [9, 9], None)
+        logits, cached = stream.join(prompts, 1, [9, 9], None)
+
+    assert cached == [0, 12]
+    assert logits.isfinite().all()
+
+
+def test_a_task_sums_the_cached_tokens_of_its_answers() -> None:
+    facts = {"agent_id": "a", "family_id": "a", "sample_id": 0}
+    rows = [{"record_id": f"{i}", "cached_tokens": i, **facts} for i in range(3)]
+    known = pa.Table.from_pylist(rows, schema=ANSWERS)
+    unknown = pa.Table.from_pylist([{"record_id": "3", **facts}], schema=ANSWERS)
+
+    assert counts_of_answers(known)["cached_tokens"] == 3
+    assert counts_of_answers(pa.concat_tables([known, unknown]))["cached_tokens"] is None
+    assert counts_of_answers(ANSWERS.empty_table())["cached_tokens"] == 0
 
 
 def _running(model: Any, prefixes: Prefixes | None) -> Running:

@@ -162,11 +162,12 @@ class PackedStream:
         ends: dict[int, Tensor] = {}
         for part in _parts(todo):
             ends |= self._read_part(readings, part)
-        if self._prefixes is not None:
+        logits = self._network.logits(torch.stack([ends[i] for i in range(len(readings))]))
+        # What is not finite would spoil whatever begins alike, for ever.
+        if self._prefixes is not None and bool(logits.isfinite().all()):
             for reading in readings:
                 self._prefixes.see(reading.prompt, reading.adapter, partial(_copy, reading))
-        states = torch.stack([ends[i] for i in range(len(readings))])
-        return self._network.logits(states), cached
+        return logits, cached
 
     def _copy_known(self, reading: _Reading, prefixes: Prefixes) -> int:
         """Copy what rows under way, or kept prefixes, have of a prompt; return its tokens."""
