@@ -99,8 +99,8 @@ class Running:
     def choose(self, waiting: Sequence[Asked], max_tokens: int | None) -> list[int]:
         """Return the positions of those that there is room for, the first and those of like length.
 
-        Those that share most of their prompts go together, so that it is read once. While there is
-        none for the first, nobody passes it. One is taken if nothing is under way.
+        Prompts that have most in common go together, so that it is read once. While there is no
+        room for the first, nobody passes it. One is taken if nothing is under way.
         """
         if not waiting or max_tokens is None:
             return list(range(len(waiting)))
