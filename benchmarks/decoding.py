@@ -213,9 +213,9 @@ def print_parts(engine: Any, prompts: Sequence[Sequence[int]], name: str) -> Non
         return open_stream(engine._model, engine._special, engine._network)
 
     stream = opened()
-    tokens = stream.join(prompts, 1, [64] * len(prompts)).argmax(-1)
+    tokens = stream.join(prompts, 1, [64] * len(prompts), None)[0].argmax(-1)
     print_profile(f"step: {name}", lambda: stream.step(tokens))
-    print_profile(f"read: {name}", lambda: opened().join(prompts[:4], 1, [64] * 4))
+    print_profile(f"read: {name}", lambda: opened().join(prompts[:4], 1, [64] * 4, None))
 
 
 def print_profile(name: str, call: Callable[[], object]) -> None:

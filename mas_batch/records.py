@@ -60,6 +60,7 @@ class Answer:
     sum_logprob: float | None = None
     finish_reason: str = "stop"
     prompt_tokens: int | None = 0
+    cached_tokens: int | None = None
     completion_tokens: int | None = 0
     num_parts: int = 1
     t_compute_s: float = 0.0
@@ -94,6 +95,7 @@ ANSWERS = pa.schema(
         pa.field("sum_logprob", pa.float64()),
         pa.field("finish_reason", pa.string()),  # stop, length (cut by max_new_tokens) or error
         pa.field("prompt_tokens", pa.int32()),
+        pa.field("cached_tokens", pa.int32()),  # of those, read before for others; null: not known
         pa.field("completion_tokens", pa.int32()),
         pa.field("num_parts", pa.int32()),  # >1: the text was over the context and was split
         pa.field("t_compute_s", pa.float64()),  # the record's share of its batch's model time
@@ -195,6 +197,7 @@ LEDGER = pa.schema(
         pa.field("num_records", pa.int32()),
         pa.field("num_answers", pa.int32()),
         pa.field("prompt_tokens", pa.int64()),
+        pa.field("cached_tokens", pa.int64()),  # of those, read before for others; null: not known
         pa.field("completion_tokens", pa.int64()),
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker's process, so far
     ]

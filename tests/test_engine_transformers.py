@@ -524,6 +524,22 @@ def test_seconds_are_shared_among_those_in_a_step(
     assert 0.5 * wall_s < sum(c.compute_s for c in shares) < wall_s
 
 
+def test_what_was_read_for_others_is_told(tiny: Callable[[str], ModelFiles]) -> None:
+    text = " ".join(f"w{i}" for i in range(12))
+    requests = [Request(f"{i}", "", (Message("user", f"{text} w{i}"),)) for i in range(2)]
+
+    def told(engine: Any, sampling: Sampling) -> list[list[int]]:
+        rows = engine.generate(requests, sampling)
+        return [[completion.cached_tokens for completion in row] for row in rows]
+
+    engine = _load(tiny("llama"))
+    assert told(engine, SAMPLED) == [[0, 15, 15], [13, 15, 15]]
+    assert told(engine, Sampling(4)) == [[13], [13]], "kept from the call before"
+    assert told(engine, Sampling(4, num_beams=2)) == [[0], [0]]
+    alone = _load(tiny("llama"), options={"share_prefixes": False})
+    assert told(alone, Sampling(4)) == told(_load(tiny("gpt2")), Sampling(4)) == [[0], [0]]
+
+
 @pytest.mark.parametrize("kind", STEPPED[:2])
 def test_what_does_not_fit_has_not_begun(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
     engine, waiting = _load(tiny(kind), max_batch_tokens=None), _waiting(8, 0)
@@ -584,9 +600,9 @@ def test_packed_weights_give_the_logits_of_the_module(kind: str) -> None:
     rows = [[5, 9, 12], [7] * 40, [3, 60]]
 
     with torch.inference_mode():
-        found = [stream.join(rows[:2], 1, [9, 9])]
+        found = [stream.join(rows[:2], 1, [9, 9], None)[0]]
         found.append(stream.step(torch.tensor([8, 9])))
-        found.append(stream.join(rows[2:], 2, [9]))
+        found.append(stream.join(rows[2:], 2, [9], None)[0])
         found.append(stream.step(torch.tensor([10, 11, 12, 13])))
         stream.keep([1, 3])
         found.append(stream.step(torch.tensor([14, 15])))

@@ -27,6 +27,9 @@ def add(answer: Answer, completions: Sequence[Completion]) -> Answer:
         prompt_tokens=_sum_of_counts(
             [answer.prompt_tokens, *(c.prompt_tokens for c in completions)]
         ),
+        cached_tokens=_sum_of_counts(
+            [answer.cached_tokens, *(c.cached_tokens for c in completions)]
+        ),
         completion_tokens=_sum_of_counts(
             [answer.completion_tokens, *(c.num_tokens for c in completions)]
         ),

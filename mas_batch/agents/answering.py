@@ -118,6 +118,7 @@ def _blank(record: Record, profile: AgentProfile, sample: int) -> Answer:
         text=None,
         sum_logprob=0.0,
         t_prefill_s=0.0,
+        cached_tokens=0,
     )
 
 

@@ -355,5 +355,6 @@ def _counts_of_answers(table: pa.Table) -> dict[str, Any]:
         "num_failed": failed,
         "prompt_tokens": total("prompt_tokens"),
         "completion_tokens": total("completion_tokens"),
+        "cached_tokens": None if table["cached_tokens"].null_count else total("cached_tokens"),
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -96,7 +96,8 @@ class Completion:
     prefill_s: float | None = None
     """Of that, its share of reading the prompts; None where the engine cannot tell."""
     cached_tokens: int | None = None
-    """Of `prompt_tokens`, those that were read before, for others; None where it cannot be told."""
+    """Of `prompt_tokens`, those that were read before, for others: other prompts that begin alike,
+    or the first sample of this one. None where it cannot be told."""
     choice_logprobs: tuple[float, ...] = ()
     """Natural log-probability of each of `Sampling.choices` after the prompt, end token excluded;
     `text` is then the likeliest."""

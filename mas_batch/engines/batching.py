@@ -193,6 +193,7 @@ def _failed(
     sampling: Sampling, prompt_tokens: int, reason: Reason, message: str
 ) -> list[Completion]:
     failure = Completion(
-        "", (), None, 0, "error", prompt_tokens, prefill_s=0.0, reason=reason, message=message
-    )
+        "", (), None, 0, "error", prompt_tokens, prefill_s=0.0, cached_tokens=0, reason=reason,
+        message=message,
+    )  # fmt: skip
     return [failure] * sampling.num_samples

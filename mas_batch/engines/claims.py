@@ -27,6 +27,7 @@ def checked(completion: Completion, sampling: Sampling) -> Completion:
         completion,
         num_tokens=valid_count(completion.num_tokens),
         prompt_tokens=valid_count(completion.prompt_tokens),
+        cached_tokens=valid_count(completion.cached_tokens),
         sum_logprob=_finite(completion.sum_logprob),
         compute_s=_seconds(completion.compute_s) or 0.0,
         prefill_s=_seconds(completion.prefill_s),

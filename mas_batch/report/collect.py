@@ -101,7 +101,8 @@ def totals(run: Run) -> Totals:
     """Return the run in figures, from its manifest alone."""
     counts, agents = run.manifest["counts"], run.manifest["agents"]
     records = counts["results"] + counts["failures"]
-    wall_s = (run.manifest.get("latency") or {}).get("wall_s")
+    latency = run.manifest.get("latency") or {}
+    wall_s = latency.get("wall_s")
 
     def total(name: str) -> int:
         return sum(agent[name] for agent in agents)
@@ -116,6 +117,7 @@ def totals(run: Run) -> Totals:
         answers=total("answers"),
         failed_answers=total("failed_answers"),
         prompt_tokens=total("prompt_tokens"),
+        cached_tokens=latency.get("tokens", {}).get("cached_tokens"),
         completion_tokens=total("completion_tokens"),
         reused=sum(agent.get("reused", 0) for agent in agents),
         wall_s=wall_s,

@@ -18,7 +18,7 @@ from mas_batch.engines.transformers.transformers_compat import cache_argument, d
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
 
-DECODER_OPTIONS = frozenset({"max_context_tokens", "pack_weights"})
+DECODER_OPTIONS = frozenset({"max_context_tokens", "pack_weights", "share_prefixes"})
 """Those that mean something for a decoder-only model."""
 
 

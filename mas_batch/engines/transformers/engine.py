@@ -36,6 +36,7 @@ from mas_batch.engines.transformers.checkpoints import (
 )
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
+from mas_batch.engines.transformers.prefixes import Prefixes
 from mas_batch.engines.transformers.running import Asked, Running
 from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
 from mas_batch.engines.transformers.transformers_compat import model_length
@@ -72,6 +73,7 @@ class TransformersEngine:
         self.max_batch_tokens = config.max_batch_tokens
         packed = options.pack_weights and can_pack(model)
         self._network = Network(model) if packed else None
+        self._prefixes = Prefixes() if options.share_prefixes else None
         self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -97,10 +99,11 @@ class TransformersEngine:
                 )
             total_s = time.perf_counter() - start
             best = [[decoded] for decoded in found]
-            return completions(prompts, best, self._read, total_s=total_s, prefill_s=None)
+            found_rows = completions(prompts, best, self._read, total_s=total_s, prefill_s=None)
+            return [[replace(one, cached_tokens=0) for one in row] for row in found_rows]
         running = self._open()
         asked = [
-            Asked(i, prompt, sampling, request.seed)
+            Asked(i, prompt, sampling, request.seed, request.adapter)
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
         ]
         self._call(lambda: running.begin(asked))
@@ -115,9 +118,12 @@ class TransformersEngine:
     def begin(self, waiting: Sequence[Waiting]) -> list[int]:
         """See `SteppingEngine.begin`."""
         asked = [
-            Asked(one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed)
+            Asked(
+                one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed,
+                one.request.adapter,
+            )
             for one in waiting
-        ]
+        ]  # fmt: skip
         chosen = self._running.choose(asked, self.max_batch_tokens)
         if chosen:
             self._call(lambda: self._running.begin([asked[i] for i in chosen]))
@@ -155,7 +161,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
-        for name in ("_model", "_network", "_running"):
+        for name in ("_model", "_network", "_running", "_prefixes"):
             vars(self).pop(name, None)
         free_caches()
 
@@ -180,7 +186,7 @@ class TransformersEngine:
         return text, False  # the template has written them
 
     def _open(self) -> Running:
-        stream = open_stream(self._model, self._special, self._network)
+        stream = open_stream(self._model, self._special, self._network, self._prefixes)
         return Running(stream, self._special)
 
     def _call(self, call: Callable[[], T]) -> T:
@@ -196,9 +202,16 @@ class TransformersEngine:
 
     def _completions(self, asked: Asked) -> list[Completion]:
         prefill_s = asked.prefill_s / len(asked.results)
+        # All samples but the first have the prompt as it was read for that one.
+        cached = [asked.cached_tokens, *[len(asked.prompt)] * (len(asked.results) - 1)]
         return [
-            completion(asked.prompt, row.decoded, self._read, row.decode_s + prefill_s, prefill_s)
-            for row in asked.results
+            replace(
+                completion(
+                    asked.prompt, row.decoded, self._read, row.decode_s + prefill_s, prefill_s
+                ),
+                cached_tokens=num,
+            )
+            for row, num in zip(asked.results, cached, strict=True)
         ]
 
     def _read(self, decoded: Decoded) -> tuple[str, list[int]]:
