@@ -28,6 +28,7 @@ from mas_batch.engines.base import (
 )
 from mas_batch.engines.decoding import Decoded, completion, completions
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
+from mas_batch.engines.transformers.adapters import Adapters
 from mas_batch.engines.transformers.beams import beam_search
 from mas_batch.engines.transformers.checkpoints import (
     checkpoint,
@@ -70,8 +71,9 @@ class TransformersEngine:
         self.only_translates = not self.takes_messages
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
+        self._adapters = Adapters(model, files)
         packed = options.pack_weights and can_pack(model)
-        self._network = Network(model) if packed else None
+        self._network = Network(model, self._adapters) if packed else None
         self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -88,6 +90,25 @@ class TransformersEngine:
         """Run one batch; see `Engine.generate`."""
         if not requests:
             return []
+        if self.can_step(sampling):
+            return self._generate(requests, sampling)
+        found: dict[int, list[Completion]] = {}
+        for name in dict.fromkeys(request.adapter for request in requests):
+            own = [i for i, request in enumerate(requests) if request.adapter == name]
+            with self._adapters.used([name]):
+                found.update(zip(own, self._generate([requests[i] for i in own], sampling)))
+        return [found[i] for i in range(len(requests))]
+
+    def add_adapter(self, name: str, files: ModelFiles) -> None:
+        """Load a LoRA adapter: from now on requests may name it.
+
+        Raises:
+            ModelError: see `adapter_files.read_adapter`.
+        """
+        self._adapters.add(name, files)
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Run one batch, of one adapter unless its rows can be stepped."""
         prompts = [self._tokens(request, sampling) for request in requests]
         if sampling.num_beams > 1:
             start = time.perf_counter()
@@ -100,7 +121,7 @@ class TransformersEngine:
             return completions(prompts, best, self._read, total_s=total_s, prefill_s=None)
         running = self._open()
         asked = [
-            Asked(i, prompt, sampling, request.seed)
+            Asked(i, prompt, sampling, request.seed, request.adapter)
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
         ]
         self._call(lambda: running.begin(asked))
@@ -115,9 +136,12 @@ class TransformersEngine:
     def begin(self, waiting: Sequence[Waiting]) -> list[int]:
         """See `SteppingEngine.begin`."""
         asked = [
-            Asked(one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed)
+            Asked(
+                one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed,
+                one.request.adapter,
+            )
             for one in waiting
-        ]
+        ]  # fmt: skip
         chosen = self._running.choose(asked, self.max_batch_tokens)
         if chosen:
             self._call(lambda: self._running.begin([asked[i] for i in chosen]))
@@ -151,11 +175,12 @@ class TransformersEngine:
             "threads": torch.get_num_threads(),
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
+            **({"adapters": dict(facts)} if (facts := self._adapters.facts) else {}),
         }
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
-        for name in ("_model", "_network", "_running"):
+        for name in ("_model", "_network", "_running", "_adapters"):
             vars(self).pop(name, None)
         free_caches()
 
@@ -181,7 +206,7 @@ class TransformersEngine:
 
     def _open(self) -> Running:
         stream = open_stream(self._model, self._special, self._network)
-        return Running(stream, self._special)
+        return Running(stream, self._special, self._adapters)
 
     def _call(self, call: Callable[[], T]) -> T:
         with torch.inference_mode():
@@ -189,6 +214,8 @@ class TransformersEngine:
 
     def _tokens(self, request: Request, sampling: Sampling) -> list[int]:
         sampling.check()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise EngineError(f"the adapter {request.adapter!r} was not added")
         tokens: list[int] = tokenized_prompt(self, request).tokens
         if not tokens:
             raise EngineError(f"request {request.request_id!r} has no tokens")

@@ -25,6 +25,7 @@ from torch import Tensor
 from mas_batch.engines.base import Sampling
 from mas_batch.engines.decoding import Decoded
 from mas_batch.engines.sampling import draw
+from mas_batch.engines.transformers.adapters import Adapters
 from mas_batch.engines.transformers.streams import SpecialTokens, Stream
 from mas_batch.errors import EngineError
 
@@ -37,6 +38,7 @@ class Asked:
     prompt: Sequence[int]
     sampling: Sampling
     seed: int
+    adapter: str | None = None
     prefill_s: float = 0.0
     """Its share of reading prompts."""
     results: list[Row] = field(default_factory=list)
@@ -74,7 +76,8 @@ class Running:
     seconds that it takes are in somebody's share.
     """
 
-    def __init__(self, stream: Stream, special: SpecialTokens) -> None:
+    def __init__(self, stream: Stream, special: SpecialTokens, adapters: Adapters) -> None:
+        self._adapters = adapters
         self._special = special
         self._stream = stream
         self._rows: list[Row] = []
@@ -119,12 +122,11 @@ class Running:
         old = len(self._rows)
         joined: list[Row] = []
         try:
-            for copies in sorted({one.sampling.num_samples for one in asked}):
-                own = [one for one in asked if one.sampling.num_samples == copies]
+            for (copies, adapter), own in _alike(asked).items():
                 prompts = [one.prompt for one in own]
-                logits = self._stream.join(
-                    prompts, copies, [one.sampling.max_new_tokens for one in own]
-                )
+                most = [one.sampling.max_new_tokens for one in own]
+                with self._adapters.used([adapter]):
+                    logits = self._stream.join(prompts, copies, most)
                 rows = [
                     Row(one, np.random.Generator(np.random.PCG64(stream)))
                     for one in own
@@ -156,7 +158,9 @@ class Running:
             start = time.perf_counter()
             last = [row.decoded.tokens[-1] for row in rows]
             tokens = torch.tensor(last, device=self._stream.device)
-            self._choose(self._stream.step(tokens), rows)
+            with self._adapters.used([row.asked.adapter for row in rows]):
+                logits = self._stream.step(tokens)
+            self._choose(logits, rows)
             self._retire(ended)
             share_s = (time.perf_counter() - start) / len(rows)
             for row in rows:
@@ -202,6 +206,17 @@ class Running:
                 decoded.tokens.append(forced)
             decoded.ended = decoded.tokens[-1] in self._special.end
             row.done = decoded.ended or len(decoded.tokens) == row.asked.sampling.max_new_tokens
+
+
+def _alike(asked: Sequence[Asked]) -> dict[tuple[int, str | None], list[Asked]]:
+    """Return what is read together, by the number of samples and the adapter.
+
+    Of one adapter, as keys and values of a prompt are the adapter's too.
+    """
+    groups: dict[tuple[int, str | None], list[Asked]] = {}
+    for one in asked:
+        groups.setdefault((one.sampling.num_samples, one.adapter), []).append(one)
+    return groups
 
 
 def _streams(seed: int, num_samples: int) -> list[np.random.SeedSequence]:
