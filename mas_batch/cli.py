@@ -430,7 +430,7 @@ def plan_job(
 @click.argument("job_files", metavar="JOB.yaml...", nargs=-1, required=True)
 @_clear_errors
 def fetch(job_files: tuple[str, ...]) -> None:
-    """Fetch and verify the models of jobs, adapters and encoders included, so that a run starts at once."""
+    """Fetch and verify the models of jobs, adapters and encoders too: a run then starts at once."""
     from mas_batch import models
     from mas_batch.job_file import load_job
 

@@ -39,15 +39,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-KINDS = [
-    ("llama", 1),
-    ("llama", 2),
-    ("qwen3", 1),
-    ("gpt2", 1),
-    ("sliding", 1),
-    ("t5", 1),
-    ("bart", 2),
-]
+DECODED = {"llama": (1, 2), "qwen3": (1,), "gpt2": (1,), "sliding": (1,), "t5": (1,), "bart": (2,)}
+"""Kinds of models and numbers of beams."""
 LOGITS = 1e-4
 """The most by which logits may differ: rounding in another order."""
 CONFIG: dict[str, Any] = {
@@ -169,7 +162,9 @@ def tokens(completions: Sequence[Any]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.mark.parametrize(("kind", "num_beams"), KINDS)
+@pytest.mark.parametrize(
+    ("kind", "num_beams"), [(kind, beams) for kind, each in DECODED.items() for beams in each]
+)
 def test_a_mixed_batch_answers_as_merged_weights_do(
     kind: str, num_beams: int, two: Callable[[str], Two]
 ) -> None:
@@ -271,6 +266,7 @@ def test_ranks_and_strengths_of_single_layers(
         assert len(low.down) == (6 if name in strong else 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_an_adapter_is_what_peft_makes_of_it(
     base: Callable[[str], ModelFiles], tmp_path: Path
 ) -> None:

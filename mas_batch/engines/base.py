@@ -137,8 +137,8 @@ class Engine(Protocol):
     it busy has `concurrent`, and one whose `EngineInfo` names `agent_options` has
     `for_agent(options) -> Engine`: a light view that shares what is held; closing a view closes
     nothing. One whose `EngineInfo` says `adapters` has `add_adapter(name, files)`, which raises a
-    `ModelError` for files that do not fit, and may be called while requests are under way; its `describe` has
-    `adapters`, from their names to facts such as `sha256`.
+    `ModelError` for files that do not fit, and may be called while requests are under way; its
+    `describe` has `adapters`, from their names to facts such as `sha256`.
     """
 
     max_context_tokens: int
@@ -157,9 +157,10 @@ class Engine(Protocol):
     def tokenize(self, request: Request) -> TokenizedPrompt:
         """Render and tokenise all that is read of a request: the costly part of asking.
 
-        It depends on the request's text, messages and context alone, not on its adapter, so it is done once, before
-        batches are made, and passed on as `Request.tokenized`. `num_tokens` is of the full prompt,
-        template included. Several threads call it, also while `generate` runs in another.
+        It depends on the request's text, messages and context alone, not on its adapter, so it is
+        done once, before batches are made, and passed on as `Request.tokenized`. `num_tokens` is
+        of the full prompt, template included. Several threads call it, also while `generate` runs
+        in another.
         """
         ...
 

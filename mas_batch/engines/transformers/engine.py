@@ -96,7 +96,8 @@ class TransformersEngine:
         for name in dict.fromkeys(request.adapter for request in requests):
             own = [i for i, request in enumerate(requests) if request.adapter == name]
             with self._adapters.used([name]):
-                found.update(zip(own, self._generate([requests[i] for i in own], sampling)))
+                answers = self._generate([requests[i] for i in own], sampling)
+            found.update(zip(own, answers, strict=True))
         return [found[i] for i in range(len(requests))]
 
     def add_adapter(self, name: str, files: ModelFiles) -> None:
