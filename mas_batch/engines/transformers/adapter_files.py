@@ -79,7 +79,7 @@ def read_adapter(files: ModelFiles, model: Any, base: ModelFiles) -> dict[str, L
     """
     try:
         return _read(files, model, base)
-    except ModelError as error:
+    except (ModelError, re.error) as error:  # of a pattern
         raise ModelError(f"{files.source}: {error}") from error
 
 
@@ -164,8 +164,8 @@ def _check_shapes(name: str, model: Any, down: Tensor, up: Tensor) -> None:
     else:
         what = type(model).__name__
         raise ModelError(f"{WEIGHTS}: {name}: the base, {what}, has no linear layer of that name")
-    rank = len(down)
-    if tuple(down.shape) != (rank, inputs) or tuple(up.shape) != (outputs, rank):
+    rank = len(down) if down.dim() == 2 else 0
+    if not rank or tuple(down.shape) != (rank, inputs) or tuple(up.shape) != (outputs, rank):
         raise ModelError(
             f"{WEIGHTS}: {name}: A {list(down.shape)} and B {list(up.shape)} do not fit the "
             f"base's layer, which wants [{rank}, {inputs}] and [{outputs}, {rank}]"
@@ -195,8 +195,8 @@ def _warn_of_base(trained_on: Any, files: ModelFiles, base: ModelFiles) -> None:
     def short(name: str) -> str:
         return name.rstrip("/").rpartition("/")[2].casefold()
 
-    own = short(base.family_id)
-    if trained_on and not own.startswith(short(trained_on)):
+    own = f"{short(base.family_id)}."  # a .gguf's name goes on: `.Q4_1`
+    if isinstance(trained_on, str) and not own.startswith(f"{short(trained_on)}."):
         log.warning(
             "the adapter %s was trained on %s; the agent's model is %s",
             files.source, trained_on, base.source,
