@@ -214,10 +214,15 @@ class Parallel(_Model):
 
 
 def _model_source(source: str) -> str:
-    try:
+    with _as_value_error():
         parse_source(source)
-    except JobError as error:
-        raise ValueError(error.message) from error
+    return source
+
+
+def _source_of_files(source: str) -> str:
+    with _as_value_error():
+        if not parse_source(source).has_files:
+            raise ValueError(f"{source!r} has no files; an adapter is a folder of them")
     return source
 
 
@@ -226,6 +231,8 @@ class Agent(_Model):
 
     name: Slug
     model: Annotated[str, AfterValidator(_model_source)]
+    adapter: Annotated[str, AfterValidator(_source_of_files)] | None = None
+    """LoRA adapter of the model, named as models are: a folder in the layout of peft."""
     engine: EngineName = "auto"
     capabilities: Names | None = None
     """Dask resources a worker must declare to host it; None: the task's kind."""
@@ -672,6 +679,8 @@ class Job(_Model):
             whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
             whole["routing"]["weights"] = self.routing.weights
         for agent in whole["agents"]:
+            if agent["adapter"] is None:
+                agent.pop("adapter")  # the names of earlier runs had none
             for key in (
                 "count",
                 "max_count",

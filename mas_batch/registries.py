@@ -29,6 +29,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             options="mas_batch.engines.transformers.options:read",
             # One ends, one is half-way, one begins, and one is being read or written meanwhile.
             concurrent=4,
+            adapters=True,
         ),
         "marian": EngineInfo(
             "mas_batch.engines.marian.engine",

@@ -23,7 +23,7 @@ from mas_batch.engines import detect_engine, load_engine
 from mas_batch.engines.base import Engine, Request, TokenizedPrompt
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
-from mas_batch.errors import RunError
+from mas_batch.errors import JobError, RunError
 from mas_batch.job import fingerprint
 from mas_batch.latency.times import TaskTimes
 from mas_batch.models import ModelFiles, fetch
@@ -43,6 +43,8 @@ class _Resident:
     loop: EngineLoop
     views: dict[str, Engine] = field(default_factory=dict)
     """By hash of an agent's own options."""
+    adapters: set[str] = field(default_factory=set)
+    """Those that the engine was given, named by their sources."""
     agents: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -59,10 +61,21 @@ class _Resident:
         key = fingerprint(options)
         has_views = bool(ENGINES[self.name].agent_options)
         with self._lock:
+            self._add_adapter(spec.agent.adapter)
             if has_views and key not in self.views:
                 self.views[key] = self.loop.run(lambda: engine.for_agent(options))
             self.agents.add(spec.agent_id)
             return self.views[key] if has_views else self.loop.engine
+
+    def _add_adapter(self, source: str | None) -> None:
+        if source is None or source in self.adapters:
+            return
+        if not ENGINES[self.name].adapters:
+            raise JobError(f"the engine {self.name!r} has no adapters", key="agents.adapter")
+        engine: Any = self.loop.engine
+        files = fetch(source)
+        self.loop.run(lambda: engine.add_adapter(source, files))
+        self.adapters.add(source)
 
 
 class EngineHost(WorkerPlugin):  # type: ignore[misc]
@@ -143,8 +156,11 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
     def engine(self, spec: AgentSpec) -> Engine:
         """Return the agent's view of the engine: to look at, not to ask; see `client`.
 
+        The agent's adapter is there then, too.
+
         Raises:
-            ModelError, JobError: the engine cannot be loaded, or has no such view.
+            ModelError, JobError: the engine or the adapter cannot be loaded, or it has no such
+                view.
         """
         return self._of(spec).view(spec)
 
@@ -159,7 +175,7 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         tokenize: Callable[[Request], TokenizedPrompt] | None = None
         if held is not None and len(resident.agents) > 1:
             tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
-        return LoopClient(resident.loop, view, tokenize)
+        return LoopClient(resident.loop, view, tokenize, adapter=spec.agent.adapter)
 
     @property
     def joins(self) -> bool:

@@ -26,7 +26,7 @@ from mas_batch.aggregate.escalation import picked
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import undecided
-from mas_batch.engines.base import Sampling
+from mas_batch.engines.base import Engine, Sampling
 from mas_batch.errors import EngineError, EngineUnavailableError, JobError, ModelError, Reason
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch
@@ -64,11 +64,20 @@ def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
             continue
         agents[spec.agent_id] = {
             "family_id": host.family_id(spec),
-            "engine": dict(engine.describe()),
+            "engine": _facts(engine, spec.agent.adapter),
         }
     facts = {"load_s": load_s, "concurrent": host.concurrent, "max_in_flight": host.max_in_flight}
     facts |= {"joins": host.joins, "agents": agents, "refused": refused}
     report(run.topic, Report.LOADED, facts)
+
+
+def _facts(engine: Engine, adapter: str | None) -> dict[str, Any]:
+    """Return what an engine says of itself, and of its adapters only the agent's."""
+    facts = dict(engine.describe())
+    adapters = facts.pop("adapters", {})
+    if adapter is not None:
+        facts["adapter"] = {"source": adapter, **adapters.get(adapter, {})}
+    return facts
 
 
 def answer_partition(

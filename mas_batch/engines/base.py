@@ -137,7 +137,9 @@ class Engine(Protocol):
     `generate` at once, and its `close` ends their calls. One that knows how many partitions keep
     it busy has `concurrent`, and one whose `EngineInfo` names `agent_options` has
     `for_agent(options) -> Engine`: a light view that shares what is held; closing a view closes
-    nothing.
+    nothing. One whose `EngineInfo` says `adapters` has `add_adapter(name, files)`, which raises a
+    `ModelError` for files that do not fit, and may be called while requests are under way; its
+    `describe` has `adapters`, from their names to facts such as `sha256`.
     """
 
     max_context_tokens: int
@@ -156,9 +158,10 @@ class Engine(Protocol):
     def tokenize(self, request: Request) -> TokenizedPrompt:
         """Render and tokenise all that is read of a request: the costly part of asking.
 
-        It depends on the request's text, messages and context alone, so it is done once, before
-        batches are made, and passed on as `Request.tokenized`. `num_tokens` is of the full prompt,
-        template included. Several threads call it, also while `generate` runs in another.
+        It depends on the request's text, messages and context alone, not on its adapter, so it is
+        done once, before batches are made, and passed on as `Request.tokenized`. `num_tokens` is
+        of the full prompt, template included. Several threads call it, also while `generate` runs
+        in another.
         """
         ...
 

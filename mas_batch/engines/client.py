@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import tokenized
@@ -16,6 +17,7 @@ class LoopClient:
     Args:
         engine: the loop's engine, or a view of it.
         tokenize: the engine's, or one that remembers what it has tokenised.
+        adapter: of the agent that asks.
     """
 
     def __init__(
@@ -23,8 +25,10 @@ class LoopClient:
         loop: EngineLoop,
         engine: Engine,
         tokenize: Callable[[Request], TokenizedPrompt] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self._loop = loop
+        self._adapter = adapter
         self._engine = engine
         self._tokenize = tokenize or engine.tokenize
         self.asked_s = 0.0
@@ -42,6 +46,8 @@ class LoopClient:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Answer every request; see `EngineClient.complete`."""
         ready = tokenized(requests, self._tokenize)
+        if self._adapter is not None:
+            ready = [replace(request, adapter=self._adapter) for request in ready]
         start = time.perf_counter()
         try:
             return self._loop.complete(ready, sampling, self._engine)

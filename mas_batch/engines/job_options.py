@@ -26,10 +26,12 @@ def check_options(job: Job, *, environment: bool = False) -> None:
             is looked for too.
 
     Raises:
-        JobError: an option is wrong; the message names the agent's key and what is allowed.
+        JobError: an option is wrong, or an agent has an adapter for which its engine has no
+            place; the message names the agent's key and what is allowed.
     """
     for agent in job.agents:
         try:
+            _check_adapter(agent)
             options = _read(agent)
             if options is not None and environment:
                 options.check_environment()
@@ -57,6 +59,13 @@ def partitions_at_once(agent: Agent, engine: EngineInfo | None = None) -> int:
     options = _read(agent)
     own = options.partitions_at_once if options is not None else None
     return (engine or engine_of(agent)).concurrent if own is None else own
+
+
+def _check_adapter(agent: Agent) -> None:
+    if agent.adapter is not None and not any(e.adapters for e in _possible_engines(agent)):
+        able = ", ".join(name for name, engine in ENGINES.items() if engine.adapters)
+        message = f"not allowed: its engine has no adapters; allowed with engine {able}"
+        raise JobError(message, key="agents.adapter")
 
 
 def _read(agent: Agent) -> EngineOptions | None:

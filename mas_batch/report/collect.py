@@ -162,13 +162,15 @@ def model(agent_id: str, manifest: Mapping[str, Any]) -> dict[str, str | None]:
     Of an engine's facts only these are named: its options may hold anything.
     """
     engine = _engine(agent_id, manifest)
-    source = engine.get("model")
+    source, adapter = engine.get("model"), engine.get("adapter", {})
     return {
         "agent_id": agent_id,
         "engine": engine.get("engine", ""),
         "family": clip(engine.get("family_id", ""), MODEL_CHARS),
         "source": None if source is None else clip(without_credentials(source), MODEL_CHARS),
         **{name: engine.get(name) for name in ("sha256", "device", "examples_sha256")},
+        "adapter": clip(without_credentials(adapter.get("source", "")), MODEL_CHARS),
+        "adapter_sha256": adapter.get("sha256"),
     }
 
 

@@ -28,6 +28,7 @@ from mas_batch.engines.base import (
 )
 from mas_batch.engines.decoding import Decoded, completion, completions
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
+from mas_batch.engines.transformers.adapters import Adapters
 from mas_batch.engines.transformers.beams import beam_search
 from mas_batch.engines.transformers.checkpoints import (
     checkpoint,
@@ -71,8 +72,9 @@ class TransformersEngine:
         self.only_translates = not self.takes_messages
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
+        self._adapters = Adapters(model, files)
         packed = options.pack_weights and can_pack(model)
-        self._network = Network(model) if packed else None
+        self._network = Network(model, self._adapters) if packed else None
         self._prefixes = Prefixes() if options.share_prefixes else None
         self._running = self._open()
 
@@ -90,6 +92,26 @@ class TransformersEngine:
         """Run one batch; see `Engine.generate`."""
         if not requests:
             return []
+        if self.can_step(sampling):
+            return self._generate(requests, sampling)
+        found: dict[int, list[Completion]] = {}
+        for name in dict.fromkeys(request.adapter for request in requests):
+            own = [i for i, request in enumerate(requests) if request.adapter == name]
+            with self._adapters.used([name]):
+                answers = self._generate([requests[i] for i in own], sampling)
+            found.update(zip(own, answers, strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def add_adapter(self, name: str, files: ModelFiles) -> None:
+        """Load a LoRA adapter: from now on requests may name it.
+
+        Raises:
+            ModelError: see `adapter_files.read_adapter`.
+        """
+        self._adapters.add(name, files)
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Run one batch, of one adapter unless its rows can be stepped."""
         prompts = [self._tokens(request, sampling) for request in requests]
         if sampling.num_beams > 1:
             start = time.perf_counter()
@@ -157,11 +179,12 @@ class TransformersEngine:
             "threads": torch.get_num_threads(),
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
+            **({"adapters": dict(facts)} if (facts := self._adapters.facts) else {}),
         }
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
-        for name in ("_model", "_network", "_running", "_prefixes"):
+        for name in ("_model", "_network", "_running", "_prefixes", "_adapters"):
             vars(self).pop(name, None)
         free_caches()
 
@@ -187,7 +210,7 @@ class TransformersEngine:
 
     def _open(self) -> Running:
         stream = open_stream(self._model, self._special, self._network, self._prefixes)
-        return Running(stream, self._special)
+        return Running(stream, self._special, self._adapters)
 
     def _call(self, call: Callable[[], T]) -> T:
         with torch.inference_mode():
@@ -195,6 +218,8 @@ class TransformersEngine:
 
     def _tokens(self, request: Request, sampling: Sampling) -> list[int]:
         sampling.check()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise EngineError(f"the adapter {request.adapter!r} was not added")
         tokens: list[int] = tokenized_prompt(self, request).tokens
         if not tokens:
             raise EngineError(f"request {request.request_id!r} has no tokens")

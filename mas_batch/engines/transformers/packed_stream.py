@@ -119,7 +119,8 @@ class PackedStream:
             return found[0] if len(found) == 1 else torch.cat(found)
 
         positions = torch.cat([block.lengths for block in blocks])
-        states = self._network.forward(tokens[self._places.argsort()], positions, attend)
+        order = self._places.argsort()
+        states = self._network.forward(tokens[order], positions, attend, order)
         for row in self._rows:
             row.length += 1
         return self._network.logits(states[self._places])

@@ -25,6 +25,7 @@ from torch import Tensor
 from mas_batch.engines.base import Sampling
 from mas_batch.engines.decoding import Decoded
 from mas_batch.engines.sampling import draw
+from mas_batch.engines.transformers.adapters import Adapters
 from mas_batch.engines.transformers.prefixes import alike
 from mas_batch.engines.transformers.streams import SpecialTokens, Stream
 from mas_batch.errors import EngineError
@@ -83,7 +84,8 @@ class Running:
     read for each: all seconds that it takes are in somebody's share.
     """
 
-    def __init__(self, stream: Stream, special: SpecialTokens) -> None:
+    def __init__(self, stream: Stream, special: SpecialTokens, adapters: Adapters) -> None:
+        self._adapters = adapters
         self._special = special
         self._stream = stream
         self._rows: list[Row] = []
@@ -149,7 +151,8 @@ class Running:
             for (copies, adapter), own in _read_together(asked).items():
                 prompts = [one.prompt for one in own]
                 most = [one.sampling.max_new_tokens for one in own]
-                logits, cached = self._stream.join(prompts, copies, most, adapter)
+                with self._adapters.used([adapter]):
+                    logits, cached = self._stream.join(prompts, copies, most, adapter)
                 for one, num in zip(own, cached, strict=True):
                     one.cached_tokens = num
                 rows = [
@@ -183,7 +186,9 @@ class Running:
             start = time.perf_counter()
             last = [row.decoded.tokens[-1] for row in rows]
             tokens = torch.tensor(last, device=self._stream.device)
-            self._choose(self._stream.step(tokens), rows)
+            with self._adapters.used([row.asked.adapter for row in rows]):
+                logits = self._stream.step(tokens)
+            self._choose(logits, rows)
             self._retire(ended)
             share_s = (time.perf_counter() - start) / len(rows)
             for row in rows:
