@@ -36,6 +36,12 @@ from mas_batch.engines.transformers.checkpoints import (
 )
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
+from mas_batch.engines.transformers.perplexity import Sample, module_logits, perplexity
+from mas_batch.engines.transformers.quantized import (
+    load_settings,
+    measure_whole,
+    quantized_facts,
+)
 from mas_batch.engines.transformers.running import Asked, Running
 from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
 from mas_batch.engines.transformers.transformers_compat import model_length
@@ -60,6 +66,8 @@ class TransformersEngine:
     def __init__(
         self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
     ) -> None:
+        self.facts: dict[str, Any] = {}
+        """More of `describe`: what whoever loads it has found."""
         self._model = model
         self._tokenizer = tokenizer
         self._files = files
@@ -151,7 +159,15 @@ class TransformersEngine:
             "threads": torch.get_num_threads(),
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
+            **self.facts,
         }
+
+    def perplexity(self, asked: Sequence[Sample]) -> float:
+        """Return that of the samples, computed as answers are."""
+        logits = module_logits(self._model)
+        if (network := self._network) is not None:  # of decoder-only models, which read no source
+            logits = lambda sample: network.read(sample.tokens)  # noqa: E731
+        return self._call(lambda: perplexity(logits, asked))
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
@@ -223,8 +239,18 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     transformers_logging.disable_progress_bar()
     path = checkpoint(model, dtype)
     tokenizer = load_tokenizer(path, model)
-    loaded = load_model(path, model, options, dtype).to(device).eval()
-    return TransformersEngine(loaded, tokenizer, model, config, options)
+
+    def whole(**how: Any) -> Any:
+        return load_model(path, model, options, dtype, **how).to(device).eval()
+
+    if config.quantize is None:
+        return TransformersEngine(whole(), tokenizer, model, config, options)
+    how = load_settings(config.quantize, device)
+    before = measure_whole(whole, tokenizer)
+    engine = TransformersEngine(whole(**how), tokenizer, model, config, options)
+    after = None if before is None else engine.perplexity(before.asked)
+    engine.facts |= quantized_facts(model.source, config.quantize, before, after)
+    return engine
 
 
 def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialTokens:

@@ -9,7 +9,7 @@ Rounding differs from the module's by about 1e-5 in float32 logits, as between b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from mas_batch.engines.transformers.int8_weight import Int8Weight, is_rounded
 from mas_batch.engines.transformers.transformers_compat import is_joinable
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -65,7 +66,9 @@ class Network:
         self._rotary = base.rotary_emb
         self._layers = [_Layer(layer) for layer in base.layers]
         self._norm = base.norm
-        self._head = _Linear(model.lm_head)
+        # Not packed where memory is to be saved: its weights are the mapped file's.
+        quantized = is_rounded(base.layers[0].mlp.up_proj.weight)
+        self._head = _Linear(model.lm_head, packed=not quantized)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Return the last layer's states [tokens, hidden] of tokens [tokens]."""
@@ -95,6 +98,19 @@ class Network:
             states = layer.down.plus(layer.up.times(inner, layer.gate.silu(inner)), states)
         return states
 
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Return float32 [tokens, vocabulary]: the logits after each token of one text."""
+
+        def attend(layer: int, *parts: Tensor) -> Tensor:
+            queries, keys, values = (part.transpose(0, 1)[None] for part in parts)
+            found = functional.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=True
+            )
+            return found[0].transpose(0, 1).flatten(1)
+
+        states = self.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend)
+        return self.logits(states)
+
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 [rows, vocabulary] of those states that the vocabulary is wanted of."""
         return self._head(_norm(self._norm, states)).float()
@@ -104,22 +120,30 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = _Linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
-        self.output = _Linear(attention.o_proj)
-        self.gate, self.up, self.down = map(_Linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.output = _linear(attention.o_proj)
+        self.gate, self.up, self.down = map(_linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+
+
+def _linear(*layers: Any) -> _Linear:
+    return (_Int8Linear if is_rounded(layers[0].weight) else _Linear)(*layers)
 
 
 class _Linear:
     """Linear layers that read the same, as one; what follows is done while results are at hand."""
 
-    def __init__(self, *layers: Any) -> None:
+    def __init__(self, *layers: Any, packed: bool = True) -> None:
         with torch.inference_mode():
-            weight = torch.cat([layer.weight for layer in layers])
             biases = [layer.bias for layer in layers]
             self._bias = None if biases[0] is None else torch.cat(biases)
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self._hold([layer.weight for layer in layers], packed)
+
+    def _hold(self, weights: Sequence[Any], packed: bool) -> None:
+        self._weight = torch.cat(tuple(weights)) if len(weights) > 1 else weights[0].detach()
+        if packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     def __call__(self, states: Tensor) -> Tensor:
         return self._run(states, "none")
@@ -144,6 +168,33 @@ class _Linear:
             states, other, self._weight, self._bias, then
         )
         return found
+
+
+class _Int8Linear(_Linear):
+    """The same of weights that torchao has rounded: see `Int8Weight.parts`."""
+
+    def _hold(self, weights: Sequence[Any], packed: bool) -> None:
+        self._rounded = Int8Weight(weights)
+
+    def _run(self, states: Tensor, then: str) -> Tensor:
+        run = torch.ops.mkldnn._linear_pointwise
+        parts = self._rounded.parts()
+        return _joined([run(states, part, self._bias_of(i), then, [], "") for i, part in parts])
+
+    def _run_with(self, states: Tensor, other: Tensor, then: str) -> Tensor:
+        run = torch.ops.mkldnn._linear_pointwise
+        found = [
+            run(states, other[:, rows].contiguous(), part, self._bias_of(rows), then)
+            for rows, part in self._rounded.parts()
+        ]
+        return _joined(found)
+
+    def _bias_of(self, rows: slice) -> Tensor | None:
+        return None if self._bias is None else self._bias[rows]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
 
 
 def _norm(module: Any, states: Tensor) -> Tensor:
