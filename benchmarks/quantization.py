@@ -3,8 +3,8 @@
     python benchmarks/quantization.py [--documents 24] [--new-tokens 48] [--ways fp32 bf16 int8]
 
 Each way is loaded by a process of its own. `weights`: bytes of all tensors of the model. `private`:
-what the process has for itself after the load, more than before it: weights of a mapped file are
-shared, packed ones are not. `prefill`: prompts read per second, of all documents with one new
+what the process has of its own after the load, more than before it: weights of a mapped file are
+not among it, packed ones are. `prefill`: prompts read per second, of all documents with one new
 token each. `decode`: the tokens after those. `perplexity`: of the documents' first 256 tokens.
 `changed`: answers that are not word for word those of the first way. `int8-module` is int8 by
 torchao's own module, which is what runs where weights are not packed; it is slow on a CPU.
@@ -21,13 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from decoding import MODEL, make_requests, stepped
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.engines.transformers.perplexity import Sample
+from mas_batch.engines.transformers.perplexity import Passage
 from mas_batch.models import fetch
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -52,7 +51,9 @@ def weights_bytes(model: Any) -> int:
 
 
 def private_bytes() -> int:
-    return int(psutil.Process().memory_full_info().uss)
+    """Return anonymous memory in use: that of files is shared with other processes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     read_s, _ = stepped(engine, requests, Sampling(1), clock)
     whole_s, answers = stepped(engine, requests, Sampling(options.new_tokens), clock)
     tokens = [list(r.tokenized.tokens) for r in requests if r.tokenized]
-    asked = [Sample(own[:PERPLEXITY_TOKENS]) for own in tokens]
+    asked = [Passage(own[:PERPLEXITY_TOKENS]) for own in tokens]
     return facts | {
         "prefill": sum(map(len, tokens)) / read_s,
         "decode": sum(len(answer) - 1 for answer in answers) / (whole_s - read_s),

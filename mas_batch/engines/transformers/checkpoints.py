@@ -80,9 +80,7 @@ def load_tokenizer(path: Path, model: ModelFiles) -> Any:
     return tokenizer
 
 
-def load_model(
-    path: Path, model: ModelFiles, options: Options, dtype: str, **how: Any
-) -> Any:
+def load_model(path: Path, model: ModelFiles, options: Options, dtype: str, **how: Any) -> Any:
     """Load the weights, after the options have been checked against their configuration.
 
     Args:

@@ -36,7 +36,7 @@ from mas_batch.engines.transformers.checkpoints import (
 )
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
-from mas_batch.engines.transformers.perplexity import Sample, module_logits, perplexity
+from mas_batch.engines.transformers.perplexity import Passage, module_logits, perplexity
 from mas_batch.engines.transformers.quantized import (
     load_settings,
     measure_whole,
@@ -44,7 +44,7 @@ from mas_batch.engines.transformers.quantized import (
 )
 from mas_batch.engines.transformers.running import Asked, Running
 from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
-from mas_batch.engines.transformers.transformers_compat import model_length
+from mas_batch.engines.transformers.transformers_compat import model_length, silence_torchao
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
 
@@ -162,11 +162,11 @@ class TransformersEngine:
             **self.facts,
         }
 
-    def perplexity(self, asked: Sequence[Sample]) -> float:
-        """Return that of the samples, computed as answers are."""
+    def perplexity(self, asked: Sequence[Passage]) -> float:
+        """Return that of passages, computed as answers are."""
         logits = module_logits(self._model)
         if (network := self._network) is not None:  # of decoder-only models, which read no source
-            logits = lambda sample: network.read(sample.tokens)  # noqa: E731
+            logits = lambda passage: network.read(passage.tokens)  # noqa: E731
         return self._call(lambda: perplexity(logits, asked))
 
     def close(self) -> None:
@@ -237,6 +237,7 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # greedy answers then don't depend on the batch; bfloat16 is slow
     transformers_logging.disable_progress_bar()
+    silence_torchao()
     path = checkpoint(model, dtype)
     tokenizer = load_tokenizer(path, model)
 

@@ -26,7 +26,8 @@ class Int8Weight:
         self._values = weights[0].qdata
         if len(weights) > 1:
             self._values = torch.cat([weight.qdata for weight in weights])
-            for weight, own in zip(weights, self._values.split([len(w) for w in weights])):
+            owned = self._values.split([len(weight) for weight in weights])
+            for weight, own in zip(weights, owned, strict=True):
                 weight.qdata = own  # the module's too: there is one of each
         self._scales = torch.cat([weight.scale for weight in weights]).to(weights[0].dtype)
 

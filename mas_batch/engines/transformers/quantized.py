@@ -6,7 +6,6 @@ the vocabulary's projection stay as they are.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from transformers import TorchAoConfig
 
 from mas_batch.engines.torch_device import free_caches, run_freeing
 from mas_batch.engines.transformers.perplexity import (
-    Sample,
+    Passage,
     module_logits,
+    passages,
     perplexity,
-    samples,
 )
 from mas_batch.errors import JobError, OutOfMemoryError
 
@@ -37,7 +36,7 @@ SENTENCES = (
     "still on their way back from the factory.",
     "In 1969 the first message between two distant computers was cut off after two letters; an "
     "hour later the whole word arrived.",
-    'def mean(values):\n    """Return the arithmetic mean."""\n    return sum(values) / len(values)',
+    'def mean(values):\n    """Return their mean."""\n    return sum(values) / len(values)',
     "Der Zug nach Hamburg hat heute zwanzig Minuten Verspätung und fährt von einem anderen Gleis.",
     "O relatório foi enviado ontem à noite, mas ninguém respondeu até agora.",
 )
@@ -50,9 +49,6 @@ def load_settings(quantize: str, device: torch.device) -> dict[str, Any]:
     Raises:
         JobError: torchao is not installed.
     """
-    # Of kernels for other devices than this one, and of PyTorch's names for its own use.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.quantization import Int8WeightOnlyConfig
     except ModuleNotFoundError as error:
@@ -69,7 +65,7 @@ def load_settings(quantize: str, device: torch.device) -> dict[str, Any]:
 class Whole:
     """What is known of the model with all its bits."""
 
-    asked: Sequence[Sample]
+    asked: Sequence[Passage]
     perplexity: float
 
 
@@ -79,7 +75,7 @@ def measure_whole(load: Callable[[], Any], tokenizer: Any) -> Whole | None:
     def measure() -> Whole:
         with torch.inference_mode():
             model = load()
-            asked = samples(model, tokenizer, SENTENCES)
+            asked = passages(model, tokenizer, SENTENCES)
             return Whole(asked, perplexity(module_logits(model), asked))
 
     try:
