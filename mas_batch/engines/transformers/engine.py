@@ -251,6 +251,7 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     engine = TransformersEngine(whole(**how), tokenizer, model, config, options)
     after = None if before is None else engine.perplexity(before.asked)
     engine.facts |= quantized_facts(model.source, config.quantize, before, after)
+    free_caches()  # what loading and comparing took is more than what is left
     return engine
 
 

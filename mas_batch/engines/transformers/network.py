@@ -66,7 +66,7 @@ class Network:
         self._rotary = base.rotary_emb
         self._layers = [_Layer(layer) for layer in base.layers]
         self._norm = base.norm
-        # Not packed where memory is to be saved: its weights are the mapped file's.
+        # Where memory is to be saved it is not held a second time, packed: it would be the most.
         quantized = is_rounded(base.layers[0].mlp.up_proj.weight)
         self._head = _Linear(model.lm_head, packed=not quantized)
 
