@@ -226,6 +226,10 @@ def _source_of_files(source: str) -> str:
     return source
 
 
+LATER_KEYS = frozenset({"quantize"})
+"""Of agents: None is what it was before there was such a key."""
+
+
 class Agent(_Model):
     """A voter: one model with one way of asking it. `count` hosts share its work."""
 
@@ -255,6 +259,8 @@ class Agent(_Model):
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
+    quantize: Literal["int8"] | None = None
+    """Hold the weights in fewer bits, where the engine can (`EngineInfo.quantizes`)."""
     options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Settings of one engine, e.g. `base_url` for openai."""
 
@@ -278,9 +284,11 @@ class Agent(_Model):
     @property
     def loaded_as(self) -> list[Any]:
         """All that decides which model is resident, and how it is held, but for the options."""
-        parallel = self.parallel.model_dump(mode="json", exclude_defaults=True)
+        more = self.parallel.model_dump(mode="json", exclude_defaults=True)
+        if self.quantize is not None:
+            more["quantize"] = self.quantize
         held = [self.model, self.engine, self.dtype, self.device]
-        return [*held, parallel] if parallel else held
+        return [*held, more] if more else held
 
     @property
     def agent_options(self) -> dict[str, Any]:
@@ -330,6 +338,12 @@ class Agent(_Model):
                 "options.api_key_env"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys that came later than runs' identities, where they are not given."""
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if k not in LATER_KEYS or v is not None}
 
 
 class Adaptive(_Model):

@@ -116,14 +116,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFiles
             # Defaults that a checkpoint may bring and that must not be heeded.
             model.generation_config.update(do_sample=True, repetition_penalty=3.0, top_k=2)
             model.save_pretrained(path)
-            _tokenizer(kind).save_pretrained(path)
+            tokenizer_of(kind).save_pretrained(path)
             saved[kind] = ModelFiles(f"tiny/{kind}", "path", path, kind, "0" * 64)
         return saved[kind]
 
     return make
 
 
-def _tokenizer(kind: str) -> Any:
+def tokenizer_of(kind: str) -> Any:
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -384,7 +384,7 @@ def test_logits_that_are_not_numbers_are_an_error(
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path)
-    _tokenizer("llama").save_pretrained(tmp_path)
+    tokenizer_of("llama").save_pretrained(tmp_path)
 
     engine = _load(ModelFiles("broken", "path", tmp_path, "broken", ""))
 

@@ -38,6 +38,7 @@ class AgentSpec:
             device=self.agent.device,
             threads=self.threads,
             max_batch_tokens=self.agent.batch_tokens,
+            quantize=self.agent.quantize,
             options=self.agent.engine_options,
         )
 

@@ -177,7 +177,10 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """Facts for the manifest: engine, versions, device, dtype, threads, model hashes."""
+        """Facts for the manifest: engine, versions, device, dtype, threads, model hashes.
+
+        `warnings`, if given, are sentences for people: in the terminal, the log and the report.
+        """
         ...
 
     def close(self) -> None:

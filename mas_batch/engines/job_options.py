@@ -7,7 +7,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 
 from mas_batch.engine_info import EngineInfo
-from mas_batch.engines import engine_of_files
+from mas_batch.engines import check_quantize, engine_of_files
 from mas_batch.engines.options import EngineOptions
 from mas_batch.errors import JobError
 from mas_batch.job import Agent, Job
@@ -16,7 +16,7 @@ from mas_batch.registries import ENGINES
 
 
 def check_options(job: Job, *, environment: bool = False) -> None:
-    """Find options that an agent's engine does not know, or not with this value.
+    """Find options that an agent's engine does not know, or not with this value; or `quantize`.
 
     Left to the worker are engines whose libraries the options need and that are not installed here,
     and those that do not say how they read options.
@@ -32,6 +32,7 @@ def check_options(job: Job, *, environment: bool = False) -> None:
     for agent in job.agents:
         try:
             _check_adapter(agent)
+            check_quantize(agent.quantize, list(_possible_engines(agent)))
             options = _read(agent)
             if options is not None and environment:
                 options.check_environment()

@@ -100,9 +100,8 @@ def _task_folder(job: Job) -> str:
 
 def _identity(agent: Agent) -> str:
     """Return what makes two agents of two jobs the same voter."""
-    asked = agent.model_dump(
-        mode="json", include={"model", "engine", "prompt", "system", "sampling", "options", "dtype"}
-    )
+    own = {"model", "engine", "prompt", "system", "sampling", "options", "dtype", "quantize"}
+    asked = agent.model_dump(mode="json", include=own)
     if taught := examples.fingerprint(agent.options):
         asked["options"]["examples"] = taught  # what is in the files, not where they are
     return fingerprint(asked)

@@ -105,7 +105,7 @@ def _like(model: Any, weight: Tensor) -> Tensor:
 def _config(path: Path | None) -> Mapping[str, Any]:
     """Read the configuration; refuse what is not supported."""
     try:
-        config = json.loads(_existing(path, CONFIG).read_bytes())
+        config: Any = json.loads(_existing(path, CONFIG).read_bytes())
     except ValueError as error:
         raise ModelError(f"{CONFIG}: not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -117,7 +117,8 @@ def _config(path: Path | None) -> Mapping[str, Any]:
     for key in sorted(config.keys() - HEEDED - IN_TRAINING):
         if config[key]:
             raise _unsupported(key, config[key], "none")
-    return config
+    found: Mapping[str, Any] = config
+    return found
 
 
 def _unsupported(key: str, value: Any, allowed: str) -> ModelError:

@@ -80,8 +80,11 @@ def load_tokenizer(path: Path, model: ModelFiles) -> Any:
     return tokenizer
 
 
-def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> Any:
+def load_model(path: Path, model: ModelFiles, options: Options, dtype: str, **how: Any) -> Any:
     """Load the weights, after the options have been checked against their configuration.
+
+    Args:
+        how: more that `from_pretrained` is told.
 
     Raises:
         JobError: an encoder-decoder's option for a decoder-only model.
@@ -98,7 +101,7 @@ def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> A
                 f"{', '.join(sorted(DECODER_OPTIONS))}",
                 key=f"agents.options.{unread[0]}",
             )
-    loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings)
+    loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings, **how)
     if not cache_argument(loaded):
         raise ModelError(f"{model.source}: {type(loaded).__name__} does not decode with a cache")
     return loaded

@@ -37,10 +37,16 @@ from mas_batch.engines.transformers.checkpoints import (
 )
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
+from mas_batch.engines.transformers.perplexity import Passage, module_logits, perplexity
 from mas_batch.engines.transformers.prefixes import Prefixes
+from mas_batch.engines.transformers.quantized import (
+    load_settings,
+    measure_whole,
+    quantized_facts,
+)
 from mas_batch.engines.transformers.running import Asked, Running
 from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
-from mas_batch.engines.transformers.transformers_compat import model_length
+from mas_batch.engines.transformers.transformers_compat import model_length, silence_torchao
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
 
@@ -62,6 +68,8 @@ class TransformersEngine:
     def __init__(
         self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
     ) -> None:
+        self.facts: dict[str, Any] = {}
+        """More of `describe`: what whoever loads it has found."""
         self._model = model
         self._tokenizer = tokenizer
         self._files = files
@@ -180,7 +188,15 @@ class TransformersEngine:
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
             **({"adapters": dict(facts)} if (facts := self._adapters.facts) else {}),
+            **self.facts,
         }
+
+    def perplexity(self, asked: Sequence[Passage]) -> float:
+        """Return that of passages, computed as answers are."""
+        logits = module_logits(self._model)
+        if (network := self._network) is not None:  # of decoder-only models, which read no source
+            logits = lambda passage: network.read(passage.tokens)  # noqa: E731
+        return self._call(lambda: perplexity(logits, asked))
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
@@ -259,10 +275,22 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # greedy answers then don't depend on the batch; bfloat16 is slow
     transformers_logging.disable_progress_bar()
+    silence_torchao()
     path = checkpoint(model, dtype)
     tokenizer = load_tokenizer(path, model)
-    loaded = load_model(path, model, options, dtype).to(device).eval()
-    return TransformersEngine(loaded, tokenizer, model, config, options)
+
+    def whole(**how: Any) -> Any:
+        return load_model(path, model, options, dtype, **how).to(device).eval()
+
+    if config.quantize is None:
+        return TransformersEngine(whole(), tokenizer, model, config, options)
+    how = load_settings(config.quantize, device)
+    before = measure_whole(whole, tokenizer)
+    engine = TransformersEngine(whole(**how), tokenizer, model, config, options)
+    after = None if before is None else engine.perplexity(before.asked)
+    engine.facts |= quantized_facts(model.source, config.quantize, before, after)
+    free_caches()  # what loading and comparing took is more than what is left
+    return engine
 
 
 def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialTokens:

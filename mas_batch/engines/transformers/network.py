@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from mas_batch.engines.transformers.adapters import Adapted, Adapters
+from mas_batch.engines.transformers.int8_weight import Int8Weight, is_rounded
 from mas_batch.engines.transformers.transformers_compat import is_joinable
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -69,7 +70,9 @@ class Network:
         self._rotary = base.rotary_emb
         self._layers = [_Layer(layer, f"model.layers.{i}") for i, layer in enumerate(base.layers)]
         self._norm = base.norm
-        self._head = _Linear({"lm_head": model.lm_head})
+        # Where memory is to be saved it is not held a second time, packed: it would be the most.
+        quantized = is_rounded(base.layers[0].mlp.up_proj.weight)
+        self._head = _Linear({"lm_head": model.lm_head}, packed=not quantized)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, attend: Attend, order: Tensor | None = None
@@ -107,6 +110,19 @@ class Network:
             states = layer.down.plus(gated, states, adapted)
         return states
 
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Return float32 [tokens, vocabulary]: the logits after each token of one text."""
+
+        def attend(layer: int, *parts: Tensor) -> Tensor:
+            queries, keys, values = (part.transpose(0, 1)[None] for part in parts)
+            found = functional.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=True
+            )
+            return found[0].transpose(0, 1).flatten(1)
+
+        states = self.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend)
+        return self.logits(states)
+
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 [rows, vocabulary] of those states that the vocabulary is wanted of."""
         return self._head(_norm(self._norm, states), self._adapters.in_order(None)).float()
@@ -118,7 +134,7 @@ class _Layer:
 
         def joined(part: str, *names: str) -> _Linear:
             module = getattr(layer, part)
-            return _Linear({f"{name}.{part}.{own}": getattr(module, own) for own in names})
+            return _linear({f"{name}.{part}.{own}": getattr(module, own) for own in names})
 
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.qkv = joined("self_attn", "q_proj", "k_proj", "v_proj")
@@ -129,6 +145,11 @@ class _Layer:
         self.down = joined("mlp", "down_proj")
 
 
+def _linear(layers: Mapping[str, Any]) -> _Linear:
+    is_int8 = is_rounded(next(iter(layers.values())).weight)
+    return (_Int8Linear if is_int8 else _Linear)(layers)
+
+
 class _Linear:
     """Linear layers that read the same, as one; what follows is done while results are at hand.
 
@@ -136,14 +157,19 @@ class _Linear:
         layers: by their names in the model, which are those in adapters.
     """
 
-    def __init__(self, layers: Mapping[str, Any]) -> None:
+    def __init__(self, layers: Mapping[str, Any], *, packed: bool = True) -> None:
+        own = list(layers.values())
         with torch.inference_mode():
-            weight = torch.cat([layer.weight for layer in layers.values()])
-            biases = [layer.bias for layer in layers.values()]
+            biases = [layer.bias for layer in own]
             self._bias = None if biases[0] is None else torch.cat(biases)
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
-        ends = list(accumulate(len(layer.weight) for layer in layers.values()))
+            self._hold([layer.weight for layer in own], packed)
+        ends = list(accumulate(len(layer.weight) for layer in own))
         self._columns = dict(zip(layers, map(slice, [0, *ends], ends), strict=False))
+
+    def _hold(self, weights: Sequence[Any], packed: bool) -> None:
+        self._weight = torch.cat(tuple(weights)) if len(weights) > 1 else weights[0].detach()
+        if packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
     def __call__(self, states: Tensor, adapted: Sequence[Adapted]) -> Tensor:
         found = self._run(states, "none")
@@ -191,6 +217,33 @@ class _Linear:
             states, other, self._weight, self._bias, then
         )
         return found
+
+
+class _Int8Linear(_Linear):
+    """The same of weights that torchao has rounded: see `Int8Weight.parts`."""
+
+    def _hold(self, weights: Sequence[Any], packed: bool) -> None:
+        self._rounded = Int8Weight(weights)
+
+    def _run(self, states: Tensor, then: str) -> Tensor:
+        run = torch.ops.mkldnn._linear_pointwise
+        parts = self._rounded.parts()
+        return _joined([run(states, part, self._bias_of(i), then, [], "") for i, part in parts])
+
+    def _run_with(self, states: Tensor, other: Tensor, then: str) -> Tensor:
+        run = torch.ops.mkldnn._linear_pointwise
+        found = [
+            run(states, other[:, rows].contiguous(), part, self._bias_of(rows), then)
+            for rows, part in self._rounded.parts()
+        ]
+        return _joined(found)
+
+    def _bias_of(self, rows: slice) -> Tensor | None:
+        return None if self._bias is None else self._bias[rows]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
 
 
 def _norm(module: Any, states: Tensor) -> Tensor:
