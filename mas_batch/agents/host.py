@@ -20,7 +20,7 @@ from mas_batch.agents.held import HeldPartition, HeldPartitions
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.code_version import code_version
 from mas_batch.engines import detect_engine, load_engine
-from mas_batch.engines.base import Engine, Request, TokenizedPrompt
+from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import RunError
@@ -43,6 +43,8 @@ class _Resident:
     loop: EngineLoop
     views: dict[str, Engine] = field(default_factory=dict)
     """By hash of an agent's own options."""
+    known: dict[int, dict[tuple[Request, Sampling], Completion]] = field(default_factory=dict)
+    """By view, for as long as the engine is there: see `EngineClient.known`."""
     agents: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -159,7 +161,8 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         tokenize: Callable[[Request], TokenizedPrompt] | None = None
         if held is not None and len(resident.agents) > 1:
             tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
-        return LoopClient(resident.loop, view, tokenize)
+        known = resident.known.setdefault(id(view), {})
+        return LoopClient(resident.loop, view, tokenize, known)
 
     @property
     def joins(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import complete, tokenized
@@ -16,6 +16,7 @@ class LoopClient:
     Args:
         engine: the loop's engine, or a view of it.
         tokenize: the engine's, or one that remembers what it has tokenised.
+        known: see `EngineClient.known`.
     """
 
     def __init__(
@@ -23,10 +24,12 @@ class LoopClient:
         loop: EngineLoop,
         engine: Engine,
         tokenize: Callable[[Request], TokenizedPrompt] | None = None,
+        known: MutableMapping[tuple[Request, Sampling], Completion] | None = None,
     ) -> None:
         self._loop = loop
         self._engine = engine
         self._tokenize = tokenize or engine.tokenize
+        self.known = {} if known is None else known
         self.asked_s = 0.0
         """Seconds that requests were with the loop so far: the engine's share, and waiting."""
 
@@ -54,6 +57,7 @@ class DirectClient:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.known: MutableMapping[tuple[Request, Sampling], Completion] = {}
 
     @property
     def max_context_tokens(self) -> int:

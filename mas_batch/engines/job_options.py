@@ -26,10 +26,12 @@ def check_options(job: Job, *, environment: bool = False) -> None:
             is looked for too.
 
     Raises:
-        JobError: an option is wrong; the message names the agent's key and what is allowed.
+        JobError: an option is wrong, or an agent reads labels of which its engine gives no
+            probabilities; the message names the agent's key and what is allowed.
     """
     for agent in job.agents:
         try:
+            _check_reading(agent)
             options = _read(agent)
             if options is not None and environment:
                 options.check_environment()
@@ -57,6 +59,13 @@ def partitions_at_once(agent: Agent, engine: EngineInfo | None = None) -> int:
     options = _read(agent)
     own = options.partitions_at_once if options is not None else None
     return (engine or engine_of(agent)).concurrent if own is None else own
+
+
+def _check_reading(agent: Agent) -> None:
+    if agent.reads == "labels" and not any(e.scores_choices for e in _possible_engines(agent)):
+        able = ", ".join(name for name, engine in ENGINES.items() if engine.scores_choices)
+        message = "`labels` is not allowed: its engine gives no probabilities of given words"
+        raise JobError(f"{message}; allowed: reply, or one of the engines {able}", key="agents.reads")
 
 
 def _read(agent: Agent) -> EngineOptions | None:

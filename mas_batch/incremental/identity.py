@@ -47,6 +47,7 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
         "options": options,
         "limits": {key: agent.options[key] for key in limits if key in agent.options},
         "examples": examples.fingerprint(agent.options),
+        "reads": {"reads": "labels"} if agent.reads_labels(job.task) else {},
     }
     return {name: fingerprint(value) for name, value in sections.items()}
 
@@ -79,7 +80,7 @@ def changed_sections(job: Job, agent: Agent, earlier: Mapping[str, Any]) -> list
     if then is None:
         return None
     now = asked_as(job, agent)
-    unset = fingerprint({})  # no limits: a run of an earlier version does not have the section
+    unset = fingerprint({})  # no limits, no labels: an earlier version's run has no such section
     return [section for section in now if now[section] != then.get(section, unset)]
 
 

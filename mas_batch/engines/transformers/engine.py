@@ -34,10 +34,16 @@ from mas_batch.engines.transformers.checkpoints import (
     load_model,
     load_tokenizer,
 )
+from mas_batch.engines.transformers.choices import (
+    ChoiceTokens,
+    choice_completions,
+    score_packed,
+    score_stream,
+)
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
 from mas_batch.engines.transformers.running import Asked, Running
-from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
+from mas_batch.engines.transformers.streams import SpecialTokens, Stream, open_stream
 from mas_batch.engines.transformers.transformers_compat import model_length
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
@@ -56,6 +62,7 @@ class TransformersEngine:
     """
 
     samples = True
+    scores_choices = True
 
     def __init__(
         self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
@@ -72,6 +79,7 @@ class TransformersEngine:
         self.max_batch_tokens = config.max_batch_tokens
         packed = options.pack_weights and can_pack(model)
         self._network = Network(model) if packed else None
+        self._choices = ChoiceTokens(tokenizer, seq2seq=self._seq2seq)
         self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -89,6 +97,8 @@ class TransformersEngine:
         if not requests:
             return []
         prompts = [self._tokens(request, sampling) for request in requests]
+        if sampling.choices:
+            return self._score(prompts, sampling)
         if sampling.num_beams > 1:
             start = time.perf_counter()
             with torch.inference_mode():
@@ -110,7 +120,7 @@ class TransformersEngine:
 
     def can_step(self, sampling: Sampling) -> bool:
         """See `SteppingEngine.can_step`: no beams, and a cache whose rows can be put together."""
-        return sampling.num_beams == 1 and self._running.joinable
+        return sampling.num_beams == 1 and not sampling.choices and self._running.joinable
 
     def begin(self, waiting: Sequence[Waiting]) -> list[int]:
         """See `SteppingEngine.begin`."""
@@ -179,9 +189,35 @@ class TransformersEngine:
             ) from error
         return text, False  # the template has written them
 
+    def _score(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Return how likely each of the choices is after each prompt."""
+        start = time.perf_counter()
+        choices = [self._choices.after(prompt, sampling.choices) for prompt in prompts]
+        for prompt, own in zip(prompts, choices, strict=True):
+            if len(prompt) + (longest := max(map(len, own))) > self.max_context_tokens:
+                raise EngineError(
+                    f"{len(prompt)} prompt tokens + {longest} of a choice are over the model's "
+                    f"context of {self.max_context_tokens}"
+                )
+
+        def score() -> list[list[float]]:
+            if self._network is not None:
+                return score_packed(self._network, prompts, choices)
+            return score_stream(
+                self._stream, self._special, prompts, choices, self.max_batch_tokens
+            )
+
+        logprobs = self._call(score)
+        total_s = time.perf_counter() - start
+        return choice_completions(prompts, choices, logprobs, sampling, total_s)
+
+    def _stream(self) -> Stream:
+        return open_stream(self._model, self._special, self._network)
+
     def _open(self) -> Running:
-        stream = open_stream(self._model, self._special, self._network)
-        return Running(stream, self._special)
+        return Running(self._stream(), self._special)
 
     def _call(self, call: Callable[[], T]) -> T:
         with torch.inference_mode():
