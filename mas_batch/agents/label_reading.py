@@ -1,11 +1,12 @@
 """Which label a language model finds likeliest, by the probabilities of all of them.
 
 A label's score is its log-probability after the record's prompt less that after the same prompt
-with an empty text, per token of the label: how much the text speaks for it, whatever the label's
-length, and however often the model says it unasked. The probabilities are the scores' softmax.
+with an empty text: how much the text speaks for it. What a label's length and its being common take
+from its probability is in both, and so in neither. The probabilities are the scores' softmax.
+Measured against other ways, division by the length among them: benchmarks/README.md.
 
-Sources: Holtzman et al., "Surface form competition", EMNLP 2021 (what is said unasked); Zhao et
-al., "Calibrate before use", ICML 2021 (the empty text).
+Sources: Holtzman et al., "Surface form competition", EMNLP 2021; the empty text: Zhao et al.,
+"Calibrate before use", ICML 2021.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def read_labels(
 
 
 def _read(labels: Sequence[str], found: Completion, prior: Completion) -> Completion:
-    each = zip(found.choice_logprobs, prior.choice_logprobs, found.choice_tokens, strict=True)
-    scores = [(own - unasked) / length for own, unasked, length in each]
+    each = zip(found.choice_logprobs, prior.choice_logprobs, strict=True)
+    scores = [own - unasked for own, unasked in each]
     highest = max(scores)
     total = highest + math.log(math.fsum(math.exp(score - highest) for score in scores))
     best = scores.index(highest)
