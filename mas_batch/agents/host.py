@@ -43,8 +43,8 @@ class _Resident:
     loop: EngineLoop
     views: dict[str, Engine] = field(default_factory=dict)
     """By hash of an agent's own options."""
-    known: dict[int, dict[tuple[Request, Sampling], Completion]] = field(default_factory=dict)
-    """By view, for as long as the engine is there: see `EngineClient.known`."""
+    known: dict[str, dict[tuple[Request, Sampling], Completion]] = field(default_factory=dict)
+    """By agent, for as long as the engine is there: see `EngineClient.known`."""
     agents: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -161,7 +161,7 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         tokenize: Callable[[Request], TokenizedPrompt] | None = None
         if held is not None and len(resident.agents) > 1:
             tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
-        known = resident.known.setdefault(id(view), {})
+        known = resident.known.setdefault(spec.agent_id, {})
         return LoopClient(resident.loop, view, tokenize, known)
 
     @property

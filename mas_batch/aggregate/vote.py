@@ -107,9 +107,7 @@ def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
     )
 
 
-def pool(
-    ballots: Sequence[Ballot], labels: Sequence[str], weights: Sequence[float]
-) -> Verdict:
+def pool(ballots: Sequence[Ballot], labels: Sequence[str], weights: Sequence[float]) -> Verdict:
     """Return the label of the highest mean probability, of those that an agent gave.
 
     The confidence is that mean: the linear opinion pool (Stone, "The opinion pool", 1961). An
@@ -211,7 +209,9 @@ WEIGHTED = Method(
 )
 
 POOL = Method(
-    verdict=lambda ballots, spec, shared: pool(ballots, spec.labels or (), spec.weights_of(ballots)),
+    verdict=lambda ballots, spec, shared: pool(
+        ballots, spec.labels or (), spec.weights_of(ballots)
+    ),
     columns=("label",),
     exact=False,
     confidence_kinds=("probability",),

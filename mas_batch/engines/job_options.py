@@ -65,7 +65,9 @@ def _check_reading(agent: Agent) -> None:
     if agent.reads == "labels" and not any(e.scores_choices for e in _possible_engines(agent)):
         able = ", ".join(name for name, engine in ENGINES.items() if engine.scores_choices)
         message = "`labels` is not allowed: its engine gives no probabilities of given words"
-        raise JobError(f"{message}; allowed: reply, or one of the engines {able}", key="agents.reads")
+        raise JobError(
+            f"{message}; allowed: reply, or one of the engines {able}", key="agents.reads"
+        )
 
 
 def _read(agent: Agent) -> EngineOptions | None:
