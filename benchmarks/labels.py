@@ -63,7 +63,9 @@ def figures(found: Sequence[str | None], gold: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--model", default=SMOL)

@@ -463,8 +463,8 @@ class Merge(_Model):
     """For `reliability`: folder or URL where what was learned is kept between runs and read as a
     prior by the next."""
     calibrate: Calibrate | None = None
-    """For `vote`, `weighted`, `reliability`, `mean` of labels: 50 labels and more make a confidence a probability
-    of being right."""
+    """For `vote`, `weighted`, `reliability`, `mean` of labels: 50 labels and more make a
+    confidence a probability of being right."""
     abstain_below: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Records whose confidence is lower are marked `abstain` and copied to `review/`."""
 

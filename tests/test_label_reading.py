@@ -99,7 +99,8 @@ def test_a_text_in_parts_has_the_mean_of_their_probabilities() -> None:
     left, right = read(engine, "like A", "like B")
     (answer,) = read(engine, "like A like B")
     assert answer.num_parts == 2
-    assert left.probs is not None and right.probs is not None
+    assert left.probs is not None
+    assert right.probs is not None
     means = [(a + b) / 2 for a, b in zip(left.probs, right.probs, strict=True)]
     assert answer.probs == pytest.approx(means)
     assert answer.label == LABELS[means.index(max(means))]
@@ -242,6 +243,7 @@ def test_a_pool_can_stop_and_escalate_where_a_mean_of_numbers_cannot(make_job: M
     }
     job = make_job(task=CLASSIFY, agents=agents, routing=routing, merge={"method": "mean"})
     spec, stopping = check_merging(job)
-    assert isinstance(spec, MergeSpec) and stopping is not None
+    assert isinstance(spec, MergeSpec)
+    assert stopping is not None
     with pytest.raises(JobError, match="standard error"):
         check_merging(job.with_changes(task=TaskSection(kind="score")))

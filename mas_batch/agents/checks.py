@@ -15,8 +15,8 @@ def check_engine(task: Task, engine: Engine, agent: Agent) -> None:
 
     Raises:
         JobError: a translation model is asked to do anything but translate; the agent has a
-            prompt that its engine would not read, a sampling that it would not follow, or reads labels
-            of which its engine gives no probabilities.
+            prompt that its engine would not read, a sampling that it would not follow, or labels to
+            read of which its engine gives no probabilities.
     """
     name = engine.describe().get("engine", type(engine).__name__)
     if engine.only_translates and not task.is_translation:

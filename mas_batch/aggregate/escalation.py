@@ -124,8 +124,8 @@ def check_method(spec: MergeSpec, *, compares: bool = False) -> None:
     if compares and spec.rules.exact:
         allowed = methods_that(lambda each: not each.exact and each.not_escalated is None)
         raise JobError(
-            f"merge.method {spec.method!r} publishes free texts, and two agents' are hardly ever the "
-            f"same; allowed: fraction or below, or merge.method {allowed}",
+            f"merge.method {spec.method!r} publishes free texts, and two agents' are hardly ever "
+            f"the same; allowed: fraction or below, or merge.method {allowed}",
             key="routing.escalate.target",
         )
     if (why := spec.rules.not_escalated) is not None:

@@ -36,11 +36,11 @@ LOGIT_ROWS = 256
 class ChoiceTokens:
     """Continuations in tokens.
 
-    A continuation follows the prompt's last tokens as it would in a text: it is tokenised with them,
-    so that it gets no mark of a beginning that it is not at. Where its first letters would merge
-    with the prompt's last token, which has been read as it is, it is tokenised alone. A space comes
-    before it unless the prompt ends with a blank or with a special token, as chat templates do.
-    For a decoder with an encoder it begins a text of the target language.
+    A continuation follows the prompt's last tokens as it would in a text: it is tokenised with
+    them, so that it gets no mark of a beginning that it is not at. Where its first letters would
+    merge with the prompt's last token, which is read as it is, it is tokenised alone. A space
+    comes before it unless the prompt ends with a blank or with a special token, as chat templates
+    do. For a decoder with an encoder it begins a text of the target language.
     """
 
     def __init__(self, tokenizer: Any, *, seq2seq: bool) -> None:
