@@ -57,7 +57,7 @@ class Task(ABC):
     takes_labels: ClassVar[bool] = False
     """Whether the answer is one of `task.labels`, which then are required."""
     reads_labels: ClassVar[bool] = False
-    """Whether the labels' probabilities can be read instead of a reply, where a model gives them."""
+    """Whether the labels' probabilities can be read instead of a reply, where a model has them."""
     system_template: ClassVar[str]
     user_template: ClassVar[str]
     long_documents: ClassVar[tuple[str, ...]] = ()
