@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
-from mas_batch.engines.base import EngineConfig, Request, Sampling
+from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling
 from mas_batch.engines.client import DirectClient
 from mas_batch.job import Task as TaskSection
 from mas_batch.models import fetch
@@ -42,6 +42,17 @@ WAYS: Mapping[str, Callable[[Floats, Floats, Floats], Floats]] = {
     "(log p - log p(empty)) / tokens": lambda own, empty, length: (own - empty) / length,
 }
 """Scores of [texts, labels], by log-probabilities, those after the empty text, and tokens."""
+
+
+class Keeping(DirectClient):
+    """Keeps the last completions: where labels are read, the empty text's is the first."""
+
+    last: Sequence[Completion] = ()
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        found = super().complete(requests, sampling)
+        self.last = [completion for (completion,) in found]
+        return found
 
 
 def read_rows(path: Path, limit: int) -> list[tuple[str, str]]:
@@ -71,7 +82,7 @@ def main() -> None:
     parser.add_argument("--model", default=SMOL)
     args = parser.parse_args()
     engine = load_engine("transformers", fetch(args.model), EngineConfig(threads=2))
-    client = DirectClient(engine)
+    client = Keeping(engine)
     for path in args.texts:
         rows = read_rows(path, args.limit)
         gold = [label for _, label in rows]
@@ -90,11 +101,7 @@ def main() -> None:
             failed = sum(answer.reason is not None for answer in answers)
             said = figures([answer.label for answer in answers], gold)
             print(f"  {name:32} {said}  unparsable {failed}  {took_s:.1f} s")
-        requests = [
-            Request(str(i), text, task.messages(text, None, prompt=None, system=None))
-            for i, text in enumerate(["", *(text for text, _ in rows)])
-        ]
-        found = [c for (c,) in client.complete(requests, read.sampling)]
+        found = client.last
         own = np.array([c.choice_logprobs for c in found])
         length = np.array(found[0].choice_tokens, dtype=np.float64)
         for name, score in WAYS.items():
