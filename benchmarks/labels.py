@@ -82,8 +82,8 @@ def main() -> None:
     parser.add_argument("--model", default=SMOL)
     args = parser.parse_args()
     engine = load_engine("transformers", fetch(args.model), EngineConfig(threads=2))
-    client = Keeping(engine)
     for path in args.texts:
+        client = Keeping(engine)  # a new one asks about the empty text again
         rows = read_rows(path, args.limit)
         gold = [label for _, label in rows]
         labels = tuple(sorted(set(gold)))
