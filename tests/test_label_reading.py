@@ -201,7 +201,7 @@ def test_a_run_reads_labels_and_none_is_unparsable(make_job: MakeJob, tmp_path: 
     assert {row["reason"] for row in replied} == {"unparsable_answer"}
     assert all(row["probs"] is None for row in replied)
     for row, result in zip(read, run.arrow("results").to_pylist(), strict=True):
-        assert (result["answer"], result["confidence_kind"]) == (row["label"], "probability")
+        assert (result["answer"], result["confidence_kind"]) == (row["label"], "pooled")
         assert result["confidence"] == max(row["probs"])
 
 
@@ -215,7 +215,7 @@ def said(agent: str, label: str, *probs: float) -> Ballot:
 def test_probabilities_are_pooled() -> None:
     ballots = [said("a", "A", 0.5, 0.1, 0.4), said("b", "A", 0.6, 0, 0.4), said("c", "C", 0, 0, 1)]
     merged = pool(ballots, LABELS, [1, 1, 1])
-    assert (merged.answer, merged.confidence_kind, merged.tie) == ("C", "probability", False)
+    assert (merged.answer, merged.confidence_kind, merged.tie) == ("C", "pooled", False)
     assert merged.confidence == pytest.approx(0.6)
     assert merged.margin == pytest.approx(0.6 - 1.1 / 3)
     assert [c.weight for c in merged.support] == pytest.approx([0.6, 1.1 / 3])

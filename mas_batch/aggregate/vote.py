@@ -132,7 +132,7 @@ def pool(ballots: Sequence[Ballot], labels: Sequence[str], weights: Sequence[flo
     others = [share for label, share in pooled.items() if label != support[0].answer]
     shares = shares_of([candidate.score for candidate in support])
     margin = max(0.0, best - max(others))
-    return verdict(support, shares, best, "probability", margin)
+    return verdict(support, shares, best, "pooled", margin)
 
 
 def _by_share(ballots: Sequence[Ballot], weights: Sequence[int], kind: str) -> Verdict:
@@ -214,7 +214,7 @@ POOL = Method(
     ),
     columns=("label",),
     exact=False,
-    confidence_kinds=("probability",),
+    confidence_kinds=("pooled",),
     stopping=Stopping(trusts_one=lambda spec: True),
     not_escalated=None,
     calibrates=True,
