@@ -39,6 +39,9 @@ class EngineInfo:
     `add_adapter(name, files)` and heeds `Request.adapter`."""
     quantizes: tuple[str, ...] = ()
     """Values of `agents.quantize` that it knows."""
+    scores_choices: bool = False
+    """It gives the probabilities of given words (`Sampling.choices`), so that labels can be read.
+    A loaded engine says the same, by `scores_choices`."""
     operational: tuple[str, ...] = ()
     """Options that change no answer, only how fast it comes or who pays for it."""
     limits: tuple[str, ...] = ()

@@ -226,7 +226,7 @@ def _source_of_files(source: str) -> str:
     return source
 
 
-LATER_KEYS = frozenset({"quantize"})
+LATER_KEYS = frozenset({"adapter", "quantize", "reads"})
 """Of agents: None is what it was before there was such a key."""
 
 
@@ -253,6 +253,9 @@ class Agent(_Model):
     system: str | None = None
     """Override the task's prompt for this agent."""
     sampling: AgentSampling = AgentSampling()
+    reads: Literal["labels", "reply"] | None = None
+    """Classification only: the labels' probabilities after the prompt, or what the model replies.
+    None: the labels, where its engine gives them and it decodes greedily, one sample."""
     parallel: Parallel = Parallel()
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads per host; 0 shares the machine's cores among the embedded workers."""
@@ -280,6 +283,21 @@ class Agent(_Model):
         if self.engine == "auto":
             return None if source.has_files else ENGINES[source.scheme]
         return ENGINES[self.engine]
+
+    def reads_labels(self, task: Task) -> bool:
+        """Whether it reads the labels' probabilities, as far as the job tells.
+
+        What `engine: auto` finds may turn out to give none; then it replies.
+        """
+        if self.reads is not None or not TASKS[task.kind].reads_labels:
+            return self.reads == "labels"
+        engine = self.engine_info
+        return self._is_greedy and (engine is None or engine.scores_choices)
+
+    @property
+    def _is_greedy(self) -> bool:
+        sampling = self.sampling
+        return self.samples == 1 and sampling.temperature == 0 and sampling.num_beams == 1
 
     @property
     def loaded_as(self) -> list[Any]:
@@ -318,6 +336,11 @@ class Agent(_Model):
             raise ValueError(
                 f"samples: {self.samples} greedy answers would be the same answer "
                 f"{self.samples} times; set sampling.temperature above 0, or samples: 1"
+            )
+        if self.reads == "labels" and not self._is_greedy:
+            raise ValueError(
+                "reads: `labels` is not allowed with samples, sampling.temperature or "
+                "sampling.num_beams: nothing is drawn; allowed: reply"
             )
         if self.max_count is not None and self.max_count < self.count:
             raise ValueError(f"max_count {self.max_count} must not be below count {self.count}")
@@ -461,8 +484,8 @@ class Merge(_Model):
     """For `reliability`: folder or URL where what was learned is kept between runs and read as a
     prior by the next."""
     calibrate: Calibrate | None = None
-    """For `vote`, `weighted` and `reliability`: 50 labels and more make a confidence a probability
-    of being right."""
+    """For `vote`, `weighted`, `reliability`, `mean` of labels: 50 labels and more make a
+    confidence a probability of being right."""
     abstain_below: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Records whose confidence is lower are marked `abstain` and copied to `review/`."""
 
@@ -574,6 +597,9 @@ class Job(_Model):
                     f"agents.{agent.name}.capabilities: {', '.join(agent.capabilities) or 'none'} "
                     f"does not include {self.task.kind!r}, which task.kind asks for"
                 )
+            if agent.reads is not None and not TASKS[self.task.kind].reads_labels:
+                takers = ", ".join(name for name, kind in TASKS.items() if kind.reads_labels)
+                raise ValueError(f"agents.{agent.name}.reads: only for task.kind {takers}")
         for name in self.routing.weights:
             if name not in names:
                 raise ValueError(
@@ -692,9 +718,11 @@ class Job(_Model):
         if adaptive or self.answers_per_record < sum(a.samples for a in self.first_agents):
             whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
             whole["routing"]["weights"] = self.routing.weights
-        for agent in whole["agents"]:
-            if agent["adapter"] is None:
-                agent.pop("adapter")  # the names of earlier runs had none
+        for agent, own in zip(whole["agents"], self.agents, strict=True):
+            # Runs of earlier versions read replies, and have no such key in their names.
+            agent.pop("reads", None)
+            if own.reads_labels(self.task):
+                agent["reads"] = "labels"
             for key in (
                 "count",
                 "max_count",

@@ -43,6 +43,8 @@ class Parsed:
     text: str
     label: str | None = None
     value: float | None = None
+    probs: tuple[float, ...] | None = None
+    """Of the job's labels, in their order; None: the answer says no more than itself."""
 
 
 @pickled_by_name
@@ -57,6 +59,7 @@ class Answer:
     text: str | None
     label: str | None = None
     value: float | None = None
+    probs: tuple[float, ...] | None = None
     sum_logprob: float | None = None
     finish_reason: str = "stop"
     prompt_tokens: int | None = 0
@@ -92,6 +95,7 @@ ANSWERS = pa.schema(
         pa.field("text", pa.string()),  # null when `reason` is set
         pa.field("label", pa.string()),
         pa.field("value", pa.float64()),
+        pa.field("probs", pa.list_(pa.float64())),  # of the job's labels, in their order
         pa.field("sum_logprob", pa.float64()),
         pa.field("finish_reason", pa.string()),  # stop, length (cut by max_new_tokens) or error
         pa.field("prompt_tokens", pa.int32()),

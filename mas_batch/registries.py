@@ -28,6 +28,7 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[cpu]",
             options="mas_batch.engines.transformers.options:read",
             quantizes=("int8",),
+            scores_choices=True,
             # One ends, one is half-way, one begins, and one is being read or written meanwhile.
             concurrent=4,
             adapters=True,

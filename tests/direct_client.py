@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.batching import complete
@@ -13,6 +13,7 @@ class DirectClient:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.known: MutableMapping[tuple[Request, Sampling], Completion] = {}
 
     @property
     def max_context_tokens(self) -> int:

@@ -300,6 +300,36 @@ def test_every_tensor_is_where_the_model_is(kind: str, tiny: Callable[[str], Mod
     ]
 
 
+CHOICES = ("w7", "w7 w9", "w3 w4 w5", "w8 w1")
+
+
+@pytest.mark.parametrize("kind", ["packed", "llama", "sliding", "gpt2", "t5", "bart"])
+def test_choices_are_scored_as_by_one_forward_pass_each(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    files = tiny("llama" if kind == "packed" else kind)
+    requests, sampling = _requests(), Sampling(4, choices=CHOICES)
+    # Room for some of the rows only.
+    engine = _load(files, max_batch_tokens=150, options={"pack_weights": kind == "packed"})
+
+    together = [c for (c,) in engine.generate(requests, sampling)]
+    [(alone,)] = engine.generate(requests[:1], sampling)
+
+    tokens = [[WORDS.index(word) for word in choice.split()] for choice in CHOICES]
+    for request, completion in zip(requests, together, strict=True):
+        prompt = _prompt(files, request)
+        expected = [_teacher_forced(files, prompt, own) for own in tokens]
+        assert completion.choice_logprobs == pytest.approx(expected, abs=1e-3)
+        assert completion.choice_tokens == (1, 2, 3, 2)
+        best = expected.index(max(expected))
+        assert (completion.text, completion.token_ids) == (CHOICES[best], tuple(tokens[best]))
+        assert completion.sum_logprob == completion.choice_logprobs[best]
+        assert completion.prompt_tokens == len(prompt)
+        assert completion.prefill_s == completion.compute_s > 0
+    assert alone.choice_logprobs == pytest.approx(together[0].choice_logprobs, abs=1e-4)
+    assert not engine.can_step(sampling)
+
+
 def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) -> None:
     request = _requests()[0]
     others = [Request(f"r{seed}", request.text, request.messages, seed) for seed in range(5)]

@@ -51,7 +51,9 @@ def _sum_of_counts(values: Sequence[int | None]) -> int | None:
 
 def succeeded(answer: Answer, parsed: Parsed) -> Answer:
     """End the answer with a parsed reply."""
-    return replace(answer, text=parsed.text, label=parsed.label, value=parsed.value)
+    return replace(
+        answer, text=parsed.text, label=parsed.label, value=parsed.value, probs=parsed.probs
+    )
 
 
 def failed(answer: Answer, error: RecordError) -> Answer:

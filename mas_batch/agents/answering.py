@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
 
 from mas_batch.agents.account import add, failed, given_up, succeeded
+from mas_batch.agents.label_reading import read_labels
 from mas_batch.engines.base import (
     Completion,
     EngineClient,
@@ -102,6 +104,16 @@ def failed_answers(
     return [given_up(_blank(record, profile, sample), error) for sample in samples]
 
 
+def _with_time(completion: Completion, more_s: float) -> Completion:
+    """Add seconds of reading to a completion."""
+    prefill_s = completion.prefill_s
+    return replace(
+        completion,
+        compute_s=completion.compute_s + more_s,
+        prefill_s=None if prefill_s is None else prefill_s + more_s,
+    )
+
+
 def _text(record: Record) -> str:
     if record.text is None:
         raise RunError(f"record {record.record_id!r} has neither a text nor a reason for none")
@@ -130,7 +142,6 @@ class _Asker:
 
     def ask(self, records: Sequence[Record]) -> list[Answer | _Draft]:
         """Ask about the records, whole or in parts, in one call."""
-        sampling = self.profile.sampling
         outcomes: list[Answer | _Draft] = []
         asked: list[tuple[Record, Fitted]] = []
         requests: list[Request] = []
@@ -142,7 +153,7 @@ class _Asker:
             else:
                 asked.append((record, fitted))
                 requests += about
-        replies = iter(self.client.complete(requests, sampling))
+        replies = iter(self._complete(requests))
         for record, fitted in asked:
             outcomes += self._settle(record, fitted, list(islice(replies, len(fitted.parts))))
         return outcomes
@@ -169,6 +180,28 @@ class _Asker:
         replies = chain.from_iterable(self.client.complete(requests, sampling))
         outcomes += [self._settle_level(draft, groups, replies) for draft, groups in planned]
         return outcomes
+
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Ask; where labels are read, their probabilities are corrected, and `text` is one of them.
+
+        For that the prompt of an empty text is asked about too, once for all records. Its time is
+        theirs in equal parts, if it was asked about now.
+        """
+        sampling = self.profile.sampling
+        if not sampling.choices or not requests:
+            return self.client.complete(requests, sampling)
+        empty = self._request(("", 0, 0, 0), "", None)
+        prior = self.client.known.get((empty, sampling))
+        if prior is not None:
+            found = self.client.complete(requests, sampling)
+            share_s = 0.0
+        else:
+            [(prior,), *found] = self.client.complete([empty, *requests], sampling)
+            if prior.reason is None:
+                self.client.known[empty, sampling] = prior
+            share_s = prior.compute_s / len(requests)
+        read = read_labels(sampling.choices, [one for (one,) in found], prior)
+        return [[_with_time(one, share_s)] for one in read]
 
     def _fit(self, record: Record) -> tuple[Fitted, list[Request]]:
         """Return the text, whole if the context holds it, else in parts, and a request for each.
@@ -302,6 +335,9 @@ class _Asker:
         try:
             if completion.reason is not None:
                 raise RecordError(completion.reason, completion.message)
+            if completion.choice_logprobs:
+                probs = tuple(map(math.exp, completion.choice_logprobs))
+                return Parsed(completion.text, label=completion.text, probs=probs)
             return self.task.parse(completion.text)
         except RecordError as error:
             message = f"{place}: {error.message}" if place else error.message

@@ -20,7 +20,7 @@ from mas_batch.agents.held import HeldPartition, HeldPartitions
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.code_version import code_version
 from mas_batch.engines import detect_engine, load_engine
-from mas_batch.engines.base import Engine, Request, TokenizedPrompt
+from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import JobError, RunError
@@ -45,6 +45,8 @@ class _Resident:
     """By hash of an agent's own options."""
     adapters: set[str] = field(default_factory=set)
     """Those that the engine was given, named by their sources."""
+    known: dict[str, dict[tuple[Request, Sampling], Completion]] = field(default_factory=dict)
+    """By agent, for as long as the engine is there: see `EngineClient.known`."""
     agents: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -175,7 +177,8 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         tokenize: Callable[[Request], TokenizedPrompt] | None = None
         if held is not None and len(resident.agents) > 1:
             tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
-        return LoopClient(resident.loop, view, tokenize, adapter=spec.agent.adapter)
+        known = resident.known.setdefault(spec.agent_id, {})
+        return LoopClient(resident.loop, view, tokenize, adapter=spec.agent.adapter, known=known)
 
     @property
     def joins(self) -> bool:

@@ -143,7 +143,8 @@ def _ask_agent(
     records = _records_to_ask(run, partition, held, earlier)
     known, answered, missing = known_answers(run, partition, spec.agent_id, records)
     read_s = watch.lap("read")
-    task, profile = make_task(run.task), profile_of(run.task, spec, family_id)
+    task = make_task(run.task)
+    profile = profile_of(run.task, spec, family_id, host.engine(spec))
     client = host.client(spec, held)
 
     def ask(asked: Sequence[Record]) -> list[Answer]:
@@ -289,8 +290,10 @@ def _agreement(
     return {agent: (each["agreements"], each["answers"]) for agent, each in counts.items()}
 
 
-def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
+def profile_of(task: Task, spec: AgentSpec, family_id: str, engine: Engine) -> AgentProfile:
     """Return how the agent is asked: its prompts and its sampling."""
+    # Of `engine: auto` the job could not tell whether it can.
+    reads_labels = spec.agent.reads_labels(task) and getattr(engine, "scores_choices", False)
     agent = spec.agent
     return AgentProfile(
         agent_id=agent.name,
@@ -304,6 +307,7 @@ def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
             top_k=agent.sampling.top_k,
             num_beams=agent.sampling.num_beams,
             num_samples=agent.samples,
+            choices=(task.labels or ()) if reads_labels else (),
         ),
         seed=agent.sampling.seed,
     )

@@ -105,6 +105,8 @@ class Method:
     calibrates: bool = False
     """Whether its confidence is of an answer that is right or wrong, so that labels can tell what
     it is worth."""
+    of_labels: Method | None = None
+    """What it is for labels, where that is something else."""
     uses_utility: bool = False
     """Whether it compares texts by `merge.utility`."""
     weights: Mapping[str | None, Learning | None] = field(default_factory=lambda: {None: None})
@@ -212,7 +214,8 @@ class MergeSpec:
     @property
     def rules(self) -> Method:
         """What the method needs and can do."""
-        return METHODS[self.method]
+        method: Method = METHODS[self.method]
+        return method.of_labels or method if self.answer_kind == "label" else method
 
     @property
     def kind(self) -> AnswerKind:

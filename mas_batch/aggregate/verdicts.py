@@ -71,4 +71,5 @@ def _ballot(row: Mapping[str, Any], spec: MergeSpec) -> Ballot:
         num_parts=row["num_parts"],
         logprob_sum=row["sum_logprob"],
         num_logprobs=row["completion_tokens"],
+        probs=None if row["probs"] is None else tuple(row["probs"]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -134,7 +134,8 @@ class Engine(Protocol):
 
     An engine is loaded, called and closed in one thread (`engines.loop`), but for `tokenize`. One
     that waits for a server may have `threadsafe = True`: then any number of threads call its
-    `generate` at once, and its `close` ends their calls. One that knows how many partitions keep
+    `generate` at once, and its `close` ends their calls. One with `scores_choices = True` heeds
+    `Sampling.choices`. One that knows how many partitions keep
     it busy has `concurrent`, and one whose `EngineInfo` names `agent_options` has
     `for_agent(options) -> Engine`: a light view that shares what is held; closing a view closes
     nothing. One whose `EngineInfo` says `adapters` has `add_adapter(name, files)`, which raises a
@@ -245,6 +246,11 @@ class SteppingEngine(Engine, Protocol):
 
 class EngineClient(Protocol):
     """How one agent asks an engine that others may be asking at the same time."""
+
+    @property
+    def known(self) -> MutableMapping[tuple[Request, Sampling], Completion]:
+        """Completions that are asked for again and again: whoever asks keeps them here."""
+        ...
 
     @property
     def max_context_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
@@ -18,6 +18,7 @@ class LoopClient:
         engine: the loop's engine, or a view of it.
         tokenize: the engine's, or one that remembers what it has tokenised.
         adapter: of the agent that asks.
+        known: see `EngineClient.known`.
     """
 
     def __init__(
@@ -26,11 +27,13 @@ class LoopClient:
         engine: Engine,
         tokenize: Callable[[Request], TokenizedPrompt] | None = None,
         adapter: str | None = None,
+        known: MutableMapping[tuple[Request, Sampling], Completion] | None = None,
     ) -> None:
         self._loop = loop
         self._adapter = adapter
         self._engine = engine
         self._tokenize = tokenize or engine.tokenize
+        self.known = {} if known is None else known
         self.asked_s = 0.0
         """Seconds that requests were with the loop so far: the engine's share, and waiting."""
 

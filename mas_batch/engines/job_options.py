@@ -26,12 +26,14 @@ def check_options(job: Job, *, environment: bool = False) -> None:
             is looked for too.
 
     Raises:
-        JobError: an option is wrong, or an agent has an adapter for which its engine has no
-            place; the message names the agent's key and what is allowed.
+        JobError: an option is wrong, an agent has an adapter for which its engine has no place, or
+            reads labels of which it gives no probabilities; the message names the agent's key and
+            what is allowed.
     """
     for agent in job.agents:
         try:
             _check_adapter(agent)
+            _check_reading(agent)
             check_quantize(agent.quantize, list(_possible_engines(agent)))
             options = _read(agent)
             if options is not None and environment:
@@ -67,6 +69,15 @@ def _check_adapter(agent: Agent) -> None:
         able = ", ".join(name for name, engine in ENGINES.items() if engine.adapters)
         message = f"not allowed: its engine has no adapters; allowed with engine {able}"
         raise JobError(message, key="agents.adapter")
+
+
+def _check_reading(agent: Agent) -> None:
+    if agent.reads == "labels" and not any(e.scores_choices for e in _possible_engines(agent)):
+        able = ", ".join(name for name, engine in ENGINES.items() if engine.scores_choices)
+        message = "`labels` is not allowed: its engine gives no probabilities of given words"
+        raise JobError(
+            f"{message}; allowed: reply, or one of the engines {able}", key="agents.reads"
+        )
 
 
 def _read(agent: Agent) -> EngineOptions | None:

@@ -48,6 +48,7 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
         "limits": {key: agent.options[key] for key in limits if key in agent.options},
         "examples": examples.fingerprint(agent.options),
         "adapter": {} if agent.adapter is None else agent.adapter,
+        "reads": {"reads": "labels"} if agent.reads_labels(job.task) else {},
     }
     return {name: fingerprint(value) for name, value in sections.items()}
 
@@ -80,7 +81,7 @@ def changed_sections(job: Job, agent: Agent, earlier: Mapping[str, Any]) -> list
     if then is None:
         return None
     now = asked_as(job, agent)
-    unset = fingerprint({})  # no limits, no adapter: an earlier version has no such section
+    unset = fingerprint({})  # an earlier version's run has no section of its own for what is new
     return [section for section in now if now[section] != then.get(section, unset)]
 
 

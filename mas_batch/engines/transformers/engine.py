@@ -35,6 +35,12 @@ from mas_batch.engines.transformers.checkpoints import (
     load_model,
     load_tokenizer,
 )
+from mas_batch.engines.transformers.choices import (
+    ChoiceTokens,
+    choice_completions,
+    score_packed,
+    score_stream,
+)
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
 from mas_batch.engines.transformers.perplexity import Passage, module_logits, perplexity
@@ -45,7 +51,7 @@ from mas_batch.engines.transformers.quantized import (
     quantized_facts,
 )
 from mas_batch.engines.transformers.running import Asked, Running
-from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
+from mas_batch.engines.transformers.streams import SpecialTokens, Stream, open_stream
 from mas_batch.engines.transformers.transformers_compat import model_length, silence_torchao
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
@@ -64,6 +70,7 @@ class TransformersEngine:
     """
 
     samples = True
+    scores_choices = True
 
     def __init__(
         self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
@@ -84,6 +91,7 @@ class TransformersEngine:
         packed = options.pack_weights and can_pack(model)
         self._network = Network(model, self._adapters) if packed else None
         self._prefixes = Prefixes() if options.share_prefixes else None
+        self._choices = ChoiceTokens(tokenizer, seq2seq=self._seq2seq)
         self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -121,6 +129,8 @@ class TransformersEngine:
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Run one batch, of one adapter unless its rows can be stepped."""
         prompts = [self._tokens(request, sampling) for request in requests]
+        if sampling.choices:
+            return self._score(prompts, sampling)
         if sampling.num_beams > 1:
             start = time.perf_counter()
             with torch.inference_mode():
@@ -143,7 +153,7 @@ class TransformersEngine:
 
     def can_step(self, sampling: Sampling) -> bool:
         """See `SteppingEngine.can_step`: no beams, and a cache whose rows can be put together."""
-        return sampling.num_beams == 1 and self._running.joinable
+        return sampling.num_beams == 1 and not sampling.choices and self._running.joinable
 
     def begin(self, waiting: Sequence[Waiting]) -> list[int]:
         """See `SteppingEngine.begin`."""
@@ -224,9 +234,35 @@ class TransformersEngine:
             ) from error
         return text, False  # the template has written them
 
+    def _score(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Completion]]:
+        """Return how likely each of the choices is after each prompt."""
+        start = time.perf_counter()
+        choices = [self._choices.after(prompt, sampling.choices) for prompt in prompts]
+        for prompt, own in zip(prompts, choices, strict=True):
+            if len(prompt) + (longest := max(map(len, own))) > self.max_context_tokens:
+                raise EngineError(
+                    f"{len(prompt)} prompt tokens + {longest} of a choice are over the model's "
+                    f"context of {self.max_context_tokens}"
+                )
+
+        def score() -> list[list[float]]:
+            if self._network is not None:
+                return score_packed(self._network, prompts, choices)
+            return score_stream(
+                self._stream, self._special, prompts, choices, self.max_batch_tokens
+            )
+
+        logprobs = self._call(score)
+        total_s = time.perf_counter() - start
+        return choice_completions(prompts, choices, logprobs, sampling, total_s)
+
+    def _stream(self) -> Stream:
+        return open_stream(self._model, self._special, self._network, self._prefixes)
+
     def _open(self) -> Running:
-        stream = open_stream(self._model, self._special, self._network, self._prefixes)
-        return Running(stream, self._special, self._adapters)
+        return Running(self._stream(), self._special, self._adapters)
 
     def _call(self, call: Callable[[], T]) -> T:
         with torch.inference_mode():
