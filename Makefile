@@ -67,7 +67,7 @@ lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
 clean:  ## remove the environments and the runs (models stay in the cache)
-	rm -rf $(VENV) .venv-newest runs
+	rm -rf $(VENV) .venv-newest .venv-peers-* runs
 
 # The stamps make a second `make demo` do only what is missing.
 $(VENV)/run.done: requirements/run.lock pyproject.toml

@@ -10,8 +10,7 @@
     python benchmarks/peers.py [--only pipeline mas_batch] [--rounds 3] [--dtype float32]
 
 Each way runs in a process of its own that ends before the next one begins, with the same number
-of threads in all. Loading the model is reported, not timed; for `ray-llm`, which does not tell
-when its engine is ready, it is the time of a first call. The script makes the environments that
+of threads in all. Loading the model is reported, not timed. The script makes the environments that
 are not ours, `.venv-peers-*`, when a way needs one; `make clean` removes them.
 
 Every measurement is a file in `--results`, so that calls add up: round n of one way stands
@@ -74,14 +73,30 @@ WAYS = {
     "ray-llm": Way("ray_llm.py", "vllm"),
     "vllm": Way("bare_vllm.py", "vllm"),
     "mas_batch": Way("whole_run.py", None, {"hosts": 2, "options": {}}, "transformers"),
-    "mas_batch-vllm": Way("whole_run.py", "vllm", {"hosts": 1, "options": {}}, "vllm"),
+    "mas_batch-vllm": Way(
+        "whole_run.py",
+        "vllm",
+        {
+            "hosts": 1,
+            "options": {
+                "max_context_tokens": 2048,
+                "kv_cache_memory_bytes": 1 << 30,
+                "max_num_seqs": 64,
+            },
+        },
+        "vllm",
+    ),
 }
+"""Each vLLM has the same arguments."""
 
 
 def requirements(environment: str) -> list[str]:
     """Return what an environment is made of; those of PyTorch have our versions of it."""
     if environment == "ray":
-        return [RAY, *(f"{name}=={version(name).split('+')[0]}" for name in ("torch", "transformers"))]
+        return [
+            RAY,
+            *(f"{name}=={version(name).split('+')[0]}" for name in ("torch", "transformers")),
+        ]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [VLLM, RAY, "jsonref", *project["dependencies"]]
 
@@ -131,8 +146,13 @@ def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "settings.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(settings))
-        command = [python, str(Path(__file__).parent / "ways" / way.script), str(asked), str(answered)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        command = [
+            python,
+            str(Path(__file__).parent / "ways" / way.script),
+            str(asked),
+            str(answered),
+        ]
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
         if not answered.exists():
             log = results / f"{name}.log"
             log.write_text(done.stdout + done.stderr)
@@ -155,7 +175,9 @@ def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -
     stamp = datetime.now().astimezone().strftime("%Y%m%dT%H%M%S.%f")
     (results / f"{stamp}-{name}.json").write_text(json.dumps(kept, indent=1))
     rate = kept["num_tokens"] / kept["seconds"]
-    print(f"{name} {dtype}: {kept['seconds']:.1f} s, {rate:.0f} tokens/s, load {load:.1f}", flush=True)
+    print(
+        f"{name} {dtype}: {kept['seconds']:.1f} s, {rate:.0f} tokens/s, load {load:.1f}", flush=True
+    )
 
 
 def _num_tokens(text: str, most: int) -> int:

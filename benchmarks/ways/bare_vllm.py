@@ -32,7 +32,6 @@ def main() -> None:
         enforce_eager=True,
         max_num_seqs=64,
         seed=0,
-        enable_prefix_caching=False,
     )
     sampling = SamplingParams(max_tokens=settings["new_tokens"], temperature=0.0)
     prompts = [{"prompt_token_ids": prompt["tokens"]} for prompt in settings["prompts"]]
