@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS)
     parser.add_argument("--models", type=Path, help="folder with translator/ and encoder/")
     parser.add_argument("--seconds", type=float, default=500.0, help="for all checks together")
-    parser.add_argument("--json", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/gpu.json"))
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -120,6 +120,7 @@ def main() -> None:
                     f"| {fact['check']} | {fact['what']} | {fact['value']} | {holds} |", flush=True
                 )
     kept = {"device": name, "versions": versions, "facts": facts}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(kept, indent=1))
     sys.exit(any(fact["holds"] is False for fact in facts))
 

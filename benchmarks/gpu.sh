@@ -9,6 +9,7 @@
 # What is carried stays under 60 MB: wheels of the few packages that such a machine lacks, the
 # translation model, and the encoder in bfloat16. Large models get random weights on the spot.
 set -euo pipefail
+python3=${PYTHON:-python3}
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -23,10 +24,10 @@ pack() {
   for glibc in 2_28 2_27 2_24 2_17 2_12; do platforms+=(--platform "manylinux_${glibc}_x86_64"); done
   mkdir -p "$folder/wheels"
   # Versions of dev.lock; what it does not name, the newest.
-  python3 -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+  "$python3" -m pip download --quiet --no-deps --only-binary=:all: --implementation cp \
     --python-version "$python" "${platforms[@]}" --platform manylinux2014_x86_64 \
     -c "$here/../requirements/dev.lock" -d "$folder/wheels" "${wheels[@]}"
-  "${PYTHON:-python3}" "$here/gpu_carried.py" "$folder/models"
+  "$python3" "$here/gpu_carried.py" "$folder/models"
   tar -C "$folder" -cJf "$folder/models.tar.xz" models
   rm -r "$folder/models"
   du -ch "$folder/models.tar.xz" "$folder"/wheels/*.whl
@@ -43,7 +44,7 @@ if [[ ${1:-} == --carried ]]; then
   shift 2
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
-  python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
+  "$python3" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir \
     --target "$scratch/site" "$carried"/wheels/*.whl
   tar -C "$scratch" -xJf "$carried/models.tar.xz"
   export PYTHONPATH="$PYTHONPATH:$scratch/site"
@@ -52,4 +53,4 @@ fi
 # Without network nothing may wait for one.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PIP_NO_INDEX=1
 # Its own limit is lower, so that the table comes in any case.
-timeout 535 "${PYTHON:-python3}" "$here/gpu.py" "${arguments[@]}" "$@"
+timeout 535 "$python3" "$here/gpu.py" "${arguments[@]}" "$@"

