@@ -69,8 +69,10 @@ def make_model(folder: Path, name: str, device: str) -> ModelFiles:
     with torch.device(device):
         model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    model.save_pretrained(path)
-    _tokenizer(shape.vocabulary).save_pretrained(path)
+    half = folder / f"{name}-half"
+    model.save_pretrained(half)
+    _tokenizer(shape.vocabulary).save_pretrained(half)
+    half.replace(path)  # who is stopped before leaves nothing that others would take for a model
     return ModelFiles(str(path), "path", path, name, "")
 
 
