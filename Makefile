@@ -11,7 +11,7 @@ TESTS  := $(TOGETHER) -m "not nightly"
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-under-load newest nightly chaos check format bench lock clean
+.PHONY: help demo test test-fast test-under-load newest nightly chaos check format bench peers lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ format: $(VENV)/dev.done  ## format the code
 bench: $(VENV)/dev.done  ## measure, as ratios side by side (some minutes)
 	$(BIN)/python benchmarks/throughput.py
 
+peers: $(VENV)/dev.done  ## measure beside others, in environments that this makes (half an hour)
+	$(BIN)/python benchmarks/peers.py
+
 lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd --extra evaluate \
 		-c requirements/constraints.txt -o requirements/dev.lock pyproject.toml
@@ -66,8 +69,8 @@ lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements/*.lock  # a build tag is not on every index
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
-clean:  ## remove the environments and the runs (models stay in the cache)
-	rm -rf $(VENV) .venv-newest runs
+clean:  ## remove all environments and the runs (models stay in the cache)
+	rm -rf $(VENV) .venv-newest .venv-peers-* runs
 
 # The stamps make a second `make demo` do only what is missing.
 $(VENV)/run.done: requirements/run.lock pyproject.toml

