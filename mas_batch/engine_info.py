@@ -37,6 +37,8 @@ class EngineInfo:
     adapters: bool = False
     """Agents with different adapters of one base share it: the engine has
     `add_adapter(name, files)` and heeds `Request.adapter`."""
+    tensor_parallel: bool = False
+    """It can hold one model on several accelerators of a worker (`agents.parallel.tensor`)."""
     quantizes: tuple[str, ...] = ()
     """Values of `agents.quantize` that it knows."""
     operational: tuple[str, ...] = ()
