@@ -42,7 +42,9 @@ def arguments(
     if config.adapters:
         asked |= {
             "enable_lora": True,
-            "max_loras": config.adapters,
+            # On a CPU what has no adapter is multiplied by the last place's weights (index -1):
+            # there it has to stay empty, and an empty one is zero.
+            "max_loras": config.adapters + (here.kind == "cpu"),
             "max_lora_rank": options.max_lora_rank,
         }
     if here.kind == "cpu" and options.kv_cache_memory_bytes is None:

@@ -260,7 +260,7 @@ class VllmEngine:
             own = str(next(self._names))
             self._vllm.add_request(
                 own,
-                {"prompt_token_ids": [*prompt, *beginning]},
+                {"type": "token", "prompt_token_ids": [*prompt, *beginning]},
                 params,
                 lora_request=self._adapters[name] if name is not None else None,
             )

@@ -14,6 +14,9 @@ from mas_batch.errors import JobError
 _INVARIANT_SINCE = (8, 0)
 """Compute capability from which vLLM has batch-invariant kernels."""
 
+_FAULTS = ("CUDA error", "HIP error", "device-side assert", "Executor failed")
+"""Words of errors that have no type of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -102,7 +105,7 @@ def is_fault(error: BaseException) -> bool:
     names = {each.__name__ for each in type(error).__mro__}
     if names & {"EngineDeadError", "AcceleratorError"}:
         return True
-    return any(words in str(error) for words in ("CUDA error", "HIP error", "device-side assert"))
+    return any(words in str(error) for words in _FAULTS)
 
 
 def memory(llm: Any, here: Hardware, *, in_process: bool) -> dict[str, Any]:
