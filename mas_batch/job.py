@@ -326,7 +326,6 @@ class Agent(_Model):
             )
         return self
 
-
     def _check_parallel(self, engine: EngineInfo | None, num_devices: float) -> None:
         tensor = self.parallel.tensor
         if tensor == 1:

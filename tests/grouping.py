@@ -37,6 +37,7 @@ FILES: Mapping[str, str] = {
         ("test_engine_ctranslate2", "test_engine_marian", "test_engine_nearest"), "torch"
     ),
     **dict.fromkeys(("test_engine_transformers", "test_transformers_compat"), "torch"),
+    **dict.fromkeys(("test_vllm", "test_vllm_parts"), "torch"),
     **dict.fromkeys(("test_guarantee", "test_real_answers", "test_reliability_proof"), "figures"),
 }
 """Module → what its tests need; those that need more say so themselves."""

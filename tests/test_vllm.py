@@ -28,7 +28,7 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
 )
 from mas_batch.engines.loop import EngineLoop
-from mas_batch.errors import EngineRefusedError, JobError, Reason
+from mas_batch.errors import EngineRefusedError, JobError, ModelError, Reason
 from mas_batch.events import Event, HostLost, HostReady, PartitionAnswered
 from mas_batch.job import Job
 from mas_batch.models import ModelFiles, fetch
@@ -36,7 +36,6 @@ from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.torch,
     pytest.mark.filterwarnings("ignore"),  # those of vLLM's own code
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-vllm"),
 ]
@@ -253,6 +252,10 @@ def test_adapters_of_one_base_are_mixed_in_a_batch(loop: EngineLoop, tmp_path: P
     folders = {name: save_adapter(tmp_path / name, seed) for name, seed in (("one", 1), ("two", 2))}
     with pytest.raises(JobError, match=r"max_lora_rank: 16 is below the rank 32"):
         engine.add_adapter("large", save_adapter(tmp_path / "large", 3, rank=32))
+    misfit = save_adapter(tmp_path / "misfit", 4)
+    (tmp_path / "misfit" / "adapter_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="misfit"):
+        loop.run(lambda: engine.add_adapter("misfit", misfit))
     for name, files in folders.items():
         loop.run(lambda name=name, files=files: engine.add_adapter(name, files))  # type: ignore[misc]
     names = (None, "one", "two")
@@ -334,9 +337,7 @@ def below(*words: str) -> Callable[[], int]:
 
 def worker() -> int:
     """Return the process that has vLLM in memory."""
-    sizes = {
-        child: child.memory_info().rss for child in psutil.Process().children(recursive=True)
-    }
+    sizes = {child: child.memory_info().rss for child in psutil.Process().children(recursive=True)}
     return max(sizes, key=lambda child: sizes[child]).pid
 
 

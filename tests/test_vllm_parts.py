@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from mas_batch.engines.base import EngineConfig, Sampling
 from mas_batch.engines.job_options import check_options
+from mas_batch.engines.vllm.arguments import arguments
 from mas_batch.engines.vllm.choices import MOST_TOKENS, questions, scores
+from mas_batch.engines.vllm.environment import Hardware, is_fault, set_up, variables
 from mas_batch.engines.vllm.options import Options, read
 from mas_batch.engines.vllm.replies import chosen, next_logprobs, written
 from mas_batch.errors import JobError, Reason
@@ -84,7 +86,7 @@ def test_more_next_tokens_than_a_request_may_ask_about_are_several() -> None:
 def test_the_likeliest_choice_is_the_text() -> None:
     sampling = Sampling(4, choices=("no", " yes"))
     [done] = chosen(sampling, [(1,), (2, 3)], (-2.0, -0.5), 9, 8, 1.0)
-    assert (done.text, done.choice_logprobs, done.choice_tokens) == ("yes", (-2.0, -0.5), (1, 2))
+    assert (done.text, done.choice_logprobs, done.choice_tokens) == (" yes", (-2.0, -0.5), (1, 2))
     assert (done.sum_logprob, done.cached_tokens, done.finish_reason) == (-0.5, 8, "stop")
     [bad] = chosen(sampling, [(1,), (2, 3)], (-math.inf, -0.5), 9, 8, 1.0)
     assert bad.reason == Reason.ENGINE_ERROR
@@ -132,61 +134,50 @@ def test_parts_of_a_model_are_held_by_other_hosts_than_the_whole() -> None:
     assert fingerprint(whole) != fingerprint(parts)
 
 
-class TestWithTorch:
-    """The environment asks PyTorch what is there."""
+def test_vllm_is_told_what_it_reads_when_it_is_imported() -> None:
+    cpu = variables(Hardware("cpu"), tensor=1, threads=2, batch_invariant=True)
+    assert cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == cpu["VLLM_BATCH_INVARIANT"] == "0"
+    assert (cpu["VLLM_CPU_OMP_THREADS_BIND"], cpu["OMP_NUM_THREADS"]) == ("nobind", "2")
+    for capability, wanted, expected in (
+        ((8, 0), True, "1"), ((7, 5), True, "0"), ((9, 0), False, "0"), (None, True, "0")
+    ):  # fmt: skip
+        card = Hardware("cuda", 2, capability)
+        told = variables(card, tensor=2, threads=0, batch_invariant=wanted)
+        assert told["VLLM_BATCH_INVARIANT"] == expected
+        assert told["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+        assert "VLLM_CPU_OMP_THREADS_BIND" not in told
 
-    pytestmark = pytest.mark.torch
 
-    def test_vllm_is_told_what_it_reads_when_it_is_imported(self) -> None:
-        from mas_batch.engines.vllm.environment import Hardware, variables
+def test_too_few_cards_are_an_error() -> None:
+    with pytest.raises(JobError, match="4 is more than the 2 accelerators"):
+        set_up(Hardware("cuda", 2), tensor=4, threads=0, batch_invariant=True)
 
-        cpu = variables(Hardware("cpu"), tensor=1, threads=2, batch_invariant=True)
-        assert cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == cpu["VLLM_BATCH_INVARIANT"] == "0"
-        assert (cpu["VLLM_CPU_OMP_THREADS_BIND"], cpu["OMP_NUM_THREADS"]) == ("nobind", "2")
-        for capability, wanted, expected in (
-            ((8, 0), True, "1"), ((7, 5), True, "0"), ((9, 0), False, "0"), (None, True, "0")
-        ):  # fmt: skip
-            card = Hardware("cuda", 2, capability)
-            told = variables(card, tensor=2, threads=0, batch_invariant=wanted)
-            assert told["VLLM_BATCH_INVARIANT"] == expected
-            assert told["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
-            assert "VLLM_CPU_OMP_THREADS_BIND" not in told
 
-    def test_too_few_cards_are_an_error(self) -> None:
-        from mas_batch.engines.vllm.environment import Hardware, set_up
+def test_dead_engines_and_cards_are_told_from_failed_requests() -> None:
+    dead = type("EngineDeadError", (Exception,), {})()
+    assert is_fault(dead)
+    assert is_fault(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_fault(RuntimeError("CUDA out of memory"))
+    assert not is_fault(ValueError("the decoder prompt cannot be empty"))
 
-        with pytest.raises(JobError, match="4 is more than the 2 accelerators"):
-            set_up(Hardware("cuda", 2), tensor=4, threads=0, batch_invariant=True)
 
-    def test_dead_engines_and_cards_are_told_from_failed_requests(self) -> None:
-        from mas_batch.engines.vllm.environment import is_fault
+def test_a_float32_checkpoint_stays_so_on_a_card(tmp_path: Any) -> None:
+    def made(config: str, here: Hardware, **settings: Any) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(config)
+        return arguments(tmp_path, EngineConfig(**settings), read({}), here)
 
-        dead = type("EngineDeadError", (Exception,), {})()
-        assert is_fault(dead)
-        assert is_fault(RuntimeError("CUDA error: an illegal memory access was encountered"))
-        assert not is_fault(RuntimeError("CUDA out of memory"))
-        assert not is_fault(ValueError("the decoder prompt cannot be empty"))
-
-    def test_a_float32_checkpoint_stays_so_on_a_card(self, tmp_path: Any) -> None:
-        from mas_batch.engines.vllm.arguments import arguments
-        from mas_batch.engines.vllm.environment import Hardware
-
-        def made(config: str, here: Hardware, **settings: Any) -> dict[str, Any]:
-            (tmp_path / "config.json").write_text(config)
-            return arguments(tmp_path, EngineConfig(**settings), read({}), here)
-
-        card, cpu = Hardware("cuda"), Hardware("cpu")
-        assert made('{"torch_dtype": "float32"}', card)["dtype"] == "float32"
-        assert made('{"text_config": {"dtype": "bfloat16"}}', card)["dtype"] == "bfloat16"
-        assert made("{}", card)["dtype"] == "auto"
-        assert made("{}", card, dtype="float16")["dtype"] == "float16"
-        assert made('{"dtype": "bfloat16"}', cpu)["dtype"] == "float32"
-        assert made("{}", cpu)["kv_cache_memory_bytes"] == 2**30
-        assert "kv_cache_memory_bytes" not in made("{}", card)
-        assert "enable_lora" not in made("{}", card)
-        lora = made("{}", card, adapters=3)
-        assert (lora["enable_lora"], lora["max_loras"], lora["max_lora_rank"]) == (True, 3, 16)
-        assert made("{}", card, tensor=2)["distributed_executor_backend"] == "mp"
+    card, cpu = Hardware("cuda"), Hardware("cpu")
+    assert made('{"torch_dtype": "float32"}', card)["dtype"] == "float32"
+    assert made('{"text_config": {"dtype": "bfloat16"}}', card)["dtype"] == "bfloat16"
+    assert made("{}", card)["dtype"] == "auto"
+    assert made("{}", card, dtype="float16")["dtype"] == "float16"
+    assert made('{"dtype": "bfloat16"}', cpu)["dtype"] == "float32"
+    assert made("{}", cpu)["kv_cache_memory_bytes"] == 2**30
+    assert "kv_cache_memory_bytes" not in made("{}", card)
+    assert "enable_lora" not in made("{}", card)
+    lora = made("{}", card, adapters=3)
+    assert (lora["enable_lora"], lora["max_loras"], lora["max_lora_rank"]) == (True, 3, 16)
+    assert made("{}", card, tensor=2)["distributed_executor_backend"] == "mp"
 
 
 def test_no_option_is_needed() -> None:

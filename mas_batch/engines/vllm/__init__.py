@@ -1,1 +1,1 @@
-"""The engine `vllm`: many requests in flight on one accelerator, or on several that share a model."""
+"""The engine `vllm`: many requests in flight, on one accelerator or several together."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
@@ -18,12 +19,14 @@ def adapter_request(name: str, number: int, files: ModelFiles, options: Options)
         JobError: its rank is over `max_lora_rank`.
         ModelError: it is no folder of a LoRA adapter.
     """
-    if files.path is None or not (config := files.path / "adapter_config.json").is_file():
-        raise ModelError(f"{files.source}: no adapter_config.json: it is no LoRA adapter")
-    rank = int(json.loads(config.read_text())["r"])
-    if rank > options.max_lora_rank:
+    folder = files.path or Path("none")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise ModelError(f"{files.source}: no {file}: it is no LoRA adapter in peft's layout")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if (rank := int(config["r"])) > options.max_lora_rank:
         raise JobError(
             f"{options.max_lora_rank} is below the rank {rank} of {files.source}",
             key="agents.options.max_lora_rank",
         )
-    return LoRARequest(name, number, str(files.path))
+    return LoRARequest(name, number, str(folder))

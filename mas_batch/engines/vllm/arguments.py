@@ -15,9 +15,7 @@ _CPU_CACHE_BYTES = 2**30
 """vLLM's default is most of the machine's memory, which hosts share."""
 
 
-def arguments(
-    path: Path, config: EngineConfig, options: Options, here: Hardware
-) -> dict[str, Any]:
+def arguments(path: Path, config: EngineConfig, options: Options, here: Hardware) -> dict[str, Any]:
     """Return what vLLM is to be made with; what nobody asked for is left to it."""
     asked: dict[str, Any] = {
         "dtype": _dtype(path, config.dtype, here),
@@ -63,6 +61,9 @@ def _dtype(path: Path, asked: str, here: Hardware) -> str:
     if asked != "auto" or here.kind == "cpu":
         return on_cpu(asked)
     config = json.loads((path / "config.json").read_text())
-    found = (each.get(key) for each in (config, config.get("text_config") or {})
-             for key in ("dtype", "torch_dtype"))
+    found = (
+        each.get(key)
+        for each in (config, config.get("text_config") or {})
+        for key in ("dtype", "torch_dtype")
+    )
     return next((str(name) for name in found if name), "auto")

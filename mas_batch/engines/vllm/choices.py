@@ -16,7 +16,7 @@ Tokens = tuple[int, ...]
 
 
 def questions(choices: Sequence[Tokens]) -> list[tuple[Tokens, Tokens]]:
-    """Return (what follows the prompt, next tokens to ask about) of each request, shortest first."""
+    """Return (what follows the prompt, next tokens to ask about) of each request."""
     following: dict[Tokens, dict[int, None]] = {}
     for choice in choices:
         for i, token in enumerate(choice):

@@ -38,7 +38,13 @@ from mas_batch.engines.vllm.choices import questions, scores
 from mas_batch.engines.vllm.environment import Hardware, is_fault, memory
 from mas_batch.engines.vllm.options import Options
 from mas_batch.engines.vllm.replies import chosen, failed, next_logprobs, written
-from mas_batch.errors import EngineError, EngineLostError, EngineRefusedError, Reason
+from mas_batch.errors import (
+    EngineError,
+    EngineLostError,
+    EngineRefusedError,
+    ModelError,
+    Reason,
+)
 from mas_batch.models import ModelFiles
 
 T = TypeVar("T")
@@ -95,6 +101,7 @@ class VllmEngine:
         self.max_context_tokens: int = whole.model_config.max_model_len
         self._max_running: int = whole.scheduler_config.max_num_seqs
         self._adapters: dict[str, LoRARequest] = {}
+        self._hashes: dict[str, str] = {}  # of the adapters
         self._names = count()
         self._asked: dict[int, _Asked] = {}  # by key, in the order of vLLM's queue
         self._by_name: dict[str, _Asked] = {}
@@ -120,8 +127,14 @@ class VllmEngine:
         if name in self._adapters:
             return
         adapter = adapter_request(name, len(self._adapters) + 1, files, self._options)
-        self._call(lambda: self._vllm.add_lora(adapter))
+        try:
+            self._call(lambda: self._vllm.add_lora(adapter))
+        except EngineLostError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{files.source}: {type(error).__name__}: {error}") from error
         self._adapters[name] = adapter
+        self._hashes[name] = files.sha256
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Run a batch; see `Engine.generate`."""
@@ -146,7 +159,7 @@ class VllmEngine:
             _check(sampling)
         for one in waiting:
             start = time.perf_counter()
-            choices = tuple(map(self._tokens, one.sampling.choices))
+            choices = tuple(self._tokens(choice) for choice in one.sampling.choices)
             asked = _Asked(one.key, one.request, one.sampling, choices)
             try:
                 self._call(lambda asked=asked: self._add(asked))  # type: ignore[misc]
@@ -224,7 +237,7 @@ class VllmEngine:
             "max_num_seqs": self._max_running,
             "memory": memory(self._llm, self._here, in_process=self._config.tensor == 1),
             "prefix_caching": bool(whole.cache_config.enable_prefix_caching),
-            "adapters": list(self._adapters),
+            "adapters": {name: {"sha256": digest} for name, digest in self._hashes.items()},
             "batch_invariant": invariant,
             "equal_output": _promise(invariant, self._here.kind, dtype),
             "options": self._options.model_dump(mode="json", exclude_defaults=True),

@@ -45,7 +45,9 @@ def hardware() -> Hardware:
     return Hardware(accelerator.type if accelerator is not None else "cpu")
 
 
-def variables(here: Hardware, *, tensor: int, threads: int, batch_invariant: bool) -> dict[str, str]:
+def variables(
+    here: Hardware, *, tensor: int, threads: int, batch_invariant: bool
+) -> dict[str, str]:
     """Return the environment variables that vLLM is to find.
 
     One process where one card holds the model: requests and results are then not pickled, and a

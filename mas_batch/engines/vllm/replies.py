@@ -71,13 +71,14 @@ def chosen(
         return [failed(prompt_tokens, Reason.ENGINE_ERROR, message)] * sampling.num_samples
     best = max(range(len(choices)), key=lambda i: logprobs[i])
     completion = Completion(
-        text=sampling.choices[best].strip(),
+        text=sampling.choices[best],
         token_ids=choices[best],
         sum_logprob=logprobs[best],
         num_tokens=len(choices[best]),
         finish_reason="stop",
         prompt_tokens=prompt_tokens,
         compute_s=compute_s / sampling.num_samples,
+        prefill_s=compute_s / sampling.num_samples,  # nothing is written
         cached_tokens=cached_tokens,
         choice_logprobs=logprobs,
         choice_tokens=tuple(map(len, choices)),
@@ -85,9 +86,7 @@ def chosen(
     return [completion] * sampling.num_samples
 
 
-def failed(
-    prompt_tokens: int, reason: Reason, message: str, compute_s: float = 0.0
-) -> Completion:
+def failed(prompt_tokens: int, reason: Reason, message: str, compute_s: float = 0.0) -> Completion:
     """Return what stands for a completion that there is not."""
     facts = ("", (), None, 0, "error", prompt_tokens, compute_s)
     return Completion(*facts, reason=reason, message=message)
