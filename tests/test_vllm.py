@@ -366,11 +366,10 @@ def test_a_daemonic_worker_cannot_hold_parts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_dead_engine_ends_its_worker_and_nothing_is_lost(tmp_path: Path) -> None:
     """The model in three parts, each in a process; one of these is killed."""
     parts = {"parallel": {"tensor": 3}, "device": "cpu", "threads": 3}
-    calm, harmed = Killer(None), Killer(below("VLLM::Worker"))
-    expected = mas_batch.run(make_job(tmp_path / "calm", **parts), emit=calm)
-    engine = mas_batch.open_run(expected.run).manifest["engines"]["plain"]
-    assert engine["tensor_parallel"] == 3
-    summary = mas_batch.run(make_job(tmp_path / "harmed", **parts), emit=harmed)
+    harmed = Killer(below("VLLM::Worker"))
+    summary = mas_batch.run(make_job(tmp_path, **parts), emit=harmed)
     assert harmed.of(HostLost)
-    assert answers(summary.run) == answers(expected.run)
+    assert len(answers(summary.run)) == 48
+    assert not mas_batch.open_run(summary.run).arrow("failures").num_rows
+    assert mas_batch.open_run(summary.run).manifest["engines"]["plain"]["tensor_parallel"] == 3
     wait_until(lambda: not any("VLLM" in p.name() for p in psutil.process_iter()))
