@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+NOT_PROMISED = "not promised"
+"""What a loaded engine says of its `equal_output` where answers depend on the batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:

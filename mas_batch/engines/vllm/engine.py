@@ -22,6 +22,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 
+from mas_batch.engine_info import NOT_PROMISED
 from mas_batch.engines.base import (
     Completion,
     EngineConfig,
@@ -365,9 +366,10 @@ def _one_token(tokens: Sequence[int]) -> SamplingParams:
 
 
 def _promise(invariant: bool, device: str, dtype: str) -> str:
-    """Say whether a request is answered in the same way whatever else is in the batch."""
+    """Say whether a request is answered in the same way whatever else is in the batch.
+
+    In float32 on a CPU only tokens can swap that tie to within rounding, as with `transformers`.
+    """
     if invariant:
-        return "promised: batch-invariant kernels"
-    if device == "cpu" and dtype == "float32":
-        return "not promised: two tokens that tie to within rounding may swap"
-    return "not promised: rounding depends on the batch"
+        return "promised"
+    return "but for ties" if device == "cpu" and dtype == "float32" else NOT_PROMISED
