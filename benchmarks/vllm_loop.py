@@ -46,7 +46,11 @@ Outcome = tuple[float, dict[str, str]]
 
 
 def make_job(folder: Path, options: argparse.Namespace) -> Job:
-    engine = {"max_context_tokens": 2048, "max_num_seqs": options.max_num_seqs}
+    engine = {
+        "max_context_tokens": 2048,
+        "max_num_seqs": options.max_num_seqs,
+        "kv_cache_memory_bytes": 2**31,  # so that nobody is put off for want of room
+    }
     return check_job(
         {
             "name": "vllm-loop",
