@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import mas_batch
-from mas_batch.engines.base import EngineConfig, Message
+from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.chat import chat_text
 from mas_batch.engines.vllm.arguments import arguments
 from mas_batch.engines.vllm.environment import hardware, set_up
@@ -105,7 +105,7 @@ def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
         engine.reset_prefix_cache()
         start = time.perf_counter()
         for i, row in enumerate(rows):
-            turns: list[Message] = task.messages(row["text"], None, prompt=None, system=None)
+            turns = task.messages(row["text"], None, prompt=None, system=None)
             text, special = chat_text(tokenizer, turns, MODEL)
             params = SamplingParams(
                 max_tokens=job.task.max_new_tokens, temperature=0.0, seed=i, logprobs=0,
