@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import MODEL, make_requests, stepped
+from decoding import make_requests, stepped
+from documents import MODEL
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling

@@ -250,6 +250,7 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
                 {
                     "distributed.nanny.pre-spawn-environ": _keep_freed_memory(),
                     **_rare_looks(),
+                    **_child_processes(job),
                     **dask_compat.refuse_other_origins(),
                 }
             ),
@@ -268,6 +269,12 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             except TimeoutError as error:
                 raise RunError(f"the embedded workers did not start: {error}") from error
             yield client, EmbeddedScaler(cluster, possible, posts)
+
+
+def _child_processes(job: Job) -> dict[str, Any]:
+    """Let workers have child processes where a model needs one for each of its parts."""
+    needed = any(agent.parallel.tensor > 1 for agent in job.agents)
+    return {"distributed.worker.daemon": False} if needed else {}
 
 
 @contextmanager

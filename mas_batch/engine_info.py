@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+NOT_PROMISED = "not promised"
+"""What a loaded engine says of its `equal_output` where answers depend on the batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -37,6 +40,8 @@ class EngineInfo:
     adapters: bool = False
     """Agents with different adapters of one base share it: the engine has
     `add_adapter(name, files)` and heeds `Request.adapter`."""
+    tensor_parallel: bool = False
+    """It can hold one model on several accelerators of a worker (`agents.parallel.tensor`)."""
     quantizes: tuple[str, ...] = ()
     """Values of `agents.quantize` that it knows."""
     scores_choices: bool = False

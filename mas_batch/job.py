@@ -207,9 +207,10 @@ class AgentSampling(_Model):
 
 
 class Parallel(_Model):
-    """Workers per agent. Room for gangs; this version runs one worker per agent."""
+    """What holds one model together. Room for gangs; this version runs one worker per host."""
 
-    tensor: Literal[1] = 1
+    tensor: Annotated[int, Field(ge=1, le=64)] = 1
+    """Accelerators of one worker, each with a part of every layer."""
     pipeline: Literal[1] = 1
 
 
@@ -350,6 +351,7 @@ class Agent(_Model):
                 f"resources.{GPU}: {num_devices:g} is not allowed; allowed: whole numbers, or "
                 "fractions below 1, which share a device"
             )
+        self._check_parallel(engine, num_devices)
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
         for name, value in self.options.items():
@@ -367,6 +369,22 @@ class Agent(_Model):
         """Leave out keys that came later than runs' identities, where they are not given."""
         fields: dict[str, Any] = dump(self)
         return {k: v for k, v in fields.items() if k not in LATER_KEYS or v is not None}
+
+    def _check_parallel(self, engine: EngineInfo | None, num_devices: float) -> None:
+        tensor = self.parallel.tensor
+        if tensor == 1:
+            return
+        if engine is None or not engine.tensor_parallel:
+            able = ", ".join(name for name, each in ENGINES.items() if each.tensor_parallel)
+            raise ValueError(
+                f"parallel.tensor: {tensor} is not allowed: engine {self.engine} holds a model on "
+                f"one device; allowed: 1, or engine: {able}"
+            )
+        if self.device != "cpu" and num_devices != tensor:
+            raise ValueError(
+                f"parallel.tensor: {tensor} needs as many devices: resources.{GPU} has to be "
+                f"{tensor}, not {num_devices:g}; or set device: cpu"
+            )
 
 
 class Adaptive(_Model):

