@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import load, make_requests, stepped
 from safetensors.torch import save_file
 
-from decoding import load, make_requests, stepped
 from mas_batch.engines.base import Sampling
 from mas_batch.models import fetch
 
