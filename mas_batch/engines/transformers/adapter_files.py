@@ -108,8 +108,9 @@ def _config(path: Path | None) -> Mapping[str, Any]:
         config: Any = json.loads(_existing(path, CONFIG).read_bytes())
     except ValueError as error:
         raise ModelError(f"{CONFIG}: not JSON: {error}") from error
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
+    if not isinstance(config, dict):
+        raise ModelError(f"{CONFIG}: not a mapping")
+    if (kind := config.get("peft_type")) != "LORA":
         raise ModelError(f"{CONFIG}: peft_type {kind!r} is not supported; allowed: 'LORA'")
     for key, allowed in ALLOWED.items():
         if config.get(key, allowed[0]) not in allowed:

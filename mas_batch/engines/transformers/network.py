@@ -56,7 +56,7 @@ def can_pack(model: Any) -> bool:
 class Network:
     """Layers, embeddings and the vocabulary's projection of a model for which `can_pack`."""
 
-    def __init__(self, model: Any, adapters: Adapters) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
         base = model.model
         self._adapters = adapters
         attention = base.layers[0].self_attn
@@ -82,7 +82,7 @@ class Network:
         Args:
             order: of the rows whose adapters are in use, which one each token is of; None: in turn.
         """
-        adapted = self._adapters.in_order(order)
+        adapted = self._adapted(order)
         states = functional.embedding(tokens, self._embedding)
         cos, sin = self._rotary(states, positions[None])
         half = self.size // 2
@@ -125,7 +125,10 @@ class Network:
 
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 [rows, vocabulary] of those states that the vocabulary is wanted of."""
-        return self._head(_norm(self._norm, states), self._adapters.in_order(None)).float()
+        return self._head(_norm(self._norm, states), self._adapted()).float()
+
+    def _adapted(self, order: Tensor | None = None) -> Sequence[Adapted]:
+        return self._adapters.in_order(order) if self._adapters is not None else ()
 
 
 class _Layer:
