@@ -7,7 +7,7 @@ what the process has of its own after the load, more than before it: weights of 
 not among it, packed ones are. `prefill`: prompts read per second, of all documents with one new
 token each. `decode`: the tokens after those. `perplexity`: of the documents' first 256 tokens.
 `changed`: answers that are not word for word those of the first way. `int8-module` is int8 by
-torchao's own module, which is what runs where weights are not packed; it is slow on a CPU.
+torchao's own module, which is what runs where weights are not packed.
 """
 
 from __future__ import annotations
