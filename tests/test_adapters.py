@@ -31,7 +31,7 @@ from tests.test_engine_transformers import (
     _reference,
     _requests,
     _step_all,
-    _tokenizer,
+    tokenizer_of,
 )
 from tests.test_run import Recorder
 
@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFiles
                 torch.manual_seed(7)
                 model = {**MODELS, **PACKED}[kind]()
             model.save_pretrained(path)
-            _tokenizer(kind).save_pretrained(path)
+            tokenizer_of(kind).save_pretrained(path)
             saved[kind] = fetch(str(path))
         return saved[kind]
 

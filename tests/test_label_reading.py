@@ -16,7 +16,6 @@ from mas_batch.aggregate.ballots import Ballot
 from mas_batch.aggregate.method import MergeSpec
 from mas_batch.aggregate.vote import pool, vote
 from mas_batch.engines.base import Completion, Request, Sampling
-from mas_batch.engines.client import DirectClient
 from mas_batch.engines.job_options import check_options
 from mas_batch.errors import JobError, Reason
 from mas_batch.incremental.identity import asked_as
@@ -27,6 +26,7 @@ from mas_batch.records import Answer, Record
 from mas_batch.run_folder.read import open_run
 from mas_batch.tasks import make_task
 from tests.clusters import summarizers
+from tests.direct_client import DirectClient
 from tests.test_answering import Recorder
 
 LABELS = ("A", "very B", "C")
