@@ -14,8 +14,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 
 wheels=(
-  annotated-types bokeh dask dask-cuda distributed importlib-metadata locket partd pydantic
-  pydantic-core rapids-dask-dependency tblib tornado typing-extensions
+  annotated-types bokeh dask dask-cuda distributed importlib-metadata lazy-importer locket partd
+  pydantic pydantic-core rapids-dask-dependency tblib tornado typing-extensions
   typing-inspection xyzservices zict zipp
 )
 

@@ -42,8 +42,8 @@ ENCODER = (
 DTYPES = ("float32", "bfloat16")
 BATCH = 8
 """Rows of the bare loop around `model.generate`."""
-CPU_ROOM_BYTES = 250 * 2**20
-"""A quarter of what the whole batch of `memory` takes on a CPU."""
+CPU_ROOM_BYTES = 100 * 2**20
+"""A third of what the whole batch of `memory` takes on a CPU."""
 
 
 class LeftOutError(Exception):
@@ -249,13 +249,13 @@ def refill(setup: Setup) -> Iterator[Fact]:
 
 def memory(setup: Setup) -> Iterator[Fact]:
     """A batch that does not fit is halved until it does; the answers are the same."""
-    number, sampling = (64, Sampling(2)) if setup.device == "cpu" else (256, Sampling(16))
+    number, sampling = (24, Sampling(2)) if setup.device == "cpu" else (256, Sampling(16))
     shape = "wide" if setup.device == "cpu" else setup.shapes[0]
     requests = make_requests(number, 390, 400)
     options = {"pack_weights": False} if setup.device == "cpu" else {}
     with setup.engine(shape, dtype="float32", max_batch_tokens=None, options=options) as engine:
         requests = tokenized(requests, engine.tokenize)
-        room = _room(setup.device, lambda: engine.generate(requests, sampling))
+        before = _watch_memory(setup.device)
         expected = _tokens(engine.generate(requests, sampling))
         tried: list[tuple[int, bool]] = []
         generate = engine.generate
@@ -270,7 +270,7 @@ def memory(setup: Setup) -> Iterator[Fact]:
             return rows
 
         engine.generate = watched
-        with room:
+        with _too_little(setup.device, before):
             found = _tokens(answer_batch(engine, requests, sampling))
         del engine.generate
         failed = [size for size, fitted in tried if not fitted]
@@ -311,14 +311,18 @@ def _limited_cpu(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _room(device: str, call: Callable[[], object]) -> Any:
-    """Return a context in which this call, made once without it, finds too little memory."""
+def _watch_memory(device: str) -> int:
+    """Return what a card's memory holds now; from here on its peak is noted."""
     if device == "cpu":
-        call()
-        return _limited_cpu(CPU_ROOM_BYTES)
+        return 0
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
+    return int(torch.cuda.memory_allocated())
+
+
+def _too_little(device: str, before: int) -> Any:
+    """Return a context with less memory than was taken since `_watch_memory`."""
+    if device == "cpu":
+        return _limited_cpu(CPU_ROOM_BYTES)
     return _limited_cuda(before + int(0.6 * (torch.cuda.max_memory_allocated() - before)))
 
 

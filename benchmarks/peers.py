@@ -117,6 +117,7 @@ def python_of(environment: str | None, given: Mapping[str, str | None]) -> str:
         subprocess.run([*pip, "install", "--quiet", *wanted], check=True)
         if environment == "vllm":
             subprocess.run([*pip, "uninstall", "--quiet", "--yes", *CUDA_LIBRARIES], check=True)
+            subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", ROOT], check=True)
         made_of.write_text("\n".join(wanted))
     return str(folder / "bin/python")
 
