@@ -221,7 +221,7 @@ def test_packed_rows_have_the_logits_of_merged_weights(
         with torch.inference_mode():
             for name, row in zip(names, rows, strict=True):
                 with own.used([name]):
-                    stream.join([row], 1, [9])
+                    stream.join([row], 1, [9], name)
             with own.used(names):
                 return [stream.step(torch.tensor([8, 9, 10, 11])) for _ in range(2)]
 

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from mas_batch.agents.work import _counts_of_answers as counts_of_answers  # noqa: E402
 from mas_batch.engines.base import Sampling  # noqa: E402
 from mas_batch.engines.transformers import blocks  # noqa: E402
+from mas_batch.engines.transformers.adapters import Adapters  # noqa: E402
 from mas_batch.engines.transformers.network import Network  # noqa: E402
 from mas_batch.engines.transformers.packed_stream import PackedStream  # noqa: E402
 from mas_batch.engines.transformers.prefixes import (  # noqa: E402
@@ -25,6 +26,7 @@ from mas_batch.engines.transformers.prefixes import (  # noqa: E402
 )
 from mas_batch.engines.transformers.running import Asked, Running  # noqa: E402
 from mas_batch.engines.transformers.streams import SpecialTokens  # noqa: E402
+from mas_batch.models import ModelFiles  # noqa: E402
 from mas_batch.records import ANSWERS  # noqa: E402
 
 TEMPLATE = [i % 50 + 3 for i in range(12)]
@@ -166,7 +168,9 @@ def test_a_task_sums_the_cached_tokens_of_its_answers() -> None:
 
 
 def _running(model: Any, prefixes: Prefixes | None) -> Running:
-    return Running(PackedStream(Network(model), prefixes), SpecialTokens(frozenset(), 0))
+    adapters = Adapters(model, ModelFiles("tiny", "path", None, "tiny", ""))
+    stream = PackedStream(Network(model), prefixes)
+    return Running(stream, SpecialTokens(frozenset(), 0), adapters)
 
 
 def test_those_that_share_most_of_a_prompt_begin_together(model: Any) -> None:

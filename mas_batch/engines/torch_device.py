@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -15,6 +16,10 @@ from mas_batch.engines.devices import pick_device
 from mas_batch.errors import OutOfMemoryError
 
 T = TypeVar("T")
+
+ONE_LOADS = threading.Lock()
+"""Held around `from_pretrained` of a model: while it runs, the whole process makes weights without
+data, and of two that overlap the first to end takes the state of the other for the usual one."""
 
 
 def torch_device(config: EngineConfig, kinds: Sequence[str]) -> torch.device:
