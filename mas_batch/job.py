@@ -26,7 +26,7 @@ from mas_batch.cards import card
 from mas_batch.code_version import code_version
 from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError
-from mas_batch.models import parse_source
+from mas_batch.models import engine_of_folder, parse_source
 from mas_batch.registries import ENGINES, METHODS, POLICIES, TASKS
 from mas_batch.registry import Registry
 from mas_batch.safe_text import names_a_secret
@@ -286,13 +286,14 @@ class Agent(_Model):
         return ENGINES[self.engine]
 
     def reads_labels(self, task: Task) -> bool:
-        """Whether it reads the labels' probabilities, as far as the job tells.
+        """Whether it reads the labels' probabilities, as far as the job tells and, of
+        `engine: auto`, the model's folder, if it is on this machine.
 
         What `engine: auto` finds may turn out to give none; then it replies.
         """
         if self.reads is not None or not TASKS[task.kind].reads_labels:
             return self.reads == "labels"
-        engine = self.engine_info
+        engine = self.engine_info or engine_of_folder(self.model)
         return self._is_greedy and (engine is None or engine.scores_choices)
 
     @property

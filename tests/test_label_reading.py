@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from mas_batch import pipeline
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.aggregate.ballots import Ballot
+from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.method import MergeSpec
+from mas_batch.aggregate.stopping import StoppingRule, undecided
 from mas_batch.aggregate.vote import pool, vote
 from mas_batch.engines.base import Completion, Request, Sampling
 from mas_batch.engines.job_options import check_options
@@ -22,12 +25,14 @@ from mas_batch.incremental.identity import asked_as
 from mas_batch.job import Job
 from mas_batch.job import Task as TaskSection
 from mas_batch.merging import check_merging
-from mas_batch.records import Answer, Record
+from mas_batch.records import ANSWERS, Answer, Record
+from mas_batch.run_folder.kept_job import as_asked
 from mas_batch.run_folder.read import open_run
 from mas_batch.tasks import make_task
 from tests.clusters import summarizers
 from tests.direct_client import DirectClient
 from tests.test_answering import Recorder
+from tests.test_stopping import records, rows
 
 LABELS = ("A", "very B", "C")
 TASK = make_task(TaskSection(kind="classify", labels=LABELS))
@@ -38,12 +43,12 @@ ASKED = {"": (-1.0, -8.0, -3.0), "like A": (-1.0, -9.0, -4.0), "like B": (-2.0, 
 
 @dataclass
 class Scorer(Recorder):
-    """Scores choices by a table; every prompt takes a second."""
+    """Scores choices by a table of texts and contexts; every prompt takes a second."""
 
     scores: dict[str, tuple[float, ...]] = field(default_factory=lambda: dict(ASKED))
 
     def _one(self, request: Request, sampling: Sampling, sample: int) -> Completion:
-        scores = self.scores[request.text]
+        scores = self.scores[(request.context or "") + request.text]
         return Completion(
             sampling.choices[0], (1,), scores[0], 1, "stop", 5, 1.0, 1.0,
             choice_logprobs=scores, choice_tokens=(1, 2, 1),
@@ -81,6 +86,26 @@ def test_the_empty_text_is_asked_about_once() -> None:
     ]
 
 
+def test_the_empty_text_has_the_records_context() -> None:
+    priors = {"X ": (-4.0, -1.0, -4.0), "Y ": (-1.0, -4.0, -4.0)}
+    seen = {context + "like A": (-2.0, -2.0, -2.0) for context in ("X ", "Y ")}
+    engine = Scorer(scores={**ASKED, **priors, **seen})
+    client, profile = DirectClient(engine), replace(PROFILE, prompt="{context} {text}")
+    contexts = ["X ", "Y ", None, "X "]
+    asked = [Record(f"r{i}", "like A", context=each) for i, each in enumerate(contexts)]
+    first, second, third, fourth = answer_records(asked, TASK, client, profile)
+    assert engine.texts[0].count("") == 3
+    odds = [math.exp(x) for x in (2, -1, 2)]
+    assert first.probs == fourth.probs == pytest.approx([odd / sum(odds) for odd in odds])
+    assert second.label == "very B"
+    assert third.probs == read(Scorer(), "like A")[0].probs
+    # Tokens of the empty texts are no answer's; their time is shared by those that they are for.
+    assert {answer.prompt_tokens for answer in (first, second, third, fourth)} == {5}
+    assert [a.t_compute_s for a in (first, second, third, fourth)] == [1.5, 2.0, 2.0, 1.5]
+    answer_records(asked[:1], TASK, client, profile)
+    assert len(client.known) == 1, "of contexts, which are many, none is kept"
+
+
 def test_without_the_empty_text_nothing_can_be_read() -> None:
     (answer,) = read(Scorer(scores={"like A": ASKED["like A"]}), "like A")
     assert (answer.reason, answer.probs, answer.label) == (Reason.ENGINE_ERROR, None, None)
@@ -113,7 +138,7 @@ CLASSIFY = {"kind": "classify", "labels": list(LABELS)}
 MakeJob = Callable[..., Job]
 
 
-def test_runs_that_read_replies_keep_their_names(make_job: MakeJob) -> None:
+def test_runs_that_read_replies_keep_their_names(make_job: MakeJob, tmp_path: Path) -> None:
     def agent_of(task: dict[str, Any] = CLASSIFY, **changes: Any) -> dict[str, Any]:
         job = make_job(task=task, agents=[{**AGENT, **changes}])
         found: dict[str, Any] = job.identity()["agents"][0]
@@ -130,6 +155,22 @@ def test_runs_that_read_replies_keep_their_names(make_job: MakeJob) -> None:
     assert "reads" not in agent_of(engine="openai", model="openai:m")
     assert "reads" not in agent_of(samples=3, sampling={"temperature": 1.0})
     assert "reads" not in agent_of({"kind": "summarize"})
+    vectors, decoder = tmp_path / "vectors", tmp_path / "decoder"
+    for folder, file in ((vectors, "modules.json"), (decoder, "config.json")):
+        folder.mkdir()
+        (folder / file).write_text("{}")
+    assert "reads" not in agent_of(engine="auto", model=str(vectors))
+    assert agent_of(engine="auto", model=str(decoder))["reads"] == "labels"
+
+
+def test_a_run_of_the_version_before_is_known_to_have_read_replies(make_job: MakeJob) -> None:
+    job = make_job(task=CLASSIFY, agents=[AGENT, {**AGENT, "name": "b"}])
+    now = {agent.name: asked_as(job, agent) for agent in job.agents}
+    assert as_asked(job, {"asked_as": now}) is job
+    then = {**now, "b": {key: value for key, value in now["b"].items() if key != "reads"}}
+    first, second = as_asked(job, {"asked_as": then}).agents
+    assert (first.reads, second.reads) == (None, "reply")
+    assert [agent.reads for agent in as_asked(job, {}).agents] == ["reply", "reply"]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +268,19 @@ def test_what_comes_without_probabilities_is_a_vote() -> None:
     ballots = [said("a", "A"), said("b", "C"), said("c", "A")]
     merged, voted = pool(ballots, LABELS, [1, 1, 1]), vote(ballots)
     assert (merged.answer, merged.confidence) == (voted.answer, voted.confidence) == ("A", 2 / 3)
+
+
+@pytest.mark.parametrize("probs", [None, [0.95, 0.02, 0.03]])
+def test_a_lone_answer_without_probabilities_is_not_sure(probs: list[float] | None) -> None:
+    spec = MergeSpec("mean", None, {}, None, 0.0, "label", 3, LABELS)
+    (row,) = rows("r", "A")
+    answers = pa.Table.from_pylist([{**row, "probs": probs}], ANSWERS)
+    results, _ = merge_answers(records("r"), answers, spec)
+    result = results.to_pylist()[0]
+    known = probs is not None
+    assert (result["answer"], result["confidence_kind"]) == ("A", "pooled")
+    assert (result["confidence"] is None, result["margin"] is None) == (not known, not known)
+    assert undecided(records("r"), answers, spec, StoppingRule(0.9, 3)) == ([] if known else ["r"])
 
 
 def test_one_reader_is_as_sure_as_it_is() -> None:

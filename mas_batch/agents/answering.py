@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -60,6 +61,10 @@ class _Draft:
     pieces: tuple[Piece, ...]
     """In the document's order, at least two."""
     merging: Hierarchical
+
+
+_NOWHERE = ("", 0, 0, 0)
+"""The place of a request that is no record's."""
 
 
 def prompt_hash(task: Task, profile: AgentProfile) -> str:
@@ -184,24 +189,31 @@ class _Asker:
     def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Ask; where labels are read, their probabilities are corrected, and `text` is one of them.
 
-        For that the prompt of an empty text is asked about too, once for all records. Its time is
-        theirs in equal parts, if it was asked about now.
+        For that an empty text is asked about too, in every context that the prompts show: without
+        one, once for all partitions. Its time is theirs in equal parts, if it was asked about now.
         """
-        sampling = self.profile.sampling
+        sampling, known = self.profile.sampling, self.client.known
         if not sampling.choices or not requests:
             return self.client.complete(requests, sampling)
-        empty = self._request(("", 0, 0, 0), "", None)
-        prior = self.client.known.get((empty, sampling))
-        if prior is not None:
-            found = self.client.complete(requests, sampling)
-            share_s = 0.0
-        else:
-            [(prior,), *found] = self.client.complete([empty, *requests], sampling)
-            if prior.reason is None:
-                self.client.known[empty, sampling] = prior
-            share_s = prior.compute_s / len(requests)
-        read = read_labels(sampling.choices, [one for (one,) in found], prior)
-        return [[_with_time(one, share_s)] for one in read]
+        plain = self._request(_NOWHERE, "", None)
+        empties = [self._empty(request.context, plain) for request in requests]
+        new = [empty for empty in dict.fromkeys(empties) if (empty, sampling) not in known]
+        replies = [one for (one,) in self.client.complete([*new, *requests], sampling)]
+        asked, found = dict(zip(new, replies, strict=False)), replies[len(new) :]
+        if plain in asked and asked[plain].reason is None:
+            known[plain, sampling] = asked[plain]
+        priors = [asked[e] if e in asked else known[e, sampling] for e in empties]
+        shares = Counter(empties)
+        read = read_labels(sampling.choices, found, priors)
+        return [
+            [_with_time(one, asked[e].compute_s / shares[e] if e in asked else 0.0)]
+            for one, e in zip(read, empties, strict=True)
+        ]
+
+    def _empty(self, context: str | None, plain: Request) -> Request:
+        """Ask about an empty text in that context; `plain` where the prompt shows no context."""
+        own = self._request(_NOWHERE, "", context) if context is not None else plain
+        return plain if own.messages == plain.messages else own
 
     def _fit(self, record: Record) -> tuple[Fitted, list[Request]]:
         """Return the text, whole if the context holds it, else in parts, and a request for each.
@@ -216,7 +228,7 @@ class _Asker:
             return Fitted((Part(text),), context, 1), [replace(request, tokenized=prompt)]
 
         def fits(text: str, context: str | None) -> bool:
-            return self._has_room(self.client.tokenize(self._request(("", 0, 0, 0), text, context)))
+            return self._has_room(self.client.tokenize(self._request(_NOWHERE, text, context)))
 
         try:
             fitted = self.task.fit(text, context, fits)

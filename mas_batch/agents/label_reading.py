@@ -1,7 +1,7 @@
 """Which label a language model finds likeliest, by the probabilities of all of them.
 
 A label's score is its log-probability after the record's prompt less that after the same prompt
-with an empty text: how much the text speaks for it. What a label's length and its being common take
+with an empty text, the record's context kept: how much the text speaks for it. What a label's length and its being common take
 from its probability is in both, and so in neither. The probabilities are the scores' softmax.
 Measured against other ways, division by the length among them: benchmarks/README.md.
 
@@ -19,7 +19,7 @@ from mas_batch.engines.base import Completion
 
 
 def read_labels(
-    labels: Sequence[str], found: Sequence[Completion], prior: Completion
+    labels: Sequence[str], found: Sequence[Completion], priors: Sequence[Completion]
 ) -> list[Completion]:
     """Return the completions with the labels' probabilities, the likeliest label as their text.
 
@@ -27,20 +27,17 @@ def read_labels(
     `sum_logprob` and `num_tokens` are of is the label's own tokens, uncorrected.
 
     Args:
-        prior: what the same was after the prompt of an empty text.
+        priors: of each, what the same was after its prompt with an empty text.
     """
-    if prior.reason is not None:
-        why = f"the prompt of an empty text: {prior.message}"
-        return [
-            one
-            if one.reason is not None
-            else replace(one, finish_reason="error", reason=prior.reason, message=why)
-            for one in found
-        ]
-    return [one if one.reason is not None else _read(labels, one, prior) for one in found]
+    return [_read(labels, one, prior) for one, prior in zip(found, priors, strict=True)]
 
 
 def _read(labels: Sequence[str], found: Completion, prior: Completion) -> Completion:
+    if found.reason is not None:
+        return found
+    if prior.reason is not None:
+        why = f"the prompt of an empty text: {prior.message}"
+        return replace(found, finish_reason="error", reason=prior.reason, message=why)
     each = zip(found.choice_logprobs, prior.choice_logprobs, strict=True)
     scores = [own - unasked for own, unasked in each]
     highest = max(scores)

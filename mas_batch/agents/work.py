@@ -102,7 +102,7 @@ def answer_partition(
     host, watch = current_host(run.topic), Stopwatch()
     name = answers_name(partition, spec.agent_id)
     if run.answered.exists(name):  # a copy of this task finished first
-        table = run.answered.read_table(name)
+        table = join_answers([run.answered.read_table(name)])
         watch.lap("read")
     else:
         try:
@@ -116,7 +116,7 @@ def answer_partition(
             return
         watch.lap("process")
         if not run.answered.commit_table(name, table):
-            table = run.answered.read_table(name)
+            table = join_answers([run.answered.read_table(name)])
         watch.lap("write")
     if careful:
         Journal(run.store, partition, spec.agent_id).remove()

@@ -122,14 +122,16 @@ def check_method(spec: MergeSpec, *, compares: bool = False) -> None:
         JobError: it is such a method.
     """
     if compares and spec.rules.exact:
-        allowed = methods_that(lambda each: not each.exact and each.not_escalated is None)
+        allowed = methods_that(
+            lambda each: not each.exact and each.not_escalated is None, spec.kind
+        )
         raise JobError(
             f"merge.method {spec.method!r} publishes free texts, and two agents' are hardly ever "
             f"the same; allowed: fraction or below, or merge.method {allowed}",
             key="routing.escalate.target",
         )
     if (why := spec.rules.not_escalated) is not None:
-        allowed = methods_that(lambda each: each.not_escalated is None)
+        allowed = methods_that(lambda each: each.not_escalated is None, spec.kind)
         raise JobError(
             f"merge.method {spec.method!r} does not say how sure an answer is: {why}; "
             f"allowed: {allowed}",

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
 from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import Engine, EngineConfig
 from mas_batch.errors import JobError, ModelError
-from mas_batch.models import ModelFiles
+from mas_batch.models import ModelFiles, engine_of_files
 from mas_batch.registries import ENGINES
 
 
 def detect_engine(model: ModelFiles) -> str:
     """Choose the engine for `engine: auto` from what the model's files are."""
     return model.scheme if model.path is None else engine_of_files(model.path)
-
-
-def engine_of_files(path: Path) -> str:
-    """Choose the engine for a folder of files, or one file."""
-    for name, engine in ENGINES.items():
-        if any(next(path.glob(pattern), None) for pattern in engine.detected_by):
-            return name
-    return "transformers"
 
 
 def check_quantize(quantize: str | None, engines: Sequence[EngineInfo]) -> None:

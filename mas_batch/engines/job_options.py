@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from pkgutil import resolve_name
 
 from mas_batch.engine_info import EngineInfo
-from mas_batch.engines import check_quantize, engine_of_files
+from mas_batch.engines import check_quantize
 from mas_batch.engines.options import EngineOptions
 from mas_batch.errors import JobError
 from mas_batch.job import Agent, Job
-from mas_batch.models import parse_source
+from mas_batch.models import engine_of_folder
 from mas_batch.registries import ENGINES
 
 
@@ -107,13 +106,9 @@ def _read(agent: Agent) -> EngineOptions | None:
 
 
 def _possible_engines(agent: Agent) -> Iterator[EngineInfo]:
-    if agent.engine_info is not None:
-        yield agent.engine_info
-        return
-    source = parse_source(agent.model)
-    path = Path(agent.model).expanduser()
-    if source.scheme == "path" and path.exists():
-        yield ENGINES[engine_of_files(path)]
+    known = agent.engine_info or engine_of_folder(agent.model)
+    if known is not None:
+        yield known
         return
     yield ENGINES["transformers"]  # what `auto` is where no file tells another
     yield from (engine for engine in ENGINES.values() if engine.detected_by)
