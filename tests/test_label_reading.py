@@ -22,8 +22,9 @@ from mas_batch.engines.base import Completion, Request, Sampling
 from mas_batch.engines.job_options import check_options
 from mas_batch.errors import JobError, Reason
 from mas_batch.incremental.identity import asked_as
-from mas_batch.job import Job
+from mas_batch.job import Job, fingerprint
 from mas_batch.job import Task as TaskSection
+from mas_batch.job_file import check_job
 from mas_batch.merging import check_merging
 from mas_batch.records import ANSWERS, Answer, Record
 from mas_batch.run_folder.kept_job import as_asked
@@ -148,6 +149,9 @@ def test_runs_that_read_replies_keep_their_names(make_job: MakeJob, tmp_path: Pa
         )
         return found
 
+    sections = {"agents": [{**AGENT, "reads": "reply"}], "output": {"path": "runs"}}
+    pinned = {"name": "pinned", "corpus": {"path": "corpus.jsonl"}, "task": CLASSIFY, **sections}
+    assert fingerprint(check_job(pinned).identity()) == "113d26d3d64aeb42", "as before `reads`"
     assert agent_of()["reads"] == "labels"
     assert agent_of() == agent_of(reads="labels")
     assert agent_of(engine="auto")["reads"] == "labels"
