@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mas_batch.engines.transformers.checkpoints import checkpoint
 from mas_batch.job import Task
 from mas_batch.models import fetch
 from mas_batch.records import Record
@@ -42,6 +41,8 @@ def read_records(number: int) -> list[Record]:
 @cache
 def model_folder() -> Path:
     """Return the model in float32, as safetensors."""
+    from mas_batch.engines.transformers.checkpoints import checkpoint  # it imports torch
+
     return checkpoint(fetch(MODEL), "float32")
 
 

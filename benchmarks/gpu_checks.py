@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from random_models import make_model, make_requests
+from timed_run import timed_run
 
-import mas_batch
 from mas_batch.agents.devices import assign_devices
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Completion, EngineConfig, Request, Sampling, Waiting
@@ -26,7 +26,6 @@ from mas_batch.engines.batching import answer_batch, complete, tokenized
 from mas_batch.engines.encoder import Encoder
 from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import ModelError, OutOfMemoryError
-from mas_batch.events import Event, HostReady, RunFinished
 from mas_batch.job_file import check_job
 from mas_batch.models import ModelFiles, fetch
 
@@ -388,14 +387,15 @@ def sharing(setup: Setup, client: Any = None) -> Iterator[Fact]:
     for count in (1, 2) if client is None else (2,):
         with tempfile.TemporaryDirectory() as folder:
             job = _job(setup, files, Path(folder), count)
-            seconds, devices, answers[count] = _run(job, client)
-        rates[count] = count * len(answers[count]) / seconds
-        alike = all(device.startswith(setup.device) for device in devices)
+            run = timed_run(job, client)
+            answers[count] = run.answers
+        rates[count] = count * len(run.answers) / run.seconds
+        alike = all(device.startswith(setup.device) for device in run.devices)
         yield Fact(
             "sharing",
             f"{count} host{'s' * (count > 1)}, GPU: {1 / count:g} each",
-            f"{rates[count]:.1f} answers/s on {', '.join(devices)}",
-            len(devices) == count and alike,
+            f"{rates[count]:.1f} answers/s on {', '.join(run.devices)}",
+            len(run.devices) == count and alike,
         )
     if client is None:
         share = sum(answers[2][key] == text for key, text in answers[1].items()) / len(answers[1])
@@ -426,23 +426,6 @@ def _job(setup: Setup, files: ModelFiles, folder: Path, count: int) -> Any:
             "cluster": {"dashboard_address": None},
         }
     )
-
-
-def _run(job: Any, client: Any) -> tuple[float, list[str], dict[str, str]]:
-    """Return seconds from the last host's readiness, the device of each, and the answers."""
-    times: dict[type, float] = {}
-    devices: list[str] = []
-
-    def note(event: Event) -> None:
-        if isinstance(event, HostReady | RunFinished):
-            times[type(event)] = time.perf_counter()
-        if isinstance(event, HostReady):
-            devices.append(str(event.engine["device"]))
-
-    summary = mas_batch.run(job, emit=note, client=client)
-    rows = mas_batch.open_run(summary.run).arrow()
-    answers = zip(rows["record_id"].to_pylist(), rows["answer"].to_pylist(), strict=True)
-    return times[RunFinished] - times[HostReady], devices, dict(answers)
 
 
 def assignment(setup: Setup) -> Iterator[Fact]:

