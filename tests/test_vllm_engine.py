@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,14 @@ from mas_batch.engines.base import EngineConfig, Message, Request, Sampling, Tok
 from mas_batch.engines.batching import answer_batch
 from mas_batch.engines.vllm.environment import Hardware, set_up
 from mas_batch.engines.vllm.options import Options, read
-from mas_batch.errors import EngineError, EngineLostError, JobError, OutOfMemoryError, Reason
+from mas_batch.errors import (
+    EngineError,
+    EngineLostError,
+    JobError,
+    ModelError,
+    OutOfMemoryError,
+    Reason,
+)
 from mas_batch.models import ModelFiles
 
 torch = pytest.importorskip("torch")
@@ -201,3 +209,20 @@ def test_what_vllm_has_read_of_the_process_cannot_be_changed(
     with pytest.raises(JobError, match="workers of their own") as caught:
         set_up(Hardware("cuda", 1, (9, 0)), **settings)  # type: ignore[arg-type]
     assert caught.value.key == key
+
+
+def test_an_adapters_configuration_is_checked(engine_module: Any, tmp_path: Path) -> None:
+    engine = load(engine_module, Vllm())
+    files = ModelFiles("folder", "path", tmp_path, "folder", "")
+
+    def refused(config: str, error: type[Exception], words: str) -> None:
+        (tmp_path / "adapter_config.json").write_text(config)
+        with pytest.raises(error, match=words):
+            engine.add_adapter("a", files)
+
+    refused("{}", ModelError, r"folder: no adapter_model\.safetensors")
+    (tmp_path / "adapter_model.safetensors").touch()
+    refused("{", ModelError, r"folder: adapter_config\.json: not JSON")
+    refused('{"peft_type": "LORA"}', ModelError, r"folder: .*r: None is no number")
+    ranks = '{"peft_type": "LORA", "r": 8, "rank_pattern": {"q_proj": 32}}'
+    refused(ranks, JobError, r"max_lora_rank: 16 is below the rank 32 of folder")
