@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from documents import MODEL, ROOT
 
@@ -31,6 +32,10 @@ from mas_batch.job import Task
 from mas_batch.models import fetch
 from mas_batch.tasks import make_task
 
+WITH: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    "vllm": {"block_size": 32, "max_context_tokens": 4096},  # a CPU's blocks are of 128 else
+}
 WITHOUT = {"transformers": {"share_prefixes": False}, "vllm": {"enable_prefix_caching": False}}
 INSTRUCTIONS = """Which application is the help page below about? Choose one of these:
 Writer: text documents, paragraphs, page styles, headers and footers, mail merge
@@ -96,7 +101,7 @@ def compare(case: str, options: argparse.Namespace) -> str:
     found: dict[bool, list[Completion]] = {}
     for _ in range(options.rounds):
         for shared in (False, True):  # each time a new engine, which keeps nothing
-            settings = {} if shared else WITHOUT[options.engine]
+            settings = WITH[options.engine] | ({} if shared else WITHOUT[options.engine])
             config = EngineConfig("float32", "cpu", options.threads, options=settings)
             loop = EngineLoop(lambda: load_engine(options.engine, fetch(MODEL), config))  # noqa: B023
             loop.complete([request(0, "Hello")], Sampling(2))

@@ -63,7 +63,7 @@ def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
     agent = job.agents[0]
     config = EngineConfig(threads=agent.threads, options=agent.options)
     here = hardware()
-    set_up(here, tensor=1, threads=agent.threads, batch_invariant=True)
+    set_up(here, tensor=1, threads=agent.threads, batch_invariant=False)
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -49,9 +49,6 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch.engines.vllm.loading",
             "mas_batch[vllm]",
             options="mas_batch.engines.vllm.options:read",
-            # It lives on many requests in flight: with partitions of the default size these are
-            # more than it runs at once.
-            concurrent=8,
             adapters=True,
             scores_choices=True,
             tensor_parallel=True,
@@ -60,6 +57,7 @@ ENGINES: Registry[EngineInfo] = Registry(
                 "kv_cache_memory_bytes",
                 "max_num_seqs",
                 "max_num_batched_tokens",
+                "enable_prefix_caching",
                 "enforce_eager",
                 "max_lora_rank",
             ),

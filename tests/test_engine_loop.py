@@ -453,6 +453,20 @@ def test_whoever_asks_a_dead_engine_is_told_and_so_is_its_worker(
     assert loop.closed
 
 
+def test_an_errand_that_finds_the_engine_dead_ends_the_loop_too() -> None:
+    def die() -> None:
+        raise EngineLostError("the card is gone")
+
+    told: list[EngineLostError] = []
+    engine = Capitals()
+    loop = EngineLoop(lambda: engine, told.append)
+    with pytest.raises(EngineLostError, match="the card is gone"):
+        loop.run(die)
+    wait_until(lambda: engine.closed)
+    assert [str(error) for error in told] == ["the card is gone"]
+    assert loop.closed
+
+
 def test_the_engine_is_idle_when_nobody_asks_and_that_is_told_once() -> None:
     engine = Capitals()
     with loop_of(engine) as loop, callers() as ask:

@@ -15,6 +15,7 @@ from mas_batch.agents.work import _counts_of_answers as counts_of_answers  # noq
 from mas_batch.engines.base import Sampling  # noqa: E402
 from mas_batch.engines.transformers import blocks  # noqa: E402
 from mas_batch.engines.transformers.adapters import Adapters  # noqa: E402
+from mas_batch.engines.transformers.choices import score_packed, score_stream  # noqa: E402
 from mas_batch.engines.transformers.network import Network  # noqa: E402
 from mas_batch.engines.transformers.packed_stream import PackedStream  # noqa: E402
 from mas_batch.engines.transformers.prefixes import (  # noqa: E402
@@ -25,7 +26,7 @@ from mas_batch.engines.transformers.prefixes import (  # noqa: E402
     stretches,
 )
 from mas_batch.engines.transformers.running import Asked, Running  # noqa: E402
-from mas_batch.engines.transformers.streams import SpecialTokens  # noqa: E402
+from mas_batch.engines.transformers.streams import SpecialTokens, open_stream  # noqa: E402
 from mas_batch.models import ModelFiles  # noqa: E402
 from mas_batch.records import ANSWERS  # noqa: E402
 
@@ -107,6 +108,51 @@ def test_prefixes_used_last_are_kept() -> None:
     assert see([*TEMPLATE, 6]) == 12
     assert [see([*DOCUMENT, 9])] == [0]
     assert asked == [12, 30, 20, 30]
+
+
+def test_prefixes_of_several_adapters_do_not_drive_out_each_other() -> None:
+    prefixes = Prefixes(most_tokens=len(DOCUMENT))
+    names = ("one", "two", None)
+    for number in range(2):
+        for name in names:
+            prefixes.see([*DOCUMENT, number], name, lambda _: [])
+    assert [prefixes.find([*DOCUMENT, 9], name)[0] for name in names] == [len(DOCUMENT)] * 3
+    many = Prefixes()  # of each of more adapters than prompts are remembered
+    for number in range(2):
+        for i in range(20):
+            many.see([*TEMPLATE, number], str(i), lambda _: [])
+    assert many.find([*TEMPLATE, 9], "0")[0] == len(TEMPLATE)
+
+
+def test_choices_are_scored_after_prefixes_as_after_whole_prompts(model: Any) -> None:
+    network, prefixes = Network(model), Prefixes()
+    prompts = [[*TEMPLATE, *DOCUMENT, i] for i in range(4)]
+    choices = [[(5,), (6, 7, 8), (6, 9)]] * 4
+
+    with torch.inference_mode():
+        whole = score_packed(network, prompts, choices)
+        first = score_packed(network, prompts[:2], choices[:2], prefixes)
+        then = score_packed(network, prompts, choices, prefixes)
+        other = score_packed(network, prompts[:1], choices[:1], prefixes, "adapter")
+        _, generated = PackedStream(network, prefixes).join(prompts[:1], 1, [9], None)
+
+    assert first.cached_tokens == other.cached_tokens * 2 == whole.cached_tokens[:2] == [0, 0]
+    assert then.cached_tokens == [42] * 4
+    assert generated == [42]
+    for expected, found in zip(whole.logprobs, then.logprobs, strict=True):
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_part_with_short_choices_only_is_scored_by_any_stream(model: Any) -> None:
+    special = SpecialTokens(frozenset(), 0)
+    prompts, choices = [TEMPLATE, TEMPLATE], [[(5,), (6,)], [(5,), (6, 7)]]
+    with torch.inference_mode():
+        found = score_stream(
+            lambda: open_stream(model, special, None), special, prompts, choices, 1
+        )
+        expected = score_packed(Network(model), prompts, choices)
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_logits_are_those_of_whole_prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

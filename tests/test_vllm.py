@@ -366,6 +366,8 @@ def test_a_daemonic_worker_cannot_hold_parts(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_dead_engine_ends_its_worker_and_nothing_is_lost(tmp_path: Path) -> None:
     """The model in three parts, each in a process; one of these is killed."""
     parts = {"parallel": {"tensor": 3}, "device": "cpu", "threads": 3}
+    # Two partitions in flight: whatever was with the dead worker is asked again record by record.
+    parts |= {"options": {**OPTIONS, "max_num_seqs": 32}}
     harmed = Killer(below("VLLM::Worker"))
     summary = mas_batch.run(make_job(tmp_path, **parts), emit=harmed)
     assert harmed.of(HostLost)

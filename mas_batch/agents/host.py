@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+import psutil
 from distributed import Worker, WorkerPlugin, get_worker
 from distributed.metrics import context_meter
 
@@ -233,7 +236,9 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         of_agents = ENGINES[name].of_agent(spec.agent.options)
         options = {k: v for k, v in spec.engine_config.options.items() if k not in of_agents}
         config = replace(spec.engine_config, options=options)
-        loop = EngineLoop(lambda: load_engine(name, model, config), _end_process)
+        loop = EngineLoop(
+            lambda: load_engine(name, model, config), partial(_end_process, self._worker)
+        )
         resident = _Resident(spec.engine_key, name, model, loop)
         with self._state:
             if not self._closing:
@@ -257,13 +262,25 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         self._worker.executors[self.name] = executor
 
 
-def _end_process(error: EngineLostError) -> None:
-    """End the worker's process: its nanny, or whoever watches it, starts another one.
+def _end_process(worker: Worker, error: EngineLostError) -> None:
+    """End the worker's process, and those that its engine has started: its nanny starts another.
 
     At once, because nothing here can be answered any more and threads may hang in a dead library.
-    What has not been committed is asked again, of any host.
+    What has not been committed is asked again, of any host. A worker without a nanny may be a
+    thread of somebody's notebook: it is left alone, and whoever asks the engine gets a RunError.
     """
+    if worker.nanny is None:
+        logger.critical(
+            "the engine of worker %s is dead: %s; the worker has no nanny to start it again and "
+            "may share its process with others, so start that process anew",
+            worker.name, error,
+        )  # fmt: skip
+        return
     logger.critical("the worker ends itself, its engine is dead: %s", error)
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):  # they hold the cards
+            with suppress(psutil.Error):
+                child.kill()
     logging.shutdown()
     os._exit(_ENGINE_LOST)
 

@@ -99,7 +99,8 @@ class Completion:
     """Of `prompt_tokens`, those that were read before, for others: other prompts that begin alike,
     or the first sample of this one. None where it cannot be told."""
     choice_logprobs: tuple[float, ...] = ()
-    """Natural log-probability of each of `Sampling.choices` after the prompt, end token excluded;
+    """Natural log-probability of each of `Sampling.choices` after the prompt. The end
+    token counts only where a choice is the beginning of another one's tokens;
     `text` is then the likeliest."""
     choice_tokens: tuple[int, ...] = ()
     """Number of tokens of each choice."""

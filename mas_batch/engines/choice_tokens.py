@@ -22,6 +22,9 @@ class ChoiceTokens:
     merge with the prompt's last token, which is read as it is, it is tokenised alone. A space
     comes before it unless the prompt ends with a blank or with a special token, as chat templates
     do. For a decoder with an encoder it begins a text of the target language.
+
+    One that another goes on from (`1`, `10`) has the end token after it: without, the longer one
+    could never be the likelier.
     """
 
     def __init__(self, tokenizer: Any, *, seq2seq: bool) -> None:
@@ -44,7 +47,13 @@ class ChoiceTokens:
         found = tuple(tuple(self._one(border, choice)) for choice in choices)
         if () in found:
             raise EngineError(f"{choices[found.index(())]!r} has no tokens")
-        return found
+        return tuple(self._ended(tokens, found) for tokens in found)
+
+    def _ended(self, tokens: tuple[int, ...], every: Sequence[Tokens]) -> tuple[int, ...]:
+        end = self._tokenizer.eos_token_id
+        longer = (other for other in every if len(other) > len(tokens))
+        begins_another = any(tuple(other[: len(tokens)]) == tokens for other in longer)
+        return (*tokens, end) if begins_another and end is not None else tokens
 
     def _one(self, border: tuple[int, ...], choice: str) -> list[int]:
         if self._seq2seq:

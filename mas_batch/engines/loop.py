@@ -180,7 +180,7 @@ class EngineLoop:
     @property
     def joins(self) -> bool:
         """Whether what comes is taken up while the engine works on something else."""
-        return self._stepping is not None or bool(getattr(self.engine, "threadsafe", False))
+        return self._stepping is not None or _is_threadsafe(self.engine)
 
     def take_idle_s(self) -> float:
         """Return for how many seconds nobody has asked anything, since this was called last."""
@@ -291,6 +291,8 @@ class EngineLoop:
             self._settle(errand.future, errand.function())
         except BaseException as error:
             self._settle(errand.future, error=error)
+            if isinstance(error, EngineLostError):
+                raise
 
     def _turn(self) -> None:
         """Have the engine do one thing: a step, or a batch."""

@@ -102,24 +102,45 @@ def _like(model: Any, weight: Tensor) -> Tensor:
     return weight.to(device=model.device, dtype=model.dtype).contiguous()
 
 
-def _config(path: Path | None) -> Mapping[str, Any]:
-    """Read the configuration; refuse what is not supported."""
+def read_config(path: Path | None) -> Mapping[str, Any]:
+    """Read the configuration of an adapter in a folder.
+
+    Raises:
+        ModelError: it is missing, damaged, or of another kind of adapter.
+    """
     try:
-        config: Any = json.loads(_existing(path, CONFIG).read_bytes())
+        config: Any = json.loads(existing(path, CONFIG).read_bytes())
     except ValueError as error:
         raise ModelError(f"{CONFIG}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{CONFIG}: not a mapping")
     if (kind := config.get("peft_type")) != "LORA":
         raise ModelError(f"{CONFIG}: peft_type {kind!r} is not supported; allowed: 'LORA'")
+    return config
+
+
+def largest_rank(config: Mapping[str, Any]) -> int:
+    """Return the largest rank that a configuration speaks of.
+
+    Raises:
+        ModelError: one is no number.
+    """
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if wrong := [rank for rank in ranks if not isinstance(rank, int)]:
+        raise ModelError(f"{CONFIG}: r: {wrong[0]!r} is no number")
+    return max(ranks)
+
+
+def _config(path: Path | None) -> Mapping[str, Any]:
+    """Read the configuration; refuse what is not supported."""
+    config = read_config(path)
     for key, allowed in ALLOWED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise _unsupported(key, config[key], ", ".join(map(repr, allowed)))
     for key in sorted(config.keys() - HEEDED - IN_TRAINING):
         if config[key]:
             raise _unsupported(key, config[key], "none")
-    found: Mapping[str, Any] = config
-    return found
+    return config
 
 
 def _unsupported(key: str, value: Any, allowed: str) -> ModelError:
@@ -128,13 +149,18 @@ def _unsupported(key: str, value: Any, allowed: str) -> ModelError:
 
 def _weights(path: Path | None) -> Mapping[str, Tensor]:
     try:
-        weights: dict[str, Tensor] = load_file(_existing(path, WEIGHTS))
+        weights: dict[str, Tensor] = load_file(existing(path, WEIGHTS))
     except SafetensorError as error:
         raise ModelError(f"{WEIGHTS}: {error}") from error
     return weights
 
 
-def _existing(path: Path | None, name: str) -> Path:
+def existing(path: Path | None, name: str) -> Path:
+    """Return one of the files of an adapter in a folder.
+
+    Raises:
+        ModelError: it is not there.
+    """
     if path is None or not (path / name).is_file():
         raise ModelError(f"no {name}; an adapter is a folder with {CONFIG} and {WEIGHTS}")
     return path / name

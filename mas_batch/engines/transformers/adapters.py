@@ -90,9 +90,9 @@ class Adapters:
             names: of each row; if all are the same, however many rows there are.
         """
         before = self._names, self._now
-        self._names = names
-        self._now = self.in_order(None)
         try:
+            self._names = names
+            self._now = self.in_order(None)
             yield
         finally:
             self._names, self._now = before

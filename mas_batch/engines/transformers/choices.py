@@ -1,15 +1,17 @@
 """How likely given continuations of a prompt are: it is read once, whatever their number.
 
 The packed network reads a prompt and all its continuations in one pass, as a tree: a continuation
-sees the prompt and itself. Elsewhere the prompt's keys and values are copied for each continuation
-of more than one token, and the next tokens are fed to all of them together. Of continuations of one
-token nothing is read at all: what follows the prompt tells their probabilities.
+sees the prompt and itself; what kept prefixes have of the prompt is not read. Elsewhere the
+prompt's keys and values are copied for each continuation of more than one token, and the next
+tokens are fed to all of them together. Of continuations of one token nothing is read at all: what
+follows the prompt tells their probabilities.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -18,8 +20,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mas_batch.engines.base import Completion, Sampling
 from mas_batch.engines.timing import share_time
+from mas_batch.engines.transformers.blocks import attend_after
 from mas_batch.engines.transformers.network import Network
 from mas_batch.engines.transformers.packed_stream import READ_TOKENS
+from mas_batch.engines.transformers.prefixes import Layers, Prefixes
 from mas_batch.engines.transformers.streams import SpecialTokens, Stream
 from mas_batch.errors import EngineError
 
@@ -29,30 +33,67 @@ LOGIT_ROWS = 256
 """Rows of the vocabulary's logits that are there at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a model says of the continuations of prompts."""
+
+    logprobs: list[list[float]]
+    """Of each prompt, the log-probability of each continuation."""
+    cached_tokens: list[int]
+    """Of each prompt, those that had been read before."""
+
+
 def score_packed(
-    network: Network, prompts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]]
-) -> list[list[float]]:
-    """Return, for each prompt, the log-probability of each of its continuations."""
-    trees = [_Tree(prompt, own) for prompt, own in zip(prompts, choices, strict=True)]
-    for part in _parts(trees):
-        _read_trees(network, part)
-    return [tree.logprobs for tree in trees]
+    network: Network,
+    prompts: Sequence[Tokens],
+    choices: Sequence[Sequence[Tokens]],
+    prefixes: Prefixes | None = None,
+    adapter: str | None = None,
+) -> Scores:
+    """Score continuations by a packed network.
+
+    Args:
+        prefixes: kept beyond the call; None: prompts are read whole.
+        adapter: name of the one that is in use.
+    """
+    trees = []
+    for part in _parts(prompts, choices):
+        own = []
+        for prompt, continuations in part:
+            num, past = (0, []) if prefixes is None else prefixes.find(prompt, adapter)
+            own.append(_Tree(prompt, continuations, min(num, len(prompt) - 1), past))
+        _read_trees(network, own, keep=prefixes is not None)
+        for tree in own:
+            # What is not finite would spoil whatever begins alike, for ever.
+            if prefixes is not None and all(map(math.isfinite, tree.logprobs)):
+                prefixes.see(tree.prompt, adapter, tree.first)
+            tree.layers.clear()
+        trees += own
+    return Scores([tree.logprobs for tree in trees], [tree.known for tree in trees])
 
 
 class _Tree:
-    """A prompt and its continuations, but for their last tokens, which are only predicted."""
+    """A prompt and its continuations, but for their last tokens, which are only predicted.
 
-    def __init__(self, prompt: Tokens, choices: Sequence[Tokens]) -> None:
-        self.length = len(prompt)
-        self.tokens = [*prompt, *(token for choice in choices for token in choice[:-1])]
-        self.positions = list(range(self.length))
+    Args:
+        known: how many of the prompt's first tokens need not be read.
+        past: layers that have these.
+    """
+
+    def __init__(self, prompt: Tokens, choices: Sequence[Tokens], known: int, past: Layers) -> None:
+        self.prompt, self.length, self.known = prompt, len(prompt), known
+        self._past = [tuple(tensor[:, :known] for tensor in pair) for pair in past if known]
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of the whole prompt, where they may be kept."""
+        self.tokens = [*prompt[known:], *(token for choice in choices for token in choice[:-1])]
+        self.positions = list(range(known, self.length))
         self.logprobs = [0.0] * len(choices)
         self.wanted: list[tuple[int, int, int]] = []
         """Continuation, one of its tokens, and the token of the tree that predicts it."""
         owners: list[int] = []
         for i, choice in enumerate(choices):
-            start = len(self.positions) - 1
-            places = [self.length - 1, *range(start + 1, start + len(choice))]
+            start = len(self.positions)
+            places = [self.length - 1 - known, *range(start, start + len(choice) - 1)]
             self.wanted += [(i, token, at) for token, at in zip(choice, places, strict=True)]
             self.positions += range(self.length, self.length + len(choice) - 1)
             owners += [i] * (len(choice) - 1)
@@ -61,33 +102,53 @@ class _Tree:
         seen = torch.cat([torch.ones(len(owners), self.length, dtype=torch.bool), allowed], 1)
         self.mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        """Attend within the tree: [heads, tokens, size] each."""
-        n = self.length
-        found = [
-            scaled_dot_product_attention(
-                queries[None, :, :n],
-                keys[None, :, :n],
-                values[None, :, :n],
-                is_causal=True,
-                scale=scale,
-            )[0]
-        ]
-        if len(self.tokens) > n:
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float, *, keep: bool
+    ) -> Tensor:
+        """Attend within the tree: queries are [heads, tokens, size], the others of key heads.
+
+        Args:
+            keep: note the prompt's keys and values.
+        """
+        n, own = self.length, self.length - self.known
+        if self.known:
+            keys, values = (
+                torch.cat(pair, 1) for pair in zip(self._past[layer], (keys, values), strict=True)
+            )
+        if keep:
+            self.layers.append((keys[:, :n].clone(), values[:, :n].clone()))
+        groups = len(queries) // len(keys)
+        all_keys, all_values = (part.repeat_interleave(groups, 0) for part in (keys, values))
+        if self.known:
+            found = [attend_after(queries[:, :own], keys[:, :n], values[:, :n], scale)]
+        else:
+            found = [
+                scaled_dot_product_attention(
+                    queries[None, :, :n],
+                    all_keys[None, :, :n],
+                    all_values[None, :, :n],
+                    is_causal=True,
+                    scale=scale,
+                )[0]
+            ]
+        if len(self.tokens) > own:
             found.append(
                 scaled_dot_product_attention(
-                    queries[None, :, n:],
-                    keys[None],
-                    values[None],
+                    queries[None, :, own:],
+                    all_keys[None],
+                    all_values[None],
                     attn_mask=self.mask.to(queries.dtype),
                     scale=scale,
                 )[0]
             )
         return torch.cat(found, 1)
 
+    def first(self, num: int) -> Layers:
+        """Return copies of the keys and values of so many tokens."""
+        return [(keys[:, :num].clone(), values[:, :num].clone()) for keys, values in self.layers]
 
-def _read_trees(network: Network, trees: Sequence[_Tree]) -> None:
-    groups = network.num_heads // network.num_key_heads
+
+def _read_trees(network: Network, trees: Sequence[_Tree], *, keep: bool) -> None:
     sizes = [len(tree.tokens) for tree in trees]
     starts = [0, *accumulate(sizes)]
 
@@ -97,10 +158,7 @@ def _read_trees(network: Network, trees: Sequence[_Tree]) -> None:
             *(part.transpose(0, 1).split(sizes, 1) for part in (queries, keys, values)),
             strict=True,
         )
-        found = [
-            tree.attend(q, *(part.repeat_interleave(groups, 0) for part in own), network.scale)
-            for tree, q, *own in parts
-        ]
+        found = [tree.attend(layer, *own, network.scale, keep=keep) for tree, *own in parts]
         return torch.cat(found, 1).transpose(0, 1).flatten(1)
 
     tokens = torch.tensor([token for tree in trees for token in tree.tokens])
@@ -121,13 +179,18 @@ def _read_trees(network: Network, trees: Sequence[_Tree]) -> None:
             tree.logprobs[choice] += logprob
 
 
-def _parts(trees: Sequence[_Tree]) -> Iterator[list[_Tree]]:
-    part: list[_Tree] = []
-    for tree in trees:
-        if part and sum(len(each.tokens) for each in [*part, tree]) > READ_TOKENS:
+def _parts(
+    prompts: Sequence[Tokens], choices: Sequence[Sequence[Tokens]]
+) -> Iterator[list[tuple[Tokens, Sequence[Tokens]]]]:
+    part: list[tuple[Tokens, Sequence[Tokens]]] = []
+    size = 0
+    for prompt, own in zip(prompts, choices, strict=True):
+        num_tokens = len(prompt) + sum(len(choice) - 1 for choice in own)
+        if part and size + num_tokens > READ_TOKENS:
             yield part
-            part = []
-        part.append(tree)
+            part, size = [], 0
+        part.append((prompt, own))
+        size += num_tokens
     yield part
 
 
@@ -137,8 +200,8 @@ def score_stream(
     prompts: Sequence[Tokens],
     choices: Sequence[Sequence[Tokens]],
     max_tokens: int | None,
-) -> list[list[float]]:
-    """Return the same as `score_packed`, by any stream.
+) -> Scores:
+    """Score continuations by any stream.
 
     Args:
         max_tokens: of the rows that there are at once; None: all.
@@ -151,7 +214,7 @@ def score_stream(
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         found += _score_rows(open_stream(), special, prompts[part], choices[part], copies, longest)
-    return found
+    return Scores(found, [0] * len(prompts))
 
 
 def _score_rows(
@@ -178,6 +241,8 @@ def _score_rows(
             for row, (i, c) in enumerate(under_way)
             if c < len(choices[i]) and len(choices[i][c]) > step
         ]
+        if not kept:  # the longest is another part's
+            break
         stream.keep(kept)
         under_way = [under_way[row] for row in kept]
         last = [choices[i][c][step - 1] for i, c in under_way]
@@ -199,28 +264,27 @@ def _logprobs(logits: Tensor, rows: Sequence[int], tokens: Sequence[int]) -> lis
 def choice_completions(
     prompts: Sequence[Tokens],
     choices: Sequence[Sequence[Tokens]],
-    logprobs: Sequence[Sequence[float]],
+    scores: Scores,
     sampling: Sampling,
     total_s: float,
 ) -> list[list[Completion]]:
     """Make a completion per prompt: its likeliest continuation, and what each one's is.
 
-    Nothing is decoded, so all the time is that of reading.
+    Nothing is decoded, so all the time is that of reading, by the tokens read for each.
 
     Raises:
         EngineError: a model's logits are not finite.
     """
-    if not all(math.isfinite(one) for own in logprobs for one in own):
+    if not all(math.isfinite(one) for own in scores.logprobs for one in own):
         raise EngineError(
             "the model's logits are not finite; float16 overflows in some models, where bfloat16 "
             "or float32 does not"
         )
-    read = [len(p) + sum(map(len, own)) for p, own in zip(prompts, choices, strict=True)]
+    rows = list(zip(prompts, choices, scores.logprobs, scores.cached_tokens, strict=True))
+    read = [len(prompt) - cached + sum(map(len, own)) for prompt, own, _, cached in rows]
     shares = share_time(total_s, total_s, read, [[0]] * len(prompts))
     found: list[list[Completion]] = []
-    for prompt, own, each, [(compute_s, prefill_s)] in zip(
-        prompts, choices, logprobs, shares, strict=True
-    ):
+    for (prompt, own, each, cached), [(compute_s, prefill_s)] in zip(rows, shares, strict=True):
         best = max(range(len(each)), key=each.__getitem__)
         found.append(
             [
@@ -233,6 +297,7 @@ def choice_completions(
                     prompt_tokens=len(prompt),
                     compute_s=compute_s,
                     prefill_s=prefill_s,
+                    cached_tokens=cached,
                     choice_logprobs=tuple(each),
                     choice_tokens=tuple(map(len, own)),
                 )

@@ -37,6 +37,7 @@ from mas_batch.engines.transformers.checkpoints import (
     load_tokenizer,
 )
 from mas_batch.engines.transformers.choices import (
+    Scores,
     choice_completions,
     score_packed,
     score_stream,
@@ -130,7 +131,7 @@ class TransformersEngine:
         """Run one batch, of one adapter unless its rows can be stepped."""
         prompts = [self._tokens(request, sampling) for request in requests]
         if sampling.choices:
-            return self._score(prompts, sampling)
+            return self._score(prompts, sampling, requests[0].adapter)
         if sampling.num_beams > 1:
             start = time.perf_counter()
             with torch.inference_mode():
@@ -224,7 +225,7 @@ class TransformersEngine:
         return chat_text(self._tokenizer, request.messages, self._files.source)
 
     def _score(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, adapter: str | None
     ) -> list[list[Completion]]:
         """Return how likely each of the choices is after each prompt."""
         start = time.perf_counter()
@@ -236,16 +237,16 @@ class TransformersEngine:
                     f"context of {self.max_context_tokens}"
                 )
 
-        def score() -> list[list[float]]:
+        def score() -> Scores:
             if self._network is not None:
-                return score_packed(self._network, prompts, choices)
+                return score_packed(self._network, prompts, choices, self._prefixes, adapter)
             return score_stream(
                 self._stream, self._special, prompts, choices, self.max_batch_tokens
             )
 
-        logprobs = self._call(score)
+        scores = self._call(score)
         total_s = time.perf_counter() - start
-        return choice_completions(prompts, choices, logprobs, sampling, total_s)
+        return choice_completions(prompts, choices, scores, sampling, total_s)
 
     def _stream(self) -> Stream:
         return open_stream(self._model, self._special, self._network, self._prefixes)

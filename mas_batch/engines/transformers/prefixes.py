@@ -16,14 +16,14 @@ from torch import Tensor
 LEAST_TOKENS = 8
 """A shorter prefix is not worth sharing."""
 KEPT_TOKENS = 1024
-"""Tokens of prefixes that are kept for the prompts of later calls: 45 MiB of SmolLM2-135M's."""
+"""Tokens of prefixes that are kept for the prompts of later calls, of each adapter: 45 MiB of
+SmolLM2-135M's."""
 _MOST_SEEN = 16
 """Prompts that are remembered; a prefix is kept once a second one of them begins with it."""
 
 Layers = list[tuple[Tensor, Tensor]]
 """Keys and values per layer [key heads, tokens, size]."""
-_Prefix = tuple[str | None, tuple[int, ...]]
-"""An adapter and tokens."""
+_Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +93,33 @@ def num_common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass(slots=True)
+class _Own:
+    """Those of one adapter, or of none."""
+
+    kept: OrderedDict[_Tokens, Layers] = field(default_factory=OrderedDict)
+    seen: deque[_Tokens] = field(default_factory=lambda: deque(maxlen=_MOST_SEEN))
+
+
+@dataclass(slots=True)
 class Prefixes:
     """Keys and values of prefixes that prompts have begun with, those used last.
 
-    Of the same tokens they are others with another adapter.
+    Of the same tokens they are others with another adapter; no adapter's drive out another's.
     """
 
     most_tokens: int = KEPT_TOKENS
-    _kept: OrderedDict[_Prefix, Layers] = field(default_factory=OrderedDict)
-    _seen: deque[_Prefix] = field(default_factory=lambda: deque(maxlen=_MOST_SEEN))
+    """Of each adapter."""
+    _of: dict[str | None, _Own] = field(default_factory=dict)
 
     def find(self, prompt: Sequence[int], adapter: str | None) -> tuple[int, Layers]:
         """Return how many of a prompt's first tokens are kept, and the layers that have them."""
-        own = tuple(prompt)
-        found = [
-            (num_common(tokens, own), (name, tokens))
-            for name, tokens in self._kept
-            if name == adapter
-        ]
-        num, best = max(found, key=lambda each: each[0], default=(0, None))
-        if best is None or num < LEAST_TOKENS:
+        kept = self._of[adapter].kept if adapter in self._of else OrderedDict()
+        found = [(num_common(tokens, tuple(prompt)), tokens) for tokens in kept]
+        num, best = max(found, key=lambda each: each[0], default=(0, ()))
+        if num < LEAST_TOKENS:
             return 0, []
-        self._kept.move_to_end(best)
-        return num, self._kept[best]
+        kept.move_to_end(best)
+        return num, kept[best]
 
     def see(
         self, prompt: Sequence[int], adapter: str | None, layers: Callable[[int], Layers]
@@ -125,17 +129,15 @@ class Prefixes:
         Args:
             layers: returns those of so many of its first tokens; they must not change afterwards.
         """
-        own = tuple(prompt)
-        before = [tokens for name, tokens in self._seen if name == adapter]
-        num = min(max((num_common(own, seen) for seen in before), default=0), self.most_tokens)
-        self._seen.append((adapter, own))
-        tokens = own[:num]
-        kept = [other for name, other in self._kept if name == adapter]
-        if num < LEAST_TOKENS or any(other[:num] == tokens for other in kept):
+        own, whole = self._of.setdefault(adapter, _Own()), tuple(prompt)
+        num = max((num_common(whole, seen) for seen in own.seen), default=0)
+        tokens = whole[: min(num, self.most_tokens)]
+        own.seen.append(whole)
+        if num < LEAST_TOKENS or any(other[: len(tokens)] == tokens for other in own.kept):
             return
-        for other in kept:
+        for other in list(own.kept):
             if tokens[: len(other)] == other:  # the longer one has it
-                del self._kept[adapter, other]
-        self._kept[adapter, tokens] = layers(num)
-        while sum(len(each) for _, each in self._kept) > self.most_tokens:
-            self._kept.popitem(last=False)
+                del own.kept[other]
+        own.kept[tokens] = layers(len(tokens))
+        while sum(map(len, own.kept)) > self.most_tokens:
+            own.kept.popitem(last=False)

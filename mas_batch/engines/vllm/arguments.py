@@ -22,7 +22,7 @@ def arguments(path: Path, config: EngineConfig, options: Options, here: Hardware
         "load_format": "safetensors",
         "trust_remote_code": False,
         "seed": 0,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": options.enable_prefix_caching,
         "enforce_eager": options.enforce_eager or here.kind == "cpu",
         "tensor_parallel_size": config.tensor,
         "disable_log_stats": True,

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 import vllm
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -35,6 +35,7 @@ from mas_batch.engines.base import (
 )
 from mas_batch.engines.chat import chat_text
 from mas_batch.engines.choice_tokens import ChoiceTokens
+from mas_batch.engines.torch_device import free_caches
 from mas_batch.engines.vllm.adapters import adapter_request
 from mas_batch.engines.vllm.choices import questions, scores
 from mas_batch.engines.vllm.environment import Hardware, is_fault, memory
@@ -45,6 +46,7 @@ from mas_batch.errors import (
     EngineLostError,
     EngineRefusedError,
     ModelError,
+    OutOfMemoryError,
     Reason,
 )
 from mas_batch.models import ModelFiles
@@ -101,11 +103,12 @@ class VllmEngine:
         self._options = options
         self._here = here
         whole = self._vllm.vllm_config
+        self.concurrent = options.partitions_at_once
         self.max_context_tokens: int = whole.model_config.max_model_len
         self._max_running: int = whole.scheduler_config.max_num_seqs
         self._adapters: dict[str, LoRARequest] = {}
-        self._adapter_facts: dict[str, dict[str, Any]] = {}
         self._hashes: dict[str, str] = {}  # of the adapters
+        self._own_keys = count(-1, -1)  # of `generate`; those of whoever calls `begin` are not < 0
         self._names = count()
         self._asked: dict[int, _Asked] = {}  # by key, in the order of vLLM's queue
         self._by_name: dict[str, _Asked] = {}
@@ -138,16 +141,20 @@ class VllmEngine:
         except Exception as error:
             raise ModelError(f"{files.source}: {type(error).__name__}: {error}") from error
         self._adapters[name] = adapter
-        self._adapter_facts[name] = {"sha256": files.sha256}
         self._hashes[name] = files.sha256
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
         """Run a batch; see `Engine.generate`."""
-        self.begin([Waiting(i, request, sampling) for i, request in enumerate(requests)])
+        waiting = [Waiting(next(self._own_keys), request, sampling) for request in requests]
         found: dict[int, list[Completion]] = {}
-        while len(found) < len(requests):
-            found.update((done.key, done.completions) for done in self.step())
-        return [found[i] for i in range(len(requests))]
+        try:
+            self.begin(waiting)
+            while len(found) < len(requests):
+                found.update((done.key, done.completions) for done in self.step())
+        except BaseException:
+            self.drop()  # else the next call would be given these answers
+            raise
+        return [found[one.key] for one in waiting]
 
     def can_step(self, sampling: Sampling) -> bool:
         """See `SteppingEngine.can_step`; what cannot be decoded so is refused by `generate`."""
@@ -170,7 +177,7 @@ class VllmEngine:
             except EngineLostError:
                 raise
             except Exception as error:
-                self._forget(asked)
+                self._forget(asked, error)
                 message = f"{type(error).__name__}: {error}"
                 failure = failed(self._num_read(asked), Reason.ENGINE_ERROR, message)
                 completions = [failure] * one.sampling.num_samples
@@ -187,6 +194,8 @@ class VllmEngine:
 
         Raises:
             EngineLostError: the engine is dead.
+            EngineError: vLLM has lost a request.
+            OutOfMemoryError: there was not enough for the step.
         """
         finished, self._refused = self._refused, []
         if not self._asked:
@@ -198,10 +207,13 @@ class VllmEngine:
         for asked in running:
             asked.compute_s += share_s
         for output in outputs:
-            asked = self._by_name.pop(output.request_id)
-            if completions := self._take(asked, output):
-                del self._asked[asked.key]
-                finished.append(Finished(asked.key, completions))
+            if (of := self._by_name.pop(output.request_id, None)) is None:
+                continue  # of one that was dropped
+            if completions := self._take(of, output):
+                del self._asked[of.key]
+                finished.append(Finished(of.key, completions))
+        if self._asked and not outputs and not self._vllm.has_unfinished_requests():
+            raise EngineError(f"vLLM has lost {len(self._asked)} requests")
         return finished
 
     def drop(self) -> None:
@@ -224,7 +236,7 @@ class VllmEngine:
         """Facts for the manifest."""
         whole = self._vllm.vllm_config
         dtype = str(whole.model_config.dtype).removeprefix("torch.")
-        invariant = self._options.batch_invariant and self._here.has_invariant_kernels
+        invariant = bool(envs.VLLM_BATCH_INVARIANT)
         return {
             "engine": "vllm",
             "vllm": vllm.__version__,
@@ -276,14 +288,14 @@ class VllmEngine:
             every = [((), _as_vllm(sampling, asked.request.seed))]
         for beginning, params in every:
             own = str(next(self._names))
+            asked.left[own] = beginning
+            self._by_name[own] = asked
             self._vllm.add_request(
                 own,
                 {"type": "token", "prompt_token_ids": [*prompt, *beginning]},
                 params,
                 lora_request=self._adapters[name] if name is not None else None,
             )
-            asked.left[own] = beginning
-            self._by_name[own] = asked
 
     def _take(self, asked: _Asked, output: Any) -> list[Completion]:
         """Take what vLLM says; returns the request's completions when it has said all."""
@@ -304,11 +316,19 @@ class VllmEngine:
             asked.compute_s,
         )
 
-    def _forget(self, asked: _Asked) -> None:
-        """Take back what was added of a request."""
+    def _forget(self, asked: _Asked, why: Exception) -> None:
+        """Take back what was added of a request.
+
+        Raises:
+            EngineLostError: vLLM cannot, so it has requests that nobody waits for.
+        """
         for name in asked.left:
             del self._by_name[name]
-        self._call(lambda: self._vllm.abort_request(list(asked.left), internal=False))
+        try:
+            self._vllm.abort_request(list(asked.left), internal=False)
+        except Exception as error:
+            self.drop()
+            raise EngineLostError(f"vLLM cannot take back a request: {error}") from why
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
@@ -320,10 +340,15 @@ class VllmEngine:
     def _call(self, call: Callable[[], T]) -> T:
         try:
             return call()
+        except torch.OutOfMemoryError as error:
+            message = f"{type(error).__name__}: {error}"
         except Exception as error:
             if is_fault(error):
                 raise EngineLostError(f"{type(error).__name__}: {error}") from error
             raise
+        # Only here: as long as the exception lives, its frames hold the step's tensors.
+        free_caches()
+        raise OutOfMemoryError(message)
 
 
 def _check(sampling: Sampling) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,12 @@ from mas_batch.errors import JobError
 
 _INVARIANT_SINCE = (8, 0)
 """Compute capability from which vLLM has batch-invariant kernels."""
+
+_READ_ONCE = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "agents.parallel.tensor",
+    "VLLM_BATCH_INVARIANT": "agents.options.batch_invariant",
+}
+"""Variables that vLLM's modules keep when they are imported → what an agent sets them by."""
 
 _FAULTS = ("CUDA error", "HIP error", "device-side assert", "Executor failed")
 """Words of errors that have no type of their own."""
@@ -72,8 +80,8 @@ def set_up(here: Hardware, *, tensor: int, threads: int, batch_invariant: bool) 
     """Set them, before vLLM is imported. Of its log, warnings are left unless the user says more.
 
     Raises:
-        JobError: so many cards are not here, or this process may not have the children that
-            hold a part of the model each.
+        JobError: so many cards are not here, this process may not have the children that hold a
+            part of the model each, or vLLM was imported with other variables.
     """
     if tensor > 1:
         if here.kind != "cpu" and here.number < tensor:
@@ -88,12 +96,24 @@ def set_up(here: Hardware, *, tensor: int, threads: int, batch_invariant: bool) 
                 "DASK_DISTRIBUTED__WORKER__DAEMON=False",
                 key="agents.parallel.tensor",
             )
+    wanted = variables(here, tensor=tensor, threads=threads, batch_invariant=batch_invariant)
+    _check_imported(wanted)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.update(
-        variables(here, tensor=tensor, threads=threads, batch_invariant=batch_invariant)
-    )
+    os.environ.update(wanted)
     if threads > 0:
         torch.set_num_threads(threads)
+
+
+def _check_imported(wanted: Mapping[str, str]) -> None:
+    envs = sys.modules.get("vllm.envs")
+    for name, key in _READ_ONCE.items() if envs is not None else ():
+        found = str(int(getattr(envs, name)))
+        if found != wanted[name]:
+            raise JobError(
+                f"this process has vLLM with {name}={found}, which it reads once, and the agent "
+                f"needs {wanted[name]}; agents that differ in this need workers of their own",
+                key=key,
+            )
 
 
 def is_fault(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from mas_batch.engines.transformers.checkpoints import checkpoint, load_tokenize
 from mas_batch.engines.vllm.arguments import arguments, on_cpu
 from mas_batch.engines.vllm.environment import hardware, set_up
 from mas_batch.engines.vllm.options import read
-from mas_batch.errors import JobError
+from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def load(model: ModelFiles, config: EngineConfig) -> VllmEngine:
 
     Raises:
         JobError: an option or device that is unknown or not to be had here.
-        ModelError: no safetensors, or no tokenizer.
+        ModelError: no safetensors, no tokenizer, or a model without batch-invariant kernels.
     """
     options = read(config.options)
     here = hardware()
@@ -47,5 +47,13 @@ def load(model: ModelFiles, config: EngineConfig) -> VllmEngine:
 
     path = checkpoint(model, config.dtype if here.kind != "cpu" else on_cpu(config.dtype))
     tokenizer = load_tokenizer(path, model)
-    llm = LLM(model=str(path), **arguments(path, config, options, here))
+    try:
+        llm = LLM(model=str(path), **arguments(path, config, options, here))
+    except Exception as error:
+        if not (options.batch_invariant and here.has_invariant_kernels):
+            raise
+        raise ModelError(
+            f"{model.source} does not load with options.batch_invariant: true; it may without: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return VllmEngine(llm, tokenizer, model, config, options, here)

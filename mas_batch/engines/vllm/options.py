@@ -9,15 +9,20 @@ from pydantic import Field
 
 from mas_batch.engines.options import EngineOptions, read_options
 
+_MOST_SEQUENCES = 1024
+"""What vLLM decodes at once on the largest cards unless told otherwise."""
+_LEAST_RECORDS = 16
+"""Records of a partition that is not the last, where texts are long."""
+
 
 class Options(EngineOptions):
     """What `agents.options` may hold for this engine. None leaves vLLM's own default."""
 
     max_context_tokens: Annotated[int, Field(ge=2)] | None = None
     """At most the model's own limit, which is also the default; less takes less memory."""
-    batch_invariant: bool = True
+    batch_invariant: bool = False
     """Ask for kernels whose results do not depend on the batch, where the hardware has them
-    (NVIDIA of compute capability 8.0 and later); they are somewhat slower."""
+    (NVIDIA of compute capability 8.0 and later); not every model loads with them."""
     quantization: str | None = None
     """How the checkpoint's weights are held in fewer bits: `fp8`, `awq`, `gptq`, …"""
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -32,10 +37,17 @@ class Options(EngineOptions):
     """Tokens of a step, read and written."""
     block_size: Literal[1, 8, 16, 32, 64, 128] | None = None
     """Tokens per block of the cache; only whole blocks of a prefix are shared."""
+    enable_prefix_caching: bool = True
+    """Keep what was read of prompts for those that begin alike."""
     enforce_eager: bool = False
     """Do not compile: it starts sooner and is slower. A CPU never compiles here."""
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
     """Largest rank of the agents' adapters."""
+
+    @property
+    def partitions_at_once(self) -> int:
+        """As many as have enough records for all sequences, at 16 a partition."""
+        return -(-(self.max_num_seqs or _MOST_SEQUENCES) // _LEAST_RECORDS)
 
 
 read = partial(read_options, Options, engine="vllm")
