@@ -5,7 +5,7 @@
     bare        vLLM in a process of its own, given all documents at once: chat template, tokens,
                 `add_request`, `step` until all have ended, texts. Nothing is stored
 
-Neither times the loading of the model, and no prefix is kept from one round to the next. Quoted are
+Neither times the loading of the model; each round loads both anew. Quoted are
 medians over the rounds of bare ÷ mas_batch, and how many answers are the same word for word.
 
     .venv-vllm/bin/python benchmarks/vllm_loop.py [--documents 64] [--new-tokens 64] [--rounds 3]
@@ -59,7 +59,7 @@ def make_job(folder: Path, options: argparse.Namespace) -> Job:
 
 
 def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
-    """Load vLLM as the engine does, and answer all documents each time that it is told to."""
+    """Load vLLM as the engine does, and answer all documents when it is told to."""
     agent = job.agents[0]
     config = EngineConfig(threads=agent.threads, options=agent.options)
     here = hardware()
@@ -73,25 +73,40 @@ def serve_bare(job: Job, inbox: Any, outbox: Any) -> None:
     engine = LLM(model=str(path), **arguments(path, config, read(agent.options), here)).llm_engine
     rows = [json.loads(line) for line in DOCUMENTS.read_text().splitlines()[: job.corpus.limit]]
     outbox.put(None)
-    while inbox.get():
-        engine.reset_prefix_cache()
-        start = time.perf_counter()
-        for i, row in enumerate(rows):
-            turns = TASK.messages(row["text"], None, prompt=None, system=None)
-            text, special = chat_text(tokenizer, turns, MODEL)
-            params = SamplingParams(
-                max_tokens=job.task.max_new_tokens, temperature=0.0, seed=i, logprobs=0,
-                detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-            )  # fmt: skip
-            ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-            engine.add_request(row["id"], {"type": "token", "prompt_token_ids": ids}, params)
-        answers = {}
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                tokens = output.outputs[0].token_ids
-                answers[output.request_id] = tokenizer.decode(tokens, skip_special_tokens=True)
-        seconds = time.perf_counter() - start
-        outbox.put((seconds, {key: text.strip() for key, text in answers.items()}))
+    inbox.get()
+    start = time.perf_counter()
+    for i, row in enumerate(rows):
+        turns = TASK.messages(row["text"], None, prompt=None, system=None)
+        text, special = chat_text(tokenizer, turns, MODEL)
+        params = SamplingParams(
+            max_tokens=job.task.max_new_tokens, temperature=0.0, seed=i, logprobs=0,
+            detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        engine.add_request(row["id"], {"type": "token", "prompt_token_ids": ids}, params)
+    answers = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens = output.outputs[0].token_ids
+            answers[output.request_id] = tokenizer.decode(tokens, skip_special_tokens=True)
+    seconds = time.perf_counter() - start
+    outbox.put((seconds, {key: text.strip() for key, text in answers.items()}))
+
+
+def run_bare(job: Job) -> tuple[float, dict[str, str]]:
+    """Return the seconds and the answers of a process of its own.
+
+    A new one for each round, as a run loads its engine anew: the first steps of one are slower.
+    """
+    context = multiprocessing.get_context("spawn")
+    inbox, outbox = context.Queue(), context.Queue()
+    process = context.Process(target=serve_bare, args=(job, inbox, outbox))
+    process.start()
+    outbox.get()
+    inbox.put(True)
+    found: tuple[float, dict[str, str]] = outbox.get()
+    process.join()
+    return found
 
 
 def main() -> None:
@@ -106,17 +121,10 @@ def main() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as in the workers
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        inbox, outbox = context.Queue(), context.Queue()
-        bare = context.Process(
-            target=serve_bare, args=(make_job(Path(folder), options), inbox, outbox)
-        )
-        bare.start()
-        outbox.get()
         for number in range(options.rounds):
-            run = timed_run(make_job(Path(folder) / str(number), options))
-            inbox.put(True)
-            bare_s, texts = outbox.get()
+            job = make_job(Path(folder) / str(number), options)
+            run = timed_run(job)
+            bare_s, texts = run_bare(job)
             ratios.append(bare_s / run.seconds)
             same = sum(run.answers[key] == text for key, text in texts.items())
             print(
@@ -124,8 +132,6 @@ def main() -> None:
                 f"{ratios[-1]:.3f}, same answers {same} of {len(texts)}",
                 flush=True,
             )
-        inbox.put(None)
-        bare.join()
     print(f"bare / mas_batch: median {statistics.median(ratios):.3f} of {options.rounds}")
 
 

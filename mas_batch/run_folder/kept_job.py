@@ -50,7 +50,7 @@ def read_job(run: Run) -> Job:
     whole, is_merge, _ = run.store.url.rstrip("/").rpartition(f"/{MERGES}/")
     asked = read_manifest(Store(whole, run.store.options)) if is_merge else run.manifest
     try:
-        return as_asked(Job.model_validate(facts), asked)
+        return as_asked(Job.model_validate(facts), asked or {})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
