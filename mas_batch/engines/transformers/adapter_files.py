@@ -125,7 +125,7 @@ def largest_rank(config: Mapping[str, Any]) -> int:
     Raises:
         ModelError: one is no number.
     """
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    ranks: list[Any] = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     if wrong := [rank for rank in ranks if not isinstance(rank, int)]:
         raise ModelError(f"{CONFIG}: r: {wrong[0]!r} is no number")
     largest: int = max(ranks)
