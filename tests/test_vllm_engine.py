@@ -185,8 +185,8 @@ def test_a_step_without_memory_is_tried_with_less(engine_module: Any) -> None:
 
 
 def test_so_many_partitions_as_fill_its_sequences(engine_module: Any) -> None:
-    assert [read(o).partitions_at_once for o in ({}, {"max_num_seqs": 40})] == [64, 3]
-    assert load(engine_module, Vllm()).concurrent == 64
+    assert [read(o).partitions_at_once for o in ({}, {"max_num_seqs": 40})] == [24, 3]
+    assert load(engine_module, Vllm()).concurrent == 24
 
 
 @pytest.mark.parametrize(

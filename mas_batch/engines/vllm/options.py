@@ -9,8 +9,9 @@ from pydantic import Field
 
 from mas_batch.engines.options import EngineOptions, read_options
 
-_MOST_SEQUENCES = 1024
-"""What vLLM decodes at once on the largest cards unless told otherwise."""
+_PARTITIONS = 24
+"""In flight where `max_num_seqs` is not given: with texts of 500 tokens some 600 requests. Not more,
+as all that were begun are asked record by record, one after the other, when a worker dies."""
 _LEAST_RECORDS = 16
 """Records of a partition that is not the last, where texts are long."""
 
@@ -46,8 +47,8 @@ class Options(EngineOptions):
 
     @property
     def partitions_at_once(self) -> int:
-        """As many as have enough records for all sequences, at 16 a partition."""
-        return -(-(self.max_num_seqs or _MOST_SEQUENCES) // _LEAST_RECORDS)
+        """As many as have enough records for all sequences that were asked for, at 16 each."""
+        return _PARTITIONS if self.max_num_seqs is None else -(-self.max_num_seqs // _LEAST_RECORDS)
 
 
 read = partial(read_options, Options, engine="vllm")
