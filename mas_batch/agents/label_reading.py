@@ -1,8 +1,9 @@
 """Which label a language model finds likeliest, by the probabilities of all of them.
 
 A label's score is its log-probability after the record's prompt less that after the same prompt
-with an empty text, the record's context kept: how much the text speaks for it. What a label's length and its being common take
-from its probability is in both, and so in neither. The probabilities are the scores' softmax.
+with an empty text, the record's context kept: how much the text speaks for it. What a label's
+length and its being common take from its probability is in both, and so in neither. The
+probabilities are the scores' softmax.
 Measured against other ways, division by the length among them: benchmarks/README.md.
 
 Sources: Holtzman et al., "Surface form competition", EMNLP 2021; the empty text: Zhao et al.,
