@@ -10,8 +10,8 @@ from pydantic import Field
 from mas_batch.engines.options import EngineOptions, read_options
 
 _PARTITIONS = 24
-"""In flight where `max_num_seqs` is not given: with texts of 500 tokens some 600 requests. Not more,
-as all that were begun are asked record by record, one after the other, when a worker dies."""
+"""In flight where `max_num_seqs` is not given: with texts of 500 tokens some 600 requests. Not
+more, as all that were begun are asked record by record, one after the other, when a worker dies."""
 _LEAST_RECORDS = 16
 """Records of a partition that is not the last, where texts are long."""
 
