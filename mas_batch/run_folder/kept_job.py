@@ -48,9 +48,9 @@ def read_job(run: Run) -> Job:
     """
     facts = job_facts(run)
     whole, is_merge, _ = run.store.url.rstrip("/").rpartition(f"/{MERGES}/")
-    asked = read_manifest(Store(whole, run.store.options)) if is_merge else None
+    asked = read_manifest(Store(whole, run.store.options)) if is_merge else run.manifest
     try:
-        return as_asked(Job.model_validate(facts), asked or run.manifest)
+        return as_asked(Job.model_validate(facts), asked or {})
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
