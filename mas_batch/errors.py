@@ -76,6 +76,14 @@ class EngineRefusedError(EngineError):
     """
 
 
+class EngineLostError(EngineError):
+    """An engine, or the accelerator under it, is dead for as long as its process lives.
+
+    No request is to blame, and none can be answered here: a worker's process is ended, so that
+    another one takes its place. What it had not committed is asked again.
+    """
+
+
 class EngineUnavailableError(EngineError):
     """The server behind an engine is away: starting, overloaded, gone. It may answer later.
 

@@ -203,6 +203,8 @@ class PartitionAnswered(TaskEnded):
     num_failed: int
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = None
+    """Of the prompts' tokens, those that had been read for others; None: not known."""
     peak_memory_bytes: int | None = None
     """Most memory of the worker's process so far."""
 

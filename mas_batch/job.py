@@ -26,7 +26,7 @@ from mas_batch.cards import card
 from mas_batch.code_version import code_version
 from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError
-from mas_batch.models import parse_source
+from mas_batch.models import engine_of_folder, parse_source
 from mas_batch.registries import ENGINES, METHODS, POLICIES, TASKS
 from mas_batch.registry import Registry
 from mas_batch.safe_text import names_a_secret
@@ -207,18 +207,28 @@ class AgentSampling(_Model):
 
 
 class Parallel(_Model):
-    """Workers per agent. Room for gangs; this version runs one worker per agent."""
+    """What holds one model together. Room for gangs; this version runs one worker per host."""
 
-    tensor: Literal[1] = 1
+    tensor: Annotated[int, Field(ge=1, le=64)] = 1
+    """Accelerators of one worker, each with a part of every layer."""
     pipeline: Literal[1] = 1
 
 
 def _model_source(source: str) -> str:
-    try:
+    with _as_value_error():
         parse_source(source)
-    except JobError as error:
-        raise ValueError(error.message) from error
     return source
+
+
+def _source_of_files(source: str) -> str:
+    with _as_value_error():
+        if not parse_source(source).has_files:
+            raise ValueError(f"{source!r} has no files; an adapter is a folder of them")
+    return source
+
+
+LATER_KEYS = frozenset({"adapter", "quantize", "reads"})
+"""Of agents: None is what it was before there was such a key."""
 
 
 class Agent(_Model):
@@ -226,6 +236,8 @@ class Agent(_Model):
 
     name: Slug
     model: Annotated[str, AfterValidator(_model_source)]
+    adapter: Annotated[str, AfterValidator(_source_of_files)] | None = None
+    """LoRA adapter of the model, named as models are: a folder in the layout of peft."""
     engine: EngineName = "auto"
     capabilities: Names | None = None
     """Dask resources a worker must declare to host it; None: the task's kind."""
@@ -242,12 +254,17 @@ class Agent(_Model):
     system: str | None = None
     """Override the task's prompt for this agent."""
     sampling: AgentSampling = AgentSampling()
+    reads: Literal["labels", "reply"] | None = None
+    """Classification only: the labels' probabilities after the prompt, or what the model replies.
+    None: the labels, where its engine gives them and it decodes greedily, one sample."""
     parallel: Parallel = Parallel()
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads per host; 0 shares the machine's cores among the embedded workers."""
     batch_tokens: Annotated[int, Field(ge=1)] = 8192
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
+    quantize: Literal["int8"] | None = None
+    """Hold the weights in fewer bits, where the engine can (`EngineInfo.quantizes`)."""
     options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Settings of one engine, e.g. `base_url` for openai."""
 
@@ -268,12 +285,30 @@ class Agent(_Model):
             return None if source.has_files else ENGINES[source.scheme]
         return ENGINES[self.engine]
 
+    def reads_labels(self, task: Task) -> bool:
+        """Whether it reads the labels' probabilities, as far as the job tells and, of
+        `engine: auto`, the model's folder, if it is on this machine.
+
+        What `engine: auto` finds may turn out to give none; then it replies.
+        """
+        if self.reads is not None or not TASKS[task.kind].reads_labels:
+            return self.reads == "labels"
+        engine = self.engine_info or engine_of_folder(self.model)
+        return self._is_greedy and (engine is None or engine.scores_choices)
+
+    @property
+    def _is_greedy(self) -> bool:
+        sampling = self.sampling
+        return self.samples == 1 and sampling.temperature == 0 and sampling.num_beams == 1
+
     @property
     def loaded_as(self) -> list[Any]:
         """All that decides which model is resident, and how it is held, but for the options."""
-        parallel = self.parallel.model_dump(mode="json", exclude_defaults=True)
+        more = self.parallel.model_dump(mode="json", exclude_defaults=True)
+        if self.quantize is not None:
+            more["quantize"] = self.quantize
         held = [self.model, self.engine, self.dtype, self.device]
-        return [*held, parallel] if parallel else held
+        return [*held, more] if more else held
 
     @property
     def agent_options(self) -> dict[str, Any]:
@@ -304,6 +339,11 @@ class Agent(_Model):
                 f"samples: {self.samples} greedy answers would be the same answer "
                 f"{self.samples} times; set sampling.temperature above 0, or samples: 1"
             )
+        if self.reads == "labels" and not self._is_greedy:
+            raise ValueError(
+                "reads: `labels` is not allowed with samples, sampling.temperature or "
+                "sampling.num_beams: nothing is drawn; allowed: reply"
+            )
         if self.max_count is not None and self.max_count < self.count:
             raise ValueError(f"max_count {self.max_count} must not be below count {self.count}")
         num_devices = self.resources.get(GPU, 0.0)
@@ -312,6 +352,7 @@ class Agent(_Model):
                 f"resources.{GPU}: {num_devices:g} is not allowed; allowed: whole numbers, or "
                 "fractions below 1, which share a device"
             )
+        self._check_parallel(engine, num_devices)
         if self.prompt is not None and "{text}" not in self.prompt:
             raise ValueError("prompt: must contain {text}, where the record goes")
         for name, value in self.options.items():
@@ -323,6 +364,28 @@ class Agent(_Model):
                 "options.api_key_env"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_later_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out keys that came later than runs' identities, where they are not given."""
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if k not in LATER_KEYS or v is not None}
+
+    def _check_parallel(self, engine: EngineInfo | None, num_devices: float) -> None:
+        tensor = self.parallel.tensor
+        if tensor == 1:
+            return
+        if engine is None or not engine.tensor_parallel:
+            able = ", ".join(name for name, each in ENGINES.items() if each.tensor_parallel)
+            raise ValueError(
+                f"parallel.tensor: {tensor} is not allowed: engine {self.engine} holds a model on "
+                f"one device; allowed: 1, or engine: {able}"
+            )
+        if self.device != "cpu" and num_devices != tensor:
+            raise ValueError(
+                f"parallel.tensor: {tensor} needs as many devices: resources.{GPU} has to be "
+                f"{tensor}, not {num_devices:g}; or set device: cpu"
+            )
 
 
 class Adaptive(_Model):
@@ -440,8 +503,8 @@ class Merge(_Model):
     """For `reliability`: folder or URL where what was learned is kept between runs and read as a
     prior by the next."""
     calibrate: Calibrate | None = None
-    """For `vote`, `weighted` and `reliability`: 50 labels and more make a confidence a probability
-    of being right."""
+    """For `vote`, `weighted`, `reliability`, `mean` of labels: 50 labels and more make a
+    confidence a probability of being right."""
     abstain_below: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Records whose confidence is lower are marked `abstain` and copied to `review/`."""
 
@@ -553,6 +616,9 @@ class Job(_Model):
                     f"agents.{agent.name}.capabilities: {', '.join(agent.capabilities) or 'none'} "
                     f"does not include {self.task.kind!r}, which task.kind asks for"
                 )
+            if agent.reads is not None and not TASKS[self.task.kind].reads_labels:
+                takers = ", ".join(name for name, kind in TASKS.items() if kind.reads_labels)
+                raise ValueError(f"agents.{agent.name}.reads: only for task.kind {takers}")
         for name in self.routing.weights:
             if name not in names:
                 raise ValueError(
@@ -671,7 +737,11 @@ class Job(_Model):
         if adaptive or self.answers_per_record < sum(a.samples for a in self.first_agents):
             whole["routing"]["policy"] = self.routing.policy  # it decides who is asked
             whole["routing"]["weights"] = self.routing.weights
-        for agent in whole["agents"]:
+        for agent, own in zip(whole["agents"], self.agents, strict=True):
+            # Runs of earlier versions read replies, and have no such key in their names.
+            agent.pop("reads", None)
+            if own.reads_labels(self.task):
+                agent["reads"] = "labels"
             for key in (
                 "count",
                 "max_count",

@@ -197,9 +197,10 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
         calibrate["labels"] = _anchor(calibrate["labels"], base, key)
     agents = raw.get("agents")
     for i, agent in enumerate(agents if isinstance(agents, list) else ()):
-        model = agent.get("model") if isinstance(agent, dict) else None
-        if isinstance(model, str) and model.startswith(("./", "../", "~")):
-            agent["model"] = _anchor(model, base, f"agents.{i}.model")
+        for name in ("model", "adapter"):
+            source = agent.get(name) if isinstance(agent, dict) else None
+            if isinstance(source, str) and source.startswith(("./", "../", "~")):
+                agent[name] = _anchor(source, base, f"agents.{i}.{name}")
         options = agent.get("options") if isinstance(agent, dict) else None
         if isinstance(options, dict) and "examples" in options:
             key = f"agents.{i}.options.examples"

@@ -25,7 +25,7 @@ def check_merging(job: Job) -> tuple[MergeSpec, StoppingRule | None]:
     """
     merge = merge_spec(job)
     if job.routing.escalate is not None:
-        check_method(merge.method, compares=job.routing.escalate.target is not None)
+        check_method(merge, compares=job.routing.escalate.target is not None)
     if merge.calibrate is not None:
         read_labels(merge)
     return merge, stopping_rule(job)

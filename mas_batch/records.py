@@ -43,6 +43,8 @@ class Parsed:
     text: str
     label: str | None = None
     value: float | None = None
+    probs: tuple[float, ...] | None = None
+    """Of the job's labels, in their order; None: the answer says no more than itself."""
 
 
 @pickled_by_name
@@ -57,9 +59,11 @@ class Answer:
     text: str | None
     label: str | None = None
     value: float | None = None
+    probs: tuple[float, ...] | None = None
     sum_logprob: float | None = None
     finish_reason: str = "stop"
     prompt_tokens: int | None = 0
+    cached_tokens: int | None = None
     completion_tokens: int | None = 0
     num_parts: int = 1
     t_compute_s: float = 0.0
@@ -91,9 +95,11 @@ ANSWERS = pa.schema(
         pa.field("text", pa.string()),  # null when `reason` is set
         pa.field("label", pa.string()),
         pa.field("value", pa.float64()),
+        pa.field("probs", pa.list_(pa.float64())),  # of the job's labels, in their order
         pa.field("sum_logprob", pa.float64()),
         pa.field("finish_reason", pa.string()),  # stop, length (cut by max_new_tokens) or error
         pa.field("prompt_tokens", pa.int32()),
+        pa.field("cached_tokens", pa.int32()),  # of those, read before for others; null: not known
         pa.field("completion_tokens", pa.int32()),
         pa.field("num_parts", pa.int32()),  # >1: the text was over the context and was split
         pa.field("t_compute_s", pa.float64()),  # the record's share of its batch's model time
@@ -195,6 +201,7 @@ LEDGER = pa.schema(
         pa.field("num_records", pa.int32()),
         pa.field("num_answers", pa.int32()),
         pa.field("prompt_tokens", pa.int64()),
+        pa.field("cached_tokens", pa.int64()),  # of those, read before for others; null: not known
         pa.field("completion_tokens", pa.int64()),
         pa.field("peak_memory_bytes", pa.int64()),  # of the worker's process, so far
     ]

@@ -27,8 +27,11 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch.engines.transformers.engine",
             "mas_batch[cpu]",
             options="mas_batch.engines.transformers.options:read",
+            quantizes=("int8",),
+            scores_choices=True,
             # One ends, one is half-way, one begins, and one is being read or written meanwhile.
             concurrent=4,
+            adapters=True,
         ),
         "marian": EngineInfo(
             "mas_batch.engines.marian.engine",
@@ -41,6 +44,24 @@ ENGINES: Registry[EngineInfo] = Registry(
             "mas_batch[ctranslate2]",
             options="mas_batch.engines.ctranslate2_options:read",
             detected_by=("model.bin",),
+        ),
+        "vllm": EngineInfo(
+            "mas_batch.engines.vllm.loading",
+            "mas_batch[vllm]",
+            options="mas_batch.engines.vllm.options:read",
+            adapters=True,
+            scores_choices=True,
+            tensor_parallel=True,
+            operational=(
+                "gpu_memory_utilization",
+                "kv_cache_memory_bytes",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "enable_prefix_caching",
+                "enforce_eager",
+                "max_lora_rank",
+            ),
+            limits=("max_context_tokens",),
         ),
         "openai": EngineInfo(
             "mas_batch.engines.openai",

@@ -16,6 +16,7 @@ from mas_batch.events import Emit
 from mas_batch.job import Job, fingerprint, slug
 from mas_batch.job_file import check_job
 from mas_batch.merging import labels_version, merge_spec, read_labels
+from mas_batch.run_folder.kept_job import as_asked
 from mas_batch.run_folder.manifest import read_job_mapping, without_credentials_in
 from mas_batch.run_folder.names import MERGE_SECTION, MERGES
 from mas_batch.run_folder.plan import read_plan
@@ -102,7 +103,7 @@ def _changed_job(run: Run, changes: Mapping[str, Any]) -> Job:
         if isinstance(changes.get("accuracies"), Mapping):
             section["accuracies"] = {**kept["accuracies"], **changes["accuracies"]}
         given = {key: value for key, value in section.items() if value is not None}
-        return check_job({**raw, "merge": given}, file="job.yaml")
+        return as_asked(check_job({**raw, "merge": given}, file="job.yaml"), run.manifest)
     except JobError as error:
         raise JobError(f"this run's job with {dict(changes)}: {error}") from error
 

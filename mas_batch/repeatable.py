@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from mas_batch.engine_info import NOT_PROMISED
 from mas_batch.job import Job
 from mas_batch.registries import POLICIES
 from mas_batch.routing.policies import Ordered, order_of
@@ -20,15 +22,21 @@ from mas_batch.run_folder.ranges import Ranges, from_ranges
 
 
 def repeatable_facts(
-    job: Job, answers: Mapping[str, Ranges], num_partitions: int, *, reuses: bool
+    job: Job,
+    answers: Mapping[str, Ranges],
+    num_partitions: int,
+    *,
+    reuses: bool,
+    engines: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Say whether the run can be repeated, and if not, why; for the manifest.
 
     Args:
         answers: agent → ranges of the partitions whose merge has its answers.
         reuses: whether answers of an earlier run are among them.
+        engines: agent → what its engine said of itself; `equal_output` may be "not promised".
     """
-    reasons = list(_reasons_of(job, reuses=reuses))
+    reasons = [*_reasons_of(job, reuses=reuses), *_reasons_of_engines(engines)]
     if not reasons and (count := _num_merged_otherwise(job, answers, num_partitions)):
         reasons = [f"{count} partitions are merged without an agent whose turn it was: it failed"]
     return {"repeatable": not reasons, **({"not_repeatable_because": reasons} if reasons else {})}
@@ -53,6 +61,15 @@ def _reasons_of(job: Job, *, reuses: bool) -> Iterator[str]:
         info = agent.engine_info
         if info is not None and info.holds == "endpoint":
             yield f"agents.{agent.name}: an endpoint may give another answer the next time"
+
+
+def _reasons_of_engines(engines: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for name, facts in engines.items():
+        if facts.get("equal_output") == NOT_PROMISED:
+            yield (
+                f"agents.{name}: the engine {facts.get('engine')} rounds by what else is in a "
+                f"batch, with {facts.get('dtype')} on {facts.get('device')}"
+            )
 
 
 def _asks_everyone(job: Job) -> bool:

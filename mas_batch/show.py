@@ -76,6 +76,8 @@ def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[st
     manifest = summary.manifest
     looked_back = job.since or manifest.get("since")
     since = since_facts(manifest, nothing_new=summary.already_complete) if looked_back else None
+    places = (*manifest.get("engines", {}).values(), manifest["merge"])
+    warnings = [warning for place in places for warning in place.get("warnings", ())]
     return {
         "job": job.name,
         "run": without_credentials(summary.run),
@@ -86,7 +88,7 @@ def summary_facts(job: Job, summary: Summary, throughput: Throughput) -> dict[st
         "completion_tokens_per_s": round(throughput.per_second(throughput.completion_tokens), 3),
         "counts": manifest["counts"],
         "agents": manifest["agents"],
-        "warnings": manifest["merge"].get("warnings", []),
+        "warnings": list(dict.fromkeys(warnings)),
         **({} if job.routing.adaptive is None else {"answers_saved": answers_saved(job, manifest)}),
         **({} if since is None else {"since": since}),
     }

@@ -36,7 +36,10 @@ FILES: Mapping[str, str] = {
     **dict.fromkeys(
         ("test_engine_ctranslate2", "test_engine_marian", "test_engine_nearest"), "torch"
     ),
-    **dict.fromkeys(("test_engine_transformers", "test_transformers_compat"), "torch"),
+    **dict.fromkeys(
+        ("test_adapters", "test_engine_transformers", "test_transformers_compat"), "torch"
+    ),
+    **dict.fromkeys(("test_vllm", "test_vllm_parts"), "torch"),
     **dict.fromkeys(("test_guarantee", "test_real_answers", "test_reliability_proof"), "figures"),
 }
 """Module → what its tests need; those that need more say so themselves."""

@@ -25,12 +25,13 @@ from mas_batch.engines.base import (
     TokenizedPrompt,
     tokenized_prompt,
 )
-from mas_batch.engines.client import DirectClient, LoopClient
+from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
 from mas_batch.errors import Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.tasks import Task, make_task
+from tests.direct_client import DirectClient
 
 GREEDY = Sampling(max_new_tokens=4)
 PROFILE = AgentProfile("agent", "family", "{text}", "", GREEDY)

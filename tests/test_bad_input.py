@@ -37,7 +37,6 @@ from mas_batch.cli import main
 from mas_batch.corpus import CorpusReader, open_corpus, records_table
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.engines.client import DirectClient
 from mas_batch.errors import (
     CorpusChangedError,
     ExitCode,
@@ -53,6 +52,7 @@ from mas_batch.merging import read_labels
 from mas_batch.models import fetch
 from mas_batch.records import Record
 from mas_batch.tasks import make_task
+from tests.direct_client import DirectClient
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,6 +18,7 @@ from mas_batch.engines.batching import complete
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import MOST_OFFERED, EngineLoop
 from mas_batch.errors import (
+    EngineLostError,
     EngineRefusedError,
     EngineUnavailableError,
     ModelError,
@@ -434,6 +435,36 @@ def test_a_mistake_of_the_loop_itself_leaves_nobody_waiting(
 
 
 # --- Seconds
+
+
+@pytest.mark.parametrize("engine", [Capitals(), StepByStep()], ids=["batches", "steps"])
+def test_whoever_asks_a_dead_engine_is_told_and_so_is_its_worker(
+    engine: Capitals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: object) -> None:
+        raise EngineLostError("the card is gone")
+
+    told: list[EngineLostError] = []
+    loop = EngineLoop(lambda: engine, told.append)
+    monkeypatch.setattr(engine, "step" if isinstance(engine, StepByStep) else "generate", die)
+    with pytest.raises(RunError, match="the card is gone"):
+        loop.complete(requests("one", "two"), Sampling(4))
+    assert [str(error) for error in told] == ["the card is gone"]
+    assert loop.closed
+
+
+def test_an_errand_that_finds_the_engine_dead_ends_the_loop_too() -> None:
+    def die() -> None:
+        raise EngineLostError("the card is gone")
+
+    told: list[EngineLostError] = []
+    engine = Capitals()
+    loop = EngineLoop(lambda: engine, told.append)
+    with pytest.raises(EngineLostError, match="the card is gone"):
+        loop.run(die)
+    wait_until(lambda: engine.closed)
+    assert [str(error) for error in told] == ["the card is gone"]
+    assert loop.closed
 
 
 def test_the_engine_is_idle_when_nobody_asks_and_that_is_told_once() -> None:

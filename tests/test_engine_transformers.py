@@ -25,11 +25,11 @@ from mas_batch.engines.base import (
     Waiting,
 )
 from mas_batch.engines.batching import complete
-from mas_batch.engines.client import DirectClient
 from mas_batch.errors import EngineError, JobError, ModelError, OutOfMemoryError, Reason
 from mas_batch.models import ModelFiles, fetch
 from mas_batch.records import Record
 from mas_batch.tasks import make_task
+from tests.direct_client import DirectClient
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -116,14 +116,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFiles
             # Defaults that a checkpoint may bring and that must not be heeded.
             model.generation_config.update(do_sample=True, repetition_penalty=3.0, top_k=2)
             model.save_pretrained(path)
-            _tokenizer(kind).save_pretrained(path)
+            tokenizer_of(kind).save_pretrained(path)
             saved[kind] = ModelFiles(f"tiny/{kind}", "path", path, kind, "0" * 64)
         return saved[kind]
 
     return make
 
 
-def _tokenizer(kind: str) -> Any:
+def tokenizer_of(kind: str) -> Any:
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -300,6 +300,37 @@ def test_every_tensor_is_where_the_model_is(kind: str, tiny: Callable[[str], Mod
     ]
 
 
+CHOICES = ("w7", "w7 w9", "w3 w4 w5", "w8 w1")
+
+
+@pytest.mark.parametrize("kind", ["packed", "llama", "sliding", "gpt2", "t5", "bart"])
+def test_choices_are_scored_as_by_one_forward_pass_each(
+    kind: str, tiny: Callable[[str], ModelFiles]
+) -> None:
+    files = tiny("llama" if kind == "packed" else kind)
+    requests, sampling = _requests(), Sampling(4, choices=CHOICES)
+    # Room for some of the rows only.
+    engine = _load(files, max_batch_tokens=150, options={"pack_weights": kind == "packed"})
+
+    together = [c for (c,) in engine.generate(requests, sampling)]
+    [(alone,)] = engine.generate(requests[:1], sampling)
+
+    tokens = [[WORDS.index(word) for word in choice.split()] for choice in CHOICES]
+    tokens[0].append(2)  # the second goes on from it
+    for request, completion in zip(requests, together, strict=True):
+        prompt = _prompt(files, request)
+        expected = [_teacher_forced(files, prompt, own) for own in tokens]
+        assert completion.choice_logprobs == pytest.approx(expected, abs=1e-3)
+        assert completion.choice_tokens == (2, 2, 3, 2)
+        best = expected.index(max(expected))
+        assert (completion.text, completion.token_ids) == (CHOICES[best], tuple(tokens[best]))
+        assert completion.sum_logprob == completion.choice_logprobs[best]
+        assert completion.prompt_tokens == len(prompt)
+        assert completion.prefill_s == completion.compute_s > 0
+    assert alone.choice_logprobs == pytest.approx(together[0].choice_logprobs, abs=1e-4)
+    assert not engine.can_step(sampling)
+
+
 def test_another_seed_draws_another_sample(tiny: Callable[[str], ModelFiles]) -> None:
     request = _requests()[0]
     others = [Request(f"r{seed}", request.text, request.messages, seed) for seed in range(5)]
@@ -384,7 +415,7 @@ def test_logits_that_are_not_numbers_are_an_error(
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path)
-    _tokenizer("llama").save_pretrained(tmp_path)
+    tokenizer_of("llama").save_pretrained(tmp_path)
 
     engine = _load(ModelFiles("broken", "path", tmp_path, "broken", ""))
 
@@ -524,6 +555,22 @@ def test_seconds_are_shared_among_those_in_a_step(
     assert 0.5 * wall_s < sum(c.compute_s for c in shares) < wall_s
 
 
+def test_what_was_read_for_others_is_told(tiny: Callable[[str], ModelFiles]) -> None:
+    text = " ".join(f"w{i}" for i in range(12))
+    requests = [Request(f"{i}", "", (Message("user", f"{text} w{i}"),)) for i in range(2)]
+
+    def told(engine: Any, sampling: Sampling) -> list[list[int]]:
+        rows = engine.generate(requests, sampling)
+        return [[completion.cached_tokens for completion in row] for row in rows]
+
+    engine = _load(tiny("llama"))
+    assert told(engine, SAMPLED) == [[0, 15, 15], [13, 15, 15]]
+    assert told(engine, Sampling(4)) == [[13], [13]], "kept from the call before"
+    assert told(engine, Sampling(4, num_beams=2)) == [[0], [0]]
+    alone = _load(tiny("llama"), options={"share_prefixes": False})
+    assert told(alone, Sampling(4)) == told(_load(tiny("gpt2")), Sampling(4)) == [[0], [0]]
+
+
 @pytest.mark.parametrize("kind", STEPPED[:2])
 def test_what_does_not_fit_has_not_begun(kind: str, tiny: Callable[[str], ModelFiles]) -> None:
     engine, waiting = _load(tiny(kind), max_batch_tokens=None), _waiting(8, 0)
@@ -584,9 +631,9 @@ def test_packed_weights_give_the_logits_of_the_module(kind: str) -> None:
     rows = [[5, 9, 12], [7] * 40, [3, 60]]
 
     with torch.inference_mode():
-        found = [stream.join(rows[:2], 1, [9, 9])]
+        found = [stream.join(rows[:2], 1, [9, 9], None)[0]]
         found.append(stream.step(torch.tensor([8, 9])))
-        found.append(stream.join(rows[2:], 2, [9]))
+        found.append(stream.join(rows[2:], 2, [9], None)[0])
         found.append(stream.step(torch.tensor([10, 11, 12, 13])))
         stream.keep([1, 3])
         found.append(stream.step(torch.tensor([14, 15])))

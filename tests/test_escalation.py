@@ -17,6 +17,7 @@ from mas_batch.aggregate.escalation import (
     choose,
     picked,
 )
+from mas_batch.aggregate.method import MergeSpec
 from mas_batch.errors import JobError
 
 confidences = st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=1, max_size=200)
@@ -94,4 +95,4 @@ def test_counts_do_not_depend_on_order_or_grouping(
 @pytest.mark.parametrize("method", ["mean", "best"])
 def test_a_method_whose_confidence_says_nothing_is_refused(method: str) -> None:
     with pytest.raises(JobError, match=r"routing\.escalate.*allowed: vote"):
-        check_method(method)
+        check_method(MergeSpec(method, None, {}, None, 0.0, "value", None))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dask
+import psutil
 import pyarrow as pa
 import pytest
 from distributed import Client, Future, Worker
@@ -27,7 +30,7 @@ from mas_batch.dask_compat import call_worker
 from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import Completion, Engine, EngineConfig, Request, Sampling
 from mas_batch.engines.base import TokenizedPrompt as Prompt
-from mas_batch.errors import RunError
+from mas_batch.errors import EngineLostError, RunError
 from mas_batch.job import Job
 from mas_batch.latency.times import TaskTimes
 from mas_batch.merging import merge_spec
@@ -362,3 +365,41 @@ def test_another_engine_takes_the_place_when_the_first_has_answered(
     assert at.answers("a", 0) == ["HELD 0", "HELD 1"]
     assert at.host._resident is not None
     assert at.host._resident.loop is not loop
+
+
+def test_a_dead_engine_does_not_end_a_process_that_is_not_the_workers_own(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    @dataclass(eq=False)
+    class Dead(Counting):
+        def generate(self, *_: Any) -> list[list[Completion]]:
+            raise EngineLostError("CUDA error: an illegal access")
+
+    at = bench(Dead(), "one", "two")
+    at.load("a")
+    error = at.ask("a", 0).exception(PATIENCE_S)
+    assert isinstance(error, RunError)
+    assert "EngineLostError: CUDA error: an illegal access" in str(error)
+    assert "start that process anew" in caplog.text
+
+
+DEAD = """
+import subprocess, sys
+from types import SimpleNamespace
+from mas_batch.agents.host import _end_process
+from mas_batch.errors import EngineLostError
+child = subprocess.Popen(["sleep", "600"])
+print(child.pid, flush=True)
+_end_process(SimpleNamespace(nanny="tcp://127.0.0.1:1", name="w"), EngineLostError("dead"))
+"""
+
+
+def test_a_worker_that_ends_itself_ends_what_its_engine_has_started() -> None:
+    done = subprocess.run([sys.executable, "-c", DEAD], capture_output=True, text=True, check=False)
+    assert done.returncode == 70
+    child = int(done.stdout)
+    wait_until(
+        lambda: (
+            not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+        )
+    )

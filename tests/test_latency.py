@@ -138,6 +138,9 @@ def test_the_manifest_says_where_the_time_went(cluster_client: Client, make_job:
     assert hosts["num"] == 2
     assert hosts["compute_s"] >= NUM_BATCHES * sum(REST_S.values())
     answers = run.ledger().filter(pc.equal(run.ledger()["stage"], "answer"))
+    assert answers["cached_tokens"].null_count == len(answers), "echo cannot tell"
+    tokens = {"prompt_tokens": total(answers, "prompt_tokens"), "cached_tokens": None}
+    assert latency["tokens"] == tokens
     assert hosts["compute_s"] == pytest.approx(total(answers, "compute_s"))
     rows = {(row["agent_id"], row["part"]): row for row in latency["per_record"]}
     shortest_s = REST_S["strong"] / 2  # two to a batch

@@ -299,7 +299,7 @@ def test_tables_that_contradict_their_contract(
             {"method": "median"},
             "merge.method: 'median' is not allowed; allowed: vote, mean, we",
         ),
-        ({"method": "mean", "kind": "label"}, "merge.method: 'mean' merges answers of kind value"),
+        ({"method": "mean", "kind": "text"}, "merge.method: 'mean' merges answers of kind value"),
         ({"method": "mbr", "kind": "value"}, "merge.method: 'mbr' merges answers of kind text"),
         ({"method": "mbr", "utility": "ter"}, "merge.utility: 'ter' .* allowed: chrf, .*rouge-l"),
         ({"method": "mbr", "utility": None}, "merge.utility: None is not allowed"),

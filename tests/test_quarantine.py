@@ -25,12 +25,12 @@ from mas_batch.agents.answering import AgentProfile, answer_records
 from mas_batch.agents.quarantine import Journal, answer_carefully
 from mas_batch.engines import load_engine
 from mas_batch.engines.base import EngineConfig, Sampling
-from mas_batch.engines.client import DirectClient
 from mas_batch.errors import EngineError, EngineRefusedError, Reason, RunError
 from mas_batch.models import fetch
 from mas_batch.records import Answer, Record
 from mas_batch.run_folder.storage import Store
 from mas_batch.tasks import make_task
+from tests.direct_client import DirectClient
 from tests.waiting import PATIENCE_S
 
 TASK = make_task(job.Task(kind="summarize"))

@@ -121,6 +121,17 @@ def facts(job: Job, merged: list[str], *, reuses: bool = False) -> list[str]:
     return reasons
 
 
+@pytest.mark.parametrize(("promise", "kept"), [("not promised", False), ("promised", True)])
+def test_an_engine_that_rounds_by_the_batch_makes_a_run_unrepeatable(
+    make_job: Callable[..., Job], promise: str, kept: bool
+) -> None:
+    engine = {"engine": "vllm", "dtype": "bfloat16", "device": "cuda", "equal_output": promise}
+    found = repeatable_facts(make_job(), {"a": [], "b": []}, 0, reuses=False, engines={"a": engine})
+    assert found["repeatable"] is kept
+    reason = "agents.a: the engine vllm rounds by what else is in a batch, with bfloat16 on cuda"
+    assert found.get("not_repeatable_because", [reason]) == [reason]
+
+
 @pytest.mark.parametrize(
     ("routing", "merged", "reason"),
     [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from distributed import Client
 
@@ -71,7 +73,10 @@ def test_the_latest_version_is_the_run(job: Nights, faults: Faults) -> None:
     assert new.manifest["since"]["run"] == third.manifest["run"]
 
 
-def test_a_retry_that_is_interrupted_is_resumed(job: Nights, faults: Faults) -> None:
+@pytest.mark.parametrize("by_earlier_version", [False, True])
+def test_a_retry_that_is_interrupted_is_resumed(
+    job: Nights, faults: Faults, by_earlier_version: bool
+) -> None:
     faults |= dict.fromkeys(texts(3, 14, 25), "error")
     job.run(V1)
     faults.clear()
@@ -82,6 +87,15 @@ def test_a_retry_that_is_interrupted_is_resumed(job: Nights, faults: Faults) -> 
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(job.job(None), client=job.client, emit=interrupt, retry_failed=True)
+    if by_earlier_version:
+        (run,) = (job.folder / "runs").glob("*-retry-1")
+        names = {
+            parent: list((run / parent).rglob("*.parquet")) for parent in ("reused", "answers")
+        }
+        assert all(names.values())
+        for file in chain(*names.values()):
+            table = pq.read_table(file, partitioning=None)
+            pq.write_table(table.drop_columns(["probs", "cached_tokens"]), file)
     second = job.run(None, retry_failed=True)
     assert second.manifest["run"].endswith("-retry-1")
     assert_same(second, job.full(None))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import dask
 import fsspec
 import psutil
 import pytest
@@ -109,6 +110,17 @@ def test_the_embedded_cluster_listens_on_loopback_only_and_to_its_own_pages(
     assert {host for host, _ in new} == {"127.0.0.1"}
     assert worker.startswith("tcp://127.0.0.1:")
     assert check_job({**JOB, "cluster": {}}).cluster.dashboard_address == "127.0.0.1:8787"
+
+
+def test_dasks_own_looks_are_rare_in_an_embedded_cluster_unless_somebody_wants_them(
+    tmp_path: Path,
+) -> None:
+    job = load_job(write_job(tmp_path))
+    keys = ("distributed.worker.profile.interval", "distributed.admin.tick.interval")
+    specs = agent_specs(job, embedded=True, num_cores=2)
+    with dask.config.set({keys[1]: "40ms"}), cluster.connect(job, specs, "test") as connection:
+        found = connection.client.run(lambda: [dask.config.get(key) for key in keys])
+    assert list(found.values()) == [["500ms", "40ms"]]
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes", "of a merge made again"])

@@ -93,6 +93,15 @@ def test_one_unknown_prefill_makes_the_sum_unknown() -> None:
     assert add(blank, [known, unknown]).t_prefill_s is None
 
 
+def test_one_unknown_count_of_cached_tokens_makes_the_sum_unknown() -> None:
+    blank = Answer("r", "a", "f", 0, text=None, cached_tokens=0)
+    known, unknown = (
+        Completion("x", (), None, 1, "stop", 9, cached_tokens=number) for number in (4, None)
+    )
+    assert add(blank, [known, known]).cached_tokens == 8
+    assert add(blank, [known, unknown]).cached_tokens is None
+
+
 def test_laps_follow_one_another() -> None:
     start = time.perf_counter()
     watch = Stopwatch()

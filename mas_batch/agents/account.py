@@ -27,6 +27,9 @@ def add(answer: Answer, completions: Sequence[Completion]) -> Answer:
         prompt_tokens=_sum_of_counts(
             [answer.prompt_tokens, *(c.prompt_tokens for c in completions)]
         ),
+        cached_tokens=_sum_of_counts(
+            [answer.cached_tokens, *(c.cached_tokens for c in completions)]
+        ),
         completion_tokens=_sum_of_counts(
             [answer.completion_tokens, *(c.num_tokens for c in completions)]
         ),
@@ -48,7 +51,9 @@ def _sum_of_counts(values: Sequence[int | None]) -> int | None:
 
 def succeeded(answer: Answer, parsed: Parsed) -> Answer:
     """End the answer with a parsed reply."""
-    return replace(answer, text=parsed.text, label=parsed.label, value=parsed.value)
+    return replace(
+        answer, text=parsed.text, label=parsed.label, value=parsed.value, probs=parsed.probs
+    )
 
 
 def failed(answer: Answer, error: RecordError) -> Answer:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
 
 from mas_batch.agents.account import add, failed, given_up, succeeded
+from mas_batch.agents.label_reading import read_labels
 from mas_batch.engines.base import (
     Completion,
     EngineClient,
@@ -60,6 +63,10 @@ class _Draft:
     merging: Hierarchical
 
 
+_NOWHERE = ("", 0, 0, 0)
+"""The place of a request that is no record's."""
+
+
 def prompt_hash(task: Task, profile: AgentProfile) -> str:
     """Hash the prompt as it is before a record's text and context are put in."""
     messages = task.messages("{text}", "{context}", prompt=profile.prompt, system=profile.system)
@@ -102,6 +109,16 @@ def failed_answers(
     return [given_up(_blank(record, profile, sample), error) for sample in samples]
 
 
+def _with_time(completion: Completion, more_s: float) -> Completion:
+    """Add seconds of reading to a completion."""
+    prefill_s = completion.prefill_s
+    return replace(
+        completion,
+        compute_s=completion.compute_s + more_s,
+        prefill_s=None if prefill_s is None else prefill_s + more_s,
+    )
+
+
 def _text(record: Record) -> str:
     if record.text is None:
         raise RunError(f"record {record.record_id!r} has neither a text nor a reason for none")
@@ -118,6 +135,7 @@ def _blank(record: Record, profile: AgentProfile, sample: int) -> Answer:
         text=None,
         sum_logprob=0.0,
         t_prefill_s=0.0,
+        cached_tokens=0,
     )
 
 
@@ -129,7 +147,6 @@ class _Asker:
 
     def ask(self, records: Sequence[Record]) -> list[Answer | _Draft]:
         """Ask about the records, whole or in parts, in one call."""
-        sampling = self.profile.sampling
         outcomes: list[Answer | _Draft] = []
         asked: list[tuple[Record, Fitted]] = []
         requests: list[Request] = []
@@ -141,7 +158,7 @@ class _Asker:
             else:
                 asked.append((record, fitted))
                 requests += about
-        replies = iter(self.client.complete(requests, sampling))
+        replies = iter(self._complete(requests))
         for record, fitted in asked:
             outcomes += self._settle(record, fitted, list(islice(replies, len(fitted.parts))))
         return outcomes
@@ -169,6 +186,35 @@ class _Asker:
         outcomes += [self._settle_level(draft, groups, replies) for draft, groups in planned]
         return outcomes
 
+    def _complete(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Ask; where labels are read, their probabilities are corrected, and `text` is one of them.
+
+        For that an empty text is asked about too, in every context that the prompts show: without
+        one, once for all partitions. Its time is theirs in equal parts, if it was asked about now.
+        """
+        sampling, known = self.profile.sampling, self.client.known
+        if not sampling.choices or not requests:
+            return self.client.complete(requests, sampling)
+        plain = self._request(_NOWHERE, "", None)
+        empties = [self._empty(request.context, plain) for request in requests]
+        new = [empty for empty in dict.fromkeys(empties) if (empty, sampling) not in known]
+        replies = [one for (one,) in self.client.complete([*new, *requests], sampling)]
+        asked, found = dict(zip(new, replies, strict=False)), replies[len(new) :]
+        if plain in asked and asked[plain].reason is None:
+            known[plain, sampling] = asked[plain]
+        priors = [asked[e] if e in asked else known[e, sampling] for e in empties]
+        shares = Counter(empties)
+        read = read_labels(sampling.choices, found, priors)
+        return [
+            [_with_time(one, asked[e].compute_s / shares[e] if e in asked else 0.0)]
+            for one, e in zip(read, empties, strict=True)
+        ]
+
+    def _empty(self, context: str | None, plain: Request) -> Request:
+        """Ask about an empty text in that context; `plain` where the prompt shows no context."""
+        own = self._request(_NOWHERE, "", context) if context is not None else plain
+        return plain if own.messages == plain.messages else own
+
     def _fit(self, record: Record) -> tuple[Fitted, list[Request]]:
         """Return the text, whole if the context holds it, else in parts, and a request for each.
 
@@ -182,7 +228,7 @@ class _Asker:
             return Fitted((Part(text),), context, 1), [replace(request, tokenized=prompt)]
 
         def fits(text: str, context: str | None) -> bool:
-            return self._has_room(self.client.tokenize(self._request(("", 0, 0, 0), text, context)))
+            return self._has_room(self.client.tokenize(self._request(_NOWHERE, text, context)))
 
         try:
             fitted = self.task.fit(text, context, fits)
@@ -301,6 +347,9 @@ class _Asker:
         try:
             if completion.reason is not None:
                 raise RecordError(completion.reason, completion.message)
+            if completion.choice_logprobs:
+                probs = tuple(map(math.exp, completion.choice_logprobs))
+                return Parsed(completion.text, label=completion.text, probs=probs)
             return self.task.parse(completion.text)
         except RecordError as error:
             message = f"{place}: {error.message}" if place else error.message

@@ -15,7 +15,8 @@ def check_engine(task: Task, engine: Engine, agent: Agent) -> None:
 
     Raises:
         JobError: a translation model is asked to do anything but translate; the agent has a
-            prompt that its engine would not read, or a sampling that it would not follow.
+            prompt that its engine would not read, a sampling that it would not follow, or labels to
+            read of which its engine gives no probabilities.
     """
     name = engine.describe().get("engine", type(engine).__name__)
     if engine.only_translates and not task.is_translation:
@@ -29,6 +30,12 @@ def check_engine(task: Task, engine: Engine, agent: Agent) -> None:
             if given is not None:
                 message = f"the engine {name!r} reads the text alone and would ignore it; remove it"
                 raise JobError(message, key=f"agents.{agent.name}.{key}")
+    if agent.reads == "labels" and not getattr(engine, "scores_choices", False):
+        raise JobError(
+            f"`labels` is not allowed: the engine {name!r} gives no probabilities of given words; "
+            "allowed: reply",
+            key=f"agents.{agent.name}.reads",
+        )
     if not engine.samples:
         _check_one_answer(name, agent)
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+import psutil
 from distributed import Worker, WorkerPlugin, get_worker
 from distributed.metrics import context_meter
 
@@ -20,15 +25,20 @@ from mas_batch.agents.held import HeldPartition, HeldPartitions
 from mas_batch.agents.spec import AgentSpec
 from mas_batch.code_version import code_version
 from mas_batch.engines import detect_engine, load_engine
-from mas_batch.engines.base import Engine, Request, TokenizedPrompt
+from mas_batch.engines.base import Completion, Engine, Request, Sampling, TokenizedPrompt
 from mas_batch.engines.client import LoopClient
 from mas_batch.engines.loop import EngineLoop
-from mas_batch.errors import RunError
+from mas_batch.errors import EngineLostError, JobError, RunError
 from mas_batch.job import fingerprint
 from mas_batch.latency.times import TaskTimes
 from mas_batch.models import ModelFiles, fetch
 from mas_batch.registries import ENGINES
 from mas_batch.run_folder.ref import RunRef
+
+logger = logging.getLogger(__name__)
+
+_ENGINE_LOST = 70
+"""Exit status of a worker whose engine is dead (EX_SOFTWARE)."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +53,10 @@ class _Resident:
     loop: EngineLoop
     views: dict[str, Engine] = field(default_factory=dict)
     """By hash of an agent's own options."""
+    adapters: set[str] = field(default_factory=set)
+    """Those that the engine was given, named by their sources."""
+    known: dict[str, dict[tuple[Request, Sampling], Completion]] = field(default_factory=dict)
+    """By agent, for as long as the engine is there: see `EngineClient.known`."""
     agents: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -59,10 +73,21 @@ class _Resident:
         key = fingerprint(options)
         has_views = bool(ENGINES[self.name].agent_options)
         with self._lock:
+            self._add_adapter(spec.agent.adapter)
             if has_views and key not in self.views:
                 self.views[key] = self.loop.run(lambda: engine.for_agent(options))
             self.agents.add(spec.agent_id)
             return self.views[key] if has_views else self.loop.engine
+
+    def _add_adapter(self, source: str | None) -> None:
+        if source is None or source in self.adapters:
+            return
+        if not ENGINES[self.name].adapters:
+            raise JobError(f"the engine {self.name!r} has no adapters", key="agents.adapter")
+        engine: Any = self.loop.engine
+        files = fetch(source)
+        self.loop.run(lambda: engine.add_adapter(source, files))
+        self.adapters.add(source)
 
 
 class EngineHost(WorkerPlugin):  # type: ignore[misc]
@@ -143,8 +168,11 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
     def engine(self, spec: AgentSpec) -> Engine:
         """Return the agent's view of the engine: to look at, not to ask; see `client`.
 
+        The agent's adapter is there then, too.
+
         Raises:
-            ModelError, JobError: the engine cannot be loaded, or has no such view.
+            ModelError, JobError: the engine or the adapter cannot be loaded, or it has no such
+                view.
         """
         return self._of(spec).view(spec)
 
@@ -159,7 +187,8 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         tokenize: Callable[[Request], TokenizedPrompt] | None = None
         if held is not None and len(resident.agents) > 1:
             tokenize = lambda request: held.tokenize(view, request)  # noqa: E731
-        return LoopClient(resident.loop, view, tokenize)
+        known = resident.known.setdefault(spec.agent_id, {})
+        return LoopClient(resident.loop, view, tokenize, adapter=spec.agent.adapter, known=known)
 
     @property
     def joins(self) -> bool:
@@ -207,7 +236,9 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         of_agents = ENGINES[name].of_agent(spec.agent.options)
         options = {k: v for k, v in spec.engine_config.options.items() if k not in of_agents}
         config = replace(spec.engine_config, options=options)
-        loop = EngineLoop(lambda: load_engine(name, model, config))
+        loop = EngineLoop(
+            lambda: load_engine(name, model, config), partial(_end_process, self._worker)
+        )
         resident = _Resident(spec.engine_key, name, model, loop)
         with self._state:
             if not self._closing:
@@ -229,6 +260,29 @@ class EngineHost(WorkerPlugin):  # type: ignore[misc]
         executor = ThreadPoolExecutor(concurrent, thread_name_prefix="mas-batch-agent")
         self._executors = [*self._executors[-1:], executor]
         self._worker.executors[self.name] = executor
+
+
+def _end_process(worker: Worker, error: EngineLostError) -> None:
+    """End the worker's process, and those that its engine has started: its nanny starts another.
+
+    At once, because nothing here can be answered any more and threads may hang in a dead library.
+    What has not been committed is asked again, of any host. A worker without a nanny may be a
+    thread of somebody's notebook: it is left alone, and whoever asks the engine gets a RunError.
+    """
+    if worker.nanny is None:
+        logger.critical(
+            "the engine of worker %s is dead: %s; the worker has no nanny to start it again and "
+            "may share its process with others, so start that process anew",
+            worker.name, error,
+        )  # fmt: skip
+        return
+    logger.critical("the worker ends itself, its engine is dead: %s", error)
+    with suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):  # they hold the cards
+            with suppress(psutil.Error):
+                child.kill()
+    logging.shutdown()
+    os._exit(_ENGINE_LOST)
 
 
 class Report(StrEnum):

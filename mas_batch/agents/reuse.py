@@ -8,7 +8,7 @@ from contextlib import suppress
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mas_batch.records import ANSWERS, Record
+from mas_batch.records import ANSWERS, Record, join_answers
 from mas_batch.run_folder.names import SAMPLE_PASS, answers_name, reused_name
 from mas_batch.run_folder.ref import RunRef
 
@@ -22,7 +22,7 @@ def known_answers(
     names += [_sampled_name(partition, agent_id)] * _follows_sample(run)
     for name in names:
         with suppress(FileNotFoundError):
-            found = run.store.read_table(name)
+            found = join_answers([run.store.read_table(name)])
             new = pc.invert(pc.is_in(found["record_id"], rows["record_id"].combine_chunks()))
             rows = pa.concat_tables([rows, found.filter(new)])
     rows = rows.filter(pc.is_in(rows["record_id"], _record_ids(records)))

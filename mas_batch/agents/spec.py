@@ -24,6 +24,8 @@ class AgentSpec:
     """CPU threads for the model; 0 leaves the library's choice."""
     post: str = ""
     """Name of its post in the whole job."""
+    adapters: int = 0
+    """Different adapters among the agents of its post."""
 
     @property
     def agent_id(self) -> str:
@@ -38,13 +40,16 @@ class AgentSpec:
             device=self.agent.device,
             threads=self.threads,
             max_batch_tokens=self.agent.batch_tokens,
+            quantize=self.agent.quantize,
+            tensor=self.agent.parallel.tensor,
+            adapters=self.adapters,
             options=self.agent.engine_options,
         )
 
     @property
     def engine_key(self) -> str:
         """The same for all agents of a host; with another one, another model is to be loaded."""
-        return fingerprint([*self.agent.engine_settings, self.threads])
+        return fingerprint([*self.agent.engine_settings, self.threads, self.adapters])
 
 
 def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentSpec]:
@@ -56,14 +61,16 @@ def agent_specs(job: Job, *, embedded: bool, num_cores: int) -> dict[str, AgentS
     posts = posts_of(job)
     computing = sum(p.most * p.size for p in posts if engine_of(_agent(job, p)).uses_threads)
     share = max(1, num_cores // computing) if computing else 1
-    found: dict[str, tuple[int, str]] = {}
+    found: dict[str, tuple[int, str, int]] = {}
     for post in posts:
         uses_threads = engine_of(_agent(job, post)).uses_threads
         threads = (share if uses_threads else 1) if embedded else 0
-        found |= dict.fromkeys(post.agents, (threads, post.name))
+        adapters = {a.adapter for a in job.agents if a.name in post.agents}
+        found |= dict.fromkeys(post.agents, (threads, post.name, len(adapters - {None})))
     return {
-        agent.name: AgentSpec(agent, agent.threads or found[agent.name][0], found[agent.name][1])
+        agent.name: AgentSpec(agent, agent.threads or threads, post, adapters)
         for agent in job.agents
+        for threads, post, adapters in [found[agent.name]]
     }
 
 

@@ -92,7 +92,7 @@ class TextHost(WorkerPlugin):  # type: ignore[misc]
         waited_s = time.perf_counter() - arrived
         spec, watch = self._specs[agent_id], Stopwatch()
         client = host.client(spec)
-        profile = profile_of(self._task, spec, host.family_id(spec))
+        profile = profile_of(self._task, spec, host.family_id(spec), host.engine(spec))
         watch.lap("process")
         answers = answer_records(records, make_task(self._task), client, profile)
         host.check_open()

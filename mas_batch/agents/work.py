@@ -26,7 +26,7 @@ from mas_batch.aggregate.escalation import picked
 from mas_batch.aggregate.merge import merge_answers
 from mas_batch.aggregate.reductions import RUN_STATISTICS
 from mas_batch.aggregate.stopping import undecided
-from mas_batch.engines.base import Sampling
+from mas_batch.engines.base import Engine, Sampling
 from mas_batch.errors import EngineError, EngineUnavailableError, JobError, ModelError, Reason
 from mas_batch.job import Task
 from mas_batch.latency.times import Stopwatch
@@ -64,11 +64,20 @@ def load_agents(run: RunRef, specs: Sequence[AgentSpec]) -> None:
             continue
         agents[spec.agent_id] = {
             "family_id": host.family_id(spec),
-            "engine": dict(engine.describe()),
+            "engine": _facts(engine, spec.agent.adapter),
         }
     facts = {"load_s": load_s, "concurrent": host.concurrent, "max_in_flight": host.max_in_flight}
     facts |= {"joins": host.joins, "agents": agents, "refused": refused}
     report(run.topic, Report.LOADED, facts)
+
+
+def _facts(engine: Engine, adapter: str | None) -> dict[str, Any]:
+    """Return what an engine says of itself, and of its adapters only the agent's."""
+    facts = dict(engine.describe())
+    adapters = facts.pop("adapters", {})
+    if adapter is not None:
+        facts["adapter"] = {"source": adapter, **adapters.get(adapter, {})}
+    return facts
 
 
 def answer_partition(
@@ -93,7 +102,7 @@ def answer_partition(
     host, watch = current_host(run.topic), Stopwatch()
     name = answers_name(partition, spec.agent_id)
     if run.answered.exists(name):  # a copy of this task finished first
-        table = run.answered.read_table(name)
+        table = join_answers([run.answered.read_table(name)])
         watch.lap("read")
     else:
         try:
@@ -107,7 +116,7 @@ def answer_partition(
             return
         watch.lap("process")
         if not run.answered.commit_table(name, table):
-            table = run.answered.read_table(name)
+            table = join_answers([run.answered.read_table(name)])
         watch.lap("write")
     if careful:
         Journal(run.store, partition, spec.agent_id).remove()
@@ -134,7 +143,8 @@ def _ask_agent(
     records = _records_to_ask(run, partition, held, earlier)
     known, answered, missing = known_answers(run, partition, spec.agent_id, records)
     read_s = watch.lap("read")
-    task, profile = make_task(run.task), profile_of(run.task, spec, family_id)
+    task = make_task(run.task)
+    profile = profile_of(run.task, spec, family_id, host.engine(spec))
     client = host.client(spec, held)
 
     def ask(asked: Sequence[Record]) -> list[Answer]:
@@ -280,8 +290,10 @@ def _agreement(
     return {agent: (each["agreements"], each["answers"]) for agent, each in counts.items()}
 
 
-def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
+def profile_of(task: Task, spec: AgentSpec, family_id: str, engine: Engine) -> AgentProfile:
     """Return how the agent is asked: its prompts and its sampling."""
+    # Of `engine: auto` the job could not tell whether it can.
+    reads_labels = spec.agent.reads_labels(task) and getattr(engine, "scores_choices", False)
     agent = spec.agent
     return AgentProfile(
         agent_id=agent.name,
@@ -295,6 +307,7 @@ def profile_of(task: Task, spec: AgentSpec, family_id: str) -> AgentProfile:
             top_k=agent.sampling.top_k,
             num_beams=agent.sampling.num_beams,
             num_samples=agent.samples,
+            choices=(task.labels or ()) if reads_labels else (),
         ),
         seed=agent.sampling.seed,
     )
@@ -355,5 +368,6 @@ def _counts_of_answers(table: pa.Table) -> dict[str, Any]:
         "num_failed": failed,
         "prompt_tokens": total("prompt_tokens"),
         "completion_tokens": total("completion_tokens"),
+        "cached_tokens": None if table["cached_tokens"].null_count else total("cached_tokens"),
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -38,6 +38,8 @@ class Ballot:
     """Nats, over the answer's tokens; None where the engine does not say."""
     num_logprobs: int | None = None
     """Tokens that the sum is over."""
+    probs: tuple[float, ...] | None = None
+    """Of the closed set of answers, in its order; None where the agent does not say."""
 
     @property
     def order(self) -> tuple[str, int]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mas_batch.aggregate.guarantee import Place
-from mas_batch.aggregate.method import METHODS, methods_that
+from mas_batch.aggregate.method import MergeSpec, methods_that
 from mas_batch.aggregate.reductions import Partial, Reduction, add_up
 from mas_batch.by_name import pickled_by_name
 from mas_batch.errors import JobError
@@ -111,8 +111,8 @@ def up_to(agent_id: str, place: Place | None, sample: Sample | None) -> Escalati
     return Escalation(agent_id, place.bin, math.nextafter(place.lot, math.inf), sample)
 
 
-def check_method(method: str, *, compares: bool = False) -> None:
-    """Refuse a merge method whose confidence says nothing of how sure an answer is.
+def check_method(spec: MergeSpec, *, compares: bool = False) -> None:
+    """Refuse a merge whose confidence says nothing of how sure an answer is.
 
     Args:
         compares: whether merged answers are compared with the agent's: then they must not be
@@ -121,17 +121,19 @@ def check_method(method: str, *, compares: bool = False) -> None:
     Raises:
         JobError: it is such a method.
     """
-    if compares and METHODS[method].exact:
-        allowed = methods_that(lambda each: not each.exact and each.not_escalated is None)
+    if compares and spec.rules.exact:
+        allowed = methods_that(
+            lambda each: not each.exact and each.not_escalated is None, spec.kind
+        )
         raise JobError(
-            f"merge.method {method!r} publishes free texts, and two agents' are hardly ever the "
-            f"same; allowed: fraction or below, or merge.method {allowed}",
+            f"merge.method {spec.method!r} publishes free texts, and two agents' are hardly ever "
+            f"the same; allowed: fraction or below, or merge.method {allowed}",
             key="routing.escalate.target",
         )
-    if (why := METHODS[method].not_escalated) is not None:
-        allowed = methods_that(lambda each: each.not_escalated is None)
+    if (why := spec.rules.not_escalated) is not None:
+        allowed = methods_that(lambda each: each.not_escalated is None, spec.kind)
         raise JobError(
-            f"merge.method {method!r} does not say how sure an answer is: {why}; "
+            f"merge.method {spec.method!r} does not say how sure an answer is: {why}; "
             f"allowed: {allowed}",
             key="routing.escalate",
         )

@@ -33,6 +33,7 @@ _TELLING = (
 
 _REPLY_COLUMNS = [
     *("record_id", "agent_id", "family_id", "sample_id", "attempt", "text", "label", "value"),
+    "probs",
     *("finish_reason", "num_parts", "reason", "message", "sum_logprob", "completion_tokens"),
 ]
 

@@ -105,10 +105,16 @@ class Method:
     calibrates: bool = False
     """Whether its confidence is of an answer that is right or wrong, so that labels can tell what
     it is worth."""
+    of_labels: Method | None = None
+    """What it is for labels, where that is something else."""
     uses_utility: bool = False
     """Whether it compares texts by `merge.utility`."""
     weights: Mapping[str | None, Learning | None] = field(default_factory=lambda: {None: None})
     """What `merge.weights` may be, None always → what is then learned from the whole corpus."""
+
+    def of(self, kind: AnswerKind) -> Method:
+        """Return what it is for such answers."""
+        return self.of_labels or self if kind.column == "label" else self
 
     @property
     def keeps_history(self) -> bool:
@@ -121,9 +127,12 @@ METHODS: Registry[Method] = registries.METHODS
 EVERY_COLUMN = ("text", "label", "value")
 
 
-def methods_that(holds: Callable[[Method], bool]) -> str:
-    """Name the methods of which something is true, for an error message."""
-    return ", ".join(name for name, method in METHODS.items() if holds(method))
+def methods_that(holds: Callable[[Method], bool], kind: AnswerKind) -> str:
+    """Name the methods of which something is true for such answers, for an error message."""
+    named = ((name, method.of(kind)) for name, method in METHODS.items())
+    return ", ".join(
+        name for name, method in named if kind.column in method.columns and holds(method)
+    )
 
 
 @pickled_by_name
@@ -151,7 +160,7 @@ class MergeSpec:
     num_labels: int | None
     """Size of the closed set that the answers come from; None for an open one."""
     labels: tuple[str, ...] | None = None
-    """That set, for `reliability`."""
+    """That set, in the order of the answers' `probs`: for `reliability`, and `mean` of labels."""
     agents: tuple[str, ...] = ()
     """All that may have answered, in the job's order: `best` prefers the first, all else equal."""
     encoder: str | None = None
@@ -188,7 +197,7 @@ class MergeSpec:
         if self.calibrate is not None and not rules.calibrates:
             raise JobError(
                 f"{self.method!r} has no confidence that an answer is right; allowed: with "
-                f"merge.method {methods_that(lambda method: method.calibrates)}",
+                f"merge.method {methods_that(lambda method: method.calibrates, kind)}",
                 key="merge.calibrate",
             )
         if self.num_labels is not None and self.num_labels < 2:
@@ -203,7 +212,7 @@ class MergeSpec:
                 key="merge.weights",
             )
         if learns[self.weights] is not None:
-            takers = methods_that(lambda method: self.weights in method.weights)
+            takers = methods_that(lambda method: self.weights in method.weights, self.kind)
             raise JobError(
                 f"{self.method!r} does not learn weights; allowed: with merge.method {takers}",
                 key="merge.weights",
@@ -212,7 +221,7 @@ class MergeSpec:
     @property
     def rules(self) -> Method:
         """What the method needs and can do."""
-        return METHODS[self.method]
+        return METHODS[self.method].of(self.kind)
 
     @property
     def kind(self) -> AnswerKind:

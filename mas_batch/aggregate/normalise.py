@@ -62,7 +62,12 @@ def deduplicate(answers: pa.Table) -> pa.Table:
     first = [*voter, "attempt", "text"]
     rest = [name for name in ANSWERS.names if name not in first]
     keys = [(name, "ascending") for name in (*first, *rest)]
-    table = join_answers([answers]).sort_by(keys).combine_chunks()
+    table = join_answers([answers])
+    # Arrow sorts no lists: by the digits of the numbers.
+    digits = pc.binary_join(table["probs"].cast(pa.list_(pa.string())), " ")
+    at = table.column_names.index("probs")
+    order = pc.sort_indices(table.set_column(at, "probs", digits), sort_keys=keys)
+    table = table.take(order).combine_chunks()
     if table.num_rows < 2:
         return table
     current, previous = table.slice(1), table.slice(0, table.num_rows - 1)

@@ -60,13 +60,13 @@ def check_rule(spec: MergeSpec, rule: StoppingRule) -> Stopping:
     """
     stopping = spec.rules.stopping
     if isinstance(stopping, str):
-        allowed = methods_that(lambda method: isinstance(method.stopping, Stopping))
+        allowed = methods_that(lambda method: isinstance(method.stopping, Stopping), spec.kind)
         raise JobError(
             f"{spec.method!r} cannot stop early: {stopping}; allowed with merge.method: {allowed}",
             key="routing.adaptive",
         )
     if rule.confidence is None and not stopping.by_lead:
-        certain = methods_that(_leads)
+        certain = methods_that(_leads, spec.kind)
         raise JobError(
             f"{spec.method!r} needs one, above 0 and at most 1: which answers could still change "
             f"the winner is known for merge.method {certain!r} only",
@@ -94,9 +94,10 @@ def undecided(
     - Without a confidence: the winner leads by more answers than may still come. It then wins
       whatever they are; among spellings that agree, the most frequent one may still change.
     - With a confidence: the winner has at least that share of the answers (`vote`), of the
-      weights (`weighted` by `linear`), that expected utility (`mbr`), or that posterior
-      probability (`weighted` by `log-odds`). All but the last need two answers, since any
-      answer agrees with itself, and all but `mbr`, where two answers always tie, no tie.
+      weights (`weighted` by `linear`), that expected utility (`mbr`), that posterior probability
+      (`weighted` by `log-odds`), or that mean probability (`mean` of labels). All but the last two
+      need two answers, since any answer agrees with itself, as does `mean` where the answer comes
+      without probabilities; all but `mbr`, where two answers always tie, need that there is no tie.
 
     Args:
         records: columns `record_id` and `reason`; a record with a reason is not usable.

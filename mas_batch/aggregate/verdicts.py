@@ -15,6 +15,12 @@ _OF_AGREEMENT = ("agreement", "weight-share", "expected_utility", "word_agreemen
 """Kinds of confidence that count how far answers agree."""
 
 
+def _says_only_itself(ballot: Ballot, confidence_kind: str) -> bool:
+    """Whether a confidence of this kind says of a lone answer only that it agrees with itself."""
+    is_certain = confidence_kind == "pooled" and ballot.probs is None
+    return is_certain or confidence_kind in _OF_AGREEMENT
+
+
 def ballots_of(rows: Sequence[Mapping[str, Any]], spec: MergeSpec) -> list[Ballot]:
     """Return a record's valid answers, ready to be merged."""
     return [_ballot(row, spec) for row in rows if row["reason"] is None]
@@ -42,7 +48,7 @@ def verdict_of(
     if spec.last_word is not None and any(b.agent_id == spec.last_word for b in ballots):
         return most_preferred(ballots, [spec.last_word])
     found = spec.rules.verdict(ballots, spec, Shared(encode, {} if known is None else known))
-    if len(ballots) == 1 and found.confidence_kind in _OF_AGREEMENT:
+    if len(ballots) == 1 and _says_only_itself(ballots[0], found.confidence_kind):
         return replace(found, confidence=None, margin=None)
     if spec.calibrated is None or found.confidence is None:
         return found
@@ -71,4 +77,5 @@ def _ballot(row: Mapping[str, Any], spec: MergeSpec) -> Ballot:
         num_parts=row["num_parts"],
         logprob_sum=row["sum_logprob"],
         num_logprobs=row["completion_tokens"],
+        probs=None if row["probs"] is None else tuple(row["probs"]),
     )

@@ -1,4 +1,4 @@
-"""Several answers to one record become one: majority, weighted majority, mean.
+"""Several answers to one record become one: majority, weighted majority, mean, pool.
 
 Everything here is exact or rounded in one fixed way; see `aggregate.ballots`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from mas_batch.aggregate.ballots import (
     UNITS,
@@ -106,6 +107,34 @@ def mean(ballots: Sequence[Ballot], weights: Sequence[float]) -> Verdict:
     )
 
 
+def pool(ballots: Sequence[Ballot], labels: Sequence[str], weights: Sequence[float]) -> Verdict:
+    """Return the label of the highest mean probability, of those that an agent gave.
+
+    The confidence is that mean: the linear opinion pool (Stone, "The opinion pool", 1961). An
+    answer that comes without probabilities counts as certain, so that without any it is the vote.
+
+    Args:
+        labels: in the order of the ballots' probabilities.
+        weights: positive, one per ballot.
+    """
+    sure = {label: tuple(float(label == other) for other in labels) for label in labels}
+    said = [ballot.probs or sure[ballot.key] for ballot in ballots]
+    total = math.fsum(weights)
+    pooled = {
+        label: math.fsum(w * p for w, p in zip(weights, each, strict=True)) / total
+        for label, each in zip(labels, zip(*said, strict=True), strict=True)
+    }
+    support = rank_candidates(
+        replace(each, score=to_units(pooled[each.answer]), weight=pooled[each.answer])
+        for each in gather(ballots, [UNITS] * len(ballots))
+    )
+    best = support[0].weight
+    others = [share for label, share in pooled.items() if label != support[0].answer]
+    shares = shares_of([candidate.score for candidate in support])
+    margin = max(0.0, best - max(others))
+    return verdict(support, shares, best, "pooled", margin)
+
+
 def _by_share(ballots: Sequence[Ballot], weights: Sequence[int], kind: str) -> Verdict:
     support = rank_candidates(gather(ballots, weights))
     scores = [candidate.score for candidate in support]
@@ -179,11 +208,24 @@ WEIGHTED = Method(
     weights=dict.fromkeys((None, "log-odds", "linear")),
 )
 
+POOL = Method(
+    verdict=lambda ballots, spec, shared: pool(
+        ballots, spec.labels or (), spec.weights_of(ballots)
+    ),
+    columns=("label",),
+    exact=False,
+    confidence_kinds=("pooled",),
+    stopping=Stopping(trusts_one=lambda spec: True),
+    not_escalated=None,
+    calibrates=True,
+)
+
 MEAN = Method(
     verdict=lambda ballots, spec, shared: mean(ballots, spec.weights_of(ballots)),
-    columns=("value",),
+    columns=("value", "label"),
     exact=False,
     confidence_kinds=(STANDARD_ERROR,),
     stopping="its confidence is a standard error, in the values' unit",
     not_escalated="its confidence is a standard error",
+    of_labels=POOL,
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 
+from mas_batch.engine_info import EngineInfo
 from mas_batch.engines.base import Engine, EngineConfig
 from mas_batch.errors import JobError, ModelError
-from mas_batch.models import ModelFiles
+from mas_batch.models import ModelFiles, engine_of_files
 from mas_batch.registries import ENGINES
 
 
@@ -16,12 +17,19 @@ def detect_engine(model: ModelFiles) -> str:
     return model.scheme if model.path is None else engine_of_files(model.path)
 
 
-def engine_of_files(path: Path) -> str:
-    """Choose the engine for a folder of files, or one file."""
-    for name, engine in ENGINES.items():
-        if any(next(path.glob(pattern), None) for pattern in engine.detected_by):
-            return name
-    return "transformers"
+def check_quantize(quantize: str | None, engines: Sequence[EngineInfo]) -> None:
+    """Find that none of the engines, of which one is an agent's, can hold so few bits.
+
+    Raises:
+        JobError: they cannot; the message says which engines can.
+    """
+    if quantize is None or any(quantize in engine.quantizes for engine in engines):
+        return
+    able = [name for name, engine in ENGINES.items() if quantize in engine.quantizes]
+    raise JobError(
+        f"{quantize!r} is not known to this engine; engines that can: {', '.join(able)}",
+        key="agents.quantize",
+    )
 
 
 def load_engine(name: str, model: ModelFiles, config: EngineConfig) -> Engine:
@@ -33,6 +41,7 @@ def load_engine(name: str, model: ModelFiles, config: EngineConfig) -> Engine:
     """
     name = detect_engine(model) if name == "auto" else name
     info = ENGINES[name]
+    check_quantize(config.quantize, [info])
     try:
         module = import_module(info.module)
     except ModuleNotFoundError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +29,9 @@ class Sampling:
     num_beams: int = 1
     num_samples: int = 1
     """Completions per request; above 1 only with temperature > 0."""
+    choices: tuple[str, ...] = ()
+    """Nothing is generated: the log-probability of each of these continuations is wanted.
+    `max_new_tokens` is the room for the longest. Only engines with `scores_choices`."""
 
     def check(self) -> None:
         """Refuse what no way of decoding can do.
@@ -68,6 +71,8 @@ class Request:
     so sample s of a request is the same whatever else is in the batch."""
     context: str | None = None
     """The background that the prompt holds too, for engines that take no prompt but can use it."""
+    adapter: str | None = None
+    """Name of the adapter to use; the engine was given it by `add_adapter`. None: the base."""
     tokenized: TokenizedPrompt | None = field(default=None, compare=False, repr=False)
     """What the engine has made of all that it reads; None: it has not been asked yet."""
 
@@ -90,6 +95,15 @@ class Completion:
     """This completion's share of its batch's model time."""
     prefill_s: float | None = None
     """Of that, its share of reading the prompts; None where the engine cannot tell."""
+    cached_tokens: int | None = None
+    """Of `prompt_tokens`, those that were read before, for others: other prompts that begin alike,
+    or the first sample of this one. None where it cannot be told."""
+    choice_logprobs: tuple[float, ...] = ()
+    """Natural log-probability of each of `Sampling.choices` after the prompt. The end
+    token counts only where a choice is the beginning of another one's tokens;
+    `text` is then the likeliest."""
+    choice_tokens: tuple[int, ...] = ()
+    """Number of tokens of each choice."""
     reason: Reason | None = None
     """Set when there is no completion (finish_reason `error`)."""
     message: str = ""
@@ -107,6 +121,12 @@ class EngineConfig:
     threads: int = 0
     """CPU threads for the model; 0 leaves the library's choice."""
     max_batch_tokens: int | None = 8192
+    quantize: str | None = None
+    """Hold weights in fewer bits; one of `EngineInfo.quantizes`. None: as `dtype` says."""
+    tensor: int = 1
+    """Accelerators of the worker that hold the model together; see `EngineInfo.tensor_parallel`."""
+    adapters: int = 0
+    """Adapters that it is going to be given; see `EngineInfo.adapters`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings that only one engine knows; it rejects unknown keys with a `JobError`."""
 
@@ -119,10 +139,13 @@ class Engine(Protocol):
 
     An engine is loaded, called and closed in one thread (`engines.loop`), but for `tokenize`. One
     that waits for a server may have `threadsafe = True`: then any number of threads call its
-    `generate` at once, and its `close` ends their calls. One that knows how many partitions keep
+    `generate` at once, and its `close` ends their calls. One with `scores_choices = True` heeds
+    `Sampling.choices`. One that knows how many partitions keep
     it busy has `concurrent`, and one whose `EngineInfo` names `agent_options` has
     `for_agent(options) -> Engine`: a light view that shares what is held; closing a view closes
-    nothing.
+    nothing. One whose `EngineInfo` says `adapters` has `add_adapter(name, files)`, which raises a
+    `ModelError` for files that do not fit, and may be called while requests are under way; its
+    `describe` has `adapters`, from their names to facts such as `sha256`.
     """
 
     max_context_tokens: int
@@ -141,9 +164,10 @@ class Engine(Protocol):
     def tokenize(self, request: Request) -> TokenizedPrompt:
         """Render and tokenise all that is read of a request: the costly part of asking.
 
-        It depends on the request's text, messages and context alone, so it is done once, before
-        batches are made, and passed on as `Request.tokenized`. `num_tokens` is of the full prompt,
-        template included. Several threads call it, also while `generate` runs in another.
+        It depends on the request's text, messages and context alone, not on its adapter, so it is
+        done once, before batches are made, and passed on as `Request.tokenized`. `num_tokens` is
+        of the full prompt, template included. Several threads call it, also while `generate` runs
+        in another.
         """
         ...
 
@@ -154,12 +178,16 @@ class Engine(Protocol):
             OutOfMemoryError: the batch did not fit; the engine is usable again.
             EngineRefusedError: no batch can succeed; the whole task fails.
             EngineUnavailableError: the server is away; the whole task is put off.
+            EngineLostError: the engine is dead, and its process with it.
             EngineError: anything else the engine can name; other exceptions count as that too.
         """
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """Facts for the manifest: engine, versions, device, dtype, threads, model hashes."""
+        """Facts for the manifest: engine, versions, device, dtype, threads, model hashes.
+
+        `warnings`, if given, are sentences for people: in the terminal, the log and the report.
+        """
         ...
 
     def close(self) -> None:
@@ -224,6 +252,11 @@ class SteppingEngine(Engine, Protocol):
 
 class EngineClient(Protocol):
     """How one agent asks an engine that others may be asking at the same time."""
+
+    @property
+    def known(self) -> MutableMapping[tuple[Request, Sampling], Completion]:
+        """Completions that are asked for again and again: whoever asks keeps them here."""
+        ...
 
     @property
     def max_context_tokens(self) -> int:

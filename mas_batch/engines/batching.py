@@ -21,6 +21,7 @@ from mas_batch.engines.base import (
 from mas_batch.engines.claims import checked
 from mas_batch.errors import (
     EngineError,
+    EngineLostError,
     EngineRefusedError,
     EngineUnavailableError,
     OutOfMemoryError,
@@ -172,7 +173,7 @@ def answer_batch(
         if len(replies) != len(batch):
             raise EngineError(f"{len(replies)} replies to {len(batch)} requests")
         return [[checked(reply, sampling) for reply in row] for row in replies]
-    except (EngineRefusedError, EngineUnavailableError):
+    except (EngineLostError, EngineRefusedError, EngineUnavailableError):
         raise
     except Exception as error:
         if middle := len(batch) // 2:
@@ -193,6 +194,7 @@ def _failed(
     sampling: Sampling, prompt_tokens: int, reason: Reason, message: str
 ) -> list[Completion]:
     failure = Completion(
-        "", (), None, 0, "error", prompt_tokens, prefill_s=0.0, reason=reason, message=message
-    )
+        "", (), None, 0, "error", prompt_tokens, prefill_s=0.0, cached_tokens=0, reason=reason,
+        message=message,
+    )  # fmt: skip
     return [failure] * sampling.num_samples

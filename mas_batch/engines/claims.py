@@ -21,12 +21,14 @@ def checked(completion: Completion, sampling: Sampling) -> Completion:
     Counts that are negative or above `MAX_COUNT` are null; so is a log-probability that is not
     finite. Seconds that are negative or not finite are 0, of the prefill null. A text of more
     than `MAX_CHARS_PER_TOKEN` characters for each of `sampling.max_new_tokens` is cut there and
-    ends with `length`. A text that is no valid Unicode is an `engine_error`.
+    ends with `length`. A text that is no valid Unicode is an `engine_error`, and so are choices
+    that are not all scored.
     """
     done = replace(
         completion,
         num_tokens=valid_count(completion.num_tokens),
         prompt_tokens=valid_count(completion.prompt_tokens),
+        cached_tokens=valid_count(completion.cached_tokens),
         sum_logprob=_finite(completion.sum_logprob),
         compute_s=_seconds(completion.compute_s) or 0.0,
         prefill_s=_seconds(completion.prefill_s),
@@ -38,16 +40,24 @@ def checked(completion: Completion, sampling: Sampling) -> Completion:
         done.text.encode()
     except UnicodeEncodeError as error:
         lone = f"U+{ord(done.text[error.start]):04X}"
-        message = f"the reply is no valid Unicode: a lone surrogate, {lone}"
-        done = replace(
-            done,
-            text="",
-            sum_logprob=None,
-            finish_reason="error",
-            reason=Reason.ENGINE_ERROR,
-            message=message,
-        )
+        return _refused(done, f"the reply is no valid Unicode: a lone surrogate, {lone}")
+    scored = [lp for lp in done.choice_logprobs if math.isfinite(lp)]
+    counted = [n for n in done.choice_tokens if n > 0]
+    if done.reason is None and not len(scored) == len(counted) == len(sampling.choices):
+        message = f"{len(scored)} of {len(sampling.choices)} choices have a log-probability"
+        return _refused(done, message)
     return done
+
+
+def _refused(completion: Completion, message: str) -> Completion:
+    return replace(
+        completion,
+        text="",
+        sum_logprob=None,
+        finish_reason="error",
+        reason=Reason.ENGINE_ERROR,
+        message=message,
+    )
 
 
 def valid_count(claimed: object) -> int | None:

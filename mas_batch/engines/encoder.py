@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mas_batch.engines.base import EngineConfig
 from mas_batch.engines.batching import plan_batches
 from mas_batch.engines.recent import RecentVectors
-from mas_batch.engines.torch_device import free_caches, torch_device
+from mas_batch.engines.torch_device import ONE_LOADS, free_caches, torch_device
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles
 from mas_batch.models.weights import read_json
@@ -98,9 +98,10 @@ class Encoder:
                 f"{files.source}: {architecture.model_type} is not an encoder of sentences: "
                 "that has no decoder, and a padding token"
             )
-        model = transformers.AutoModel.from_pretrained(
-            path, use_safetensors=True, dtype=torch.float32, **settings
-        )
+        with ONE_LOADS:
+            model = transformers.AutoModel.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, **settings
+            )
         # An Apple GPU has to be asked for: its vectors may be compared with those of a CPU.
         device = torch_device(config, ("cuda", "cpu", "mps"))
         return cls(model.to(device).eval(), tokenizer, layout, config.max_batch_tokens)

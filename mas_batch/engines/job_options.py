@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from pkgutil import resolve_name
 
 from mas_batch.engine_info import EngineInfo
-from mas_batch.engines import engine_of_files
+from mas_batch.engines import check_quantize
 from mas_batch.engines.options import EngineOptions
 from mas_batch.errors import JobError
 from mas_batch.job import Agent, Job
-from mas_batch.models import parse_source
+from mas_batch.models import engine_of_folder
 from mas_batch.registries import ENGINES
 
 
 def check_options(job: Job, *, environment: bool = False) -> None:
-    """Find options that an agent's engine does not know, or not with this value.
+    """Find options that an agent's engine does not know, or not with this value; or `quantize`.
 
     Left to the worker are engines whose libraries the options need and that are not installed here,
     and those that do not say how they read options.
@@ -26,10 +25,15 @@ def check_options(job: Job, *, environment: bool = False) -> None:
             is looked for too.
 
     Raises:
-        JobError: an option is wrong; the message names the agent's key and what is allowed.
+        JobError: an option is wrong, an agent has an adapter for which its engine has no place, or
+            reads labels of which it gives no probabilities; the message names the agent's key and
+            what is allowed.
     """
     for agent in job.agents:
         try:
+            _check_adapter(agent)
+            _check_reading(agent)
+            check_quantize(agent.quantize, list(_possible_engines(agent)))
             options = _read(agent)
             if options is not None and environment:
                 options.check_environment()
@@ -59,6 +63,22 @@ def partitions_at_once(agent: Agent, engine: EngineInfo | None = None) -> int:
     return (engine or engine_of(agent)).concurrent if own is None else own
 
 
+def _check_adapter(agent: Agent) -> None:
+    if agent.adapter is not None and not any(e.adapters for e in _possible_engines(agent)):
+        able = ", ".join(name for name, engine in ENGINES.items() if engine.adapters)
+        message = f"not allowed: its engine has no adapters; allowed with engine {able}"
+        raise JobError(message, key="agents.adapter")
+
+
+def _check_reading(agent: Agent) -> None:
+    if agent.reads == "labels" and not any(e.scores_choices for e in _possible_engines(agent)):
+        able = ", ".join(name for name, engine in ENGINES.items() if engine.scores_choices)
+        message = "`labels` is not allowed: its engine gives no probabilities of given words"
+        raise JobError(
+            f"{message}; allowed: reply, or one of the engines {able}", key="agents.reads"
+        )
+
+
 def _read(agent: Agent) -> EngineOptions | None:
     """Return the agent's options as its engine reads them; None: that cannot be known here.
 
@@ -86,13 +106,9 @@ def _read(agent: Agent) -> EngineOptions | None:
 
 
 def _possible_engines(agent: Agent) -> Iterator[EngineInfo]:
-    if agent.engine_info is not None:
-        yield agent.engine_info
-        return
-    source = parse_source(agent.model)
-    path = Path(agent.model).expanduser()
-    if source.scheme == "path" and path.exists():
-        yield ENGINES[engine_of_files(path)]
+    known = agent.engine_info or engine_of_folder(agent.model)
+    if known is not None:
+        yield known
         return
     yield ENGINES["transformers"]  # what `auto` is where no file tells another
     yield from (engine for engine in ENGINES.values() if engine.detected_by)

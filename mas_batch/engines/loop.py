@@ -47,6 +47,7 @@ from mas_batch.engines.batching import (
 )
 from mas_batch.engines.claims import checked
 from mas_batch.errors import (
+    EngineLostError,
     EngineRefusedError,
     EngineUnavailableError,
     OutOfMemoryError,
@@ -100,9 +101,13 @@ class EngineLoop:
 
     Args:
         load: loads the engine, in the loop's thread; what it raises, the constructor raises.
+        lost: called in that thread when the engine is dead, and its process of no use.
     """
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
+    def __init__(
+        self, load: Callable[[], Engine], lost: Callable[[EngineLostError], None] | None = None
+    ) -> None:
+        self._lost = lost
         self._changed = threading.Condition()
         self._open: set[Future[Any]] = set()  # what callers wait for
         self.num_callers = 0
@@ -175,7 +180,7 @@ class EngineLoop:
     @property
     def joins(self) -> bool:
         """Whether what comes is taken up while the engine works on something else."""
-        return self._stepping is not None or bool(getattr(self.engine, "threadsafe", False))
+        return self._stepping is not None or _is_threadsafe(self.engine)
 
     def take_idle_s(self) -> float:
         """Return for how many seconds nobody has asked anything, since this was called last."""
@@ -250,6 +255,8 @@ class EngineLoop:
                 self._turn()
         except BaseException as error:  # our own mistake: no caller may wait for ever
             logger.exception("the engine's loop broke")
+            if self._lost is not None and isinstance(error, EngineLostError):
+                self._lost(error)
             with self._changed:
                 self._closed = True
             self._end(RunError(f"the engine's loop broke: {type(error).__name__}: {error}"))
@@ -284,6 +291,8 @@ class EngineLoop:
             self._settle(errand.future, errand.function())
         except BaseException as error:
             self._settle(errand.future, error=error)
+            if isinstance(error, EngineLostError):
+                raise
 
     def _turn(self) -> None:
         """Have the engine do one thing: a step, or a batch."""
@@ -309,6 +318,8 @@ class EngineLoop:
         offered = list(islice(stepped, self._num_offered))
         try:
             begun = [offered[i] for i in engine.begin([item.waiting for item in offered])]
+        except EngineLostError:
+            raise
         except Exception as error:
             no_memory = isinstance(error, (OutOfMemoryError, MemoryError))
             self._short_of_memory |= no_memory
@@ -334,6 +345,8 @@ class EngineLoop:
     def _step(self, engine: SteppingEngine) -> None:
         try:
             finished = engine.step()
+        except EngineLostError:
+            raise
         except Exception as error:
             items = list(self._under_way.values())
             self._under_way.clear()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -13,6 +16,10 @@ from mas_batch.engines.devices import pick_device
 from mas_batch.errors import OutOfMemoryError
 
 T = TypeVar("T")
+
+ONE_LOADS = threading.Lock()
+"""Held around `from_pretrained` of a model: while it runs, the whole process makes weights without
+data, and of two that overlap the first to end takes the state of the other for the usual one."""
 
 
 def torch_device(config: EngineConfig, kinds: Sequence[str]) -> torch.device:
@@ -66,8 +73,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def free_caches() -> None:
-    """Give memory that nothing uses back to the devices."""
+    """Give memory that nothing uses back to the devices, and to the system."""
     gc.collect()
+    # What glibc keeps of a model that has been freed is hundreds of megabytes.
+    with suppress(AttributeError, OSError, TypeError):  # other systems have another allocator
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():

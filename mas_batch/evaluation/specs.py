@@ -45,10 +45,15 @@ def other_specs(
     asked = tuple(methods or METHODS)
     accuracies = merge_spec(job).accuracies  # the run's own may be learned weights of `mbr`
     utility = make_task(job.task).default_utility if own.utility == EMBEDDING else own.utility
+    # Where no probabilities are read, the mean of labels is the vote.
+    reads_labels = any(agent.reads_labels(job.task) for agent in job.agents)
+    as_votes = ("mean",) if own.kind.column == "label" and not reads_labels else ()
     specs: dict[str, MergeSpec] = {}
     skipped: dict[str, str] = {}
     for method in asked:
         if method == own.method:
+            continue
+        if methods is None and method in as_votes:
             continue
         try:
             other = replace(

@@ -47,6 +47,8 @@ def asked_as(job: Job, agent: Agent) -> dict[str, str]:
         "options": options,
         "limits": {key: agent.options[key] for key in limits if key in agent.options},
         "examples": examples.fingerprint(agent.options),
+        "adapter": {} if agent.adapter is None else agent.adapter,
+        "reads": {"reads": "labels"} if agent.reads_labels(job.task) else {},
     }
     return {name: fingerprint(value) for name, value in sections.items()}
 
@@ -79,7 +81,7 @@ def changed_sections(job: Job, agent: Agent, earlier: Mapping[str, Any]) -> list
     if then is None:
         return None
     now = asked_as(job, agent)
-    unset = fingerprint({})  # no limits: a run of an earlier version does not have the section
+    unset = fingerprint({})  # an earlier version's run has no section of its own for what is new
     return [section for section in now if now[section] != then.get(section, unset)]
 
 
@@ -103,11 +105,21 @@ def why_not_reusable(
         return "that run did not ask it, or does not say how"
     if changed := [section for section in sections if section not in may_change]:
         return f"changed since: {', '.join(changed)}"
-    return _files_changed(agent.model, earlier["engines"].get(agent.name, {}), is_embedded)
+    engine = earlier["engines"].get(agent.name, {})
+    why = _files_changed("model", agent.model, engine, is_embedded)
+    if why is None and agent.adapter is not None:
+        why = _files_changed("adapter", agent.adapter, engine.get("adapter", {}), is_embedded)
+    return why
 
 
-def _files_changed(source: str, engine: Mapping[str, Any], is_embedded: bool) -> str | None:
-    """Say why the model's files may have changed since that run; None: they have not."""
+def _files_changed(
+    what: str, source: str, facts: Mapping[str, Any], is_embedded: bool
+) -> str | None:
+    """Say why a model's or an adapter's files may have changed since that run; None: they have not.
+
+    Args:
+        facts: what that run says of them.
+    """
     spec = parse_source(source)
     is_local = spec.scheme == "path" or Path(source).exists()
     if spec.scheme == "pypi" or not spec.has_files:
@@ -115,11 +127,11 @@ def _files_changed(source: str, engine: Mapping[str, Any], is_embedded: bool) ->
     if not is_local and _COMMIT.fullmatch(spec.version):
         return None
     if not is_local and not is_embedded:
-        return "its model may have changed: name a commit, org/name@<40 hex digits>"
-    if not engine.get("sha256"):
-        return "that run does not say which files its model had"
+        return f"its {what} may have changed: name a commit, org/name@<40 hex digits>"
+    if not facts.get("sha256"):
+        return f"that run does not say which files its {what} had"
     try:
         now = fetch(source).sha256
     except (ModelError, JobError) as error:
-        return f"its model's files cannot be compared from here: {error}"
-    return None if now == engine["sha256"] else "changed since: the model's files"
+        return f"its {what}'s files cannot be compared from here: {error}"
+    return None if now == facts["sha256"] else f"changed since: the {what}'s files"

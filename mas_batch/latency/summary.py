@@ -21,8 +21,9 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
 
     Returns:
         `wall_s` and `phases` of the submitting process, all executions together; `hosts`:
-        the seconds of the agents' workers, added up; `per_partition`: quantiles by stage and
-        agent; `per_record`: quantiles of an answer's seconds by agent and part of the latency.
+        the seconds of the agents' workers, added up; `tokens`: `prompt_tokens`, and of those of
+        engines that can tell, `cached_tokens`; `per_partition`: quantiles by stage and agent;
+        `per_record`: quantiles of an answer's seconds by agent and part of the latency.
     """
     phases = {name: _total_s(_rows_of(ledger, name), "wall_s") for name in ALL}
     rows = [
@@ -34,6 +35,7 @@ def summarize(ledger: pa.Table, per_record: Mapping[str, Mapping[str, Any]]) -> 
         "wall_s": sum(phases.values()),
         "phases": {name: seconds for name, seconds in phases.items() if seconds},
         "hosts": _hosts(ledger),
+        "tokens": _tokens(_rows_of(ledger, "answer")),
         "per_partition": _per_partition(ledger),
         "per_record": rows,
     }
@@ -57,6 +59,12 @@ def _hosts(ledger: pa.Table) -> dict[str, Any]:
         "load_s": _total_s(loads, "wall_s"),
         "queue_s": _total_s(answers, "queue_s"),
     }
+
+
+def _tokens(answers: pa.Table) -> dict[str, int | None]:
+    """Add up the tokens of prompts, and those of them that had been read for others."""
+    names = ("prompt_tokens", "cached_tokens")
+    return {name: pc.sum(answers[name]).as_py() for name in names}
 
 
 def _per_partition(ledger: pa.Table) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mas_batch.engine_info import EngineInfo
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models.sources import ModelSource, parse_source
 from mas_batch.models.weights import (
@@ -19,8 +20,18 @@ from mas_batch.models.weights import (
     write_json,
 )
 from mas_batch.models.wheels import fetch_wheel
+from mas_batch.registries import ENGINES
 
-__all__ = ["ModelFiles", "ModelSource", "cache_root", "fetch", "parse_source", "tree_hash"]
+__all__ = [
+    "ModelFiles",
+    "ModelSource",
+    "cache_root",
+    "engine_of_files",
+    "engine_of_folder",
+    "fetch",
+    "parse_source",
+    "tree_hash",
+]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +56,25 @@ def cache_root() -> Path:
     """Return $MAS_BATCH_CACHE, else ~/.cache/mas_batch."""
     given = os.environ.get("MAS_BATCH_CACHE")
     return Path(given).expanduser() if given else Path.home() / ".cache" / "mas_batch"
+
+
+def engine_of_files(path: Path) -> str:
+    """Choose the engine for a folder of files, or one file, by what they are."""
+    for name, engine in ENGINES.items():
+        if any(next(path.glob(pattern), None) for pattern in engine.detected_by):
+            return name
+    return "transformers"
+
+
+def engine_of_folder(source: str) -> EngineInfo | None:
+    """Return the engine for a model that is a local path; None: it is not, or not on this machine.
+
+    Raises:
+        JobError: bad syntax.
+    """
+    path = Path(source).expanduser()
+    is_here = parse_source(source).scheme == "path" and path.exists()
+    return ENGINES[engine_of_files(path)] if is_here else None
 
 
 def fetch(source: str, *, cache_dir: Path | None = None, verify: bool = False) -> ModelFiles:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -192,8 +192,9 @@ def sentence(event: Event) -> str | None:
             ]
             reused = _listed({**records, "reused answers": sum(answers.values())})
             return f"since {run}: {reused}{''.join(whys)}"
-        case HostReady(worker, agents, load_s):
-            return f"{', '.join(agents)} ready on {_safe(worker)} ({load_s:.1f} s)"
+        case HostReady(worker, agents, load_s, engine):
+            ready = f"{', '.join(agents)} ready on {_safe(worker)} ({load_s:.1f} s)"
+            return ready + _loud(engine.get("warnings", ()))
         case HostLost(worker, agents, message):
             return f"[yellow]{', '.join(agents)} on {_safe(worker)}: {_safe(message)}"
         case HostDraining(worker, agents, message):
@@ -212,8 +213,8 @@ def sentence(event: Event) -> str | None:
             )
         case Learned(method, weights, why, warnings):
             each = ", ".join(f"{agent} {weight:.3f}" for agent, weight in weights.items())
-            loud = "".join(f"\n[bold red]{_safe(warning)}[/]" for warning in warnings)
-            return f"{method} has learned: {_safe(each)}{'; ' if each else ''}{_safe(why)}{loud}"
+            learned = f"{method} has learned: {_safe(each)}{'; ' if each else ''}{_safe(why)}"
+            return learned + _loud(warnings)
         case HostsScaled(wanted, backlog):
             return f"hosts wanted: {_listed(wanted)} (partitions to do: {_listed(backlog)})"
         case AnswerFailed(partition, agent_id, worker, attempt, message, given_up):
@@ -221,6 +222,10 @@ def sentence(event: Event) -> str | None:
             what = "given up" if given_up else "asked again"
             return f"[yellow]{which}: {_safe(message)}; {what}"
     return None
+
+
+def _loud(warnings: Iterable[str]) -> str:
+    return "".join(f"\n[bold red]{_safe(warning)}[/]" for warning in warnings)
 
 
 def _safe(text: str) -> str:
@@ -259,8 +264,9 @@ class LogLines:
             case AnswersReused(run, records, answers, refused):
                 whys = "; ".join(f"{agent}: {why}" for agent, why in refused.items())
                 _log("since_last", run=run, reused=sum(answers.values()), refused=whys, **records)
-            case HostReady(worker, agents, load_s):
-                _log("host_ready", agents=",".join(agents), worker=worker, load_s=round(load_s, 2))
+            case HostReady(worker, agents, load_s, engine):
+                which = {"agents": ",".join(agents), "worker": worker, "load_s": round(load_s, 2)}
+                _log("host_ready", **which, warnings=" ".join(engine.get("warnings", ())))
             case HostLost(worker, agents, message):
                 _log("host_lost", agents=",".join(agents), worker=worker, message=message)
             case HostDraining(worker, agents, message):

@@ -71,7 +71,8 @@ def gather(runs: Sequence[Run], job: Job, source: str, *, embedded: bool) -> Mea
     """Put together what the ledgers of runs tell of a job.
 
     Args:
-        runs: of this job or a similar one; an agent is known by its name and model.
+        runs: of this job or a similar one; an agent is known by its name,
+            model, adapter, `quantize` and what it reads.
         source: names them, for people.
         embedded: whether the job's workers, and so those of these runs, share this machine.
 
@@ -130,9 +131,11 @@ class _RunLedger:
         return facts
 
     def spec(self, agent: Agent) -> AgentSpec | None:
-        """Return the run's agent of that name and model."""
+        """Return the run's agent of that name, if it is the same model and asked alike."""
         found = self.specs.get(agent.name)
-        return found if found is not None and found.agent.model == agent.model else None
+        if found is None or _asked(found.agent, self.job) != _asked(agent, self.job):
+            return None
+        return found
 
     def rows_of(self, stage: str, agent_id: str | None = None) -> pd.DataFrame:
         """Return the tasks of a stage, of one agent or all."""
@@ -221,9 +224,9 @@ def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> 
         if ledger.spec(agent) is not None and len(ledger.rows_of("answer", agent.name))
     ]
     if not useful:
-        there = sorted({f"{a.name} ({_short(a.model)})" for k in ledgers for a in k.job.agents})
+        there = sorted({f"{a.name} ({_short(a)})" for k in ledgers for a in k.job.agents})
         raise JobError(
-            f"with model {_short(agent.model)!r} it has answered nothing in {source}; "
+            f"with model {_short(agent)!r} it has answered nothing in {source}; "
             f"agents there: {', '.join(there)}",
             key=f"agents.{agent.name}",
         )
@@ -250,8 +253,16 @@ def _measure_agent(agent: Agent, ledgers: Sequence[_RunLedger], source: str) -> 
     )
 
 
-def _short(model: str) -> str:
-    return model.partition("#")[0]
+def _asked(agent: Agent, job: Job) -> tuple[object, ...]:
+    """Return what an agent's speed depends on so much that another one's says nothing of it."""
+    return agent.model, agent.adapter, agent.quantize, agent.reads_labels(job.task)
+
+
+def _short(agent: Agent) -> str:
+    """Name an agent's model and what else `_asked` compares, for people."""
+    more = {"adapter": agent.adapter, "quantize": agent.quantize, "reads": agent.reads}
+    given = (f"{key}: {value.partition('#')[0]}" for key, value in more.items() if value)
+    return ", ".join([agent.model.partition("#")[0], *given])
 
 
 def _evenly_spaced_rows(tasks: pd.DataFrame) -> pd.DataFrame:

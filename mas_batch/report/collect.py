@@ -101,7 +101,8 @@ def totals(run: Run) -> Totals:
     """Return the run in figures, from its manifest alone."""
     counts, agents = run.manifest["counts"], run.manifest["agents"]
     records = counts["results"] + counts["failures"]
-    wall_s = (run.manifest.get("latency") or {}).get("wall_s")
+    latency = run.manifest.get("latency") or {}
+    wall_s = latency.get("wall_s")
 
     def total(name: str) -> int:
         return sum(agent[name] for agent in agents)
@@ -116,6 +117,7 @@ def totals(run: Run) -> Totals:
         answers=total("answers"),
         failed_answers=total("failed_answers"),
         prompt_tokens=total("prompt_tokens"),
+        cached_tokens=latency.get("tokens", {}).get("cached_tokens"),
         completion_tokens=total("completion_tokens"),
         reused=sum(agent.get("reused", 0) for agent in agents),
         wall_s=wall_s,
@@ -160,13 +162,15 @@ def model(agent_id: str, manifest: Mapping[str, Any]) -> dict[str, str | None]:
     Of an engine's facts only these are named: its options may hold anything.
     """
     engine = _engine(agent_id, manifest)
-    source = engine.get("model")
+    source, adapter = engine.get("model"), engine.get("adapter", {})
     return {
         "agent_id": agent_id,
         "engine": engine.get("engine", ""),
         "family": clip(engine.get("family_id", ""), MODEL_CHARS),
         "source": None if source is None else clip(without_credentials(source), MODEL_CHARS),
         **{name: engine.get(name) for name in ("sha256", "device", "examples_sha256")},
+        "adapter": clip(without_credentials(adapter.get("source", "")), MODEL_CHARS),
+        "adapter_sha256": adapter.get("sha256"),
     }
 
 

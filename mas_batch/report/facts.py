@@ -45,6 +45,8 @@ class Totals:
     """Valid answers of all agents."""
     failed_answers: int
     prompt_tokens: int
+    cached_tokens: int | None
+    """Of the prompts' tokens, those that had been read for others."""
     completion_tokens: int
     reused: int
     """Answers that an earlier run had given (`since: last`)."""

@@ -48,9 +48,9 @@ def findings(run: Run) -> tuple[Finding, ...]:
 
 
 def _warnings(run: Run) -> list[str]:
-    """Return the sentences in which the merge has warned of its outcome."""
+    """Return the sentences in which engines have warned of a model, or the merge of its outcome."""
     merge = run.manifest.get("merge") or {}
-    places = [run.manifest, merge]
+    places = [run.manifest, *(run.manifest.get("engines") or {}).values(), merge]
     weighed = (merge.get("calibration") or {}).get("weights")  # then `merge` has what still holds
     if not weighed:
         places.append(merge.get("reliability") or {})

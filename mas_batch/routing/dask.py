@@ -37,7 +37,7 @@ from mas_batch.events import (
 from mas_batch.job import Job
 from mas_batch.latency.times import TaskTimes
 from mas_batch.routing.dispatcher import Dispatcher
-from mas_batch.routing.hosting import Failure, Hosting, watch
+from mas_batch.routing.hosting import Failure, Hosting, Loaded, watch
 from mas_batch.routing.instructions import (
     Abandon,
     Ask,
@@ -166,8 +166,8 @@ class DaskRouter:
         self._dispatcher = dispatcher
         self._hosting.listener = self
         dispatcher.expect(self._hosting.expected())
-        for host_id, agents in sorted(self._hosting.ready.items()):
-            self.joined(host_id, agents, self._hosting.concurrent(host_id))
+        for host_id in sorted(self._hosting.ready):
+            self.joined(host_id, self._hosting.ready[host_id])
         while not dispatcher.done:
             self._handle_next()
 
@@ -265,16 +265,16 @@ class DaskRouter:
 
     # What hosting tells
 
-    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
+    def joined(self, host_id: str, loaded: Loaded) -> None:
         """A host can be asked."""
         if self._dispatcher is not None:
             self._act(
                 self._dispatcher.host_joined(
                     host_id,
-                    agents,
+                    loaded.agents,
                     time.monotonic(),
-                    concurrent=concurrent,
-                    max_in_flight=self._hosting.max_in_flight(host_id),
+                    concurrent=loaded.concurrent,
+                    max_in_flight=loaded.max_in_flight,
                     paused=self._hosting.is_paused(host_id),
                 )
             )

@@ -32,11 +32,25 @@ _HEARTBEAT_S = 15.0
 """Workers of a small cluster send one every half second, of a large one every few seconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What is known of a host that holds its engine."""
+
+    agents: tuple[str, ...]
+    """Whom it answers for, in the job's order."""
+    concurrent: int
+    """How many partitions at once keep its engine busy."""
+    max_in_flight: int
+    """How many partitions may be there, so that its worker can merge."""
+    joins: bool
+    """Whether its engine takes up what comes while it works on something else."""
+
+
 class Listener(Protocol):
     """An object that is notified which hosts can be asked, by their ids (`agents.posts.Host`)."""
 
-    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
-        """The host holds its engine: it answers for these agents, so many partitions at once."""
+    def joined(self, host_id: str, loaded: Loaded) -> None:
+        """The host holds its engine."""
         ...
 
     def paused(self, host_id: str, paused: bool) -> None:
@@ -121,9 +135,6 @@ class Hosting:
         self._names: dict[str, str] = {}  # worker address → worker name
         self._hosts: dict[str, Host] = {}  # loading or ready
         self._loading: dict[str, _Load] = {}  # by host
-        self._concurrent: dict[str, int] = {}  # by host
-        self._max_in_flight: dict[str, int] = {}  # by host
-        self._joining: set[str] = set()  # hosts
         self._refused: dict[str, _Refusal] = {}  # by worker address
         self._unable: dict[str, dict[str, Exception]] = {}
         """Host → those of its agents that its engine cannot answer for, and why."""
@@ -132,8 +143,8 @@ class Hosting:
         self._hung: set[str] = set()  # hosts that it has restarted
         self._seen: dict[str, float] = {}  # address → last heartbeat, on the scheduler's clock
         self._missing: dict[str, float] = {}  # agent → since when
-        self.ready: dict[str, tuple[str, ...]] = {}
-        """Host → the agents that it answers for, in the job's order."""
+        self.ready: dict[str, Loaded] = {}
+        """Hosts that hold their engines."""
         self.listener: Listener | None = None
         self.engine_facts: dict[str, dict[str, Any]] = {}
         """Agent → what its engine says of itself, for the manifest."""
@@ -141,18 +152,6 @@ class Hosting:
     def name(self, address: str) -> str:
         """Return the name of a worker; a host is called like its leading one."""
         return self._names.get(address, address)
-
-    def concurrent(self, host_id: str) -> int:
-        """Return how many partitions at once keep the loaded engine busy."""
-        return self._concurrent.get(host_id, 1)
-
-    def max_in_flight(self, host_id: str) -> int:
-        """Return how many partitions may be at the host, so that its worker can merge."""
-        return self._max_in_flight.get(host_id, 1)
-
-    def joins(self, host_id: str) -> bool:
-        """Whether the loaded engine takes up what comes while it works on something else."""
-        return host_id in self._joining
 
     def ready_for(self, post: str) -> list[str]:
         """Return the post's hosts that can be asked."""
@@ -180,7 +179,7 @@ class Hosting:
     @property
     def unserved(self) -> set[str]:
         """Agents that no host can answer for now."""
-        return self._specs.keys() - {agent for agents in self.ready.values() for agent in agents}
+        return self._specs.keys() - {a for loaded in self.ready.values() for a in loaded.agents}
 
     def check_loaded(self, unserved: set[str]) -> None:
         """Give up on agents whose engine no worker can load; wait for those whose hosts left.
@@ -255,17 +254,16 @@ class Hosting:
             self._unable[address] = {agent: ModelError(why) for agent, why in refused.items()}
             message = f"could not load the model: {'; '.join(dict.fromkeys(refused.values()))}"
             self._emit(HostLost(self.name(address), tuple(refused), message))
-        agents = self.ready[address] = tuple(agent for agent in wanted if agent not in refused)
-        concurrent = self._concurrent[address] = facts["concurrent"]
-        most = self._max_in_flight[address] = facts["max_in_flight"]
-        (self._joining.add if facts["joins"] else self._joining.discard)(address)
+        agents = tuple(agent for agent in wanted if agent not in refused)
+        concurrent, most = facts["concurrent"], facts["max_in_flight"]
+        loaded = self.ready[address] = Loaded(agents, concurrent, most, facts["joins"])
         for agent, own in facts["agents"].items():
             self.engine_facts[agent] = {"family_id": own["family_id"], **own["engine"]}
         name, load_s = self.name(address), facts["load_s"]
         engine = facts["agents"][agents[0]]["engine"]
         self._emit(HostReady(name, agents, load_s, engine, concurrent, most))
         if self.listener is not None:
-            self.listener.joined(address, agents, concurrent)
+            self.listener.joined(address, loaded)
 
     def is_paused(self, host_id: str) -> bool:
         """Whether the host is to be asked nothing further."""
@@ -442,10 +440,7 @@ class Hosting:
         if self.listener is not None:
             self.listener.left(host_id, blamed=not expected)
         self.ready.pop(host_id, None)
-        self._concurrent.pop(host_id, None)
-        self._max_in_flight.pop(host_id, None)
         self._unable.pop(host_id, None)
-        self._joining.discard(host_id)
 
 
 def cluster_workers(client: Client) -> list[WorkerInfo]:

@@ -29,7 +29,7 @@ from mas_batch.errors import MasBatchError, PoolClosedError
 from mas_batch.events import Event, HostDraining, HostLost
 from mas_batch.job import Job
 from mas_batch.records import Record
-from mas_batch.routing.hosting import Failure, Hosting, watch
+from mas_batch.routing.hosting import Failure, Hosting, Loaded, watch
 from mas_batch.run_folder.ref import RunRef
 
 logger = logging.getLogger(__name__)
@@ -205,8 +205,7 @@ class Residence:
             doubtful, self._doubtful, self._suspects = self._doubtful, self._suspects, set()
             self._hosting.refresh()
             for host_id in doubtful & self._hosting.ready.keys():  # these live
-                agents, concurrent = self._hosting.ready[host_id], self._hosting.concurrent(host_id)
-                self.joined(host_id, agents, concurrent)
+                self.joined(host_id, self._hosting.ready[host_id])
             self._notify(self._listener.tick)
 
     def _look_after(self, host_id: str, hangs: bool) -> None:
@@ -227,16 +226,16 @@ class Residence:
 
     # Called by `Hosting`
 
-    def joined(self, host_id: str, agents: tuple[str, ...], concurrent: int) -> None:
+    def joined(self, host_id: str, loaded: Loaded) -> None:
         """Note that a host holds its engine."""
         if self._is_directly_reachable(host_id):
             self._proxied.discard(host_id)
         else:
             self._proxied.add(host_id)
         # A batch that would only wait for the one before it is better still growing in the queue.
-        at_once = concurrent if self._hosting.joins(host_id) else 1
+        at_once = loaded.concurrent if loaded.joins else 1
         paused = self._hosting.is_paused(host_id)
-        self._notify(self._listener.joined, host_id, agents, at_once, paused)
+        self._notify(self._listener.joined, host_id, loaded.agents, at_once, paused)
 
     def paused(self, host_id: str, paused: bool) -> None:
         """Note that a host is paused, and takes no further batch, or works again."""

@@ -39,7 +39,7 @@ class Memory:
     def __init__(self, job: Job, spec: MergeSpec) -> None:
         assert job.merge.history is not None
         self._labels = spec.labels
-        self._identities = {agent.name: _identity(agent) for agent in job.agents}
+        self._identities = {agent.name: _identity(job, agent) for agent in job.agents}
         self._store = Store(job.merge.history, job.output.storage_options).child(_task_folder(job))
 
     def prior(self, besides: str = "") -> History | None:
@@ -98,11 +98,12 @@ def _task_folder(job: Job) -> str:
     return f"{task.kind}-{fingerprint(task.model_dump(mode='json'))}"
 
 
-def _identity(agent: Agent) -> str:
+def _identity(job: Job, agent: Agent) -> str:
     """Return what makes two agents of two jobs the same voter."""
-    asked = agent.model_dump(
-        mode="json", include={"model", "engine", "prompt", "system", "sampling", "options", "dtype"}
-    )
+    own = {"model", "engine", "prompt", "system", "sampling", "options", "dtype"}
+    asked = agent.model_dump(mode="json", include={*own, "quantize", "adapter"})
+    if agent.reads_labels(job.task):
+        asked["reads"] = "labels"  # runs of earlier versions read replies
     if taught := examples.fingerprint(agent.options):
         asked["options"]["examples"] = taught  # what is in the files, not where they are
     return fingerprint(asked)

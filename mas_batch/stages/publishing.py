@@ -106,7 +106,8 @@ def _repeatable_facts(
 ) -> dict[str, Any]:
     if job is None:
         return {}
-    return repeatable_facts(job, answers, num_partitions, reuses=run.reuses)
+    engines = read_engines(run.store)
+    return repeatable_facts(job, answers, num_partitions, reuses=run.reuses, engines=engines)
 
 
 def remove_leftovers(store: Store) -> None:

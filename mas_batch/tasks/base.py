@@ -56,6 +56,8 @@ class Task(ABC):
     """Whether an answer says what the text says, in the text's words as far as it can."""
     takes_labels: ClassVar[bool] = False
     """Whether the answer is one of `task.labels`, which then are required."""
+    reads_labels: ClassVar[bool] = False
+    """Whether the labels' probabilities can be read instead of a reply, where a model has them."""
     system_template: ClassVar[str]
     user_template: ClassVar[str]
     long_documents: ClassVar[tuple[str, ...]] = ()

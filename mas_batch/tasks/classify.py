@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar
 
 from mas_batch import job
@@ -28,6 +29,7 @@ class Classify(Task):
     answer_kind: ClassVar[str] = "label"
     default_merge: ClassVar[str] = "vote"
     takes_labels: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
     system_template: ClassVar[str] = "You classify texts. You answer with one label only."
     user_template: ClassVar[str] = (
         "{text}\n\nWhich label fits the text above? Answer with exactly one of: {labels}."
@@ -63,7 +65,15 @@ class Classify(Task):
         return Parsed(label, label=label)
 
     def join(self, answers: Sequence[Parsed], parts: Sequence[Part]) -> Parsed:
-        """Take the label of most parts; of equally frequent labels the first in the text."""
+        """Take the label of most parts; of equally frequent labels the first in the text.
+
+        Where the probabilities of all parts are known, it is the label of their highest mean.
+        """
+        known = [answer.probs for answer in answers if answer.probs is not None]
+        if len(known) == len(answers):
+            probs = tuple(fmean(each) for each in zip(*known, strict=True))
+            label = (self.spec.labels or ())[probs.index(max(probs))]
+            return Parsed(label, label=label, probs=probs)
         (label, _), *_ = Counter(answer.text for answer in answers).most_common(1)
         return Parsed(label, label=label)
 

@@ -13,12 +13,13 @@ import torch
 import transformers
 from filelock import FileLock
 
+from mas_batch.engines.torch_device import ONE_LOADS
 from mas_batch.engines.transformers.options import Options
 from mas_batch.engines.transformers.transformers_compat import cache_argument, dequantized
 from mas_batch.errors import JobError, ModelError
 from mas_batch.models import ModelFiles, cache_root
 
-DECODER_OPTIONS = frozenset({"max_context_tokens", "pack_weights"})
+DECODER_OPTIONS = frozenset({"max_context_tokens", "pack_weights", "share_prefixes"})
 """Those that mean something for a decoder-only model."""
 
 
@@ -59,9 +60,10 @@ def _converted(model: ModelFiles, gguf: Path, dtype: str) -> Path:
 
 def _convert(gguf: Path, dtype: str, target: Path) -> None:
     folder, name = str(gguf.parent), gguf.name
-    dense = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, quantization_config=dequantized(), dtype=getattr(torch, dtype)
-    )
+    with ONE_LOADS:
+        dense = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, quantization_config=dequantized(), dtype=getattr(torch, dtype)
+        )
     dense.save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(target)
 
@@ -80,8 +82,11 @@ def load_tokenizer(path: Path, model: ModelFiles) -> Any:
     return tokenizer
 
 
-def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> Any:
+def load_model(path: Path, model: ModelFiles, options: Options, dtype: str, **how: Any) -> Any:
     """Load the weights, after the options have been checked against their configuration.
+
+    Args:
+        how: more that `from_pretrained` is told.
 
     Raises:
         JobError: an encoder-decoder's option for a decoder-only model.
@@ -98,7 +103,8 @@ def load_model(path: Path, model: ModelFiles, options: Options, dtype: str) -> A
                 f"{', '.join(sorted(DECODER_OPTIONS))}",
                 key=f"agents.options.{unread[0]}",
             )
-    loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings)
+    with ONE_LOADS:
+        loaded = auto.from_pretrained(path, use_safetensors=True, dtype=dtype, **settings, **how)
     if not cache_argument(loaded):
         raise ModelError(f"{model.source}: {type(loaded).__name__} does not decode with a cache")
     return loaded

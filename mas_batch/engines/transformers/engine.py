@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import jinja2
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
@@ -26,19 +25,35 @@ from mas_batch.engines.base import (
     Waiting,
     tokenized_prompt,
 )
+from mas_batch.engines.chat import chat_text
+from mas_batch.engines.choice_tokens import ChoiceTokens
 from mas_batch.engines.decoding import Decoded, completion, completions
 from mas_batch.engines.torch_device import free_caches, run_freeing, torch_device
+from mas_batch.engines.transformers.adapters import Adapters
 from mas_batch.engines.transformers.beams import beam_search
 from mas_batch.engines.transformers.checkpoints import (
     checkpoint,
     load_model,
     load_tokenizer,
 )
+from mas_batch.engines.transformers.choices import (
+    Scores,
+    choice_completions,
+    score_packed,
+    score_stream,
+)
 from mas_batch.engines.transformers.network import Network, can_pack
 from mas_batch.engines.transformers.options import Options, read
+from mas_batch.engines.transformers.perplexity import Passage, module_logits, perplexity
+from mas_batch.engines.transformers.prefixes import Prefixes
+from mas_batch.engines.transformers.quantized import (
+    load_settings,
+    measure_whole,
+    quantized_facts,
+)
 from mas_batch.engines.transformers.running import Asked, Running
-from mas_batch.engines.transformers.streams import SpecialTokens, open_stream
-from mas_batch.engines.transformers.transformers_compat import model_length
+from mas_batch.engines.transformers.streams import SpecialTokens, Stream, open_stream
+from mas_batch.engines.transformers.transformers_compat import model_length, silence_torchao
 from mas_batch.errors import EngineError, JobError
 from mas_batch.models import ModelFiles
 
@@ -56,10 +71,13 @@ class TransformersEngine:
     """
 
     samples = True
+    scores_choices = True
 
     def __init__(
         self, model: Any, tokenizer: Any, files: ModelFiles, config: EngineConfig, options: Options
     ) -> None:
+        self.facts: dict[str, Any] = {}
+        """More of `describe`: what whoever loads it has found."""
         self._model = model
         self._tokenizer = tokenizer
         self._files = files
@@ -70,8 +88,11 @@ class TransformersEngine:
         self.only_translates = not self.takes_messages
         self.max_context_tokens = _context_limit(model.config, tokenizer, options, files)
         self.max_batch_tokens = config.max_batch_tokens
+        self._adapters = Adapters(model, files)
         packed = options.pack_weights and can_pack(model)
-        self._network = Network(model) if packed else None
+        self._network = Network(model, self._adapters) if packed else None
+        self._prefixes = Prefixes() if options.share_prefixes else None
+        self._choices = ChoiceTokens(tokenizer, seq2seq=self._seq2seq)
         self._running = self._open()
 
     def tokenize(self, request: Request) -> TokenizedPrompt:
@@ -88,7 +109,29 @@ class TransformersEngine:
         """Run one batch; see `Engine.generate`."""
         if not requests:
             return []
+        if self.can_step(sampling):
+            return self._generate(requests, sampling)
+        found: dict[int, list[Completion]] = {}
+        for name in dict.fromkeys(request.adapter for request in requests):
+            own = [i for i, request in enumerate(requests) if request.adapter == name]
+            with self._adapters.used([name]):
+                answers = self._generate([requests[i] for i in own], sampling)
+            found.update(zip(own, answers, strict=True))
+        return [found[i] for i in range(len(requests))]
+
+    def add_adapter(self, name: str, files: ModelFiles) -> None:
+        """Load a LoRA adapter: from now on requests may name it.
+
+        Raises:
+            ModelError: see `adapter_files.read_adapter`.
+        """
+        self._adapters.add(name, files)
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Completion]]:
+        """Run one batch, of one adapter unless its rows can be stepped."""
         prompts = [self._tokens(request, sampling) for request in requests]
+        if sampling.choices:
+            return self._score(prompts, sampling, requests[0].adapter)
         if sampling.num_beams > 1:
             start = time.perf_counter()
             with torch.inference_mode():
@@ -97,10 +140,11 @@ class TransformersEngine:
                 )
             total_s = time.perf_counter() - start
             best = [[decoded] for decoded in found]
-            return completions(prompts, best, self._read, total_s=total_s, prefill_s=None)
+            found_rows = completions(prompts, best, self._read, total_s=total_s, prefill_s=None)
+            return [[replace(one, cached_tokens=0) for one in row] for row in found_rows]
         running = self._open()
         asked = [
-            Asked(i, prompt, sampling, request.seed)
+            Asked(i, prompt, sampling, request.seed, request.adapter)
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
         ]
         self._call(lambda: running.begin(asked))
@@ -110,14 +154,17 @@ class TransformersEngine:
 
     def can_step(self, sampling: Sampling) -> bool:
         """See `SteppingEngine.can_step`: no beams, and a cache whose rows can be put together."""
-        return sampling.num_beams == 1 and self._running.joinable
+        return sampling.num_beams == 1 and not sampling.choices and self._running.joinable
 
     def begin(self, waiting: Sequence[Waiting]) -> list[int]:
         """See `SteppingEngine.begin`."""
         asked = [
-            Asked(one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed)
+            Asked(
+                one.key, self._tokens(one.request, one.sampling), one.sampling, one.request.seed,
+                one.request.adapter,
+            )
             for one in waiting
-        ]
+        ]  # fmt: skip
         chosen = self._running.choose(asked, self.max_batch_tokens)
         if chosen:
             self._call(lambda: self._running.begin([asked[i] for i in chosen]))
@@ -151,11 +198,20 @@ class TransformersEngine:
             "threads": torch.get_num_threads(),
             "max_context_tokens": self.max_context_tokens,
             "options": self._options.model_dump(mode="json", exclude_defaults=True),
+            **({"adapters": dict(facts)} if (facts := self._adapters.facts) else {}),
+            **self.facts,
         }
+
+    def perplexity(self, asked: Sequence[Passage]) -> float:
+        """Return that of passages, computed as answers are."""
+        logits = module_logits(self._model)
+        if (network := self._network) is not None:  # of decoder-only models, which read no source
+            logits = lambda passage: network.read(passage.tokens)  # noqa: E731
+        return self._call(lambda: perplexity(logits, asked))
 
     def close(self) -> None:
         """Free the model; the engine cannot be used afterwards. May be called again."""
-        for name in ("_model", "_network", "_running"):
+        for name in ("_model", "_network", "_running", "_prefixes", "_adapters"):
             vars(self).pop(name, None)
         free_caches()
 
@@ -166,22 +222,37 @@ class TransformersEngine:
         if self._seq2seq or not self._tokenizer.chat_template:
             turns = "\n\n".join(message.content for message in request.messages)
             return self._options.prefix + turns, True
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+        return chat_text(self._tokenizer, request.messages, self._files.source)
+
+    def _score(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, adapter: str | None
+    ) -> list[list[Completion]]:
+        """Return how likely each of the choices is after each prompt."""
+        start = time.perf_counter()
+        choices = [self._choices.after(prompt, sampling.choices) for prompt in prompts]
+        for prompt, own in zip(prompts, choices, strict=True):
+            if len(prompt) + (longest := max(map(len, own))) > self.max_context_tokens:
+                raise EngineError(
+                    f"{len(prompt)} prompt tokens + {longest} of a choice are over the model's "
+                    f"context of {self.max_context_tokens}"
+                )
+
+        def score() -> Scores:
+            if self._network is not None:
+                return score_packed(self._network, prompts, choices, self._prefixes, adapter)
+            return score_stream(
+                self._stream, self._special, prompts, choices, self.max_batch_tokens
             )
-        except jinja2.TemplateError as error:
-            raise JobError(
-                f"the chat template of {self._files.source} refuses the prompt: {error}; "
-                "where it takes no system turn, set an empty one: system: ''",
-                key="agents.system",
-            ) from error
-        return text, False  # the template has written them
+
+        scores = self._call(score)
+        total_s = time.perf_counter() - start
+        return choice_completions(prompts, choices, scores, sampling, total_s)
+
+    def _stream(self) -> Stream:
+        return open_stream(self._model, self._special, self._network, self._prefixes)
 
     def _open(self) -> Running:
-        stream = open_stream(self._model, self._special, self._network)
-        return Running(stream, self._special)
+        return Running(self._stream(), self._special, self._adapters)
 
     def _call(self, call: Callable[[], T]) -> T:
         with torch.inference_mode():
@@ -189,6 +260,8 @@ class TransformersEngine:
 
     def _tokens(self, request: Request, sampling: Sampling) -> list[int]:
         sampling.check()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise EngineError(f"the adapter {request.adapter!r} was not added")
         tokens: list[int] = tokenized_prompt(self, request).tokens
         if not tokens:
             raise EngineError(f"request {request.request_id!r} has no tokens")
@@ -196,9 +269,16 @@ class TransformersEngine:
 
     def _completions(self, asked: Asked) -> list[Completion]:
         prefill_s = asked.prefill_s / len(asked.results)
+        # All samples but the first have the prompt as it was read for that one.
+        cached = [asked.cached_tokens, *[len(asked.prompt)] * (len(asked.results) - 1)]
         return [
-            completion(asked.prompt, row.decoded, self._read, row.decode_s + prefill_s, prefill_s)
-            for row in asked.results
+            replace(
+                completion(
+                    asked.prompt, row.decoded, self._read, row.decode_s + prefill_s, prefill_s
+                ),
+                cached_tokens=num,
+            )
+            for row, num in zip(asked.results, cached, strict=True)
         ]
 
     def _read(self, decoded: Decoded) -> tuple[str, list[int]]:
@@ -221,10 +301,22 @@ def load(model: ModelFiles, config: EngineConfig) -> TransformersEngine:
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # greedy answers then don't depend on the batch; bfloat16 is slow
     transformers_logging.disable_progress_bar()
+    silence_torchao()
     path = checkpoint(model, dtype)
     tokenizer = load_tokenizer(path, model)
-    loaded = load_model(path, model, options, dtype).to(device).eval()
-    return TransformersEngine(loaded, tokenizer, model, config, options)
+
+    def whole(**how: Any) -> Any:
+        return load_model(path, model, options, dtype, **how).to(device).eval()
+
+    if config.quantize is None:
+        return TransformersEngine(whole(), tokenizer, model, config, options)
+    how = load_settings(config.quantize, device)
+    before = measure_whole(whole, tokenizer)
+    engine = TransformersEngine(whole(**how), tokenizer, model, config, options)
+    after = None if before is None else engine.perplexity(before.asked)
+    engine.facts |= quantized_facts(model.source, config.quantize, before, after)
+    free_caches()  # what loading and comparing took is more than what is left
+    return engine
 
 
 def _special_tokens(model: Any, tokenizer: Any, options: Options) -> SpecialTokens:

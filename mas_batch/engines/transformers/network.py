@@ -9,7 +9,9 @@ Rounding differs from the module's by about 1e-5 in float32 logits, as between b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
+from mas_batch.engines.transformers.adapters import Adapted, Adapters
+from mas_batch.engines.transformers.int8_weight import Int8Weight, is_rounded
 from mas_batch.engines.transformers.transformers_compat import is_joinable
 
 FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -52,8 +56,9 @@ def can_pack(model: Any) -> bool:
 class Network:
     """Layers, embeddings and the vocabulary's projection of a model for which `can_pack`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, adapters: Adapters | None = None) -> None:
         base = model.model
+        self._adapters = adapters
         attention = base.layers[0].self_attn
         self.size: int = attention.head_dim
         self.num_heads: int = attention.q_proj.out_features // self.size
@@ -63,12 +68,21 @@ class Network:
         self.scale: float = attention.scaling
         self._embedding = base.embed_tokens.weight
         self._rotary = base.rotary_emb
-        self._layers = [_Layer(layer) for layer in base.layers]
+        self._layers = [_Layer(layer, f"model.layers.{i}") for i, layer in enumerate(base.layers)]
         self._norm = base.norm
-        self._head = _Linear(model.lm_head)
+        # Where memory is to be saved it is not held a second time, packed: it would be the most.
+        quantized = is_rounded(base.layers[0].mlp.up_proj.weight)
+        self._head = _Linear({"lm_head": model.lm_head}, packed=not quantized)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Return the last layer's states [tokens, hidden] of tokens [tokens]."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, order: Tensor | None = None
+    ) -> Tensor:
+        """Return the last layer's states [tokens, hidden] of tokens [tokens].
+
+        Args:
+            order: of the rows whose adapters are in use, which one each token is of; None: in turn.
+        """
+        adapted = self._adapted(order)
         states = functional.embedding(tokens, self._embedding)
         cos, sin = self._rotary(states, positions[None])
         half = self.size // 2
@@ -76,7 +90,7 @@ class Network:
         sin[..., :half].neg_()
         num_turned = self.num_heads + self.num_key_heads
         for i, layer in enumerate(self._layers):
-            made = layer.qkv(_norm(layer.attention_norm, states))
+            made = layer.qkv(_norm(layer.attention_norm, states), adapted)
             made = made.view(len(tokens), num_turned + self.num_key_heads, self.size)
             queries, keys, values = made.split(
                 (self.num_heads, self.num_key_heads, self.num_key_heads), 1
@@ -90,48 +104,110 @@ class Network:
             swapped = torch.cat((turned[..., half:], turned[..., :half]), -1)
             turned = torch.addcmul(turned * cos, swapped, sin)
             found = attend(i, turned[:, : self.num_heads], turned[:, self.num_heads :], values)
-            states = layer.output.plus(found, states)
+            states = layer.output.plus(found, states, adapted)
             inner = _norm(layer.mlp_norm, states)
-            states = layer.down.plus(layer.up.times(inner, layer.gate.silu(inner)), states)
+            gated = layer.up.times(inner, layer.gate.silu(inner, adapted), adapted)
+            states = layer.down.plus(gated, states, adapted)
         return states
+
+    def read(self, tokens: Sequence[int]) -> Tensor:
+        """Return float32 [tokens, vocabulary]: the logits after each token of one text."""
+
+        def attend(layer: int, *parts: Tensor) -> Tensor:
+            queries, keys, values = (part.transpose(0, 1)[None] for part in parts)
+            found = functional.scaled_dot_product_attention(
+                queries, keys, values, is_causal=True, scale=self.scale, enable_gqa=True
+            )
+            return found[0].transpose(0, 1).flatten(1)
+
+        states = self.forward(torch.tensor(tokens), torch.arange(len(tokens)), attend)
+        return self.logits(states)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 [rows, vocabulary] of those states that the vocabulary is wanted of."""
-        return self._head(_norm(self._norm, states)).float()
+        return self._head(_norm(self._norm, states), self._adapted()).float()
+
+    def _adapted(self, order: Tensor | None = None) -> Sequence[Adapted]:
+        return self._adapters.in_order(order) if self._adapters is not None else ()
 
 
 class _Layer:
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+    def __init__(self, layer: Any, name: str) -> None:
+        attention = layer.self_attn
+
+        def joined(part: str, *names: str) -> _Linear:
+            module = getattr(layer, part)
+            return _linear({f"{name}.{part}.{own}": getattr(module, own) for own in names})
+
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = _Linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = joined("self_attn", "q_proj", "k_proj", "v_proj")
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
-        self.output = _Linear(attention.o_proj)
-        self.gate, self.up, self.down = map(_Linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.output = joined("self_attn", "o_proj")
+        self.gate, self.up = joined("mlp", "gate_proj"), joined("mlp", "up_proj")
+        self.down = joined("mlp", "down_proj")
+
+
+def _linear(layers: Mapping[str, Any]) -> _Linear:
+    is_int8 = is_rounded(next(iter(layers.values())).weight)
+    return (_Int8Linear if is_int8 else _Linear)(layers)
 
 
 class _Linear:
-    """Linear layers that read the same, as one; what follows is done while results are at hand."""
+    """Linear layers that read the same, as one; what follows is done while results are at hand.
 
-    def __init__(self, *layers: Any) -> None:
+    Args:
+        layers: by their names in the model, which are those in adapters.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], *, packed: bool = True) -> None:
+        own = list(layers.values())
         with torch.inference_mode():
-            weight = torch.cat([layer.weight for layer in layers])
-            biases = [layer.bias for layer in layers]
+            biases = [layer.bias for layer in own]
             self._bias = None if biases[0] is None else torch.cat(biases)
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+            self._hold([layer.weight for layer in own], packed)
+        ends = list(accumulate(len(layer.weight) for layer in own))
+        self._columns = dict(zip(layers, map(slice, [0, *ends], ends), strict=False))
 
-    def __call__(self, states: Tensor) -> Tensor:
-        return self._run(states, "none")
+    def _hold(self, weights: Sequence[Any], packed: bool) -> None:
+        self._weight = torch.cat(tuple(weights)) if len(weights) > 1 else weights[0].detach()
+        if packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight)
 
-    def silu(self, states: Tensor) -> Tensor:
-        return self._run(states, "swish")
+    def __call__(self, states: Tensor, adapted: Sequence[Adapted]) -> Tensor:
+        found = self._run(states, "none")
+        for each in adapted:
+            self._add(each, states, found)
+        return found
 
-    def plus(self, states: Tensor, other: Tensor) -> Tensor:
-        return self._run_with(states, other, "add")
+    def silu(self, states: Tensor, adapted: Sequence[Adapted]) -> Tensor:
+        own = [each for each in adapted if not each.layers.keys().isdisjoint(self._columns)]
+        if sum(each.num_rows(states) for each in own) == len(states):
+            return functional.silu(self(states, own), inplace=True)
+        found = self._run(states, "swish")
+        for each in own:  # what is added comes before the curve: these rows are computed again
+            again = self._run(states[each.rows], "none")
+            self._add(replace(each, rows=None), states[each.rows], again)
+            found[each.rows] = functional.silu(again)
+        return found
 
-    def times(self, states: Tensor, other: Tensor) -> Tensor:
-        return self._run_with(states, other, "mul")
+    def plus(self, states: Tensor, other: Tensor, adapted: Sequence[Adapted]) -> Tensor:
+        found = self._run_with(states, other, "add")
+        for each in adapted:
+            self._add(each, states, found)
+        return found
+
+    def times(self, states: Tensor, other: Tensor, adapted: Sequence[Adapted]) -> Tensor:
+        found = self._run_with(states, other, "mul")
+        for each in adapted:
+            self._add(each, states, found, other)
+        return found
+
+    def _add(
+        self, adapted: Adapted, states: Tensor, found: Tensor, times: Tensor | None = None
+    ) -> None:
+        for layer, columns in self._columns.items():
+            adapted.add(layer, states, found[:, columns], times)
 
     def _run(self, states: Tensor, then: str) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -144,6 +220,33 @@ class _Linear:
             states, other, self._weight, self._bias, then
         )
         return found
+
+
+class _Int8Linear(_Linear):
+    """The same of weights that torchao has rounded: see `Int8Weight.parts`."""
+
+    def _hold(self, weights: Sequence[Any], packed: bool) -> None:
+        self._rounded = Int8Weight(weights)
+
+    def _run(self, states: Tensor, then: str) -> Tensor:
+        run = torch.ops.mkldnn._linear_pointwise
+        parts = self._rounded.parts()
+        return _joined([run(states, part, self._bias_of(i), then, [], "") for i, part in parts])
+
+    def _run_with(self, states: Tensor, other: Tensor, then: str) -> Tensor:
+        run = torch.ops.mkldnn._linear_pointwise
+        found = [
+            run(states, other[:, rows].contiguous(), part, self._bias_of(rows), then)
+            for rows, part in self._rounded.parts()
+        ]
+        return _joined(found)
+
+    def _bias_of(self, rows: slice) -> Tensor | None:
+        return None if self._bias is None else self._bias[rows]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
 
 
 def _norm(module: Any, states: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ class Options(EngineOptions):
     pack_weights: bool = True
     """Where a CPU multiplies packed weights faster, hold them so. They are each process's own;
     what is not packed is shared by the processes of a machine, as the file is mapped."""
+    share_prefixes: bool = True
+    """With packed weights, read once what several prompts begin with."""
     reads: Literal["text", "messages"] = "text"
     """`text`: the record alone, as translation models do. `messages`: the prompt's turns joined
     by blank lines, for encoder-decoders that follow instructions or summarize."""

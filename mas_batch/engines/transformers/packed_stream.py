@@ -9,87 +9,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mas_batch.engines.transformers.blocks import Block, Row, attend_after, num_columns
 from mas_batch.engines.transformers.network import Network
+from mas_batch.engines.transformers.prefixes import (
+    LEAST_TOKENS,
+    Layers,
+    Prefixes,
+    Stretch,
+    num_common,
+    stretches,
+)
 from mas_batch.engines.transformers.size import Size
 
 READ_TOKENS = 1024
 """Prompts are read together up to so many tokens: more do not stay in a CPU's cache."""
-
-
-@dataclass(slots=True, eq=False)
-class _Row:
-    block: _Block
-    slot: int
-    length: int
-    most: int
-    """Its length in the end, at most."""
-
-
-class _Block:
-    """Keys and values of rows, per layer [slots, key heads, columns, size].
-
-    The first slots are taken: a row that leaves is replaced by the last.
-    """
-
-    def __init__(self, network: Network, columns: int) -> None:
-        self._network = network
-        self.columns = columns
-        self.rows: list[_Row] = []
-        self.num_slots = 0
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def width(self) -> int:
-        return max((row.length for row in self.rows), default=0)
-
-    def resize(self, num_slots: int) -> None:
-        """Make room for so many rows, at least those that are here."""
-        net, num, width = self._network, len(self.rows), self.width
-        shape = (num_slots, net.num_key_heads, self.columns, net.size)
-
-        # Zeros, because what is beyond a row's end is masked but multiplied: it has to be finite.
-        layers = [
-            (torch.zeros(shape, dtype=net.dtype), torch.zeros(shape, dtype=net.dtype))
-            for _ in range(net.num_layers)
-        ]
-        for new, old in zip(layers, self.layers, strict=False):
-            for mine, its in zip(new, old, strict=True):
-                mine[:num, :, :width] = its[:num, :, :width]
-        self.layers, self.num_slots = layers, num_slots
-
-    def prepare(self) -> None:
-        """Note where the next token of each row goes, and what each row may see."""
-        net, self.lengths = self._network, torch.tensor([row.length for row in self.rows])
-        heads = torch.arange(len(self.rows) * net.num_key_heads).view(len(self.rows), -1)
-        self._cells = (heads * self.columns + self.lengths[:, None]).flatten()
-        beyond = torch.arange(self.width + 1) > self.lengths[:, None]
-        mask = torch.zeros(beyond.shape, dtype=net.dtype).masked_fill(beyond, -torch.inf)
-        self._mask = mask[:, None, None]
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Add a token to every row; return what it finds in the row's past and in itself."""
-        num, size, past = len(self.rows), self._network.size, self.layers[layer]
-        for tensor, new in zip(past, (keys, values), strict=True):
-            tensor.view(-1, size).index_copy_(0, self._cells, new.reshape(-1, size))
-        keys, values = (tensor[:num, :, : self._mask.shape[-1]] for tensor in past)
-        # The queries that share a key head stand as if they were of several tokens: no copies.
-        queries = queries.reshape(num, self._network.num_key_heads, -1, size)
-        found = _attend(queries, keys, values, self._mask, self._network.scale)
-        return found.reshape(num, -1)
-
-    def drop(self, row: _Row) -> None:
-        last = self.rows.pop()
-        if last is not row:
-            self.rows[row.slot] = last
-            for pair in self.layers:
-                for tensor in pair:
-                    tensor[row.slot, :, : last.length] = tensor[last.slot, :, : last.length]
-            last.slot = row.slot
 
 
 @dataclass(slots=True)
@@ -97,28 +37,28 @@ class _Reading:
     """A prompt while it is read, and the slots that its rows will have."""
 
     prompt: Sequence[int]
-    block: _Block
+    adapter: str | None
+    block: Block
     slots: slice
     most: int
-    start: int = 0
-    """Among the tokens that are read together."""
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + len(self.prompt))
 
 
 class PackedStream:
-    """A `Stream` of a `Network`."""
+    """A `Stream` of a `Network`.
+
+    Args:
+        prefixes: kept beyond the stream's life; None: prompts are read whole, each by itself.
+    """
 
     joinable = True
     device = torch.device("cpu")
     """A network is packed for no other."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, prefixes: Prefixes | None = None) -> None:
         self._network = network
-        self._rows: list[_Row] = []
-        self._blocks: dict[int, _Block] = {}
+        self._prefixes = prefixes
+        self._rows: list[Row] = []
+        self._blocks: dict[int, Block] = {}
         self._places = torch.zeros(0, dtype=torch.long)
 
     @property
@@ -126,12 +66,18 @@ class PackedStream:
         """See `Stream.size`."""
         return Size(padded=False, total=sum(row.most for row in self._rows))
 
-    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+    def join(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        max_new: Sequence[int],
+        adapter: str | None,
+    ) -> tuple[Tensor, list[int]]:
         """See `Stream.join`."""
-        columns = [_columns(len(p) + new) for p, new in zip(prompts, max_new, strict=True)]
+        columns = [num_columns(len(p) + new) for p, new in zip(prompts, max_new, strict=True)]
         taken = Counter[int]()
         for number, count in Counter(columns).items():
-            block = self._blocks.setdefault(number, _Block(self._network, number))
+            block = self._blocks.setdefault(number, Block(self._network, number))
             taken[number] = len(block.rows)
             needed = len(block.rows) + count * copies
             if needed > block.num_slots:
@@ -140,16 +86,25 @@ class PackedStream:
         readings = []
         for prompt, new, number in zip(prompts, max_new, columns, strict=True):
             slots = slice(taken[number], taken[number] + copies)
-            readings.append(_Reading(prompt, self._blocks[number], slots, len(prompt) + new))
+            readings.append(
+                _Reading(prompt, adapter, self._blocks[number], slots, len(prompt) + new)
+            )
             taken[number] += copies
-        logits = torch.cat([self._read(part) for part in _parts(readings)])
+        logits, cached = self._read(readings)
         for reading in readings:
             for slot in range(reading.slots.start, reading.slots.stop):
-                row = _Row(reading.block, slot, len(reading.prompt), reading.most)
+                row = Row(
+                    reading.prompt,
+                    reading.adapter,
+                    reading.block,
+                    slot,
+                    len(reading.prompt),
+                    reading.most,
+                )
                 reading.block.rows.append(row)
                 self._rows.append(row)
         self._place()
-        return logits
+        return logits, cached
 
     def step(self, tokens: Tensor) -> Tensor:
         """See `Stream.step`."""
@@ -164,7 +119,8 @@ class PackedStream:
             return found[0] if len(found) == 1 else torch.cat(found)
 
         positions = torch.cat([block.lengths for block in blocks])
-        states = self._network.forward(tokens[self._places.argsort()], positions, attend)
+        order = self._places.argsort()
+        states = self._network.forward(tokens[order], positions, attend, order)
         for row in self._rows:
             row.length += 1
         return self._network.logits(states[self._places])
@@ -192,56 +148,93 @@ class PackedStream:
             [starts[row.block.columns] + row.slot for row in self._rows], dtype=torch.long
         )
 
-    def _read(self, readings: Sequence[_Reading]) -> Tensor:
-        """Read prompts, one after the other; return the logits after each."""
-        start = 0
-        for reading in readings:
-            reading.start = start
-            start += len(reading.prompt)
+    def _read(self, readings: Sequence[_Reading]) -> tuple[Tensor, list[int]]:
+        """Read prompts; return the logits after each, and how many tokens were read for others."""
+        prompts = [reading.prompt for reading in readings]
+        if self._prefixes is None:
+            cached = [0] * len(readings)
+            todo = [Stretch(0, len(prompt), (i,)) for i, prompt in enumerate(prompts)]
+        else:
+            cached = [self._copy_known(reading, self._prefixes) for reading in readings]
+            todo = stretches(prompts, cached)
+            for stretch in todo:
+                for i in stretch.prompts[1:]:
+                    cached[i] += stretch.stop - stretch.start
+        ends: dict[int, Tensor] = {}
+        for part in _parts(todo):
+            ends |= self._read_part(readings, part)
+        logits = self._network.logits(torch.stack([ends[i] for i in range(len(readings))]))
+        # What is not finite would spoil whatever begins alike, for ever.
+        if self._prefixes is not None and bool(logits.isfinite().all()):
+            for reading in readings:
+                self._prefixes.see(reading.prompt, reading.adapter, partial(_copy, reading))
+        return logits, cached
+
+    def _copy_known(self, reading: _Reading, prefixes: Prefixes) -> int:
+        """Copy what rows under way, or kept prefixes, have of a prompt; return its tokens."""
+        num, layers = prefixes.find(reading.prompt, reading.adapter)
+        for row in self._rows:
+            if row.adapter != reading.adapter:
+                continue
+            if (common := num_common(reading.prompt, row.prompt)) >= max(num + 1, LEAST_TOKENS):
+                num, layers = common, row.block.past(row.slot, common)
+        num = min(num, len(reading.prompt) - 1)  # the last token's logits are wanted
+        for own, known in zip(reading.block.layers, layers, strict=False):
+            for tensor, past in zip(own, known, strict=True):
+                tensor[reading.slots, :, :num] = past[:, :num]
+        return num
+
+    def _read_part(
+        self, readings: Sequence[_Reading], part: Sequence[Stretch]
+    ) -> dict[int, Tensor]:
+        """Read stretches, one after the other; return the last states of those that end prompts."""
+        starts = list(accumulate((s.stop - s.start for s in part), initial=0))
+        places = [slice(*ends) for ends in pairwise(starts)]
         groups = self._network.num_heads // self._network.num_key_heads
 
         def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             found = torch.empty_like(queries)
-            for reading in readings:
-                own = [part[reading.tokens].transpose(0, 1) for part in (queries, keys, values)]
-                for tensor, new in zip(reading.block.layers[layer], own[1:], strict=True):
-                    tensor[reading.slots, :, : new.shape[1]] = new
-                q, k, v = own[0], *(part.repeat_interleave(groups, 0) for part in own[1:])
-                attended = scaled_dot_product_attention(
-                    q[None], k[None], v[None], is_causal=True, scale=self._network.scale
-                )
-                found[reading.tokens] = attended[0].transpose(0, 1)
+            for stretch, place in zip(part, places, strict=True):
+                q, *new = (tensor[place].transpose(0, 1) for tensor in (queries, keys, values))
+                for i in stretch.prompts:
+                    reading = readings[i]
+                    for tensor, own in zip(reading.block.layers[layer], new, strict=True):
+                        tensor[reading.slots, :, stretch.start : stretch.stop] = own
+                if stretch.start:
+                    row = readings[stretch.prompts[0]]
+                    k, v = (t[row.slots.start, :, : stretch.stop] for t in row.block.layers[layer])
+                    attended = attend_after(q, k, v, self._network.scale)
+                else:
+                    k, v = (tensor.repeat_interleave(groups, 0) for tensor in new)
+                    attended = scaled_dot_product_attention(
+                        q[None], k[None], v[None], is_causal=True, scale=self._network.scale
+                    )[0]
+                found[place] = attended.transpose(0, 1)
             return found.flatten(1)
 
-        tokens = torch.tensor([token for reading in readings for token in reading.prompt])
-        positions = torch.cat([torch.arange(len(reading.prompt)) for reading in readings])
-        states = self._network.forward(tokens, positions, attend)
-        return self._network.logits(states[[reading.tokens.stop - 1 for reading in readings]])
+        tokens = [t for s in part for t in readings[s.prompts[0]].prompt[s.start : s.stop]]
+        positions = torch.cat([torch.arange(s.start, s.stop) for s in part])
+        states = self._network.forward(torch.tensor(tokens), positions, attend)
+        return {
+            s.prompts[0]: states[place.stop - 1]
+            for s, place in zip(part, places, strict=True)
+            if s.stop == len(readings[s.prompts[0]].prompt)
+        }
 
 
-def _columns(number: int) -> int:
-    """Round up to one of four sizes per power of two, so that rows of like length share a block."""
-    step = max(16, 1 << max(0, number.bit_length() - 3))
-    return -(-number // step) * step
+def _copy(reading: _Reading, num: int) -> Layers:
+    past = reading.block.past(reading.slots.start, num)
+    return [(keys.clone(), values.clone()) for keys, values in past]
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attend with a few queries per row and key head to the whole past of each."""
-    if queries.dtype != torch.float32:
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    # So few queries leave the fused kernel a tenth to a quarter slower than reading the past takes.
-    weights = torch.matmul(queries, keys.transpose(-1, -2)).mul_(scale).add_(mask).softmax(-1)
-    return torch.matmul(weights, values)
-
-
-def _parts(readings: Sequence[_Reading]) -> list[list[_Reading]]:
-    """Cut prompts into parts of about `READ_TOKENS`."""
-    parts: list[list[_Reading]] = []
+def _parts(todo: Sequence[Stretch]) -> list[list[Stretch]]:
+    """Cut what is to be read into parts of about `READ_TOKENS`."""
+    parts: list[list[Stretch]] = []
     size = READ_TOKENS
-    for reading in readings:
-        if size + len(reading.prompt) > READ_TOKENS:
+    for stretch in todo:
+        if size + stretch.stop - stretch.start > READ_TOKENS:
             parts.append([])
             size = 0
-        parts[-1].append(reading)
-        size += len(reading.prompt)
+        parts[-1].append(stretch)
+        size += stretch.stop - stretch.start
     return parts

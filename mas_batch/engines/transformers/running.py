@@ -25,6 +25,8 @@ from torch import Tensor
 from mas_batch.engines.base import Sampling
 from mas_batch.engines.decoding import Decoded
 from mas_batch.engines.sampling import draw
+from mas_batch.engines.transformers.adapters import Adapters
+from mas_batch.engines.transformers.prefixes import alike
 from mas_batch.engines.transformers.streams import SpecialTokens, Stream
 from mas_batch.errors import EngineError
 
@@ -37,8 +39,11 @@ class Asked:
     prompt: Sequence[int]
     sampling: Sampling
     seed: int
+    adapter: str | None = None
     prefill_s: float = 0.0
     """Its share of reading prompts."""
+    cached_tokens: int = 0
+    """Of its prompt, those that had been read for others."""
     results: list[Row] = field(default_factory=list)
     """One per sample."""
 
@@ -46,6 +51,11 @@ class Asked:
     def row_tokens(self) -> int:
         """Tokens that each of its rows takes room for."""
         return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of its prompt that were read for it, at least one."""
+        return len(self.prompt) - self.cached_tokens
 
     @property
     def takes(self) -> tuple[int, int, int]:
@@ -70,11 +80,12 @@ class Row:
 class Running:
     """The rows of one model that are under way.
 
-    Steps are shared equally by the rows in them, prompts read together by their tokens: all
-    seconds that it takes are in somebody's share.
+    Steps are shared equally by the rows in them, prompts read together by the tokens that were
+    read for each: all seconds that it takes are in somebody's share.
     """
 
-    def __init__(self, stream: Stream, special: SpecialTokens) -> None:
+    def __init__(self, stream: Stream, special: SpecialTokens, adapters: Adapters) -> None:
+        self._adapters = adapters
         self._special = special
         self._stream = stream
         self._rows: list[Row] = []
@@ -90,7 +101,8 @@ class Running:
     def choose(self, waiting: Sequence[Asked], max_tokens: int | None) -> list[int]:
         """Return the positions of those that there is room for, the first and those of like length.
 
-        While there is none for the first, nobody passes it. One is taken if nothing is under way.
+        Prompts that have most in common go together, so that it is read once. While there is no
+        room for the first, nobody passes it. One is taken if nothing is under way.
         """
         if not waiting or max_tokens is None:
             return list(range(len(waiting)))
@@ -100,14 +112,31 @@ class Running:
             return []
         taken = [0]
         least = tuple(map(min, zip(*(one.takes for one in others), strict=True)))
-        order = sorted((abs(one.row_tokens - first.row_tokens), i) for i, one in enumerate(others))
-        for _, i in order:
+        order: Sequence[int] | None = None
+        for number in range(len(others)):
             if size.plus(*least).num_tokens > max_tokens:
                 break
+            order = order or self._order(waiting)
+            i = order[number]
             if (larger := size.plus(*others[i].takes)).num_tokens <= max_tokens:
                 taken.append(i + 1)
                 size = larger
         return sorted(taken)
+
+    def _order(self, waiting: Sequence[Asked]) -> list[int]:
+        """Return in which order others, from the second on, go with the first."""
+        first, *others = waiting
+        unlike = [abs(one.row_tokens - first.row_tokens) for one in others]
+        if self._stream.size.padded:  # they share nothing
+            return sorted(range(len(others)), key=lambda i: (unlike[i], i))
+        own, *groups = alike([one.prompt for one in waiting])
+        nearest: dict[int, int] = {}
+        for group, distance in zip(groups, unlike, strict=True):
+            nearest[group] = min(distance, nearest.get(group, distance))
+        return sorted(
+            range(len(others)),
+            key=lambda i: (groups[i] != own, nearest[groups[i]], groups[i], unlike[i], i),
+        )
 
     def begin(self, asked: Sequence[Asked]) -> None:
         """Read these prompts and choose their first tokens.
@@ -119,12 +148,13 @@ class Running:
         old = len(self._rows)
         joined: list[Row] = []
         try:
-            for copies in sorted({one.sampling.num_samples for one in asked}):
-                own = [one for one in asked if one.sampling.num_samples == copies]
+            for (copies, adapter), own in _read_together(asked).items():
                 prompts = [one.prompt for one in own]
-                logits = self._stream.join(
-                    prompts, copies, [one.sampling.max_new_tokens for one in own]
-                )
+                most = [one.sampling.max_new_tokens for one in own]
+                with self._adapters.used([adapter]):
+                    logits, cached = self._stream.join(prompts, copies, most, adapter)
+                for one, num in zip(own, cached, strict=True):
+                    one.cached_tokens = num
                 rows = [
                     Row(one, np.random.Generator(np.random.PCG64(stream)))
                     for one in own
@@ -141,9 +171,9 @@ class Running:
             row.asked.results.append(row)
         self._retire(self._ended)
         # `_choose` has brought the tokens here, so an accelerator has done its work.
-        total_s, num_tokens = time.perf_counter() - start, sum(len(one.prompt) for one in asked)
+        total_s, num_tokens = time.perf_counter() - start, sum(one.num_read for one in asked)
         for one in asked:
-            one.prefill_s += total_s * len(one.prompt) / num_tokens
+            one.prefill_s += total_s * one.num_read / num_tokens
 
     def step(self) -> list[Asked]:
         """Decode one more token of every row; return those whose rows have all ended.
@@ -156,7 +186,9 @@ class Running:
             start = time.perf_counter()
             last = [row.decoded.tokens[-1] for row in rows]
             tokens = torch.tensor(last, device=self._stream.device)
-            self._choose(self._stream.step(tokens), rows)
+            with self._adapters.used([row.asked.adapter for row in rows]):
+                logits = self._stream.step(tokens)
+            self._choose(logits, rows)
             self._retire(ended)
             share_s = (time.perf_counter() - start) / len(rows)
             for row in rows:
@@ -202,6 +234,17 @@ class Running:
                 decoded.tokens.append(forced)
             decoded.ended = decoded.tokens[-1] in self._special.end
             row.done = decoded.ended or len(decoded.tokens) == row.asked.sampling.max_new_tokens
+
+
+def _read_together(asked: Sequence[Asked]) -> dict[tuple[int, str | None], list[Asked]]:
+    """Return what is read together, by the number of samples and the adapter.
+
+    Of one adapter, as keys and values of a prompt are the adapter's too.
+    """
+    groups: dict[tuple[int, str | None], list[Asked]] = {}
+    for one in asked:
+        groups.setdefault((one.sampling.num_samples, one.adapter), []).append(one)
+    return groups
 
 
 def _streams(seed: int, num_samples: int) -> list[np.random.SeedSequence]:

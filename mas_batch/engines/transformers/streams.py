@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from mas_batch.engines.transformers.network import Network
 from mas_batch.engines.transformers.packed_stream import PackedStream
+from mas_batch.engines.transformers.prefixes import Prefixes
 from mas_batch.engines.transformers.size import Size
 from mas_batch.engines.transformers.transformers_compat import (
     accepted,
@@ -52,7 +53,13 @@ class Stream(Protocol):
     device: torch.device
     """Where its tokens and logits are."""
 
-    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+    def join(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        max_new: Sequence[int],
+        adapter: str | None,
+    ) -> tuple[Tensor, list[int]]:
         """Read prompts; return the logits of their first tokens, one row per prompt.
 
         Each prompt makes `copies` rows, which come after those under way, side by side. An
@@ -60,6 +67,10 @@ class Stream(Protocol):
 
         Args:
             max_new: of each prompt, the most tokens that its rows will get.
+            adapter: name of the one that is in use: nothing is shared with another one's rows.
+
+        Returns:
+            The logits, and how many tokens of each prompt had been read for others.
         """
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -73,10 +84,16 @@ class Stream(Protocol):
         """What the rows under way take room for; that of none if it is not joinable."""
 
 
-def open_stream(model: Any, special: SpecialTokens, network: Network | None) -> Stream:
-    """Return an empty stream for a model of either kind, or of its packed network."""
+def open_stream(
+    model: Any, special: SpecialTokens, network: Network | None, prefixes: Prefixes | None = None
+) -> Stream:
+    """Return an empty stream for a model of either kind, or of its packed network.
+
+    Args:
+        prefixes: those that prompts of a packed network share; None: they share nothing.
+    """
     if network is not None:
-        return PackedStream(network)
+        return PackedStream(network, prefixes)
     stream_type = _DecoderOnly if special.decoder_start is None else _EncoderDecoder
     return stream_type(model, special)
 
@@ -109,7 +126,13 @@ class _DecoderOnly(_Padded):
         num_rows, width = self._mask.shape
         return Size(True, num_rows, width, max(self._left, default=0))
 
-    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+    def join(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        max_new: Sequence[int],
+        adapter: str | None,
+    ) -> tuple[Tensor, list[int]]:
         ids, mask = pad_rows(prompts, self._special.pad, "left", self._model.device)
         lengths = mask.sum(-1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -120,7 +143,7 @@ class _DecoderOnly(_Padded):
             if copies > 1:
                 order = torch.arange(len(prompts), device=ids.device)
                 self._cache.reorder_cache(order.repeat_interleave(copies))
-            return logits
+            return logits, [0] * len(prompts)
         old, old_width = self._mask.shape
         parts = [(torch.arange(old, device=ids.device), self._cache)] if old else []
         found: list[Tensor] = []
@@ -140,7 +163,7 @@ class _DecoderOnly(_Padded):
         self._cache = join_rows(parts, num_rows=len(left), width=width, capacity=width + max(left))
         self._mask, self._left = joined, left
         order = torch.tensor([i for group in groups for i in group], device=ids.device)
-        return torch.cat(found)[order.argsort()]
+        return torch.cat(found)[order.argsort()], [0] * len(prompts)
 
     def step(self, tokens: Tensor) -> Tensor:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
@@ -175,7 +198,13 @@ class _EncoderDecoder(_Padded):
     joinable = False
     size = Size(padded=True)
 
-    def join(self, prompts: Sequence[Sequence[int]], copies: int, max_new: Sequence[int]) -> Tensor:
+    def join(
+        self,
+        prompts: Sequence[Sequence[int]],
+        copies: int,
+        max_new: Sequence[int],
+        adapter: str | None,
+    ) -> tuple[Tensor, list[int]]:
         device, config = self._model.device, self._model.config
         ids, self._mask = pad_rows(prompts, self._special.pad, "right", device)
         self._cache = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
@@ -185,7 +214,7 @@ class _EncoderDecoder(_Padded):
         logits = self.step(start)
         if copies > 1:
             self._take(torch.arange(len(ids), device=device).repeat_interleave(copies))
-        return logits
+        return logits, [0] * len(prompts)
 
     def step(self, tokens: Tensor) -> Tensor:
         output = self._model(

@@ -8,6 +8,7 @@ versions that no test has seen.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,16 @@ def dequantized() -> GgufConfig:
     Without `dequantize` the loaded model refuses to be saved.
     """
     return GgufConfig(dequantize=True)
+
+
+def silence_torchao() -> None:
+    """Have torchao, which transformers imports where it is installed, say errors only.
+
+    Without it every process that loads a model prints of kernels for other devices than its own,
+    and of what PyTorch will do in its own code some day.
+    """
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def is_joinable(cache: DynamicCache) -> bool:
