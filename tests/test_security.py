@@ -233,7 +233,8 @@ def test_an_endpoints_key_is_nowhere(
         },
     }
     job = write_job(tmp_path, agents=[agent])
-    done = submit(job, "--json", CANARY_KEY=CANARY)
+    once = ("--set", "routing.max_attempts=1")  # the breaker's patience is another test's
+    done = submit(job, "--json", *once, CANARY_KEY=CANARY)
     assert done.returncode == exit_code, done.stderr
     assert endpoint.keys == {f"Bearer {CANARY}"}
     job.unlink()  # the only place where it is: what was given
