@@ -39,7 +39,12 @@ FILES: Mapping[str, str] = {
     **dict.fromkeys(
         ("test_adapters", "test_engine_transformers", "test_transformers_compat"), "torch"
     ),
-    **dict.fromkeys(("test_vllm", "test_vllm_parts"), "torch"),
+    **dict.fromkeys(
+        ("test_choice_tokens", "test_gpu_checks", "test_label_reading", "test_quantized"), "torch"
+    ),
+    **dict.fromkeys(
+        ("test_shared_prefixes", "test_vllm", "test_vllm_engine", "test_vllm_parts"), "torch"
+    ),
     **dict.fromkeys(("test_guarantee", "test_real_answers", "test_reliability_proof"), "figures"),
 }
 """Module → what its tests need; those that need more say so themselves."""
