@@ -23,7 +23,8 @@ FILES: Mapping[str, str] = {
         "cluster",
     ),
     **dict.fromkeys(
-        ("test_pool", "test_remerge", "test_routing_run", "test_second_pass"), "cluster"
+        ("test_pool", "test_remerge", "test_routing_run", "test_second_pass", "test_shared_hosts"),
+        "cluster",
     ),
     **dict.fromkeys(
         ("test_chaos", "test_cli", "test_faults", "test_incremental_faults"), "processes"
