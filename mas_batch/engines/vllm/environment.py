@@ -99,6 +99,7 @@ def set_up(here: Hardware, *, tensor: int, threads: int, batch_invariant: bool) 
     wanted = variables(here, tensor=tensor, threads=threads, batch_invariant=batch_invariant)
     _check_imported(wanted)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is `--json`'s
     os.environ.update(wanted)
     if threads > 0:
         torch.set_num_threads(threads)
