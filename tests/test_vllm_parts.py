@@ -175,6 +175,8 @@ def test_a_float32_checkpoint_stays_so_on_a_card(tmp_path: Any) -> None:
     assert made("{}", cpu)["kv_cache_memory_bytes"] == 2**30
     assert "kv_cache_memory_bytes" not in made("{}", card)
     assert "enable_lora" not in made("{}", card)
+    assert made("{}", cpu)["enable_chunked_prefill"] is False
+    assert "enable_chunked_prefill" not in made("{}", card)
     assert made("{}", card)["enable_prefix_caching"] is True
     lora = made("{}", card, adapters=3)
     assert (lora["enable_lora"], lora["max_loras"], lora["max_lora_rank"]) == (True, 3, 16)

@@ -35,6 +35,10 @@ def arguments(path: Path, config: EngineConfig, options: Options, here: Hardware
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "block_size": options.block_size,
     }
+    if here.kind == "cpu":
+        # Of a seeded request whose prompt is read in parts vLLM turns the generator back, which
+        # PyTorch's on a CPU cannot: the step fails.
+        asked["enable_chunked_prefill"] = False
     if config.tensor > 1:
         asked["distributed_executor_backend"] = "mp"
     if config.adapters:
